@@ -1,0 +1,162 @@
+"""The contract between a pruning method and the engine.
+
+A method is a frozen dataclass of hyperparameters. For each prefill the engine calls :meth:`Method.begin` and gets a
+:class:`Forward`, which holds the state of that one forward pass and answers at up to three places: after the vision
+tower, at the input of every decoder layer, and inside its attention. Methods never touch the model: they read the
+views that the engine hands them and return :class:`Keep`, :class:`Merge` or a replaced attention output.
+
+Shapes: B rows of the batch, V visual tokens present (the most over the rows; shorter rows are padded at the end and
+``view.present`` says where), H heads, L tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..errors import OptionError, suggest
+
+if TYPE_CHECKING:
+    from ..engine.layout import TokenLayout
+    from ..engine.views import AttentionView, LayerView, VisionView
+    from ..models.adapters import Geometry
+
+Positions = Literal["keep", "renumber"]
+Stage = Literal["vision", "projector", "decoder", "attention"]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Keep the visual tokens where ``mask`` (bool, (B, V)) is true and drop the others, in order."""
+
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Keep, replace and add visual tokens.
+
+    ``mask``: bool (B, V), the tokens that stay. ``replaced``: (B, V, D) or None, new contents for all present tokens
+    (only those that stay matter). ``added``: (B, M, D) or None, new tokens, placed behind the last kept visual token
+    of the row; ``added_present``: bool (B, M), where None means that all are. ``added_positions``: int (B, M), the
+    positions of the new tokens, needed under the ``keep`` policy only.
+    """
+
+    mask: Tensor
+    replaced: Tensor | None = None
+    added: Tensor | None = None
+    added_present: Tensor | None = None
+    added_positions: Tensor | None = None
+
+
+class Forward:
+    """What a method does in one prefill. Every hook may return None: leave things as they are."""
+
+    def vision(self, view: VisionView) -> Keep | Merge | None:
+        """Once, after the vision tower and projector; here the batch dimension counts images, not rows."""
+        return None
+
+    def layer_input(self, layer: int, view: LayerView) -> Keep | Merge | None:
+        """Before decoder layer ``layer``."""
+        return None
+
+    def attention(self, layer: int, view: AttentionView) -> Tensor | None:
+        """Inside decoder layer ``layer``: a returned (B, L, H, head size) tensor replaces the attention output."""
+        return None
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods: hyperparameters as fields, facts about the method as class attributes.
+
+    ``positions`` is a field of every method, with the authors' policy as its default: ``keep`` the original position
+    ids of the tokens that stay, or ``renumber`` them from 0 after each cut.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    stages: ClassVar[tuple[Stage, ...]] = ()
+    adaptive: ClassVar[bool] = False
+
+    positions: Positions = dataclasses.field(default="keep", kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.require(self.positions in get_args(Positions), "positions must be 'keep' or 'renumber'")
+
+    def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
+        """State for one prefill of a batch with this ``layout``."""
+        raise NotImplementedError
+
+    def check(self, geometry: Geometry) -> None:
+        """Raise :class:`OptionError` if these hyperparameters cannot act on a model of this geometry."""
+
+    def require(self, condition: bool, message: str) -> None:
+        """Raise :class:`OptionError` naming the method unless ``condition`` holds."""
+        if not condition:
+            raise OptionError(f"{self.name}: {message}")
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """All hyperparameters with their values, JSON-ready."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_options(cls, **options: Any) -> Method:
+        """Build the method; an unknown option raises :class:`OptionError` with the known ones."""
+        known = {f.name for f in dataclasses.fields(cls) if f.init}
+        for key in options:
+            if key not in known:
+                raise OptionError(f"{cls.name}: unknown option {key!r}; {suggest(key, known)}")
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})
+
+    def __str__(self) -> str:
+        changed = [
+            f"{f.name}={_spell(getattr(self, f.name))}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
+        ]
+        return f"{self.name}:{','.join(changed)}" if changed else self.name
+
+
+@dataclass(frozen=True)
+class Budgeted(Method):
+    """A method with one budget: ``keep``, the fraction of each row's visual tokens kept, or ``tokens``, their number."""
+
+    keep: float | None = None
+    tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require((self.keep is None) != (self.tokens is None), "give exactly one of keep=FRACTION or tokens=NUMBER")
+        self.require(self.keep is None or 0 <= self.keep <= 1, f"keep must lie in [0, 1], not {self.keep}")
+        self.require(self.tokens is None or (isinstance(self.tokens, int) and self.tokens >= 0), "tokens must be an integer >= 0")
+
+    def budget(self, visual_tokens: Tensor) -> Tensor:
+        """Tokens to keep, int (B,), from each row's number of visual tokens, int (B,); fractions are floored."""
+        if self.tokens is not None:
+            return visual_tokens.clamp(max=self.tokens)
+        # The small term undoes binary fractions just below an integer (0.29 of 100 is 28.999…).
+        return (visual_tokens.double() * self.keep + 1e-9).floor().long()
+
+
+def top(scores: Tensor, count: Tensor, present: Tensor) -> Tensor:
+    """Mask of the ``count`` highest scores of each row; ties go to the earlier token.
+
+    ``scores``: (B, V), ``count``: int (B,), ``present``: bool (B, V). Returns bool (B, V). No host sync.
+    """
+    ordered = scores.masked_fill(~present, float("-inf")).argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(ordered).scatter_(1, ordered, torch.arange(scores.shape[1], device=scores.device).expand_as(ordered))
+    return (rank < count[:, None]) & present
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _spell(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
