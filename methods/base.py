@@ -43,7 +43,8 @@ class Merge:
     ``mask``: bool (B, V), the tokens that stay. ``replaced``: (B, V, D) or None, new contents for all present tokens
     (only those that stay matter). ``added``: (B, M, D) or None, new tokens, placed behind the last kept visual token
     of the row; ``added_present``: bool (B, M), where None means that all are. ``added_positions``: int (B, M), the
-    positions of the new tokens, needed under the ``keep`` policy only.
+    positions of the new tokens, needed under the ``keep`` policy only. ``anchors``: int (B, M), for each new token the
+    visual token (0 … V-1, it need not stay) behind which it goes; None: behind the last one.
     """
 
     mask: Tensor
@@ -51,6 +52,7 @@ class Merge:
     added: Tensor | None = None
     added_present: Tensor | None = None
     added_positions: Tensor | None = None
+    anchors: Tensor | None = None
 
 
 class Forward:
@@ -81,8 +83,9 @@ class Method:
     title: ClassVar[str]
     paper: ClassVar[str] = ""
     source: ClassVar[str] = ""
-    stages: ClassVar[tuple[Stage, ...]] = ()
+    stage: ClassVar[tuple[Stage, ...]] = ()
     adaptive: ClassVar[bool] = False
+    vision_blocks: ClassVar[tuple[int, ...]] = (-1,)
 
     positions: Positions = dataclasses.field(default="keep", kw_only=True)
 

@@ -1,0 +1,140 @@
+"""Attention maths: the function registered with transformers, and the few extra rows that methods ask for.
+
+The registered function runs the model's own kernel. Extra rows cost O(rows · L); an L × L map never exists.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..errors import UnsupportedModelError
+from .layout import TokenSet
+
+BLOCK = 128
+PREFIX = "visibench_"
+
+Kernel = Callable[..., tuple[Tensor, Tensor | None]]
+Interceptor = Callable[..., tuple[Tensor, Tensor | None]]
+_interceptors: WeakKeyDictionary[nn.Module, Interceptor] = WeakKeyDictionary()
+
+
+def _dispatch(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+    kernel = kernel_of(module, module.config._attn_implementation.removeprefix(PREFIX))  # type: ignore[union-attr]
+    interceptor = _interceptors.get(module)
+    if interceptor is None:
+        return kernel(module, query, key, value, mask, **kwargs)
+    return interceptor(kernel, module, query, key, value, mask, **kwargs)
+
+
+for _name in ("eager", "sdpa", "flash_attention_2", "flash_attention_3"):
+    if _name in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(PREFIX + _name, _dispatch)
+        AttentionMaskInterface.register(PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
+
+
+def kernel_of(module: nn.Module, implementation: str) -> Kernel:
+    """The attention function that ``module`` would use under ``implementation``."""
+    if implementation == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[no-any-return]
+    return ALL_ATTENTION_FUNCTIONS[implementation]  # type: ignore[no-any-return]
+
+
+class Interception:
+    """While active, attention modules call ``interceptor(kernel, module, query, key, value, mask, **kwargs)``."""
+
+    def __init__(self, modules: dict[nn.Module, Interceptor]) -> None:
+        self._modules = modules
+        self._configs: dict[int, tuple[Any, str]] = {}
+
+    def __enter__(self) -> Interception:
+        for module in self._modules:
+            config: Any = module.config
+            implementation = config._attn_implementation
+            if id(config) not in self._configs:
+                if PREFIX + implementation not in ALL_ATTENTION_FUNCTIONS:
+                    raise UnsupportedModelError(
+                        f"attention implementation {implementation!r} cannot be observed; "
+                        "load the model with attn_implementation='sdpa'"
+                    )
+                self._configs[id(config)] = (config, implementation)
+        for config, implementation in self._configs.values():
+            config._attn_implementation = PREFIX + implementation
+        _interceptors.update(self._modules)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for config, implementation in self._configs.values():
+            config._attn_implementation = implementation
+        for module in self._modules:
+            _interceptors.pop(module, None)
+
+
+def attention_mask(
+    implementation: str, valid: Tensor | None, queries: int, length: int, like: Tensor
+) -> Tensor | None:
+    """Causal mask of the last ``queries`` of ``length`` tokens, in the form that an implementation takes.
+
+    ``valid``: bool (B, length), None if nothing is padded. A padded query sees itself, so that no row is empty.
+    """
+    if "flash" in implementation:
+        return valid
+    if implementation == "sdpa" and valid is None and queries in (1, length):
+        return None
+    column = torch.arange(length, device=like.device)
+    row = column[-queries:, None]
+    mask = (column <= row)[None]
+    if valid is not None:
+        mask = mask & valid[:, None, :] | (column == row)
+    mask = mask[:, None]
+    if implementation == "sdpa":
+        return mask
+    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(~mask, torch.finfo(like.dtype).min)
+
+
+def repeat_heads(tensor: Tensor, heads: int) -> Tensor:
+    """(B, kv heads, L, d) → (B, heads, L, d)."""
+    return tensor if tensor.shape[1] == heads else tensor.repeat_interleave(heads // tensor.shape[1], dim=1)
+
+
+def row_weights(query: Tensor, key: Tensor, columns: Tensor, valid: Tensor, scaling: float) -> Tensor:
+    """Causal post-softmax weights (B, H, R, L), fp32, of ``query`` rows (B, H, R, d) standing at ``columns`` (B, R)."""
+    logits = (query @ repeat_heads(key, query.shape[1]).transpose(-1, -2)).float() * scaling
+    column = torch.arange(key.shape[2], device=key.device)
+    visible = (column <= columns[:, :, None]) & valid[:, None, :] | (column == columns[:, :, None])
+    return logits.masked_fill(~visible[:, None], float("-inf")).softmax(-1)
+
+
+def subset_attention(
+    query: Tensor, key: Tensor, value: Tensor, queries: TokenSet, keys: TokenSet, scaling: float
+) -> Tensor:
+    """Causal attention (B, H, n, d) of the ``queries`` over the ``keys`` alone, both as compact tensors."""
+    heads = query.shape[1]
+    q = queries.pick(query, 2)
+    k, v = (keys.pick(repeat_heads(t, heads), 2) for t in (key, value))
+    visible = (keys.index[:, None, :] <= queries.index[:, :, None]) & keys.present[:, None, :]
+    # Places past a row's count see something, so that no row of the softmax is empty; they are thrown away later.
+    visible = visible | ~queries.present[:, :, None]
+    return scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], scale=scaling)
+
+
+def project(layer: Any, hidden: Tensor, rows: TokenSet, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Query (B, H, R, d) of ``rows`` and keys (B, kv heads, L, d) of all tokens, as ``layer`` would compute them."""
+    attn = layer.self_attn
+    rotate = sys.modules[type(attn).__module__].apply_rotary_pos_emb
+    normed = layer.input_layernorm(hidden)
+    heads = lambda x: x.view(*x.shape[:2], -1, attn.head_dim).transpose(1, 2)  # noqa: E731
+    query, key = heads(attn.q_proj(rows.pick(normed, 1))), heads(attn.k_proj(normed))
+    cos, sin = (t.expand(hidden.shape[0], -1, -1) for t in rope)
+    query = rotate(query, query, rows.pick(cos, 1), rows.pick(sin, 1))[0]
+    key = rotate(key, key, cos, sin)[1]
+    return query, key

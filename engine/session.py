@@ -1,0 +1,295 @@
+"""The session: hooks in, hooks out, and everything that tokens which leave must take with them.
+
+One prefill runs through *stages*: runs of decoder layers whose inputs hold the same tokens. The first stage is the
+model's own business; for every later one the session supplies positions, rotary table and mask, in prefill and in
+decoding, where the layers of a stage share one length of KV cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from ..errors import InputError, UnsupportedModelError, VisibenchError
+from ..methods.base import Forward, Keep, Merge, Method
+from ..models.adapters import Adapter
+from .attention import Interception, attention_mask
+from .layout import TokenLayout, cut
+from .trace import Trace
+from .views import AttentionView, LayerView
+from .vision import VisionTap, row_hashes, vision_cut
+
+_active: WeakSet[nn.Module] = WeakSet()
+
+
+@dataclass
+class Stage:
+    """Decoder layers whose inputs hold the same tokens. ``own``: the session, not the model, rules here."""
+
+    layout: TokenLayout
+    positions: Tensor
+    rope: Any
+    mask: Tensor | None
+    own: bool = True
+    valid: Tensor | None = None
+    length: int = 0
+    next_position: Tensor | None = None
+    step: dict[str, Any] = field(default_factory=dict)
+
+
+class PruningSession:
+    """A model under a pruning method; use :func:`prune`. ``trace`` is the record of the latest prefill."""
+
+    def __init__(self, model: PreTrainedModel, method: Method, layout: TokenLayout | None = None) -> None:
+        if not isinstance(method, Method):
+            raise VisibenchError(
+                f"expected a method, got {type(method).__name__}: create one with visibench.load_method(name, …)"
+            )
+        self.model, self.method, self.layout = model, method, layout
+        self.adapter = Adapter(model)
+        self.geometry = self.adapter.geometry
+        method.check(self.geometry)
+        self._trace: Trace | None = None
+        self._stages: list[Stage] = []  # of each decoder layer
+        self._inputs: dict[str, Any] = {}
+        self._decoder_mask: Tensor | None = None
+        self._forward = Forward()
+        self._decoding = False
+        self._exit = ExitStack()
+        self._tap: VisionTap | None = None
+
+    @property
+    def trace(self) -> Trace:
+        """Record of the latest prefill."""
+        if self._trace is None:
+            raise VisibenchError("nothing has been traced yet: call the model inside the `with` block first")
+        return self._trace
+
+    # ---- entering and leaving ---------------------------------------------------------------------------------
+
+    def __enter__(self) -> PruningSession:
+        decoder = self.adapter.decoder
+        if decoder in _active:
+            raise VisibenchError("this model is already being pruned: leave the first `with visibench.prune(…)` block")
+        with ExitStack() as stack:
+            _active.add(decoder)
+            stack.callback(_active.discard, decoder)
+            hook = partial(_hooked, stack)
+            hook(self.model.register_forward_pre_hook, self._on_model)
+            hook(decoder.register_forward_pre_hook, self._on_decoder)
+            for number, layer in enumerate(self.adapter.layers):
+                hook(layer.register_forward_pre_hook, partial(self._on_layer, number))
+            if "attention" in self.method.stage:
+                modules = {layer.self_attn: partial(self._on_attention, i) for i, layer in enumerate(self.adapter.layers)}
+                stack.enter_context(Interception(modules))
+            if "vision" in self.method.stage or "projector" in self.method.stage:
+                self._tap = stack.enter_context(VisionTap(self.adapter, self.method))
+            self._exit = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._exit.close()
+        self._stages, self._inputs, self._tap = [], {}, None
+
+    # ---- what the model hands us ------------------------------------------------------------------------------
+
+    def _on_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._inputs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        if self._inputs.get("labels") is not None:
+            raise InputError("labels cannot be given under prune(): pruned logits are shorter; compare the last ones yourself")
+
+    def _on_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        mask = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise InputError("prune() needs a 2D attention mask (batch, length), 1 for tokens and 0 for left padding")
+        self._decoder_mask = mask
+
+    def _on_layer(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        if layer == 0:
+            self._begin(hidden, kwargs)
+        if self._decoding:
+            stage = self._stages[layer]
+            if not stage.own:
+                return (hidden, *args), kwargs
+            return (hidden, *args), kwargs | self._decode_step(stage, layer, hidden)
+        stage, hidden = self._prefill_layer(layer, module, hidden)
+        self._stages.append(stage)
+        self.trace.enter(stage.layout)
+        if not stage.own:
+            return (hidden, *args), kwargs
+        own = {"attention_mask": stage.mask, "position_embeddings": stage.rope, "position_ids": stage.positions}
+        return (hidden, *args), kwargs | own
+
+    # ---- prefill ----------------------------------------------------------------------------------------------
+
+    def _begin(self, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Tell prefill from decoding, and set up the first stage of a prefill."""
+        cache = kwargs.get("past_key_values")
+        self._decoding = cache is not None and cache.get_seq_length() > 0
+        if self._decoding:
+            if not self._stages or self._stages[0].layout.rows != hidden.shape[0]:
+                raise InputError("the KV cache was not filled in this session: run the prompt inside the same `with` block")
+            return
+        _check_cache(cache)
+        layout = self._prompt_layout(hidden)
+        self._trace = Trace(layout, self.geometry.layers)
+        self._trace.images = self._tap.images if self._tap else 0
+        self._forward = self.method.begin(layout, self.geometry)
+        positions = kwargs["position_ids"].expand(hidden.shape[0], -1)
+        self._stages = []
+        self._current = Stage(layout, positions, kwargs["position_embeddings"], kwargs["attention_mask"], own=False)
+
+    def _prompt_layout(self, hidden: Tensor) -> TokenLayout:
+        rows, width = hidden.shape[:2]
+        valid = self._decoder_mask
+        if self.layout is not None:
+            layout = self.layout.expand(rows)
+            if layout.width != width:
+                raise InputError(f"the layout has {layout.width} tokens, the input {width}")
+            if valid is not None and not torch.equal(valid.bool().cpu(), layout.valid.cpu()):
+                raise InputError("the layout's padding differs from the attention mask: build it with TokenLayout.batch")
+        else:
+            ids = self._inputs.get("input_ids")
+            if ids is None or self.adapter.image_token is None:
+                raise InputError(
+                    "cannot tell which tokens are visual: pass input_ids with image tokens to a multimodal model, "
+                    "or layout=visibench.TokenLayout.from_spans(length, visual=[(start, end)])"
+                )
+            layout = TokenLayout.from_masks(ids == self.adapter.image_token, torch.ones_like(ids) if valid is None else valid)
+        return replace(layout.to(hidden.device), hash_inputs=partial(row_hashes, layout, dict(self._inputs), hidden))
+
+    def _prefill_layer(self, layer: int, module: nn.Module, hidden: Tensor) -> tuple[Stage, Tensor]:
+        stage = self._current
+        if max(stage.layout.visual_counts) == 0:
+            return stage, hidden
+        if layer == 0 and self._tap is not None:
+            decision = vision_cut(self._forward, self._tap, stage.layout)
+            stage, hidden = self._apply(decision, stage, hidden)
+        if type(self._forward).layer_input is not Forward.layer_input:
+            view = LayerView(layer, module, stage, hidden, self.trace)
+            stage, hidden = self._apply(self._forward.layer_input(layer, view), stage, hidden)
+        self._current = stage
+        return stage, hidden
+
+    def _apply(self, decision: Keep | Merge | None, stage: Stage, hidden: Tensor) -> tuple[Stage, Tensor]:
+        """Carry out a decision: gather hidden states and make the stage that follows."""
+        if decision is None or max(stage.layout.visual_counts) == 0:
+            return stage, hidden
+        visual = stage.layout.visual
+        merge = decision if isinstance(decision, Merge) else Merge(decision.mask)
+        if merge.replaced is not None:
+            hidden = visual.place(merge.replaced, hidden, dim=1)
+        added = anchor = None
+        if merge.added is not None:
+            shape = merge.added.shape[:2]
+            added = torch.ones(shape, dtype=torch.bool, device=hidden.device) if merge.added_present is None else merge.added_present
+            anchor = merge.anchors if merge.anchors is not None else visual.total[:, None].expand(shape) - 1
+            anchor = visual.index.gather(1, anchor.clamp(min=0))
+        self.trace.host_syncs += 1
+        change = cut(stage.layout, merge.mask, added, anchor)
+        if change is None:
+            return stage, hidden
+        hidden = change.gather(hidden, merge.added)
+        if self.method.positions == "renumber":
+            positions = (change.layout.valid.cumsum(1) - 1).clamp(min=0)
+        else:
+            positions = change.gather(stage.positions, self._added_positions(merge))
+        return self._stage(change.layout, positions, hidden), hidden
+
+    def _added_positions(self, merge: Merge) -> Tensor | None:
+        if merge.added is not None and merge.added_positions is None:
+            raise VisibenchError(f"{self.method.name}: new tokens need added_positions, or positions='renumber'")
+        return merge.added_positions
+
+    def _stage(self, layout: TokenLayout, positions: Tensor, hidden: Tensor) -> Stage:
+        valid = None if layout.is_full else layout.valid
+        mask = attention_mask(self._implementation, valid, layout.width, layout.width, hidden)
+        rope = self.adapter.rotary(hidden, positions)
+        return Stage(
+            layout, positions, rope, mask, valid=valid, length=layout.width, next_position=positions[:, -1:] + 1
+        )
+
+    @property
+    def _implementation(self) -> str:
+        return self.adapter.decoder.config._attn_implementation.removeprefix("visibench_")
+
+    # ---- attention --------------------------------------------------------------------------------------------
+
+    def _on_attention(
+        self, layer: int, kernel: Callable, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any
+    ) -> Any:
+        stage = self._stages[layer]
+        if self._decoding or max(stage.layout.visual_counts) == 0:
+            return kernel(module, q, k, v, mask, **kwargs)
+        dense = lambda: kernel(module, q, k, v, mask, **kwargs)[0]  # noqa: E731
+        view = AttentionView(layer, stage.layout, (q, k, v), kwargs["scaling"], dense, self.trace)
+        replaced = self._forward.attention(layer, view)
+        return (view.output if replaced is None else replaced), None
+
+    # ---- decoding ---------------------------------------------------------------------------------------------
+
+    def _decode_step(self, stage: Stage, layer: int, hidden: Tensor) -> dict[str, Any]:
+        """Positions, rotary table and mask of new tokens in a stage; made once for all its layers."""
+        if layer > 0 and self._stages[layer - 1] is stage:
+            return stage.step
+        assert stage.next_position is not None
+        queries = hidden.shape[1]
+        positions = stage.next_position + torch.arange(queries, device=hidden.device)
+        stage.next_position = stage.next_position + queries
+        new = torch.ones_like(positions, dtype=torch.bool)
+        if self._decoder_mask is not None and self._decoder_mask.shape[1] >= queries:
+            new = self._decoder_mask[:, -queries:].bool()
+        stage.length += queries
+        if stage.valid is not None:
+            stage.valid = torch.cat([stage.valid, new], dim=1)
+        stage.step = {
+            "attention_mask": attention_mask(self._implementation, stage.valid, queries, stage.length, hidden),
+            "position_embeddings": self.adapter.rotary(hidden, positions),
+            "position_ids": positions,
+        }
+        return stage.step
+
+
+def _hooked(stack: ExitStack, register: Callable, hook: Callable) -> None:
+    stack.callback(register(hook, with_kwargs=True).remove)
+
+
+def _check_cache(cache: Any) -> None:
+    if cache is None:
+        return
+    if not isinstance(cache, DynamicCache) or any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+        raise UnsupportedModelError(
+            f"prune() needs a DynamicCache with full attention, not {type(cache).__name__}: "
+            "leave cache_implementation unset and use a model without sliding-window layers"
+        )
+
+
+def prune(model: PreTrainedModel, method: Method, layout: TokenLayout | None = None) -> PruningSession:
+    """Context manager: inside, ``model(...)`` and ``model.generate(...)`` run under ``method``.
+
+    Parameters
+    ----------
+    model
+        A supported Hugging Face model with its language-model head, e.g. ``LlavaForConditionalGeneration``, or a bare
+        decoder such as ``LlamaForCausalLM`` together with ``layout``.
+    method
+        From :func:`visibench.load_method`.
+    layout
+        Which tokens are visual. Needed where it cannot be read from ``input_ids``.
+
+    The session's ``trace`` records the latest prefill. Pruned prefills return logits for the tokens that are left; the
+    text after the image stands at the end. On exit, also after an exception, the model is exactly as it was.
+    Raises :class:`~visibench.errors.VisibenchError` for nested use, an unsupported model or cache, and options that
+    cannot act on this model.
+    """
+    return PruningSession(model, method, layout)

@@ -1,0 +1,168 @@
+"""What a method may look at. Everything is computed only when asked for, and what it costs goes into the trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import attention
+from .layout import TokenLayout, TokenSet
+
+if TYPE_CHECKING:
+    from .session import Stage
+    from .trace import Trace
+
+Edit = Callable[[Tensor, Tensor], Tensor]
+
+
+class LayerView:
+    """The input of a decoder layer: B rows, L tokens, V visual tokens."""
+
+    def __init__(self, layer: int, module: torch.nn.Module, stage: Stage, hidden: Tensor, trace: Trace) -> None:
+        self.layer, self.tokens = layer, hidden
+        self._module, self._stage, self._trace = module, stage, trace
+
+    @property
+    def layout(self) -> TokenLayout:
+        """Roles of the tokens that are present."""
+        return self._stage.layout
+
+    @property
+    def present(self) -> Tensor:
+        """Bool (B, V): which of the V places hold a visual token of the row."""
+        return self.layout.visual.present
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        """Hidden states of the visual tokens (B, V, D)."""
+        return self.layout.visual.pick(self.tokens, 1)
+
+    def preview(self, rows: TokenSet | None = None) -> Tensor:
+        """Attention weights (B, H, R, L), fp32, that the layer would compute for ``rows`` (default: the last token)."""
+        rows = rows or self.layout.last
+        query, key = attention.project(self._module, self.tokens, rows, self._stage.rope)
+        lengths, counts = torch.tensor(self.layout.lengths), torch.tensor(rows.counts)
+        q_macs, k_macs = (p.weight.numel() for p in (self._module.self_attn.q_proj, self._module.self_attn.k_proj))
+        self._trace.scored(self.layer, q_macs * counts + k_macs * lengths + counts * lengths * query.shape[1] * query.shape[3])
+        return attention.row_weights(query, key, rows.index, self.layout.valid, self._module.self_attn.scaling)
+
+
+class AttentionView:
+    """The attention of a decoder layer: B rows, H query heads, L tokens, d the head size."""
+
+    def __init__(
+        self,
+        layer: int,
+        layout: TokenLayout,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        scaling: float,
+        dense: Callable[[], Tensor],
+        trace: Trace,
+    ) -> None:
+        self.layer, self.layout = layer, layout
+        self._query, self._key, self._value = qkv
+        self._scaling, self._dense, self._trace = scaling, dense, trace
+
+    @property
+    def present(self) -> Tensor:
+        """Bool (B, V): which of the V places hold a visual token of the row."""
+        return self.layout.visual.present
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """Keys after RoPE (B, H, L, d), repeated for grouped heads."""
+        return attention.repeat_heads(self._key, self._query.shape[1])
+
+    @cached_property
+    def values(self) -> Tensor:
+        """Values (B, H, L, d), repeated for grouped heads."""
+        return attention.repeat_heads(self._value, self._query.shape[1])
+
+    @cached_property
+    def output(self) -> Tensor:
+        """The layer's own attention output (B, L, H, d), before the output projection."""
+        return self._dense()
+
+    def weights(self, rows: TokenSet | None = None) -> Tensor:
+        """Post-softmax attention weights (B, H, R, L), fp32, of the asked ``rows`` (default: the last token) alone."""
+        rows = rows or self.layout.last
+        self._trace.scored(self.layer, self._pairs(rows) * self._query.shape[1] * self._query.shape[3])
+        return self._weights(rows.index)
+
+    def edit(self, rows: TokenSet, edit: Edit, onto: Tensor | None = None) -> Tensor:
+        """Attention output (B, L, H, d) in which ``rows`` attend with edited weights.
+
+        ``edit`` gets post-softmax weights (B, H, R, L), fp32, and the columns (B, R) of their rows, and returns the
+        weights to use; they are not normalised again. Rows are taken in blocks, so that no L × L map exists. The
+        other rows are those of ``onto``, or of the layer's own output.
+        """
+        onto = self.output if onto is None else onto
+        if max(rows.counts) == 0:
+            return onto
+        blocks = []
+        for index in rows.index.split(attention.BLOCK, dim=1):
+            weights = edit(self._weights(index), index).to(self.values.dtype)
+            blocks.append((weights @ self.values).transpose(1, 2))
+        self._trace.attended(self.layer, self._pairs(rows))
+        return rows.place(torch.cat(blocks, dim=1), onto, dim=1)
+
+    def attend(self, *parts: tuple[TokenSet, TokenSet]) -> Tensor:
+        """Attention output (B, L, H, d) computed in ``parts`` of (queries, keys), instead of fully.
+
+        The queries of each part attend causally to its keys alone (a mask before the softmax): what is left out is
+        not computed. Every valid token must be a query of some part, and have a key.
+        """
+        batch, heads, width, size = self._query.shape
+        out = self._query.new_zeros(batch, width, heads, size)
+        pairs = torch.zeros(batch, dtype=torch.int64)
+        for queries, keys in parts:
+            if max(queries.counts) == 0:
+                continue
+            part = attention.subset_attention(self._query, self._key, self._value, queries, keys, self._scaling)
+            out = queries.place(part.transpose(1, 2), out, dim=1)
+            pairs += torch.tensor(queries.counts) * torch.tensor(keys.counts)
+        self._trace.attended(self.layer, pairs, instead=True)
+        return out
+
+    def _weights(self, index: Tensor) -> Tensor:
+        query = self._query.gather(2, index[:, None, :, None].expand(-1, self._query.shape[1], -1, self._query.shape[3]))
+        return attention.row_weights(query, self._key, index, self.layout.valid, self._scaling)
+
+    def _pairs(self, rows: TokenSet) -> Tensor:
+        return torch.tensor(rows.counts) * torch.tensor(self.layout.lengths)
+
+
+class VisionView:
+    """The output of the vision tower: N images (of all rows, in order), P patches each."""
+
+    def __init__(
+        self,
+        features: Tensor,
+        projected: Tensor,
+        blocks: dict[int, tuple[Tensor, Tensor, float]],
+        project: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.features, self.projected, self.project = features, projected, project
+        self._blocks = blocks
+
+    @property
+    def present(self) -> Tensor:
+        """Bool (N, P): all true, images have no padding."""
+        return torch.ones(self.features.shape[:2], dtype=torch.bool, device=self.features.device)
+
+    def cls_weights(self, block: int = -1) -> Tensor:
+        """Attention weights (N, heads, P), fp32, from CLS to the patches in a vision block.
+
+        ``block`` counts back from the block whose output the model uses as features (-1: that block itself).
+        """
+        query, key, scaling = self._blocks[block]
+        logits = (query[:, :, :1] @ key.transpose(-1, -2)).squeeze(2).float() * scaling
+        return logits.softmax(-1)[:, :, 1:]
+
+    def keys(self, block: int = -1) -> Tensor:
+        """Keys (N, heads, P, d) of the patches in a vision block."""
+        return self._blocks[block][1][:, :, 1:]

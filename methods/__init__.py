@@ -1,0 +1,21 @@
+"""Pruning methods, one file each, and their registry."""
+
+from . import fastv, none, random, visipruner
+from .base import Budgeted, Forward, Keep, Merge, Method, top
+from .registry import list_methods, load_method, register
+
+__all__ = [
+    "Budgeted",
+    "Forward",
+    "Keep",
+    "Merge",
+    "Method",
+    "fastv",
+    "list_methods",
+    "load_method",
+    "none",
+    "random",
+    "register",
+    "top",
+    "visipruner",
+]

@@ -1,0 +1,23 @@
+"""The dense model: nothing is pruned. Every table's first row."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .base import Forward, Method
+from .registry import register
+
+if TYPE_CHECKING:
+    from ..engine.layout import TokenLayout
+    from ..models.adapters import Geometry
+
+
+@register
+@dataclass(frozen=True)
+class Dense(Method):
+    """The model as it is."""
+
+    name = "none"
+    title = "Dense (no pruning)"
+
+    def begin(self, layout: "TokenLayout", geometry: "Geometry") -> Forward:
+        return Forward()

@@ -1,0 +1,204 @@
+"""VisiPruner: *Decoding Discontinuous Cross-Modal Dynamics for Efficient Multimodal LLMs* (arXiv 2510.17205).
+
+Authors' code: EIT-NLP/VisiPruner, commit d778622. Decoder layers count from 0; K is ``shallow_layers``.
+
+    shallow, layers 0 … K-1:  text does not read visual tokens; in layer 0 its visual attention mass goes to the value
+                              of one visual token, the sink
+    middle, layers > K:       c_j = last token's attention to visual token j times its value, heads side by side;
+                              a   = last token's attention output
+                              the first layer where any cos(a - c_j, a) < layer_threshold filters:
+                              keep { j : |c_j| > token_threshold } from the next layer on
+    deep, after filtering:    each layer where no cos(a - c_j, a) < exit_threshold counts;
+                              after ``exit_layers`` of them all visual tokens leave
+
+Everything happens in prefill. Generated tokens attend to whatever the KV caches hold: all visual tokens up to and
+including the filtering layer, the kept ones until the exit, none after it.
+
+The shallow edits act on weights after the softmax, which are not normalised again; so by default the shallow stage
+saves nothing. ``skip=True`` masks before the softmax instead, and what is masked is not computed.
+
+Where the paper's text differs from the code, the code is the default and an option gives the text:
+``consecutive_exit`` (the code's count is never reset), ``visual_self_attention=False`` (the paper also removes
+visual-to-visual attention in the shallow layers), ``sink`` (the paper merges onto any visual token; the code onto the
+first). ``layer0`` chooses between the code's two rules for layer 0, by model size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from .base import Forward, Keep, Method
+from .registry import register
+
+if TYPE_CHECKING:
+    from ..engine.layout import TokenLayout, TokenSet
+    from ..engine.views import AttentionView, LayerView
+    from ..models.adapters import Geometry
+
+STAGES = ("shallow", "middle", "deep")
+
+
+@register
+@dataclass(frozen=True)
+class VisiPruner(Method):
+    """Shallow visual attention off, a value-aware choice in the middle, no visual tokens in the deep layers."""
+
+    name = "visipruner"
+    title = "VisiPruner"
+    paper = "2510.17205"
+    source = "EIT-NLP/VisiPruner@d778622"
+    stage = ("attention", "decoder")
+    adaptive = True
+
+    stages: tuple[str, ...] = STAGES
+    shallow_layers: int = 6
+    layer_threshold: float = 0.995
+    token_threshold: float = 0.2
+    exit_threshold: float = 0.999
+    exit_layers: int = 2
+    layer0: Literal["7b", "13b"] = "7b"
+    sink: int = 0
+    visual_self_attention: bool = True
+    consecutive_exit: bool = False
+    skip: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unknown = sorted(set(self.stages) - set(STAGES))
+        self.require(not unknown, f"unknown stages {unknown}; known: {', '.join(STAGES)}")
+        self.require(
+            "deep" not in self.stages or "middle" in self.stages, "stage 'deep' does nothing without 'middle': add it"
+        )
+        self.require(self.shallow_layers >= 1, "shallow_layers must be >= 1")
+        self.require(self.layer0 in ("7b", "13b"), f"layer0 must be '7b' or '13b', not {self.layer0!r}")
+        self.require(self.sink >= 0, "sink must be >= 0")
+        self.require(self.exit_layers >= 1, "exit_layers must be >= 1")
+        for name in ("layer_threshold", "exit_threshold"):
+            self.require(-1 <= getattr(self, name) <= 1, f"{name} is a cosine and must lie in [-1, 1]")
+        self.require(self.token_threshold >= 0, "token_threshold is a norm and must be >= 0")
+        for option, part in _BELONGS.items():
+            default = type(self).__dataclass_fields__[option].default
+            used = part in self.stages or getattr(self, option) == default
+            self.require(used, f"{option} has no effect without stage {part!r}")
+        self.require(self.layer0 == "7b" or self.sink == 0, "sink has no effect with layer0='13b', which moves no mass")
+
+    def check(self, geometry: Geometry) -> None:
+        self.require(
+            self.shallow_layers < geometry.layers,
+            f"shallow_layers={self.shallow_layers}, but the model has {geometry.layers} layers: choose fewer",
+        )
+
+    def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
+        return VisiPrunerForward(self, layout)
+
+
+_BELONGS = {
+    "layer0": "shallow",
+    "sink": "shallow",
+    "visual_self_attention": "shallow",
+    "skip": "shallow",
+    "layer_threshold": "middle",
+    "token_threshold": "middle",
+    "exit_threshold": "deep",
+    "exit_layers": "deep",
+    "consecutive_exit": "deep",
+}
+
+
+class VisiPrunerForward(Forward):
+    """State of one prefill: for each row, whether it has filtered and how many layers were without effect."""
+
+    def __init__(self, method: VisiPruner, layout: TokenLayout) -> None:
+        self.method = method
+        self.total = layout.visual.total
+        self.filtered = torch.zeros_like(self.total, dtype=torch.bool)
+        self.idle_layers = torch.zeros_like(self.total)
+        self.keep: Tensor | None = None
+
+    def attention(self, layer: int, view: AttentionView) -> Tensor | None:
+        if layer < self.method.shallow_layers:
+            return self.shallow(layer, view) if "shallow" in self.method.stages else None
+        if layer > self.method.shallow_layers and "middle" in self.method.stages:
+            self.middle(view)
+        return None
+
+    def layer_input(self, layer: int, view: LayerView) -> Keep | None:
+        keep, self.keep = self.keep, None
+        return None if keep is None else Keep(keep)
+
+    # ---- shallow ----------------------------------------------------------------------------------------------
+
+    def shallow(self, layer: int, view: AttentionView) -> Tensor:
+        """The attention output of a shallow layer."""
+        if self.method.skip:
+            return self.skip(layer, view)
+        layout, half = view.layout, layer == 0 and self.method.layer0 == "13b"
+        visual = layout.visual.mask[:, None, None, :]
+        sink = self._sink(layout)[:, None, None, :] if layer == 0 and not half else None
+        hidden = self._first_half(layout)[:, None, None, :] if half else visual
+
+        def drop_text(weights: Tensor, rows: Tensor) -> Tensor:
+            moved = (weights * visual).sum(-1, keepdim=True) * sink if sink is not None else 0
+            return weights * ~hidden + moved
+
+        out = view.edit(layout.text, drop_text)
+        if layer == 0 or not self.method.visual_self_attention:
+            out = view.edit(layout.visual, lambda weights, rows: weights * ~visual, onto=out)
+        return out
+
+    def skip(self, layer: int, view: AttentionView) -> Tensor:
+        """The same with masks before the softmax: what is masked is not computed. The sink competes as a key."""
+        layout = view.layout
+        text_keys = layout.nonvisual
+        if layer == 0 and self.method.layer0 == "7b":
+            text_keys = text_keys.union(self._sink(layout), [min(n, 1) for n in layout.visual_counts])
+        elif layer == 0:
+            rest = layout.visual.mask & ~self._first_half(layout)
+            text_keys = text_keys.union(rest, [n - n // 2 for n in layout.visual_counts])
+        sees_itself = layer > 0 and self.method.visual_self_attention
+        visual_keys = layout.everything if sees_itself else layout.nonvisual
+        return view.attend((layout.nonvisual, text_keys), (layout.visual, visual_keys))
+
+    def _sink(self, layout: TokenLayout) -> Tensor:
+        index = torch.full_like(self.total, self.method.sink).clamp(max=self.total - 1)
+        return layout.visual_id == index[:, None]
+
+    def _first_half(self, layout: TokenLayout) -> Tensor:
+        return layout.visual.mask & (layout.visual_id < (self.total // 2)[:, None])
+
+    # ---- middle and deep --------------------------------------------------------------------------------------
+
+    def middle(self, view: AttentionView) -> None:
+        """Measure what each visual token contributes to the last token, and decide for the next layer."""
+        visual = view.layout.visual
+        effect, norm = contributions(view, visual)
+        weak = torch.where(view.present, effect, torch.inf).amin(1)
+        chosen = (norm > self.method.token_threshold) & view.present
+        trigger = ~self.filtered & (weak < self.method.layer_threshold)
+        keep = torch.where(trigger[:, None], chosen, view.present)
+        if "deep" in self.method.stages:
+            # A row that kept everything still has its full length, and the authors' exit waits for a shorter one.
+            shortened = self.filtered & (visual.total < self.total)
+            idle = shortened & ~(weak < self.method.exit_threshold)
+            reset = shortened & ~idle & self.method.consecutive_exit
+            self.idle_layers = torch.where(reset, 0, self.idle_layers + idle)
+            keep = keep & (self.idle_layers < self.method.exit_layers)[:, None]
+        self.filtered = self.filtered | trigger
+        self.keep = keep
+
+
+def contributions(view: AttentionView, visual: TokenSet) -> tuple[Tensor, Tensor]:
+    """How much each visual token matters to the last token: cos(a - c_j, a) and |c_j|, both (B, V), fp32.
+
+    a is the last token's attention output with its heads side by side, c_j the part of it that comes from token j.
+    """
+    weights = visual.pick(view.weights(), 3).squeeze(2)
+    part = weights[..., None] * visual.pick(view.values, 2).float()
+    part = part.transpose(1, 2).flatten(2)
+    output = view.output[:, -1].float().flatten(1)[:, None]
+    return cosine_similarity(output - part, output, dim=-1), part.norm(dim=-1)
