@@ -1,0 +1,9 @@
+"""Models: loading, and where each family keeps its parts."""
+
+from .. import _torchvision
+
+_torchvision.ensure_importable()
+
+from .load import LoadedModel, list_models, load_model  # noqa: E402
+
+__all__ = ["LoadedModel", "list_models", "load_model"]

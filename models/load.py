@@ -1,0 +1,158 @@
+"""Load a model with its processor: the embedded ``tiny``, a local folder or a hub checkpoint."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel
+
+from ..errors import DataError, InputError, OptionError, UnknownNameError, UnsupportedModelError, suggest
+from .adapters import FAMILIES, Adapter, Geometry
+
+EMBEDDED = {"tiny": Path(__file__).parent / "tiny" / "checkpoint"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class LoadedModel:
+    """A vision-language model ready to answer questions: ``model`` and ``processor`` are plain transformers objects."""
+
+    name: str
+    model: PreTrainedModel
+    processor: Any
+
+    @cached_property
+    def adapter(self) -> Adapter:
+        """Where the model keeps its parts."""
+        return Adapter(self.model)
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        """Sizes of the model."""
+        return self.adapter.geometry
+
+    def inputs(self, questions: list[str], images: list[list[Image.Image]]) -> BatchFeature:
+        """Model inputs for a batch: the checkpoint's chat template, images first, left padded, on the model's device.
+
+        ``images[i]`` are the images of ``questions[i]``, possibly none. Token ids are (B, L).
+        """
+        if len(questions) != len(images):
+            raise InputError(f"{len(questions)} questions, but images for {len(images)}")
+        texts = [self._prompt(question, len(pictures)) for question, pictures in zip(questions, images, strict=True)]
+        flat = [picture.convert("RGB") for pictures in images for picture in pictures]
+        batch = self.processor(
+            text=texts, images=flat or None, padding=True, padding_side="left", return_tensors="pt"
+        )
+        return batch.to(self.model.device, dtype=self.model.dtype)
+
+    def decode(self, ids: torch.Tensor) -> list[str]:
+        """Text of generated token ids (B, n), without special tokens."""
+        return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
+
+    def describe(self) -> dict[str, Any]:
+        """Facts that every result must carry: name, dtype, device, attention, image processor, versions."""
+        device = self.model.device
+        return {
+            "name": self.name,
+            "architecture": type(self.model).__name__,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": device.type,
+            "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name(),
+            "threads": torch.get_num_threads(),
+            "attention": self.adapter.decoder.config._attn_implementation,
+            "image_processor": type(self.processor.image_processor).__name__,
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "visibench")},
+        }
+
+    def _prompt(self, question: str, images: int) -> str:
+        if getattr(self.processor, "chat_template", None):
+            content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+            turn = [{"role": "user", "content": content}]
+            return self.processor.apply_chat_template(turn, add_generation_prompt=True)
+        return f"USER: {'<image>' * images}\n{question} ASSISTANT:"
+
+
+def list_models() -> dict[str, str]:
+    """Models that need no download, by name, with one line each."""
+    return {"tiny": "LLaVA architecture, trained on synthetic scenes, embedded in the package (first run, CI, development)"}
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a model by name (``tiny``), local folder or hub id such as ``llava-hf/llava-1.5-7b-hf``.
+
+    ``device``: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``, ``cuda:1`` … ``dtype``: ``auto`` (fp32 on CPU,
+    the checkpoint's own on GPU), ``float32``, ``bfloat16``, ``float16``. Weights are read from safetensors only.
+    Raises UnknownNameError, UnsupportedModelError, OptionError or DataError.
+    """
+    source = _source(name_or_path)
+    target = _device(device)
+    precision: Any = DTYPES.get(dtype, "auto" if target.type != "cpu" else torch.float32)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise OptionError(f"unknown dtype {dtype!r}; {suggest(dtype, ['auto', *DTYPES])}")
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        if config.model_type not in FAMILIES or FAMILIES[config.model_type].projector is None:
+            raise UnsupportedModelError(
+                f"{name_or_path}: architecture {config.model_type!r} has no adapter for images; see CONTRIBUTING.md"
+            )
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model = AutoModelForImageTextToText.from_pretrained(
+            source,
+            dtype=precision,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"cannot load model {name_or_path!r}: {reason}") from error
+    if getattr(processor, "patch_size", True) is None:
+        processor.patch_size = config.vision_config.patch_size
+    return LoadedModel(name_or_path, model.to(target).eval(), processor)
+
+
+def _source(name: str) -> str:
+    if name in EMBEDDED:
+        return str(EMBEDDED[name])
+    if Path(name).is_dir():
+        return name
+    if name.count("/") == 1 and not name.startswith((".", "/")):
+        return name
+    raise UnknownNameError(
+        f"unknown model {name!r}: not a folder, and not a hub id (owner/name); {suggest(name, list_models())}"
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise OptionError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError("no CUDA device here: use --device cpu")
+    return device
+
+
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
