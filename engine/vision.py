@@ -143,6 +143,6 @@ def row_hashes(layout: TokenLayout, inputs: dict[str, Any], hidden: Tensor) -> T
 
 
 def _hash(values: Tensor) -> Tensor:
-    bits = values.detach().float().contiguous().view(torch.int32).flatten(1).long()
+    bits = (values.detach().double() * 2**20).long().flatten(1)
     weights = torch.arange(bits.shape[1], device=bits.device) * 2654435761 % 4294967291
     return (bits * weights).sum(1)

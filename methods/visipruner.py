@@ -166,7 +166,7 @@ class VisiPrunerForward(Forward):
 
     def _sink(self, layout: TokenLayout) -> Tensor:
         index = torch.full_like(self.total, self.method.sink).clamp(max=self.total - 1)
-        return layout.visual_id == index[:, None]
+        return layout.visual.mask & (layout.visual_id == index[:, None])
 
     def _first_half(self, layout: TokenLayout) -> Tensor:
         return layout.visual.mask & (layout.visual_id < (self.total // 2)[:, None])
@@ -185,8 +185,9 @@ class VisiPrunerForward(Forward):
             # A row that kept everything still has its full length, and the authors' exit waits for a shorter one.
             shortened = self.filtered & (visual.total < self.total)
             idle = shortened & ~(weak < self.method.exit_threshold)
-            reset = shortened & ~idle & self.method.consecutive_exit
-            self.idle_layers = torch.where(reset, 0, self.idle_layers + idle)
+            if self.method.consecutive_exit:
+                self.idle_layers = self.idle_layers.masked_fill(shortened & ~idle, 0)
+            self.idle_layers = self.idle_layers + idle
             keep = keep & (self.idle_layers < self.method.exit_layers)[:, None]
         self.filtered = self.filtered | trigger
         self.keep = keep

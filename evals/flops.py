@@ -1,0 +1,121 @@
+"""Compute of one prefill, in multiply-adds (MACs): what really ran, in closed form, and fvcore's count of the same.
+
+Papers on pruning and fvcore print multiply-adds as "FLOPs", one per multiply-add; so do our tables. Matrix products and
+the patch convolution are counted; element-wise work, norms and softmax are not. Attention over n queries and m keys
+counts n·m pairs a head, the masked half included, as kernels and papers do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..engine.trace import Trace
+from ..models.adapters import Geometry, VisionGeometry
+
+_NORMS = ("aten::layer_norm", "aten::batch_norm", "aten::group_norm")
+
+
+@dataclass(frozen=True)
+class Flops:
+    """MACs of one prefill by component, each an array (B,) with one figure a sample, without padding."""
+
+    vision_tower: np.ndarray
+    projector: np.ndarray
+    projections: np.ndarray
+    ffn: np.ndarray
+    attention: np.ndarray
+    lm_head: np.ndarray
+    scoring: np.ndarray
+
+    def components(self) -> dict[str, list[float]]:
+        """MACs by component, one figure a sample."""
+        return {f.name: getattr(self, f.name).tolist() for f in fields(self)}
+
+    def total(self) -> list[float]:
+        """MACs of each sample."""
+        return np.sum([getattr(self, f.name) for f in fields(self)], axis=0).tolist()
+
+
+def executed(trace: Trace, geometry: Geometry, logits: int | None = 1) -> Flops:
+    """What one traced prefill really computed, per sample.
+
+    ``logits``: positions for which the LM head ran; 1 in ``generate``, None for all that are left, as in ``model(...)``.
+    """
+    g = geometry
+    tokens = trace.kv_lengths().double().numpy()
+    images = np.zeros(len(tokens))
+    if g.vision is not None:
+        images = np.array(trace.prompt.visual_counts) / g.vision.tokens
+    heads = g.heads * g.head_size
+    kv_heads = g.kv_heads * g.head_size
+    return Flops(
+        vision_tower=images * (vision_tower_macs(g.vision) if g.vision else 0),
+        projector=images * (g.vision.tokens * g.vision.projector_macs if g.vision else 0),
+        projections=tokens.sum(1) * (2 * g.hidden * heads + 2 * g.hidden * kv_heads),
+        ffn=tokens.sum(1) * 3 * g.hidden * g.intermediate,
+        attention=trace.attention_pairs().double().numpy().sum(1) * 2 * heads,
+        lm_head=(tokens[:, -1] if logits is None else np.full(len(tokens), float(logits))) * g.hidden * g.vocabulary,
+        scoring=trace.scoring_macs().double().numpy().sum(1),
+    )
+
+
+def vision_tower_macs(vision: VisionGeometry) -> float:
+    """MACs of the vision tower for one image: patch convolution and all its blocks, two FFN matrices each."""
+    n, d = vision.tokens + vision.has_cls, vision.hidden
+    block = 4 * n * d * d + 2 * n * n * d + 2 * n * d * vision.intermediate
+    return float(vision.tokens * vision.patch_inputs * d + vision.layers * block)
+
+
+def counted(model: nn.Module, inputs: dict[str, Any]) -> tuple[float, dict[str, int]]:
+    """MACs of ``model(**inputs)`` by fvcore's trace, and the operators that it does not count, with their numbers.
+
+    fvcore counts fused attention as zero: a handle is added. It counts norms, which are left out here.
+    Tensors of ``inputs`` only; run it inside ``prune()`` to count a pruned forward.
+    """
+    from fvcore.nn import FlopCountAnalysis
+
+    names, tensors = zip(*inputs.items(), strict=True)
+    analysis = FlopCountAnalysis(_Everything(model, names), tensors)
+    analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
+    analysis.set_op_handle(**dict.fromkeys(_NORMS, lambda inputs, outputs: 0))
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    return float(analysis.total()), dict(analysis.unsupported_ops())
+
+
+class _Everything(nn.Module):
+    """Positional tensors in, tensors out, as tracing wants them; every linear layer's output is returned as well.
+
+    A trace drops what its outputs do not need, such as the vision blocks behind the feature layer: they did run.
+    """
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        outputs: list[Tensor] = []
+        linear = [m for m in self.model.modules() if isinstance(m, nn.Linear)]
+        hooks = [m.register_forward_hook(lambda module, args, out: outputs.append(out)) for m in linear]
+        try:
+            self.model(**dict(zip(self.names, tensors, strict=True)), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return outputs
+
+
+def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    query, key, value = (tuple(v.type().sizes()) for v in inputs[:3])
+    pairs = prod(query[:-1]) * key[-2]
+    return pairs * (query[-1] + value[-1])
+
+
+def tera(macs: float | Tensor) -> float:
+    """MACs in units of 10¹², the papers' "TFLOPs"."""
+    return float(torch.as_tensor(macs)) * 1e-12
