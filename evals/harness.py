@@ -1,0 +1,63 @@
+"""lmms-eval, imported with its side effects contained.
+
+Importing lmms-eval takes over the process: it removes every loguru sink of the host and logs to standard output,
+silences all warnings, and tells Pillow to accept truncated images. Import its names from here and none of that lasts.
+"""
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+from unittest.mock import patch
+
+from loguru import logger
+from PIL import ImageFile
+
+from .._torchvision import ensure_importable
+
+ensure_importable()
+
+
+@contextmanager
+def _contained() -> Iterator[None]:
+    """Undo what an import of lmms-eval does to logging, warnings and Pillow."""
+    truncated = ImageFile.LOAD_TRUNCATED_IMAGES
+    sinks = patch.multiple(logger, remove=lambda *args: None, add=lambda *args, **options: -1)
+    try:
+        with warnings.catch_warnings(), sinks:
+            yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = truncated
+
+
+with _contained():
+    import lmms_eval.api.task as _task
+    import lmms_eval.evaluator as _evaluator
+    from lmms_eval.api.model import lmms
+    from lmms_eval.api.task import ConfigurableTask
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+    from lmms_eval.utils import Collator, load_yaml_config
+
+__all__ = ["Collator", "ConfigurableTask", "TaskManager", "lmms", "load_yaml_config", "quiet", "simple_evaluate"]
+
+# Loguru's own switch for libraries: what matters reaches the user as an exception.
+logger.disable("lmms_eval")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within: lmms-eval draws no bars, logs nothing and prints nothing on standard output, which may have to carry JSON."""
+    real = _evaluator.tqdm
+
+    def no_bar(*args: Any, **options: Any) -> Any:
+        return real(*args, **options | {"disable": True})
+
+    logger.disable("utils")  # the name under which lmms-eval imports the code of its tasks
+    try:
+        with patch.object(_evaluator, "tqdm", no_bar), patch.object(_task, "tqdm", no_bar):
+            with redirect_stdout(io.StringIO()):
+                yield
+    finally:
+        logger.enable("utils")
