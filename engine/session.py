@@ -8,6 +8,7 @@ decoding, where the layers of a stage share one length of KV cache.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from .attention import Interception, attention_mask
 from .layout import TokenLayout, cut
 from .trace import Trace
 from .views import AttentionView, LayerView
-from .vision import VisionTap, row_hashes, vision_cut
+from .vision import VisionTap, as_merge, row_hashes
 
 _active: WeakSet[nn.Module] = WeakSet()
 
@@ -60,8 +61,8 @@ class PruningSession:
         method.check(self.geometry)
         self._trace: Trace | None = None
         self._stages: list[Stage] = []  # of each decoder layer
-        self._inputs: dict[str, Any] = {}
-        self._decoder_mask: Tensor | None = None
+        self._cache: weakref.ref | None = None
+        self._padding: Tensor | None = None
         self._forward = Forward()
         self._decoding = False
         self._exit = ExitStack()
@@ -85,7 +86,6 @@ class PruningSession:
             stack.callback(_active.discard, decoder)
             hook = partial(_hooked, stack)
             hook(self.model.register_forward_pre_hook, self._on_model)
-            hook(decoder.register_forward_pre_hook, self._on_decoder)
             for number, layer in enumerate(self.adapter.layers):
                 hook(layer.register_forward_pre_hook, partial(self._on_layer, number))
             if "attention" in self.method.stage:
@@ -98,30 +98,41 @@ class PruningSession:
 
     def __exit__(self, *error: Any) -> None:
         self._exit.close()
-        self._stages, self._inputs, self._tap = [], {}, None
+        self._stages, self._cache, self._tap = [], None, None
 
     # ---- what the model hands us ------------------------------------------------------------------------------
 
     def _on_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._inputs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        if self._inputs.get("labels") is not None:
-            raise InputError("labels cannot be given under prune(): pruned logits are shorter; compare the last ones yourself")
-
-    def _on_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        mask = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
+        """Before a forward of the whole model: tell prefill from decoding, and begin a prefill."""
+        inputs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        if inputs.get("labels") is not None:
+            raise InputError("labels cannot be given under prune(): pruned logits are shorter; compare the last ones")
+        mask, cache = inputs.get("attention_mask"), inputs.get("past_key_values")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise InputError("prune() needs a 2D attention mask (batch, length), 1 for tokens and 0 for left padding")
-        self._decoder_mask = mask
+        self._padding = mask
+        self._decoding = cache is not None and cache.get_seq_length() > 0
+        if self._decoding:
+            if self._cache is None or self._cache() is not cache:
+                raise InputError("the KV cache is not that of the latest prompt run inside this `with` block")
+            return
+        _check_cache(cache)
+        layout = self._prompt_layout(inputs)
+        self._trace = Trace(layout, self.geometry.layers)
+        self._forward = self.method.begin(layout, self.geometry)
+        self._stages, self._cache = [], None
+        if self._tap is not None:
+            self._tap.begin(self._forward)
 
     def _on_layer(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-        if layer == 0:
-            self._begin(hidden, kwargs)
         if self._decoding:
             stage = self._stages[layer]
             if not stage.own:
                 return (hidden, *args), kwargs
             return (hidden, *args), kwargs | self._decode_step(stage, layer, hidden)
+        if layer == 0:
+            self._current = self._first_stage(hidden, kwargs)
         stage, hidden = self._prefill_layer(layer, module, hidden)
         self._stages.append(stage)
         self.trace.enter(stage.layout)
@@ -132,49 +143,40 @@ class PruningSession:
 
     # ---- prefill ----------------------------------------------------------------------------------------------
 
-    def _begin(self, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        """Tell prefill from decoding, and set up the first stage of a prefill."""
+    def _first_stage(self, hidden: Tensor, kwargs: dict[str, Any]) -> Stage:
+        if self._trace is None or self.trace.layouts:
+            raise InputError("under prune() call the model itself, not a part of it")
         cache = kwargs.get("past_key_values")
-        self._decoding = cache is not None and cache.get_seq_length() > 0
-        if self._decoding:
-            if not self._stages or self._stages[0].layout.rows != hidden.shape[0]:
-                raise InputError("the KV cache was not filled in this session: run the prompt inside the same `with` block")
-            return
-        _check_cache(cache)
-        layout = self._prompt_layout(hidden)
-        self._trace = Trace(layout, self.geometry.layers)
-        self._trace.images = self._tap.images if self._tap else 0
-        self._forward = self.method.begin(layout, self.geometry)
+        self._cache = None if cache is None else weakref.ref(cache)
         positions = kwargs["position_ids"].expand(hidden.shape[0], -1)
-        self._stages = []
-        self._current = Stage(layout, positions, kwargs["position_embeddings"], kwargs["attention_mask"], own=False)
+        return Stage(self.trace.prompt, positions, kwargs["position_embeddings"], kwargs["attention_mask"], own=False)
 
-    def _prompt_layout(self, hidden: Tensor) -> TokenLayout:
-        rows, width = hidden.shape[:2]
-        valid = self._decoder_mask
+    def _prompt_layout(self, inputs: dict[str, Any]) -> TokenLayout:
+        ids, embeddings, valid = inputs.get("input_ids"), inputs.get("inputs_embeds"), self._padding
+        given = ids if ids is not None else embeddings
+        if given is None:
+            raise InputError("give the model input_ids or inputs_embeds")
         if self.layout is not None:
-            layout = self.layout.expand(rows)
-            if layout.width != width:
-                raise InputError(f"the layout has {layout.width} tokens, the input {width}")
+            layout = self.layout.expand(given.shape[0])
+            if layout.width != given.shape[1]:
+                raise InputError(f"the layout has {layout.width} tokens, the input {given.shape[1]}")
             if valid is not None and not torch.equal(valid.bool().cpu(), layout.valid.cpu()):
                 raise InputError("the layout's padding differs from the attention mask: build it with TokenLayout.batch")
+        elif ids is None or self.adapter.image_token is None:
+            raise InputError(
+                "cannot tell which tokens are visual: pass input_ids with image tokens to a multimodal model, "
+                "or layout=visibench.TokenLayout.from_spans(length, visual=[(start, end)])"
+            )
         else:
-            ids = self._inputs.get("input_ids")
-            if ids is None or self.adapter.image_token is None:
-                raise InputError(
-                    "cannot tell which tokens are visual: pass input_ids with image tokens to a multimodal model, "
-                    "or layout=visibench.TokenLayout.from_spans(length, visual=[(start, end)])"
-                )
             layout = TokenLayout.from_masks(ids == self.adapter.image_token, torch.ones_like(ids) if valid is None else valid)
-        return replace(layout.to(hidden.device), hash_inputs=partial(row_hashes, layout, dict(self._inputs), hidden))
+        return replace(layout.to(given.device), hash_inputs=partial(row_hashes, layout, dict(inputs)))
 
     def _prefill_layer(self, layer: int, module: nn.Module, hidden: Tensor) -> tuple[Stage, Tensor]:
         stage = self._current
         if max(stage.layout.visual_counts) == 0:
             return stage, hidden
         if layer == 0 and self._tap is not None:
-            decision = vision_cut(self._forward, self._tap, stage.layout)
-            stage, hidden = self._apply(decision, stage, hidden)
+            stage, hidden = self._apply(self._tap.take(stage.layout, self.trace), stage, hidden)
         if type(self._forward).layer_input is not Forward.layer_input:
             view = LayerView(layer, module, stage, hidden, self.trace)
             stage, hidden = self._apply(self._forward.layer_input(layer, view), stage, hidden)
@@ -186,15 +188,15 @@ class PruningSession:
         if decision is None or max(stage.layout.visual_counts) == 0:
             return stage, hidden
         visual = stage.layout.visual
-        merge = decision if isinstance(decision, Merge) else Merge(decision.mask)
+        merge = as_merge(decision)
         if merge.replaced is not None:
             hidden = visual.place(merge.replaced, hidden, dim=1)
         added = anchor = None
         if merge.added is not None:
-            shape = merge.added.shape[:2]
-            added = torch.ones(shape, dtype=torch.bool, device=hidden.device) if merge.added_present is None else merge.added_present
-            anchor = merge.anchors if merge.anchors is not None else visual.total[:, None].expand(shape) - 1
-            anchor = visual.index.gather(1, anchor.clamp(min=0))
+            added = merge.added_mask()
+            anchor = visual.total[:, None] - 1 if merge.anchors is None else merge.anchors
+            first = visual.index.gather(1, anchor.clamp(min=0).expand(added.shape))
+            anchor = first - (anchor < 0).long()
         self.trace.host_syncs += 1
         change = cut(stage.layout, merge.mask, added, anchor)
         if change is None:
@@ -247,8 +249,8 @@ class PruningSession:
         positions = stage.next_position + torch.arange(queries, device=hidden.device)
         stage.next_position = stage.next_position + queries
         new = torch.ones_like(positions, dtype=torch.bool)
-        if self._decoder_mask is not None and self._decoder_mask.shape[1] >= queries:
-            new = self._decoder_mask[:, -queries:].bool()
+        if self._padding is not None and self._padding.shape[1] >= queries:
+            new = self._padding[:, -queries:].bool()
         stage.length += queries
         if stage.valid is not None:
             stage.valid = torch.cat([stage.valid, new], dim=1)

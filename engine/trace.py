@@ -22,7 +22,8 @@ class Trace:
         self.layers = layers
         self.layouts: list[TokenLayout] = []
         self.host_syncs = 0
-        self.images = 0
+        # Visual tokens that went through the projector, int (B,).
+        self.projected = torch.tensor(prompt.visual_counts)
         self._pairs: dict[int, Tensor] = {}
         self._scoring: defaultdict[int, Tensor] = defaultdict(self._zeros)
 

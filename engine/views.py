@@ -15,6 +15,7 @@ from .layout import TokenLayout, TokenSet
 if TYPE_CHECKING:
     from .session import Stage
     from .trace import Trace
+    from .vision import VisionTap
 
 Edit = Callable[[Tensor, Tensor], Tensor]
 
@@ -137,17 +138,17 @@ class AttentionView:
 
 
 class VisionView:
-    """The output of the vision tower: N images (of all rows, in order), P patches each."""
+    """The output of the vision tower: N images (of all rows, in order), P patches each.
 
-    def __init__(
-        self,
-        features: Tensor,
-        projected: Tensor,
-        blocks: dict[int, tuple[Tensor, Tensor, float]],
-        project: Callable[[Tensor], Tensor],
-    ) -> None:
-        self.features, self.projected, self.project = features, projected, project
-        self._blocks = blocks
+    ``features``: (N, P, Dv), what enters the projector. ``projected``: (N, P, D), what leaves it; only in
+    :meth:`~visibench.methods.Forward.projected`.
+    """
+
+    projected: Tensor
+
+    def __init__(self, features: Tensor, blocks: dict[int, tuple[Tensor, Tensor, float]], tap: VisionTap) -> None:
+        self.features = features
+        self._blocks, self._tap = blocks, tap
 
     @property
     def present(self) -> Tensor:
@@ -160,9 +161,14 @@ class VisionView:
         ``block`` counts back from the block whose output the model uses as features (-1: that block itself).
         """
         query, key, scaling = self._blocks[block]
+        self._tap.macs += key.shape[1] * key.shape[2] * key.shape[3]
         logits = (query[:, :, :1] @ key.transpose(-1, -2)).squeeze(2).float() * scaling
         return logits.softmax(-1)[:, :, 1:]
 
     def keys(self, block: int = -1) -> Tensor:
         """Keys (N, heads, P, d) of the patches in a vision block."""
         return self._blocks[block][1][:, :, 1:]
+
+    def scored(self, macs: int) -> None:
+        """Count ``macs`` multiply-adds an image that the method itself spent on matrix products."""
+        self._tap.macs += macs

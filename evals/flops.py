@@ -56,7 +56,7 @@ def executed(trace: Trace, geometry: Geometry, logits: int | None = 1) -> Flops:
     kv_heads = g.kv_heads * g.head_size
     return Flops(
         vision_tower=images * (vision_tower_macs(g.vision) if g.vision else 0),
-        projector=images * (g.vision.tokens * g.vision.projector_macs if g.vision else 0),
+        projector=trace.projected.double().numpy() * (g.vision.projector_macs if g.vision else 0),
         projections=tokens.sum(1) * (2 * g.hidden * heads + 2 * g.hidden * kv_heads),
         ffn=tokens.sum(1) * 3 * g.hidden * g.intermediate,
         attention=trace.attention_pairs().double().numpy().sum(1) * 2 * heads,

@@ -44,7 +44,7 @@ class Merge:
     (only those that stay matter). ``added``: (B, M, D) or None, new tokens, placed behind the last kept visual token
     of the row; ``added_present``: bool (B, M), where None means that all are. ``added_positions``: int (B, M), the
     positions of the new tokens, needed under the ``keep`` policy only. ``anchors``: int (B, M), for each new token the
-    visual token (0 … V-1, it need not stay) behind which it goes; None: behind the last one.
+    visual token (0 … V-1, it need not stay) behind which it goes, or -1 for in front of all; None: behind the last one.
     """
 
     mask: Tensor
@@ -54,12 +54,23 @@ class Merge:
     added_positions: Tensor | None = None
     anchors: Tensor | None = None
 
+    def added_mask(self) -> Tensor:
+        """Bool (B, M): the new tokens that exist."""
+        assert self.added is not None
+        if self.added_present is not None:
+            return self.added_present
+        return torch.ones(self.added.shape[:2], dtype=torch.bool, device=self.added.device)
+
 
 class Forward:
     """What a method does in one prefill. Every hook may return None: leave things as they are."""
 
     def vision(self, view: VisionView) -> Keep | Merge | None:
-        """Once, after the vision tower and projector; here the batch dimension counts images, not rows."""
+        """Once, between vision tower and projector; the batch dimension counts images, contents are features."""
+        return None
+
+    def projected(self, view: VisionView) -> Keep | Merge | None:
+        """Once, after the projector; the batch dimension counts images, contents are projected features."""
         return None
 
     def layer_input(self, layer: int, view: LayerView) -> Keep | Merge | None:
