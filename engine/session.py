@@ -61,12 +61,13 @@ class PruningSession:
         method.check(self.geometry)
         self._trace: Trace | None = None
         self._stages: list[Stage] = []  # of each decoder layer
+        self._inputs: dict[str, Any] = {}
         self._cache: weakref.ref | None = None
         self._padding: Tensor | None = None
         self._forward = Forward()
         self._decoding = False
         self._exit = ExitStack()
-        self._tap: VisionTap | None = None
+        self._tap = VisionTap(self.adapter, method)
 
     @property
     def trace(self) -> Trace:
@@ -91,14 +92,14 @@ class PruningSession:
             if "attention" in self.method.stage:
                 modules = {layer.self_attn: partial(self._on_attention, i) for i, layer in enumerate(self.adapter.layers)}
                 stack.enter_context(Interception(modules))
-            if "vision" in self.method.stage or "projector" in self.method.stage:
-                self._tap = stack.enter_context(VisionTap(self.adapter, self.method))
+            stack.enter_context(self._tap)
             self._exit = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._exit.close()
-        self._stages, self._cache, self._tap = [], None, None
+        self._stages, self._cache = [], None
+        self._tap.forget()
 
     # ---- what the model hands us ------------------------------------------------------------------------------
 
@@ -121,8 +122,7 @@ class PruningSession:
         self._trace = Trace(layout, self.geometry.layers)
         self._forward = self.method.begin(layout, self.geometry)
         self._stages, self._cache = [], None
-        if self._tap is not None:
-            self._tap.begin(self._forward)
+        self._inputs = dict(inputs)
 
     def _on_layer(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
@@ -149,7 +149,10 @@ class PruningSession:
         cache = kwargs.get("past_key_values")
         self._cache = None if cache is None else weakref.ref(cache)
         positions = kwargs["position_ids"].expand(hidden.shape[0], -1)
-        return Stage(self.trace.prompt, positions, kwargs["position_embeddings"], kwargs["attention_mask"], own=False)
+        patches = self.geometry.vision.tokens if self.geometry.vision else 1
+        hashes = partial(row_hashes, self.trace.prompt, self._inputs, self._tap.pixels, patches)
+        layout = replace(self.trace.prompt, hash_inputs=hashes)
+        return Stage(layout, positions, kwargs["position_embeddings"], kwargs["attention_mask"], own=False)
 
     def _prompt_layout(self, inputs: dict[str, Any]) -> TokenLayout:
         ids, embeddings, valid = inputs.get("input_ids"), inputs.get("inputs_embeds"), self._padding
@@ -169,14 +172,15 @@ class PruningSession:
             )
         else:
             layout = TokenLayout.from_masks(ids == self.adapter.image_token, torch.ones_like(ids) if valid is None else valid)
-        return replace(layout.to(given.device), hash_inputs=partial(row_hashes, layout, dict(inputs)))
+        return layout.to(given.device)
 
     def _prefill_layer(self, layer: int, module: nn.Module, hidden: Tensor) -> tuple[Stage, Tensor]:
         stage = self._current
         if max(stage.layout.visual_counts) == 0:
             return stage, hidden
-        if layer == 0 and self._tap is not None:
-            stage, hidden = self._apply(self._tap.take(stage.layout, self.trace), stage, hidden)
+        if layer == 0:
+            stage, hidden = self._apply(self._tap.decide(self._forward, stage.layout, self.trace), stage, hidden)
+            self._tap.forget()
         if type(self._forward).layer_input is not Forward.layer_input:
             view = LayerView(layer, module, stage, hidden, self.trace)
             stage, hidden = self._apply(self._forward.layer_input(layer, view), stage, hidden)
@@ -195,8 +199,8 @@ class PruningSession:
         if merge.added is not None:
             added = merge.added_mask()
             anchor = visual.total[:, None] - 1 if merge.anchors is None else merge.anchors
-            first = visual.index.gather(1, anchor.clamp(min=0).expand(added.shape))
-            anchor = first - (anchor < 0).long()
+            token = torch.where(anchor < 0, -1 - anchor, anchor).clamp(max=visual.index.shape[1] - 1)
+            anchor = visual.index.gather(1, token.expand(added.shape)) - (anchor < 0).long()
         self.trace.host_syncs += 1
         change = cut(stage.layout, merge.mask, added, anchor)
         if change is None:

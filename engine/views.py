@@ -46,9 +46,9 @@ class LayerView:
         """Attention weights (B, H, R, L), fp32, that the layer would compute for ``rows`` (default: the last token)."""
         rows = rows or self.layout.last
         query, key = attention.project(self._module, self.tokens, rows, self._stage.rope)
-        lengths, counts = torch.tensor(self.layout.lengths), torch.tensor(rows.counts)
-        q_macs, k_macs = (p.weight.numel() for p in (self._module.self_attn.q_proj, self._module.self_attn.k_proj))
-        self._trace.scored(self.layer, q_macs * counts + k_macs * lengths + counts * lengths * query.shape[1] * query.shape[3])
+        attn, heads = self._module.self_attn, query.shape[1] * query.shape[3]
+        macs = attn.q_proj.weight.numel() * _counts(rows) + attn.k_proj.weight.numel() * _counts(self.layout.everything)
+        self._trace.scored(self.layer, _with_images(self.layout, macs + _pairs(self.layout, rows) * heads))
         return attention.row_weights(query, key, rows.index, self.layout.valid, self._module.self_attn.scaling)
 
 
@@ -91,7 +91,8 @@ class AttentionView:
     def weights(self, rows: TokenSet | None = None) -> Tensor:
         """Post-softmax attention weights (B, H, R, L), fp32, of the asked ``rows`` (default: the last token) alone."""
         rows = rows or self.layout.last
-        self._trace.scored(self.layer, self._pairs(rows) * self._query.shape[1] * self._query.shape[3])
+        macs = _pairs(self.layout, rows) * self._query.shape[1] * self._query.shape[3]
+        self._trace.scored(self.layer, _with_images(self.layout, macs))
         return self._weights(rows.index)
 
     def edit(self, rows: TokenSet, edit: Edit, onto: Tensor | None = None) -> Tensor:
@@ -108,7 +109,7 @@ class AttentionView:
         for index in rows.index.split(attention.BLOCK, dim=1):
             weights = edit(self._weights(index), index).to(self.values.dtype)
             blocks.append((weights @ self.values).transpose(1, 2))
-        self._trace.attended(self.layer, self._pairs(rows))
+        self._trace.attended(self.layer, _pairs(self.layout, rows))
         return rows.place(torch.cat(blocks, dim=1), onto, dim=1)
 
     def attend(self, *parts: tuple[TokenSet, TokenSet]) -> Tensor:
@@ -125,16 +126,13 @@ class AttentionView:
                 continue
             part = attention.subset_attention(self._query, self._key, self._value, queries, keys, self._scaling)
             out = queries.place(part.transpose(1, 2), out, dim=1)
-            pairs += torch.tensor(queries.counts) * torch.tensor(keys.counts)
+            pairs += _counts(queries) * _counts(keys)
         self._trace.attended(self.layer, pairs, instead=True)
         return out
 
     def _weights(self, index: Tensor) -> Tensor:
         query = self._query.gather(2, index[:, None, :, None].expand(-1, self._query.shape[1], -1, self._query.shape[3]))
         return attention.row_weights(query, self._key, index, self.layout.valid, self._scaling)
-
-    def _pairs(self, rows: TokenSet) -> Tensor:
-        return torch.tensor(rows.counts) * torch.tensor(self.layout.lengths)
 
 
 class VisionView:
@@ -172,3 +170,16 @@ class VisionView:
     def scored(self, macs: int) -> None:
         """Count ``macs`` multiply-adds an image that the method itself spent on matrix products."""
         self._tap.macs += macs
+
+
+def _counts(tokens: TokenSet) -> Tensor:
+    return torch.tensor(tokens.counts)
+
+
+def _pairs(layout: TokenLayout, rows: TokenSet) -> Tensor:
+    return _counts(rows) * _counts(layout.everything)
+
+
+def _with_images(layout: TokenLayout, work: Tensor) -> Tensor:
+    """Work on rows that have no visual tokens (left) is the batch's doing; alone they would not be asked."""
+    return work * (_counts(layout.visual) > 0)

@@ -20,46 +20,54 @@ from .views import VisionView
 
 
 class VisionTap:
-    """While active, asks the method about the images at the projector, and remembers its decision for decoder layer 0.
+    """While active, keeps what the vision side computed, and asks the method about it at the projector.
 
-    Features that a method drops in front of the projector are not projected; zeros take their places until the cut.
+    Features that a method drops in front of the projector are not projected; zeros take their places until the cut
+    at decoder layer 0. ``generate`` encodes the images before it calls the model, so nothing here may need the prompt.
     """
 
     def __init__(self, adapter: Adapter, method: Method) -> None:
-        if adapter.vision_tower is None:
+        self.adapter, self.method = adapter, method
+        self.pixels: Tensor | None = None
+        self.macs = 0
+        self._view: VisionView | None = None
+        self._decision: Keep | Merge | None = None
+        self._kept: TokenSet | None = None
+        self._projected_tokens: Tensor | None = None
+        self._blocks: dict[int, tuple[Tensor, Tensor, float]] = {}
+        self._exit = ExitStack()
+        if adapter.vision_tower is None and {"vision", "projector"} & set(method.stage):
             raise UnsupportedModelError(
                 f"{method.name} reads the vision tower, and a bare decoder has none: pass the full model"
             )
-        self.adapter = adapter
-        self.forward = Forward()
-        self.decision: Keep | Merge | None = None
-        self.macs = 0
-        self.projected_tokens: Tensor | None = None
-        self._view: VisionView | None = None
-        self._kept: TokenSet | None = None
-        self._blocks: dict[int, tuple[Tensor, Tensor, float]] = {}
-        vision = adapter.geometry.vision
-        assert vision is not None
-        self.patches = vision.tokens
-        self._asked = {name: vision.feature_block + 1 + name for name in method.vision_blocks}
-        self._exit = ExitStack()
-
-    def begin(self, forward: Forward) -> None:
-        """A prefill starts."""
-        self.forward, self.decision, self.macs, self.projected_tokens = forward, None, 0, None
 
     def __enter__(self) -> VisionTap:
         with ExitStack() as stack:
-            projector, blocks = self.adapter.projector, self.adapter.vision_blocks
-            stack.callback(projector.register_forward_pre_hook(self._on_features).remove)
-            stack.callback(projector.register_forward_hook(self._on_projected).remove)
-            observers = {blocks[block].self_attn: partial(self._observe, name) for name, block in self._asked.items()}
-            stack.enter_context(Interception(observers))
+            if self.adapter.vision_tower is not None:
+                stack.callback(self.adapter.vision_tower.register_forward_pre_hook(self._on_pixels, with_kwargs=True).remove)
+            if {"vision", "projector"} & set(self.method.stage):
+                vision, blocks = self.adapter.geometry.vision, self.adapter.vision_blocks
+                assert vision is not None
+                self.patches = vision.tokens
+                stack.callback(self.adapter.projector.register_forward_pre_hook(self._on_features).remove)
+                stack.callback(self.adapter.projector.register_forward_hook(self._on_projected).remove)
+                asked = {name: blocks[vision.feature_block + 1 + name] for name in self.method.vision_blocks}
+                observers = {block.self_attn: partial(self._observe, name) for name, block in asked.items()}
+                stack.enter_context(Interception(observers))
             self._exit = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._exit.close()
+
+    def forget(self) -> None:
+        """What was seen has been used, or belongs to a prompt that failed."""
+        self.pixels = self._view = self._decision = self._kept = self._projected_tokens = None
+        self._blocks, self.macs = {}, 0
+
+    def _on_pixels(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.forget()
+        self.pixels = args[0] if args else kwargs["pixel_values"]
 
     def _observe(
         self, name: int, kernel: Any, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any
@@ -69,53 +77,42 @@ class VisionTap:
 
     def _on_features(self, module: nn.Module, args: tuple[Tensor]) -> Tensor | None:
         self._view = VisionView(args[0], self._blocks, self)
-        self._blocks = {}
-        self.decision = self.forward.vision(self._view)
-        if self.decision is None:
-            self._kept = None
+        self._decision = self.method.vision(self._view)
+        if self._decision is None:
             return None
-        merge = as_merge(self.decision)
+        merge = as_merge(self._decision)
         source = args[0] if merge.replaced is None else merge.replaced
         self._kept = TokenSet(merge.mask, tuple(merge.mask.sum(1).tolist()))
         kept = self._kept.pick(source, 1)
-        added = 0 if merge.added is None else merge.added_mask().sum(1)
-        self.projected_tokens = self._kept.total + added
+        self._projected_tokens = self._kept.total + (0 if merge.added is None else merge.added_mask().sum(1))
         return kept if merge.added is None else torch.cat([kept, merge.added.to(kept.dtype)], dim=1)
 
     def _on_projected(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
         assert self._view is not None
         if self._kept is None:
             self._view.projected = output
-            self.decision = self.forward.projected(self._view)
             return None
-        merge, count = as_merge(self.decision), self._kept.index.shape[1]
-        if merge.added is not None:
-            self.decision = replace(merge, replaced=None, added=output[:, count:])
-        else:
-            self.decision = Keep(merge.mask)
+        merge, count = as_merge(self._decision), self._kept.index.shape[1]
+        added = None if merge.added is None else output[:, count:]
+        self._decision = replace(merge, replaced=None, added=added)
         places = output.new_zeros(output.shape[0], self.patches, output.shape[2])
         return self._kept.place(output[:, :count], places, dim=1)
 
-    def take(self, layout: TokenLayout, trace: Trace) -> Keep | Merge | None:
-        """The decision, translated from images (N, P) to the rows (B, V) of the batch."""
-        decision, self.decision = self.decision, None
-        images = sum(layout.visual_counts) // self.patches
-        if decision is None or images == 0:
+    def decide(self, forward: Forward, layout: TokenLayout, trace: Trace) -> Keep | Merge | None:
+        """The method's decision about the images, translated from images (N, P) to the rows (B, V) of the batch."""
+        if not {"vision", "projector"} & set(self.method.stage):
             return None
-        rows = ImageRows(layout, self.patches)
+        if self._view is None:
+            raise InputError(f"{self.method.name} needs the images: pass pixel_values inside the `with` block")
+        if self._decision is None:
+            self._decision = forward.projected(self._view)
+        if self._decision is None:
+            return None
+        rows = ImageRows(layout, self.patches, self._view.features.shape[0])
         trace.scored(0, torch.tensor(rows.counts) * self.macs)
-        if self.projected_tokens is not None:
-            trace.projected = rows.group(self.projected_tokens[:, None]).sum(1).cpu()
-        if isinstance(decision, Keep):
-            return Keep(rows.group(decision.mask))
-        return Merge(
-            rows.group(decision.mask),
-            None if decision.replaced is None else rows.group(decision.replaced),
-            None if decision.added is None else rows.group(decision.added),
-            None if decision.added is None else rows.group(decision.added_mask()),
-            None if decision.added_positions is None else rows.group(decision.added_positions),
-            None if decision.added is None else rows.anchors(decision),
-        )
+        if self._projected_tokens is not None:
+            trace.projected = rows.group(self._projected_tokens[:, None]).sum(1).cpu()
+        return rows.translate(as_merge(self._decision))
 
 
 def as_merge(decision: Keep | Merge | None) -> Merge:
@@ -125,45 +122,67 @@ def as_merge(decision: Keep | Merge | None) -> Merge:
 
 
 class ImageRows:
-    """Where the images (N, in row-major order) stand in the rows (B, with up to M images each)."""
+    """Where the ``images`` (N, in row-major order) stand in the rows (B, with up to M images each).
 
-    def __init__(self, layout: TokenLayout, patches: int) -> None:
-        if any(count % patches for count in layout.visual_counts):
-            raise InputError(f"rows of {layout.visual_counts} visual tokens do not consist of images of {patches} patches")
-        self.counts = [count // patches for count in layout.visual_counts]
+    In beam search each row of the prompt, with its images, is repeated after the images were encoded.
+    """
+
+    def __init__(self, layout: TokenLayout, patches: int, images: int) -> None:
+        visual = layout.visual_counts
+        if any(count % patches for count in visual) or not images or sum(visual) // patches % images:
+            raise InputError(f"{images} images of {patches} patches do not fill rows of {visual} visual tokens")
+        self.counts = [count // patches for count in visual]
         self.most, self.patches = max(self.counts), patches
-        places = [row * self.most + k for row, n in enumerate(self.counts) for k in range(n)]
+        beams = sum(self.counts) // images
+        if any(len(set(self.counts[row : row + beams])) > 1 for row in range(0, len(self.counts), beams)):
+            raise InputError(f"{images} images of {patches} patches do not fill rows of {visual} visual tokens")
+        sources, places, first = [], [], 0
+        for row, count in enumerate(self.counts):
+            sources += range(first, first + count)
+            places += range(row * self.most, row * self.most + count)
+            first += count if (row + 1) % beams == 0 else 0
+        self.sources = torch.tensor(sources, device=layout.device)
         self.places = torch.tensor(places, device=layout.device)
 
     def group(self, images: Tensor) -> Tensor:
         """(N, K, …) → (B, M·K, …), zero where a row has fewer than M images."""
         rows = len(self.counts)
         out = images.new_zeros(rows * self.most, *images.shape[1:])
-        out[self.places] = images
+        out[self.places] = images[self.sources]
         return out.reshape(rows, self.most * images.shape[1], *images.shape[2:])
 
-    def anchors(self, merge: Merge) -> Tensor:
+    def translate(self, merge: Merge) -> Merge:
+        """A decision over images (N, P) as one over rows (B, V)."""
+        return Merge(
+            self.group(merge.mask),
+            None if merge.replaced is None else self.group(merge.replaced),
+            None if merge.added is None else self.group(merge.added),
+            None if merge.added is None else self.group(merge.added_mask()),
+            None if merge.added_positions is None else self.group(merge.added_positions),
+            None if merge.added is None else self._anchors(merge),
+        )
+
+    def _anchors(self, merge: Merge) -> Tensor:
         """Int (B, M·added): for each added token the visual token of the row behind which it goes."""
         assert merge.added is not None
         own = merge.anchors
         if own is None:
             own = torch.full(merge.added.shape[:2], self.patches - 1, device=self.places.device)
-        first = torch.arange(self.most, device=self.places.device) * self.patches
-        return self.group(own) + first.repeat_interleave(own.shape[1])
+        own = self.group(own)
+        first = (torch.arange(self.most, device=self.places.device) * self.patches).repeat_interleave(merge.added.shape[1])
+        return torch.where(own < 0, own - first, own + first)
 
 
-def row_hashes(layout: TokenLayout, inputs: dict[str, Any]) -> Tensor:
+def row_hashes(layout: TokenLayout, inputs: dict[str, Any], pixels: Tensor | None, patches: int) -> Tensor:
     """Int (B,): a hash of each row's raw inputs (ids and pixels, or embeddings); integer sums, the same in any batch."""
-    pixels, ids = inputs.get("pixel_values"), inputs.get("input_ids")
+    ids = inputs.get("input_ids")
     if ids is None:
         embeddings = inputs["inputs_embeds"]
-        return _hash(embeddings.masked_fill(~layout.valid[..., None].to(embeddings.device), 0).flip(1))
-    rows = (ids * layout.valid.to(ids.device)).sum(1)
-    counts = layout.visual_counts
-    patches = sum(counts) // max(len(pixels), 1) if pixels is not None else 0
-    if pixels is not None and patches and not any(count % patches for count in counts):
-        rows = rows + ImageRows(layout, patches).group(_hash(pixels)[:, None]).sum(1)
-    return rows
+        return _hash(embeddings.masked_fill(~layout.valid[..., None], 0).flip(1))
+    hashes = (ids * layout.valid).sum(1)
+    if pixels is None or not any(layout.visual_counts):
+        return hashes
+    return hashes + ImageRows(layout, patches, pixels.shape[0]).group(_hash(pixels)[:, None]).sum(1)
 
 
 def _hash(values: Tensor) -> Tensor:

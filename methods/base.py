@@ -1,9 +1,10 @@
 """The contract between a pruning method and the engine.
 
 A method is a frozen dataclass of hyperparameters. For each prefill the engine calls :meth:`Method.begin` and gets a
-:class:`Forward`, which holds the state of that one forward pass and answers at up to three places: after the vision
-tower, at the input of every decoder layer, and inside its attention. Methods never touch the model: they read the
-views that the engine hands them and return :class:`Keep`, :class:`Merge` or a replaced attention output.
+:class:`Forward`, which holds the state of that one forward pass and answers at up to three places: behind the
+projector, at the input of every decoder layer, and inside its attention; :meth:`Method.vision` answers in front of the
+projector. Methods never touch the model: they read the views that the engine hands them and return :class:`Keep`,
+:class:`Merge` or a replaced attention output.
 
 Shapes: B rows of the batch, V visual tokens present (the most over the rows; shorter rows are padded at the end and
 ``view.present`` says where), H heads, L tokens, D hidden size.
@@ -44,7 +45,8 @@ class Merge:
     (only those that stay matter). ``added``: (B, M, D) or None, new tokens, placed behind the last kept visual token
     of the row; ``added_present``: bool (B, M), where None means that all are. ``added_positions``: int (B, M), the
     positions of the new tokens, needed under the ``keep`` policy only. ``anchors``: int (B, M), for each new token the
-    visual token (0 … V-1, it need not stay) behind which it goes, or -1 for in front of all; None: behind the last one.
+    visual token (it need not stay) by which it goes: j for behind token j, -1 - j for in front of it; None: behind the
+    last one.
     """
 
     mask: Tensor
@@ -65,12 +67,8 @@ class Merge:
 class Forward:
     """What a method does in one prefill. Every hook may return None: leave things as they are."""
 
-    def vision(self, view: VisionView) -> Keep | Merge | None:
-        """Once, between vision tower and projector; the batch dimension counts images, contents are features."""
-        return None
-
     def projected(self, view: VisionView) -> Keep | Merge | None:
-        """Once, after the projector; the batch dimension counts images, contents are projected features."""
+        """Once, behind the projector; B counts images, contents are projected features."""
         return None
 
     def layer_input(self, layer: int, view: LayerView) -> Keep | Merge | None:
@@ -106,6 +104,13 @@ class Method:
     def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
         """State for one prefill of a batch with this ``layout``."""
         raise NotImplementedError
+
+    def vision(self, view: VisionView) -> Keep | Merge | None:
+        """Once for each batch of images, between vision tower and projector; contents are features, B counts images.
+
+        A method of its own and not of :class:`Forward`, because images may be encoded before the prompt is known.
+        """
+        return None
 
     def check(self, geometry: Geometry) -> None:
         """Raise :class:`OptionError` if these hyperparameters cannot act on a model of this geometry."""

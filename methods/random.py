@@ -43,19 +43,19 @@ class Random(Budgeted):
         self.require(self.layer < geometry.layers, f"layer={self.layer}, but the model has {geometry.layers} layers")
 
     def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
-        return RandomForward(self, layout)
+        return RandomForward(self)
 
 
 class RandomForward(Forward):
-    """State of one prefill."""
+    """One prefill."""
 
-    def __init__(self, method: Random, layout: TokenLayout) -> None:
-        self.method, self.layout = method, layout
+    def __init__(self, method: Random) -> None:
+        self.method = method
 
     def layer_input(self, layer: int, view: LayerView) -> Keep | None:
         if layer != self.method.layer:
             return None
-        scores = draw(self.layout.fingerprint + self.method.seed, view.present.shape[1])
+        scores = draw(view.layout.fingerprint + self.method.seed, view.present.shape[1])
         return Keep(top(scores, self.method.budget(view.layout.visual.total), view.present))
 
 
