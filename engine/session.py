@@ -182,7 +182,7 @@ class PruningSession:
             stage, hidden = self._apply(self._tap.decide(self._forward, stage.layout, self.trace), stage, hidden)
             self._tap.forget()
         if type(self._forward).layer_input is not Forward.layer_input:
-            view = LayerView(layer, module, stage, hidden, self.trace)
+            view = LayerView(layer, module, stage, hidden, self.adapter.decoder.norm, self.trace)
             stage, hidden = self._apply(self._forward.layer_input(layer, view), stage, hidden)
         self._current = stage
         return stage, hidden

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -18,13 +18,19 @@ if TYPE_CHECKING:
     from .vision import VisionTap
 
 Edit = Callable[[Tensor, Tensor], Tensor]
+Norm = Callable[[Tensor], Tensor]
 
 
 class LayerView:
-    """The input of a decoder layer: B rows, L tokens, V visual tokens."""
+    """The input of a decoder layer: B rows, L tokens, V visual tokens.
 
-    def __init__(self, layer: int, module: torch.nn.Module, stage: Stage, hidden: Tensor, trace: Trace) -> None:
-        self.layer, self.tokens = layer, hidden
+    ``tokens``: hidden states of all tokens (B, L, D). ``final_norm``: the decoder's last norm, as a function.
+    """
+
+    def __init__(
+        self, layer: int, module: torch.nn.Module, stage: Stage, hidden: Tensor, final_norm: Norm, trace: Trace
+    ) -> None:
+        self.layer, self.tokens, self.final_norm = layer, hidden, final_norm
         self._module, self._stage, self._trace = module, stage, trace
 
     @property
@@ -41,6 +47,10 @@ class LayerView:
     def hidden(self) -> Tensor:
         """Hidden states of the visual tokens (B, V, D)."""
         return self.layout.visual.pick(self.tokens, 1)
+
+    def scored(self, macs: Tensor) -> None:
+        """Count int (B,) multiply-adds that the method itself spends on matrix products for each row."""
+        self._trace.scored(self.layer, _with_images(self.layout, macs.cpu()))
 
     def preview(self, rows: TokenSet | None = None) -> Tensor:
         """Attention weights (B, H, R, L), fp32, that the layer would compute for ``rows`` (default: the last token)."""
@@ -94,6 +104,14 @@ class AttentionView:
         macs = _pairs(self.layout, rows) * self._query.shape[1] * self._query.shape[3]
         self._trace.scored(self.layer, _with_images(self.layout, macs))
         return self._weights(rows.index)
+
+    def scan(self, rows: TokenSet) -> Iterator[tuple[Tensor, Tensor]]:
+        """Attention weights of many ``rows`` in blocks: (B, H, r, L), fp32, and which of the r rows count (B, r)."""
+        macs = _pairs(self.layout, rows) * self._query.shape[1] * self._query.shape[3]
+        self._trace.scored(self.layer, _with_images(self.layout, macs))
+        blocks = (t.split(attention.BLOCK, dim=1) for t in (rows.index, rows.present))
+        for index, present in zip(*blocks, strict=True):
+            yield self._weights(index), present
 
     def edit(self, rows: TokenSet, edit: Edit, onto: Tensor | None = None) -> Tensor:
         """Attention output (B, L, H, d) in which ``rows`` attend with edited weights.

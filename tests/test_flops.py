@@ -1,0 +1,97 @@
+"""Closed-form compute against two independent counters of the forward that really ran."""
+
+import pytest
+import torch
+import visibench
+from probes import MergeProbe, Probe, VisionProbe
+from support import collate, make_batch, make_llava
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from visibench.evals import flops
+
+ROWS = [(5, 9, 1), (3, 12, 2), (4, 6, 0)]
+METHODS = [
+    visibench.load_method("none"),
+    visibench.load_method("random", tokens=5),
+    visibench.load_method("fastv", tokens=4),
+    visibench.load_method("visipruner", shallow_layers=2),
+    visibench.load_method("visipruner", shallow_layers=2, layer_threshold=0.9, token_threshold=3.0),
+    visibench.load_method("visipruner", shallow_layers=3, layer0="13b"),
+    visibench.load_method("visipruner", shallow_layers=3, visual_self_attention=False),
+    visibench.load_method("visipruner", shallow_layers=2, skip=True),
+    visibench.load_method("visipruner", shallow_layers=2, skip=True, layer0="13b"),
+    visibench.load_method("visipruner", shallow_layers=2, skip=True, visual_self_attention=False),
+    Probe(layer=4),
+    MergeProbe(positions="renumber"),
+    VisionProbe(),
+    VisionProbe(merge=True, positions="renumber"),
+]
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, out_shape=None, **kwargs: sdpa_flop_count(q, k, v)
+}
+# Operators that multiply nothing by a matrix: listed, so that a new one that does cannot hide among them.
+ELEMENTWISE = """embedding add sub rsub mul div neg pow sqrt rsqrt exp sigmoid silu gelu cos sin mean sum cumsum norm
+linalg_vector_norm clamp clamp_min where masked_fill masked_scatter new_ones new_zeros zeros_like ones_like full_like empty_like
+le lt gt ge eq ne __and__ __or__ __xor__ __rshift__ bitwise_not logical_not abs amin argsort scatter scatter_ gather expand_as
+repeat_interleave softmax fill_ cosine_similarity index_put_ floor min index any""".split()
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_fvcore_agrees_within_one_per_cent(llava, method, row):
+    (sample,) = make_batch([row])
+    with visibench.prune(llava, method) as session:
+        count, uncounted = flops.counted(llava, sample)
+        closed = flops.executed(session.trace, session.geometry, logits=None)
+    assert closed.total()[0] == pytest.approx(count, rel=0.01)
+    assert {name.removeprefix("aten::") for name in uncounted} <= set(ELEMENTWISE)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_torch_flop_counter_agrees_for_grouped_heads(method, kv_heads):
+    """torch counts what was dispatched, each multiply-add as 2, but not the fused CPU kernel."""
+    model = make_llava(kv_heads=kv_heads, attention="eager")
+    (sample,) = make_batch(ROWS[:1])
+    with visibench.prune(model, method) as session, FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        model(**sample)
+    closed = flops.executed(session.trace, session.geometry, logits=None)
+    assert closed.total()[0] == counter.get_total_flops() / 2
+
+
+def test_sample_figures_do_not_depend_on_the_batch(llava):
+    samples = make_batch(ROWS)
+    for method in METHODS:
+        with visibench.prune(llava, method) as session:
+            llava(**collate(samples))
+            together = flops.executed(session.trace, session.geometry).total()
+            for row, sample in enumerate(samples):
+                llava(**sample)
+                assert flops.executed(session.trace, session.geometry).total()[0] == together[row]
+
+
+def test_components_by_hand(llava):
+    """One image of 16 patches, 14 text tokens, d 48, m 64, 4 heads of 12, 2 kv heads, 10 layers; FastV keeps 4 from layer 2."""
+    (sample,) = make_batch([(5, 9, 1)])
+    with visibench.prune(llava, visibench.load_method("fastv", tokens=4)) as session:
+        llava(**sample)
+    parts = flops.executed(session.trace, session.geometry).components()
+    tokens, pairs = 2 * 30 + 8 * 18, 2 * 30**2 + 8 * 18**2
+    assert parts["projections"] == [tokens * (2 * 48 * 48 + 2 * 48 * 24)]
+    assert parts["ffn"] == [tokens * 3 * 48 * 64]
+    assert parts["attention"] == [pairs * 2 * 48]
+    assert parts["scoring"] == [30 * 48]
+    assert parts["lm_head"] == [48 * 64]
+    assert parts["projector"] == [16 * (32 * 48 + 48 * 48)]
+    block = 4 * 17 * 32 * 32 + 2 * 17 * 17 * 32 + 2 * 17 * 32 * 48
+    assert parts["vision_tower"] == [16 * 3 * 36 * 32 + 3 * block]
+
+
+def test_dropping_features_saves_projector_work(llava):
+    (sample,) = make_batch([(5, 9, 2)])
+    with visibench.prune(llava, VisionProbe(merge=True, positions="renumber")) as session:
+        llava(**sample)
+    assert flops.executed(session.trace, session.geometry).projector.tolist() == [2 * 9 * (32 * 48 + 48 * 48)]
+
+
+def test_tera():
+    assert flops.tera(torch.tensor(3.817e12)) == pytest.approx(3.817)
