@@ -16,7 +16,7 @@ _OBJECTS = [{"objectId": TEXT, "value": TEXT}]
 FEATURES = {
     "MME": Features({"question_id": TEXT, "image": Image(), "question": TEXT, "answer": TEXT, "category": TEXT}),
     "POPE": Features(
-        {key: TEXT for key in ("id", "question_id", "question", "answer", "image_source")}
+        dict.fromkeys(("id", "question_id", "question", "answer", "image_source"), TEXT)
         | {"image": Image(), "category": TEXT}
     ),
     "textvqa": Features(
@@ -26,7 +26,7 @@ FEATURES = {
     ),
     "GQA_images": Features({"id": TEXT, "image": Image()}),
     "GQA_instructions": Features(
-        {key: TEXT for key in ("id", "imageId", "question", "answer", "fullAnswer")}
+        dict.fromkeys(("id", "imageId", "question", "answer", "fullAnswer"), TEXT)
         | {"isBalanced": FLAG, "groups": {"global": TEXT, "local": TEXT}, "entailed": TEXT, "equivalent": TEXT}
         | {"types": {"structural": TEXT, "semantic": TEXT, "detailed": TEXT}}
         | {"annotations": {"question": _OBJECTS, "answer": _OBJECTS, "fullAnswer": _OBJECTS}}
@@ -46,7 +46,11 @@ def picture(colour: str, label: str = "") -> Pillow.Image:
 def _mme() -> list[dict]:
     rows = []
     for number, category in enumerate(MME_CATEGORIES):
-        shared = {"question_id": f"{category}/{number:04d}.png", "image": picture(COLOURS[number]), "category": category}
+        shared = {
+            "question_id": f"{category}/{number:04d}.png",
+            "image": picture(COLOURS[number]),
+            "category": category,
+        }
         for colour, answer in ((COLOURS[number], "Yes"), ("white", "No")):
             rows.append(shared | {"question": f"Is the box {colour}? Please answer yes or no.", "answer": answer})
     return rows
@@ -141,7 +145,8 @@ def save_like_hub(root: Path) -> Path:
         configurations.setdefault(repository, []).append((configuration, split, f"{folder}/{split}-*"))
     for repository, entries in configurations.items():
         lines = [
-            f"- config_name: {name}\n  data_files:\n  - split: {split}\n    path: {path}\n" for name, split, path in entries
+            f"- config_name: {name}\n  data_files:\n  - split: {split}\n    path: {path}\n"
+            for name, split, path in entries
         ]
         (root / repository / "README.md").write_text("---\nconfigs:\n" + "".join(lines) + "---\n")
     return root
@@ -149,13 +154,37 @@ def save_like_hub(root: Path) -> Path:
 
 def save_checkpoint(root: Path) -> Path:
     """A LLaVA with random weights, 16 visual tokens an image, and its processor, for ``from_pretrained``."""
-    words = "yes no stop is the box there a in image what color word on sign please answer or using single phrase".split()
+    words = [
+        "yes",
+        "no",
+        "stop",
+        "is",
+        "the",
+        "box",
+        "there",
+        "a",
+        "in",
+        "image",
+        "what",
+        "color",
+        "word",
+        "on",
+        "sign",
+        "please",
+        "answer",
+        "or",
+        "using",
+        "single",
+        "phrase",
+    ]
     vocabulary = ["<pad>", "<s>", "</s>", "<unk>", *words, *COLOURS]
     vocabulary += [f"w{i}" for i in range(63 - len(vocabulary))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, extra_special_tokens={"image_token": "<image>"})
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **special, extra_special_tokens={"image_token": "<image>"}
+    )
     images = CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
     processor = LlavaProcessor(
         images, fast, patch_size=6, vision_feature_select_strategy="default", num_additional_image_tokens=1
