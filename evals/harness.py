@@ -7,7 +7,7 @@ silences all warnings, and tells Pillow to accept truncated images. Import its n
 import io
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Any
 from unittest.mock import patch
 
@@ -48,16 +48,16 @@ logger.disable("lmms_eval")
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within: lmms-eval draws no bars, logs nothing and prints nothing on standard output, which may have to carry JSON."""
+    """Within: lmms-eval draws no bars, logs nothing, and keeps off standard output, which may have to carry JSON."""
     real = _evaluator.tqdm
 
     def no_bar(*args: Any, **options: Any) -> Any:
         return real(*args, **options | {"disable": True})
 
-    logger.disable("utils")  # the name under which lmms-eval imports the code of its tasks
-    try:
-        with patch.object(_evaluator, "tqdm", no_bar), patch.object(_task, "tqdm", no_bar):
-            with redirect_stdout(io.StringIO()):
-                yield
-    finally:
-        logger.enable("utils")
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(_evaluator, "tqdm", no_bar))
+        stack.enter_context(patch.object(_task, "tqdm", no_bar))
+        stack.enter_context(redirect_stdout(io.StringIO()))
+        logger.disable("utils")  # the name under which lmms-eval imports the code of its tasks
+        stack.callback(logger.enable, "utils")
+        yield

@@ -6,7 +6,7 @@ import hashlib
 import tempfile
 import time
 from argparse import Namespace
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,11 +42,12 @@ class Score:
 class Evaluation:
     """What one method did on one task.
 
-    ``scores``: the task's headline metrics. ``metrics``: all of lmms-eval's, by its keys. ``categories``: the mean
-    per-question score by category, for tasks that have categories. ``samples``: one row a question (see
-    :func:`evaluate`). ``components``: executed MACs of a prefill by component, mean over questions. ``generation``: how answers were generated. ``seconds``: ``answer`` for preparing inputs and
-    generating, ``generate`` for generating alone, ``total`` with lmms-eval's scoring. ``data_hash``: of the questions,
-    targets and pixels that were really used.
+    ``size`` questions of ``total`` were asked; ``note`` says if that differs from the limit. ``scores``: the task's
+    headline metrics. ``metrics``: all of lmms-eval's, by its keys. ``categories``: the mean per-question score by
+    category, for tasks that have categories. ``samples``: one row a question (see :func:`evaluate`). ``components``:
+    executed MACs of a prefill by component, mean over questions. ``generation``: how answers were generated.
+    ``seconds``: ``answer`` for preparing inputs and generating, ``generate`` for generating alone, ``total`` with
+    lmms-eval's scoring. ``data_hash``: of the questions, targets and pixels that were really used.
     """
 
     task: str
@@ -83,8 +84,8 @@ def evaluate(
 
     The samples have the columns task, doc_id, question_id, image (cluster id), category, prompt, target, output (as
     generated), answer (as scored), score (lmms-eval's per-question score of the headline metric), prompt_tokens,
-    new_tokens, visual_tokens and kv_lengths (a list, one entry a decoder layer: tokens at its input, entries of its
-    KV cache, after prefill), and executed_macs (of the prefill).
+    new_tokens, prompt_visual_tokens, visual_tokens and kv_lengths (a list, one entry a decoder layer: visual tokens at
+    its input, entries of its KV cache after prefill), and executed_macs (of the prefill).
 
     Raises :class:`VisibenchError` for images that cannot be read, questions without one, and unusable options.
     """
@@ -106,7 +107,9 @@ def evaluate(
         note=note,
         scores=[_score(metric, metrics, samples) for metric in task.info.metrics],
         metrics=metrics,
-        categories={str(k): float(v) for k, v in samples.dropna(subset="category").groupby("category")["score"].mean().items()},
+        categories={
+            str(k): float(v) for k, v in samples.dropna(subset="category").groupby("category")["score"].mean().items()
+        },
         samples=samples.drop(columns="pixels"),
         components={name: macs / len(samples) for name, macs in bridge.components.items()},
         generation=bridge.generation,
@@ -124,6 +127,7 @@ class Record:
     pixels: str
     prompt_tokens: int
     new_tokens: int
+    prompt_visual_tokens: int
     visual_tokens: list[int]
     kv_lengths: list[int]
     executed_macs: float
@@ -138,11 +142,17 @@ class Bridge(harness.lmms):
         self, loaded: LoadedModel, session: Any, task: Task, batch_size: int, on_batch: Callable[[int], None]
     ) -> None:
         super().__init__()
-        self.loaded, self.session, self.task, self.batch_size, self.on_batch = loaded, session, task, batch_size, on_batch
+        self.loaded, self.session, self.task, self.batch_size, self.on_batch = (
+            loaded,
+            session,
+            task,
+            batch_size,
+            on_batch,
+        )
         self.records: dict[int, Record] = {}
         self.generation: dict[str, Any] = {}
         self.seconds = {"answer": 0.0, "generate": 0.0}
-        self.components: Counter[str] = Counter()
+        self.components: defaultdict[str, float] = defaultdict(float)
 
     def clean(self) -> None:
         """lmms-eval drops a model's modules here, after generation; ours is used again."""
@@ -156,7 +166,9 @@ class Bridge(harness.lmms):
     def generate_until(self, requests: list) -> list[str]:
         """Answers to all requests, in their order. Batches hold prompts of similar length, to pad little."""
         arguments = [request.args for request in requests]
-        collator = harness.Collator(arguments, lambda a: (-len(a[0]), a[0], a[3]), group_fn=lambda a: a[1], grouping=True)
+        collator = harness.Collator(
+            arguments, lambda a: (-len(a[0]), a[0], a[3]), group_fn=lambda a: a[1], grouping=True
+        )
         answers: list[str] = []
         started = time.perf_counter()
         for chunk in collator.get_batched(n=self.batch_size):
@@ -185,6 +197,7 @@ class Bridge(harness.lmms):
             images,
             inputs["attention_mask"].sum(1).tolist(),
             _lengths(new, self.loaded),
+            trace.prompt.visual_counts,
             trace.visual_counts().tolist(),
             trace.kv_lengths().tolist(),
             compute.total(),
@@ -198,9 +211,10 @@ class Bridge(harness.lmms):
 
     def _generate(self, inputs: Any, options: dict[str, Any]) -> torch.Tensor:
         """New token ids (B, n), on the host."""
+        model: Any = self.loaded.model
         try:
             with torch.inference_mode():
-                ids = self.loaded.model.generate(**inputs, **options, temperature=None, top_p=None, top_k=None)
+                ids = model.generate(**inputs, **options, temperature=None, top_p=None, top_k=None)
         except torch.OutOfMemoryError as error:
             raise VisibenchError(f"out of GPU memory at batch size {self.batch_size}: lower --batch-size") from error
         return ids[:, inputs["input_ids"].shape[1] :].cpu()
@@ -269,6 +283,7 @@ def _sample(task: Task, record: Record, logged: dict[str, Any]) -> dict[str, Any
         "score": _sample_score(logged, task),
         "prompt_tokens": record.prompt_tokens,
         "new_tokens": record.new_tokens,
+        "prompt_visual_tokens": record.prompt_visual_tokens,
         "visual_tokens": record.visual_tokens,
         "kv_lengths": record.kv_lengths,
         "executed_macs": record.executed_macs,

@@ -46,7 +46,8 @@ def build(name: str, options: Mapping[str, Any]) -> Method:
 
 def seeded(method: Method, seed: int) -> Method:
     """The method drawing from ``seed``; a method that draws nothing as it is."""
-    return dataclasses.replace(method, seed=seed) if is_seeded(method) else method
+    options: dict[str, Any] = {"seed": seed} if is_seeded(method) else {}
+    return dataclasses.replace(method, **options)
 
 
 def is_seeded(method: Method) -> bool:
@@ -64,7 +65,7 @@ def _describe(cls: type[Method]) -> dict[str, Any]:
     return {
         "name": cls.name,
         "title": cls.title,
-        "about": (cls.__doc__ or "").strip().splitlines()[0],
+        "about": (cls.__doc__ or "").strip().splitlines()[0].replace("``", ""),
         "paper": cls.paper,
         "source": cls.source,
         "stage": list(cls.stage),

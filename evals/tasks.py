@@ -15,12 +15,14 @@ import importlib.util
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, InputError, OptionError, UnknownNameError, suggest
+from .hub import hub_or_cache
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -132,7 +134,9 @@ class Task:
                 "choose a task whose questions all have one"
             )
         if any(not hasattr(image, "convert") for image in images):
-            raise InputError(f"{self.name}: question {doc_id} comes with something else than images: choose an image task")
+            raise InputError(
+                f"{self.name}: question {doc_id} comes with something else than images: choose an image task"
+            )
         return images
 
     def size(self, limit: int | None) -> tuple[int, str]:
@@ -163,7 +167,7 @@ def load_tasks(names: Sequence[str], data: str = EMBEDDED) -> list[Task]:
         raise OptionError(f"task {doubled[0]!r} is given twice")
     check_data(data)
     files = {name: definition(name) for name in names}
-    return [_load(name, file, _origin(name, data)) for name, file in files.items()]
+    return [_load(name, file, origin_of(name, data)) for name, file in files.items()]
 
 
 def check_data(data: str) -> None:
@@ -200,7 +204,8 @@ def _stock() -> dict[str, tuple[str, Path]]:
     return found
 
 
-def _origin(name: str, data: str) -> str:
+def origin_of(name: str, data: str) -> str:
+    """Where ``data`` says that the questions of a task come from: ``embedded``, ``hub``, or an absolute folder."""
     if data == HUB or (data == EMBEDDED and name not in TASKS):
         return HUB
     return EMBEDDED if data == EMBEDDED else str(Path(data).resolve())
@@ -215,14 +220,15 @@ def _load(name: str, file: Path, origin: str) -> Task:
             f"task {name!r} is not of lmms-eval's plain kind generate_until, the only one that can run here"
         )
     config.pop("group", None)
-    _place(config, name, origin)
     try:
-        with harness.quiet():
+        with harness.quiet(), hub_or_cache() if origin == HUB else nullcontext():
+            _place(config, name, origin)
             return Task(name, origin, harness.ConfigurableTask(config=config))
     except DataError:
         raise
     except Exception as error:  # whatever datasets, the hub client or Pillow raise
-        raise DataError(f"cannot load task {name!r} from {_described(origin)}: {reason(error)}") from error
+        mend = "check the network, or give a local copy with --data DIR" if origin == HUB else "repair or replace it"
+        raise DataError(f"cannot load task {name!r} from {_described(origin)} ({reason(error)}): {mend}") from error
 
 
 def _place(config: dict[str, Any], name: str, origin: str) -> None:
@@ -260,7 +266,9 @@ def _join_gqa(config: dict[str, Any], open_images: Callable[[], Any]) -> None:
 
     def gqa_image(doc: dict[str, Any]) -> list[Image]:
         if doc["imageId"] not in row:
-            raise DataError(f"gqa: question {doc['id']} asks about image {doc['imageId']!r}, which is not in the image set")
+            raise DataError(
+                f"gqa: question {doc['id']} asks about image {doc['imageId']!r}, which is not in the image set"
+            )
         return [images[row[doc["imageId"]]]["image"].convert("RGB")]
 
     config["process_docs"] = None
@@ -270,10 +278,7 @@ def _join_gqa(config: dict[str, Any], open_images: Callable[[], Any]) -> None:
 def _load_dataset(path: str, name: str) -> Any:
     import datasets
 
-    try:
-        return datasets.load_dataset(path, name)
-    except Exception as error:
-        raise DataError(f"cannot load {path} ({name}): {reason(error)}") from error
+    return datasets.load_dataset(path, name)
 
 
 def _load_from_disk(folder: Path) -> Any:
@@ -291,14 +296,16 @@ def _embedded_root() -> Path:
 
 
 def _whole_pairs(docs: Any, wanted: int) -> int:
-    """The first size of at least ``wanted`` at which every (category, question_id) has been seen twice or not at all."""
+    """The first size of at least ``wanted`` at which each (category, question_id) has been seen twice or not at all."""
     open_pairs: set[tuple[str, str]] = set()
     for seen, key in enumerate(zip(docs["category"], docs["question_id"], strict=True), start=1):
         open_pairs ^= {key}
         if seen >= wanted and not open_pairs:
             return seen
     category, question = sorted(open_pairs)[0]
-    raise DataError(f"mme: question {question!r} of category {category!r} is not there twice: complete or remove the pair")
+    raise DataError(
+        f"mme: question {question!r} of category {category!r} is not there twice: complete or remove the pair"
+    )
 
 
 def _described(origin: str) -> str:

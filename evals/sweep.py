@@ -1,0 +1,254 @@
+"""Sweeps: methods × tasks × seeds on one model, one cell after the other, each stored as soon as it is done."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..errors import OptionError
+from ..methods import Method
+from ..models import LoadedModel, load_model
+from ..models.load import EMBEDDED
+from ..results.records import (
+    CellConfig,
+    CellMetrics,
+    Compute,
+    PrefillTime,
+    ScoreRecord,
+    VisualTokens,
+    environment,
+)
+from ..results.render import render
+from ..results.store import Cell, Store
+from ..results.tables import build
+from .config import SweepConfig, variants
+from .tasks import Task, check_data, definition, load_tasks, origin_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .lmms import Evaluation
+
+_WHOLE_FILE = 32 << 20
+_EDGE = 64 << 10
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One cell to be: its configuration, and the method and task that it names."""
+
+    config: CellConfig
+    method: Method
+
+
+def plan(config: SweepConfig, *, dense: bool = True) -> list[Plan]:
+    """All cells of a sweep, the dense model first. Names and options are checked; nothing is loaded."""
+    check_data(config.data)
+    if isinstance(config.limit, dict):
+        stray = sorted(set(config.limit) - set(config.tasks))
+        if stray:
+            raise OptionError(f"limit names task {stray[0]!r}, which is not in the sweep")
+    for task in config.tasks:
+        definition(task)
+    checkpoint = fingerprint(config.model)
+    cells = []
+    for variant in variants(config, dense=dense):
+        for task in config.tasks:
+            cell = CellConfig(
+                model=config.model,
+                checkpoint=checkpoint,
+                device=config.device,
+                dtype=config.dtype,
+                attention=config.attention,
+                method=variant.method.name,
+                options=variant.method.hyperparameters(),
+                label=variant.label,
+                seed=variant.seed,
+                task=task,
+                origin=origin_of(task, config.data),
+                limit=config.limit_of(task),
+                batch_size=config.batch_size,
+                timing=config.timing,
+            )
+            cells.append(Plan(cell, variant.method))
+    return cells
+
+
+def fingerprint(model: str) -> str:
+    """Hash of a local checkpoint, so that results of other weights are not taken for its own; empty for a hub name.
+
+    Of files above 32 MiB only the size and both ends are read.
+    """
+    folder = EMBEDDED.get(model, Path(model))
+    if not folder.is_dir():
+        return ""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder)}:{size}".encode())
+        with file.open("rb") as stream:
+            if size <= _WHOLE_FILE:
+                digest.update(stream.read())
+            else:
+                digest.update(stream.read(_EDGE))
+                stream.seek(-_EDGE, os.SEEK_END)
+                digest.update(stream.read())
+    return digest.hexdigest()[:16]
+
+
+def sweep(config: SweepConfig, out: Path, console: Console, *, dense: bool = True) -> list[Cell]:
+    """Run what is not done yet, and return all cells of the sweep in their order.
+
+    Tasks and methods are built before the model is loaded, so that mistakes show at once. Progress goes to
+    ``console``. A cell that was interrupted runs again from its start.
+    """
+    cells, store = plan(config, dense=dense), Store(out)
+    pending = [cell for cell in cells if store.done(cell.config) is None]
+    if len(pending) < len(cells):
+        console.print(f"{len(cells) - len(pending)} of {len(cells)} cells are done already in {out}", highlight=False)
+    if pending:
+        _save_config(config, out)
+        _run(pending, config, store, console)
+    return [cell for cell in (store.done(planned.config) for planned in cells) if cell is not None]
+
+
+def save_tables(cells: list[Cell], out: Path) -> None:
+    """Write the tables of ``cells`` to ``out`` as ``table.md``, ``table.csv`` and ``table.json``."""
+    tables = build(cells)
+    for form in ("md", "csv", "json"):
+        (out / f"table.{form}").write_text(render(tables, form) + "\n", encoding="utf-8")
+
+
+def _run(pending: list[Plan], config: SweepConfig, store: Store, console: Console) -> None:
+    needed = [name for name in config.tasks if any(cell.config.task == name for cell in pending)]
+    tasks = {task.name: task for task in load_tasks(needed, config.data)}
+    sizes = {name: task.size(config.limit_of(name))[0] for name, task in tasks.items()}
+    loaded = _load(config)
+    for cell in pending:
+        cell.method.check(loaded.geometry)
+    total = sum(sizes[cell.config.task] for cell in pending)
+    with _progress(console, total) as (describe, advance):
+        for number, cell in enumerate(pending, start=1):
+            describe(f"{cell.config.label} · {cell.config.task}")
+            started = time.perf_counter()
+            done = run_cell(loaded, cell.method, tasks[cell.config.task], cell.config, store, advance)
+            score = done.metrics.scores[0]
+            console.print(
+                f"[{number}/{len(pending)}] {cell.config.label} · {cell.config.task} · seed {cell.config.seed}: "
+                f"{score.title} {score.value:.4g} ({time.perf_counter() - started:.1f} s)",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+def _load(config: SweepConfig) -> LoadedModel:
+    """Load the model; a local one without transformers' progress bar."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if fingerprint(config.model):
+        logging.disable_progress_bar()
+    try:
+        return load_model(config.model, device=config.device, dtype=config.dtype, attn_implementation=config.attention)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def run_cell(
+    loaded: LoadedModel,
+    method: Method,
+    task: Task,
+    config: CellConfig,
+    store: Store,
+    on_batch: Callable[[int], None] | None = None,
+) -> Cell:
+    """Evaluate and time one cell, and store it."""
+    from .lmms import evaluate
+
+    folder = store.begin(config)
+    evaluation = evaluate(
+        loaded,
+        method,
+        task,
+        limit=config.limit,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        output_dir=folder,
+        on_batch=on_batch,
+    )
+    prefill = _time(loaded, method, task, config)
+    return store.finish(config, evaluation.samples, _metrics(evaluation, prefill, config, loaded))
+
+
+def _time(loaded: LoadedModel, method: Method, task: Task, config: CellConfig) -> PrefillTime | None:
+    if config.timing is None:
+        return None
+    from .timing import time_prefill
+
+    wanted = config.timing
+    questions = [task.question(i) for i in range(min(wanted.batch_size, len(task.docs)))]
+    inputs = loaded.inputs([prompt for prompt, _ in questions], [images for _, images in questions])
+    timing = time_prefill(loaded, method, inputs, warmup=wanted.warmup, repeats=wanted.repeats)
+    return PrefillTime(
+        times_ms=list(timing.times_ms), warmup=timing.warmup, batch_size=timing.batch_size, device=timing.device
+    )
+
+
+def _metrics(result: Evaluation, prefill: PrefillTime | None, config: CellConfig, loaded: LoadedModel) -> CellMetrics:
+    samples = result.samples
+    tokens = list(zip(*samples["visual_tokens"], strict=True))
+    macs = samples["executed_macs"].tolist()
+    return CellMetrics(
+        config_hash=config.digest(),
+        size=result.size,
+        total=result.total,
+        note=result.note,
+        scores=[ScoreRecord(key=s.key, title=s.title, value=s.value, maximum=s.maximum) for s in result.scores],
+        metrics=result.metrics,
+        categories=result.categories,
+        visual_tokens=VisualTokens(
+            prompt=statistics.fmean(samples["prompt_visual_tokens"]), per_layer=[statistics.fmean(t) for t in tokens]
+        ),
+        compute=Compute(macs=statistics.fmean(macs), macs_sd=statistics.pstdev(macs), components=result.components),
+        prefill=prefill,
+        generation=result.generation,
+        seconds=result.seconds,
+        data_hash=result.data_hash,
+        environment=environment(loaded.describe()),
+    )
+
+
+def _save_config(config: SweepConfig, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    content: dict[str, Any] = config.model_dump(mode="json", exclude_defaults=True)
+    (out / "sweep.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[tuple[Callable[[str], None], Callable[[int], None]]]:
+    """A bar over all questions with the time left; plain lines alone where there is no terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("questions"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=total)
+        yield lambda text: progress.update(bar, description=text), lambda count: progress.advance(bar, count)
