@@ -124,6 +124,8 @@ class Task:
             images = self.harness.doc_to_visual(self.harness.task_docs[doc_id])
         except DataError:
             raise
+        except AttributeError:  # the stock code calls a method of an image that is None
+            images = []
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
             raise DataError(
                 f"{self.name}: the image of question {doc_id} cannot be decoded ({error}): repair or remove it"

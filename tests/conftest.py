@@ -1,12 +1,15 @@
 """Fixtures shared by all tests."""
 
 import json
+from pathlib import Path
 
+import hubdata
 import numpy as np
 import pytest
 import torch
 from support import GOLDEN, make_llava
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
+from visibench.models import LoadedModel, load_model
 
 
 @pytest.fixture(autouse=True)
@@ -33,3 +36,27 @@ def golden_inputs() -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="session")
 def llava() -> LlavaForConditionalGeneration:
     return make_llava()
+
+
+@pytest.fixture(scope="session")
+def disk_data(tmp_path_factory) -> Path:
+    """Eight questions a task, as ``save_to_disk`` writes them."""
+    return hubdata.save_to_disk(tmp_path_factory.mktemp("disk"))
+
+
+@pytest.fixture(scope="session")
+def hub_data(tmp_path_factory) -> Path:
+    """The same questions, laid out like the hub."""
+    return hubdata.save_like_hub(tmp_path_factory.mktemp("hub"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A LLaVA with random weights and its processor."""
+    return hubdata.save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def loaded(checkpoint) -> LoadedModel:
+    """That checkpoint, loaded."""
+    return load_model(str(checkpoint))

@@ -1,0 +1,1 @@
+"""Sweep configurations that ship with the package."""
