@@ -1,6 +1,6 @@
 """Pruning methods, one file each, and their registry."""
 
-from . import fastv, none, random, visipruner
+from . import fastv, none, pyramiddrop, random, visipruner, vtw
 from .base import Budgeted, Forward, Keep, Merge, Method, top
 from .registry import list_methods, load_method, register
 
@@ -14,8 +14,10 @@ __all__ = [
     "list_methods",
     "load_method",
     "none",
+    "pyramiddrop",
     "random",
     "register",
     "top",
     "visipruner",
+    "vtw",
 ]

@@ -13,6 +13,7 @@ Shapes: B rows of the batch, V visual tokens present (the most over the rows; sh
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from ..models.adapters import Geometry
 
 Positions = Literal["keep", "renumber"]
+Layers = Literal["given", "scaled"]
 Stage = Literal["vision", "projector", "decoder", "attention"]
+REFERENCE_DEPTH = 32
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Budgeted(Method):
-    """A method with one budget: ``keep``, the fraction of each row's visual tokens kept, or ``tokens``, their number."""
+    """A method with one budget: ``keep``, the fraction of a row's visual tokens that stay, or ``tokens``, their number."""
 
     keep: float | None = None
     tokens: int | None = None
@@ -153,14 +156,51 @@ class Budgeted(Method):
         super().__post_init__()
         self.require((self.keep is None) != (self.tokens is None), "give exactly one of keep=FRACTION or tokens=NUMBER")
         self.require(self.keep is None or 0 <= self.keep <= 1, f"keep must lie in [0, 1], not {self.keep}")
-        self.require(self.tokens is None or (isinstance(self.tokens, int) and self.tokens >= 0), "tokens must be an integer >= 0")
+        self.require(
+            self.tokens is None or (isinstance(self.tokens, int) and self.tokens >= 0), "tokens must be an integer >= 0"
+        )
 
     def budget(self, visual_tokens: Tensor) -> Tensor:
         """Tokens to keep, int (B,), from each row's number of visual tokens, int (B,); fractions are floored."""
-        if self.tokens is not None:
+        if self.keep is None:
             return visual_tokens.clamp(max=self.tokens)
-        # The small term undoes binary fractions just below an integer (0.29 of 100 is 28.999…).
-        return (visual_tokens.double() * self.keep + 1e-9).floor().long()
+        return floored(visual_tokens, self.keep)
+
+
+@dataclass(frozen=True)
+class Layered(Method):
+    """A method whose options name decoder layers, in numbers that its authors chose on a model of 32.
+
+    ``layers="given"`` takes the numbers as they are and raises where the model has fewer layers; ``layers="scaled"``
+    scales them, defaults and given ones alike, to the depth of the model at hand.
+    """
+
+    layers: Layers = dataclasses.field(default="given", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.layers in get_args(Layers), "layers must be 'given' or 'scaled'")
+
+    def at(self, layer: int, geometry: Geometry) -> int:
+        """The layer of this model for which the number ``layer`` stands; only 0 is ever scaled to 0."""
+        if self.layers == "given":
+            return layer
+        return max(int(layer * geometry.layers / REFERENCE_DEPTH + 0.5), min(layer, 1))
+
+    def check_layers(self, option: str, layers: Sequence[int], geometry: Geometry) -> None:
+        """Raise :class:`OptionError` unless the layers of ``option`` exist and differ in this model."""
+        used, depth = [self.at(layer, geometry) for layer in layers], geometry.layers
+        scaled = f", scaled to {_spell(tuple(used))}" if self.layers == "scaled" else ""
+        meant = f"{option}={_spell(tuple(layers))}{scaled}"
+        remedy = "choose other layers" + (" or layers='scaled'" if self.layers == "given" else "")
+        self.require(all(layer < depth for layer in used), f"{meant}, but the model has {depth} layers: {remedy}")
+        self.require(len({*used}) == len(used), f"{meant} names a layer twice in a model of {depth} layers: {remedy}")
+
+
+def floored(count: Tensor, fraction: float) -> Tensor:
+    """``fraction`` of int ``count`` (any shape), floored."""
+    # The small term undoes binary fractions just below an integer (0.29 of 100 is 28.999…).
+    return (count.double() * fraction + 1e-9).floor().long()
 
 
 def top(scores: Tensor, count: Tensor, present: Tensor) -> Tensor:
@@ -169,7 +209,9 @@ def top(scores: Tensor, count: Tensor, present: Tensor) -> Tensor:
     ``scores``: (B, V), ``count``: int (B,), ``present``: bool (B, V). Returns bool (B, V). No host sync.
     """
     ordered = scores.masked_fill(~present, float("-inf")).argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(ordered).scatter_(1, ordered, torch.arange(scores.shape[1], device=scores.device).expand_as(ordered))
+    rank = torch.empty_like(ordered).scatter_(
+        1, ordered, torch.arange(scores.shape[1], device=scores.device).expand_as(ordered)
+    )
     return (rank < count[:, None]) & present
 
 

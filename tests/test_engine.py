@@ -24,6 +24,10 @@ METHODS = [
     visibench.load_method("visipruner", shallow_layers=2, skip=True),
     visibench.load_method("visipruner", shallow_layers=2, skip=True, layer0="13b"),
     visibench.load_method("visipruner", shallow_layers=2, skip=True, visual_self_attention=False),
+    visibench.load_method("pyramiddrop", cuts=(2, 4, 7)),
+    visibench.load_method("pyramiddrop", layers="scaled", scorer="stage", positions="keep"),
+    visibench.load_method("vtw", layer=5),
+    visibench.load_method("vtw", layer=0, positions="renumber"),
     Probe(),
     Probe(positions="renumber", every=3),
     MergeProbe(positions="renumber"),
@@ -166,7 +170,7 @@ def test_eager_and_sdpa_agree(method):
     torch.testing.assert_close(sdpa, eager, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS[:12], ids=str)
+@pytest.mark.parametrize("method", [m for m in METHODS if m.name in visibench.list_methods()], ids=str)
 def test_bfloat16_runs_and_stays_close(method):
     model = make_llava(layers=10)
     batch = collate(make_batch(ROWS))

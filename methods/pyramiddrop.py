@@ -1,0 +1,88 @@
+"""PyramidDrop: *Accelerating Your LVLMs via Pyramid Visual Redundancy Reduction* (arXiv 2410.17247).
+
+Authors' code: Cooperx521/PyramidDrop, commit 6444f30. For each cut i, at the input of layer K_i:
+
+    s_j = mean over heads of the weight with which the last prompt token would attend, in layer K_i, to visual token j
+    keep the floor(ratio_i · V) tokens of highest s_j, in order; V counts the row's visual tokens in the prompt
+    number the positions anew from 0
+
+The paper scores with the attention of the last layer in front of the cut (``scorer="stage"``); the code projects the
+last token and the keys with the weights of the layer to come (``scorer="next"``), which costs one key projection more.
+The visual tokens of several images compete with each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+from .base import Forward, Keep, Layered, Positions, floored, top
+from .registry import register
+
+if TYPE_CHECKING:
+    from ..engine.layout import TokenLayout
+    from ..engine.views import AttentionView, LayerView
+    from ..models.adapters import Geometry
+
+
+@register
+@dataclass(frozen=True)
+class PyramidDrop(Layered):
+    """Keep ever fewer visual tokens: the share ``ratios[i]`` of the prompt's from the input of layer ``cuts[i]`` on."""
+
+    name = "pyramiddrop"
+    title = "PyramidDrop"
+    paper = "2410.17247"
+    source = "Cooperx521/PyramidDrop@6444f30"
+    stage = ("attention", "decoder")
+
+    cuts: tuple[int, ...] = (8, 16, 24)
+    ratios: tuple[float, ...] = (0.5, 0.25, 0.125)
+    scorer: Literal["next", "stage"] = "next"
+    positions: Positions = dataclasses.field(default="renumber", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(
+            len(self.cuts) == len(self.ratios), f"{len(self.cuts)} cuts need as many ratios, not {len(self.ratios)}"
+        )
+        self.require(list(self.cuts) == sorted(self.cuts), "cuts must rise")
+        falling = all(a >= b for a, b in zip((1, *self.ratios), (*self.ratios, 0), strict=True))
+        self.require(falling, "ratios are shares of the prompt's visual tokens: they must fall from 1 to 0")
+        self.require(self.scorer in ("next", "stage"), f"scorer must be 'next' or 'stage', not {self.scorer!r}")
+        first = 0 if self.scorer == "next" else 1
+        self.require(min(self.cuts, default=1) >= first, f"cuts must be >= {first} for scorer={self.scorer!r}")
+
+    def check(self, geometry: Geometry) -> None:
+        self.check_layers("cuts", self.cuts, geometry)
+
+    def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
+        cuts = [self.at(layer, geometry) for layer in self.cuts]
+        return PyramidDropForward(self.scorer, dict(zip(cuts, self.ratios, strict=True)), layout.visual.total)
+
+
+class PyramidDropForward(Forward):
+    """State of one prefill: how many visual tokens there were, and the scores that wait for their cut."""
+
+    def __init__(self, scorer: str, ratios: dict[int, float], total: Tensor) -> None:
+        self.scorer, self.ratios, self.total = scorer, ratios, total
+        self.scores: Tensor | None = None
+
+    def attention(self, layer: int, view: AttentionView) -> None:
+        if self.scorer == "stage" and layer + 1 in self.ratios:
+            self.scores = last_token_weights(view, view.weights())
+
+    def layer_input(self, layer: int, view: LayerView) -> Keep | None:
+        if layer not in self.ratios:
+            return None
+        scores = self.scores if self.scorer == "stage" else last_token_weights(view, view.preview())
+        assert scores is not None
+        return Keep(top(scores, floored(self.total, self.ratios[layer]), view.present))
+
+
+def last_token_weights(view: AttentionView | LayerView, weights: Tensor) -> Tensor:
+    """(B, H, 1, L) weights of the last token → (B, V), its mean weight over heads on each visual token."""
+    return view.layout.visual.pick(weights, 3).mean(1).squeeze(1)
