@@ -1,6 +1,6 @@
 """Pruning methods, one file each, and their registry."""
 
-from . import fastv, none, pyramiddrop, random, visipruner, vtw
+from . import dart, fastv, none, pyramiddrop, random, visipruner, vtw
 from .base import Budgeted, Forward, Keep, Merge, Method, top
 from .registry import list_methods, load_method, register
 
@@ -10,6 +10,7 @@ __all__ = [
     "Keep",
     "Merge",
     "Method",
+    "dart",
     "fastv",
     "list_methods",
     "load_method",

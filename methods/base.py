@@ -147,7 +147,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Budgeted(Method):
-    """A method with one budget: ``keep``, the fraction of a row's visual tokens that stay, or ``tokens``, their number."""
+    """A method with one budget: ``keep``, the fraction of a row's visual tokens kept, or ``tokens``, their number."""
 
     keep: float | None = None
     tokens: int | None = None

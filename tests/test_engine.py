@@ -26,6 +26,8 @@ METHODS = [
     visibench.load_method("visipruner", shallow_layers=2, skip=True, visual_self_attention=False),
     visibench.load_method("pyramiddrop", cuts=(2, 4, 7)),
     visibench.load_method("pyramiddrop", layers="scaled", scorer="stage", positions="keep"),
+    visibench.load_method("dart", tokens=17),
+    visibench.load_method("dart", keep=0.6, layer=5, order="norm", visual_pivots=2, text_pivots=5, positions="renumber"),
     visibench.load_method("vtw", layer=5),
     visibench.load_method("vtw", layer=0, positions="renumber"),
     Probe(),
@@ -41,8 +43,10 @@ every_method = pytest.mark.parametrize("method", METHODS, ids=str)
 
 
 def last_logits(model, method, batch):
+    """Positions are counted without padding, as in ``generate``: the norms of rotated keys depend on them."""
+    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     with visibench.prune(model, method) as session:
-        return model(**batch).logits[:, -1], session.trace
+        return model(**batch, position_ids=positions).logits[:, -1], session.trace
 
 
 # ---- batches ------------------------------------------------------------------------------------------------------

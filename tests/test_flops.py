@@ -22,6 +22,8 @@ METHODS = [
     visibench.load_method("visipruner", shallow_layers=2, skip=True, visual_self_attention=False),
     visibench.load_method("pyramiddrop", cuts=(2, 4, 7)),
     visibench.load_method("pyramiddrop", layers="scaled", scorer="stage"),
+    visibench.load_method("dart", tokens=17),
+    visibench.load_method("dart", keep=0.6, text_pivots=20),
     visibench.load_method("vtw", layer=5),
     Probe(layer=4),
     MergeProbe(positions="renumber"),

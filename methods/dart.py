@@ -1,0 +1,116 @@
+"""DART: *Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More* (arXiv 2502.11494).
+
+Authors' code: ZichenWen1/DART, read from its mirror xqy1111111/DART, commit d6a5af6.
+
+    pivots:         the visual tokens, and the text tokens behind the image, whose keys in layer K - 1 (after RoPE, all
+                    heads side by side) have the largest L1 norm; 4 each
+    features f:     output of layer K - 1 under the decoder's final norm
+    for each pivot: move the floor(budget / pivots) visual tokens of lowest cos(f_pivot, f) from the pool to the picks;
+                    the pool starts as all visual tokens but the pivots
+    at the input of layer K: keep the visual pivots and the picks, in order, with their positions
+
+The L1 norm of a rotated key depends on its position, so a padded batch needs position ids, which ``generate`` makes.
+A budget of 128 keeps 4 + 8 · 16 = 132 tokens, as the authors' does (they take the ceiling of what is floored).
+
+Picks leave the pool, so the order of the pivots matters. The authors' loop follows the iteration order of a Python set,
+that is of a hash table, which depends on where in the prompt the pivots stand. Here ``order="position"`` goes from left
+to right, and ``order="norm"`` takes visual pivots before text ones, the largest norm first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from .base import Budgeted, Forward, Keep, Layered, top
+from .pieces import cosine, pick
+from .registry import register
+
+if TYPE_CHECKING:
+    from ..engine.layout import TokenLayout
+    from ..engine.views import AttentionView, LayerView
+    from ..models.adapters import Geometry
+
+
+@register
+@dataclass(frozen=True)
+class DART(Budgeted, Layered):
+    """Keep a few pivots and the visual tokens least like them, once, at the input of layer ``layer`` (K)."""
+
+    name = "dart"
+    title = "DART"
+    paper = "2502.11494"
+    source = "ZichenWen1/DART@d6a5af6"
+    stage = ("attention", "decoder")
+
+    layer: int = 2
+    visual_pivots: int = 4
+    text_pivots: int = 4
+    order: Literal["position", "norm"] = "position"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.layer >= 1, "layer must be >= 1: the keys of the layer before it are needed")
+        self.require(min(self.visual_pivots, self.text_pivots) >= 0, "numbers of pivots must be >= 0")
+        self.require(self.visual_pivots + self.text_pivots > 0, "at least one pivot is needed")
+        self.require(self.order in ("position", "norm"), f"order must be 'position' or 'norm', not {self.order!r}")
+
+    def check(self, geometry: Geometry) -> None:
+        self.check_layers("layer", (self.layer,), geometry)
+
+    def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
+        return DARTForward(self, self.at(self.layer, geometry))
+
+
+class DARTForward(Forward):
+    """State of one prefill: the L1 norms (B, L) of all keys."""
+
+    def __init__(self, method: DART, layer: int) -> None:
+        self.method, self.layer = method, layer
+        self.norms: Tensor | None = None
+
+    def attention(self, layer: int, view: AttentionView) -> None:
+        if layer == self.layer - 1:
+            self.norms = view.keys.float().abs().sum((1, 3))
+
+    def layer_input(self, layer: int, view: LayerView) -> Keep | None:
+        if layer != self.layer or self.norms is None:
+            return None
+        method, visual, text = self.method, view.layout.visual, view.layout.text
+        column, there = pivots(self.norms, view.layout, method.visual_pivots, method.text_pivots)
+        if method.order == "position":
+            column, there = left_to_right(column, there)
+        likeness = cosine(view.final_norm(pick(view.tokens, column)), view.final_norm(view.hidden))
+        counts = zip(visual.counts, text.counts, strict=True)
+        pairs = [v * (min(v, method.visual_pivots) + min(t, method.text_pivots)) for v, t in counts]
+        view.scored(torch.tensor(pairs) * view.hidden.shape[2])
+
+        share = method.budget(visual.total) // (method.visual_pivots + method.text_pivots)
+        is_pivot = (visual.index[:, :, None] == column.masked_fill(~there, -1)[:, None]).any(2)
+        keep = is_pivot & view.present
+        for pivot in range(column.shape[1]):
+            keep = keep | top(-likeness[:, pivot], share * there[:, pivot], view.present & ~keep)
+        return Keep(keep)
+
+
+def pivots(norms: Tensor, layout: TokenLayout, visual: int, text: int) -> tuple[Tensor, Tensor]:
+    """Columns, int (B, n), of the ``visual`` visual and then ``text`` text tokens of largest norm, and which exist.
+
+    ``norms``: (B, L); n is smaller than ``visual`` + ``text`` only if no row has as many tokens.
+    """
+    found = []
+    for tokens, count in ((layout.visual, visual), (layout.text, text)):
+        scores = tokens.pick(norms, 1).masked_fill(~tokens.present, float("-inf"))
+        best = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
+        found.append((tokens.index.gather(1, best), tokens.present.gather(1, best)))
+    column, there = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    return column, there
+
+
+def left_to_right(column: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    """The same pivots in the order of their columns; missing ones last."""
+    order = column.masked_fill(~there, torch.iinfo(column.dtype).max).argsort(dim=1)
+    return column.gather(1, order), there.gather(1, order)
