@@ -24,6 +24,8 @@ class Trace:
         self.host_syncs = 0
         # Visual tokens that went through the projector, int (B,).
         self.projected = torch.tensor(prompt.visual_counts)
+        # Tokens of one image at the attention and at the MLP of each vision block; None: all of them in every block.
+        self.tower: tuple[tuple[int, int], ...] | None = None
         self._pairs: dict[int, Tensor] = {}
         self._scoring: defaultdict[int, Tensor] = defaultdict(self._zeros)
 

@@ -13,6 +13,7 @@ from . import attention
 from .layout import TokenLayout, TokenSet
 
 if TYPE_CHECKING:
+    from ..models.adapters import VisionGeometry
     from .session import Stage
     from .trace import Trace
     from .vision import VisionTap
@@ -149,7 +150,9 @@ class AttentionView:
         return out
 
     def _weights(self, index: Tensor) -> Tensor:
-        query = self._query.gather(2, index[:, None, :, None].expand(-1, self._query.shape[1], -1, self._query.shape[3]))
+        query = self._query.gather(
+            2, index[:, None, :, None].expand(-1, self._query.shape[1], -1, self._query.shape[3])
+        )
         return attention.row_weights(query, self._key, index, self.layout.valid, self._scaling)
 
 
@@ -167,23 +170,55 @@ class VisionView:
         self._blocks, self._tap = blocks, tap
 
     @property
+    def cls(self) -> Tensor:
+        """The feature (N, Dv) of the CLS token, for methods with ``vision_cls``."""
+        assert self._tap.cls is not None
+        return self._tap.cls
+
+    @property
     def present(self) -> Tensor:
         """Bool (N, P): all true, images have no padding."""
         return torch.ones(self.features.shape[:2], dtype=torch.bool, device=self.features.device)
 
-    def cls_weights(self, block: int = -1) -> Tensor:
+    def cls_weights(self, block: int = -1, *, single_head: bool = False) -> Tensor:
         """Attention weights (N, heads, P), fp32, from CLS to the patches in a vision block.
 
-        ``block`` counts back from the block whose output the model uses as features (-1: that block itself).
+        ``block`` counts back from the block whose output the model uses as features (-1: that block itself, 0: the
+        one after it). ``single_head``: weights (N, 1, P) as if the block had one head of the full width.
         """
         query, key, scaling = self._blocks[block]
         self._tap.macs += key.shape[1] * key.shape[2] * key.shape[3]
-        logits = (query[:, :, :1] @ key.transpose(-1, -2)).squeeze(2).float() * scaling
-        return logits.softmax(-1)[:, :, 1:]
+        query = query[:, :, :1]
+        if single_head:
+            query, key = (t.transpose(1, 2).flatten(2)[:, None] for t in (query, key))
+            scaling = query.shape[3] ** -0.5
+        logits = (query @ key.transpose(-1, -2)).squeeze(2)
+        # Half precision is too coarse for a ranking.
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return (logits * scaling).softmax(-1)[:, :, 1:]
 
     def keys(self, block: int = -1) -> Tensor:
         """Keys (N, heads, P, d) of the patches in a vision block."""
         return self._blocks[block][1][:, :, 1:]
+
+    def scored(self, macs: int) -> None:
+        """Count ``macs`` multiply-adds an image that the method itself spent on matrix products."""
+        self._tap.macs += macs
+
+
+class BlockView:
+    """A block of the vision tower behind its attention: N images, t tokens each, CLS first where there is one.
+
+    ``block``: its number. ``tokens``: hidden states (N, t, Dv). ``keys``: (N, heads, t, d), the block's own. ``size``:
+    (N, t), fp32, how many of the image's tokens each token stands for. ``vision``: sizes of the tower.
+    """
+
+    def __init__(
+        self, block: int, tokens: Tensor, keys: Tensor, size: Tensor | None, vision: VisionGeometry, tap: VisionTap
+    ) -> None:
+        self.block, self.tokens, self.keys, self.vision = block, tokens, keys, vision
+        self.size = tokens.new_ones(tokens.shape[:2], dtype=torch.float32) if size is None else size
+        self._tap = tap
 
     def scored(self, macs: int) -> None:
         """Count ``macs`` multiply-adds an image that the method itself spent on matrix products."""

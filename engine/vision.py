@@ -15,28 +15,35 @@ from ..methods.base import Forward, Keep, Merge, Method
 from ..models.adapters import Adapter
 from .attention import Interception
 from .layout import TokenLayout, TokenSet
+from .tower import Tower
 from .trace import Trace
 from .views import VisionView
+
+SIDE = {"image", "tower", "vision", "projector"}
 
 
 class VisionTap:
     """While active, keeps what the vision side computed, and asks the method about it at the projector.
 
     Features that a method drops in front of the projector are not projected; zeros take their places until the cut
-    at decoder layer 0. ``generate`` encodes the images before it calls the model, so nothing here may need the prompt.
+    at decoder layer 0. The same holds where the tower itself puts out fewer of them. ``generate`` encodes the images
+    before it calls the model, so nothing here may need the prompt.
     """
 
     def __init__(self, adapter: Adapter, method: Method) -> None:
         self.adapter, self.method = adapter, method
         self.pixels: Tensor | None = None
+        self.cls: Tensor | None = None
         self.macs = 0
         self._view: VisionView | None = None
         self._decision: Keep | Merge | None = None
         self._kept: TokenSet | None = None
         self._projected_tokens: Tensor | None = None
         self._blocks: dict[int, tuple[Tensor, Tensor, float]] = {}
+        self._tower: Tower | None = None
         self._exit = ExitStack()
-        if adapter.vision_tower is None and {"vision", "projector"} & set(method.stage):
+        self._asked = bool(SIDE & set(method.stage))
+        if adapter.vision_tower is None and self._asked:
             raise UnsupportedModelError(
                 f"{method.name} reads the vision tower, and a bare decoder has none: pass the full model"
             )
@@ -44,11 +51,17 @@ class VisionTap:
     def __enter__(self) -> VisionTap:
         with ExitStack() as stack:
             if self.adapter.vision_tower is not None:
-                stack.callback(self.adapter.vision_tower.register_forward_pre_hook(self._on_pixels, with_kwargs=True).remove)
-            if {"vision", "projector"} & set(self.method.stage):
+                stack.callback(
+                    self.adapter.vision_tower.register_forward_pre_hook(self._on_pixels, with_kwargs=True).remove
+                )
+            if self._asked:
                 vision, blocks = self.adapter.geometry.vision, self.adapter.vision_blocks
                 assert vision is not None
-                self.patches = vision.tokens
+                self.vision, self.patches = vision, vision.tokens
+                if self.method.vision_cls:
+                    stack.callback(blocks[vision.feature_block].register_forward_hook(self._on_feature_block).remove)
+                if "tower" in self.method.stage:
+                    self._tower = stack.enter_context(Tower(self.adapter, self.method, self))
                 stack.callback(self.adapter.projector.register_forward_pre_hook(self._on_features).remove)
                 stack.callback(self.adapter.projector.register_forward_hook(self._on_projected).remove)
                 asked = {name: blocks[vision.feature_block + 1 + name] for name in self.method.vision_blocks}
@@ -62,12 +75,22 @@ class VisionTap:
 
     def forget(self) -> None:
         """What was seen has been used, or belongs to a prompt that failed."""
-        self.pixels = self._view = self._decision = self._kept = self._projected_tokens = None
+        self.pixels = self.cls = self._view = self._decision = self._kept = self._projected_tokens = None
         self._blocks, self.macs = {}, 0
+        if self._tower is not None:
+            self._tower.forget()
 
-    def _on_pixels(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _on_pixels(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self.forget()
         self.pixels = args[0] if args else kwargs["pixel_values"]
+        smaller = self.method.image(self.pixels, self.vision) if "image" in self.method.stage else None
+        if smaller is None:
+            return None
+        rest = {key: value for key, value in kwargs.items() if key != "pixel_values"}
+        return (smaller, *args[1:]), rest | {"interpolate_pos_encoding": True}
+
+    def _on_feature_block(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self.cls = output[:, 0]
 
     def _observe(
         self, name: int, kernel: Any, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any
@@ -77,6 +100,12 @@ class VisionTap:
 
     def _on_features(self, module: nn.Module, args: tuple[Tensor]) -> Tensor | None:
         self._view = VisionView(args[0], self._blocks, self)
+        if args[0].shape[1] < self.patches:
+            # They stand for no patch in particular.
+            nothing = args[0].new_zeros(args[0].shape[0], self.patches, dtype=torch.bool)
+            self._kept, self._decision = TokenSet(nothing, (0,) * len(nothing)), Merge(nothing)
+            self._projected_tokens = torch.full((len(nothing),), args[0].shape[1])
+            return None
         self._decision = self.method.vision(self._view)
         if self._decision is None:
             return None
@@ -93,14 +122,14 @@ class VisionTap:
             self._view.projected = output
             return None
         merge, count = as_merge(self._decision), self._kept.index.shape[1]
-        added = None if merge.added is None else output[:, count:]
+        added = None if output.shape[1] == count else output[:, count:]
         self._decision = replace(merge, replaced=None, added=added)
         places = output.new_zeros(output.shape[0], self.patches, output.shape[2])
         return self._kept.place(output[:, :count], places, dim=1)
 
     def decide(self, forward: Forward, layout: TokenLayout, trace: Trace) -> Keep | Merge | None:
         """The method's decision about the images, translated from images (N, P) to the rows (B, V) of the batch."""
-        if not {"vision", "projector"} & set(self.method.stage):
+        if not self._asked:
             return None
         if self._view is None:
             raise InputError(f"{self.method.name} needs the images: pass pixel_values inside the `with` block")
@@ -110,9 +139,17 @@ class VisionTap:
             return None
         rows = ImageRows(layout, self.patches, self._view.features.shape[0])
         trace.scored(0, torch.tensor(rows.counts) * self.macs)
+        trace.tower = self._tower_tokens()
         if self._projected_tokens is not None:
             trace.projected = rows.group(self._projected_tokens[:, None]).sum(1).cpu()
         return rows.translate(as_merge(self._decision))
+
+    def _tower_tokens(self) -> tuple[tuple[int, int], ...] | None:
+        if self._tower is not None:
+            return tuple(self._tower.tokens)
+        assert self._view is not None
+        count = self._view.features.shape[1]
+        return None if count == self.patches else ((count + self.vision.has_cls,) * 2,) * self.vision.layers
 
 
 def as_merge(decision: Keep | Merge | None) -> Merge:
@@ -169,12 +206,14 @@ class ImageRows:
         if own is None:
             own = torch.full(merge.added.shape[:2], self.patches - 1, device=self.places.device)
         own = self.group(own)
-        first = (torch.arange(self.most, device=self.places.device) * self.patches).repeat_interleave(merge.added.shape[1])
+        first = (torch.arange(self.most, device=self.places.device) * self.patches).repeat_interleave(
+            merge.added.shape[1]
+        )
         return torch.where(own < 0, own - first, own + first)
 
 
 def row_hashes(layout: TokenLayout, inputs: dict[str, Any], pixels: Tensor | None, patches: int) -> Tensor:
-    """Int (B,): a hash of each row's raw inputs (ids and pixels, or embeddings); integer sums, the same in any batch."""
+    """Int (B,): a hash of each row's raw inputs (ids and pixels, or embeddings); integer sums, alike in any batch."""
     ids = inputs.get("input_ids")
     if ids is None:
         embeddings = inputs["inputs_embeds"]

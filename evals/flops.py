@@ -7,6 +7,7 @@ counts n·m pairs a head, the masked half included, as kernels and papers do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import prod
 from typing import Any
@@ -55,7 +56,7 @@ def executed(trace: Trace, geometry: Geometry, logits: int | None = 1) -> Flops:
     heads = g.heads * g.head_size
     kv_heads = g.kv_heads * g.head_size
     return Flops(
-        vision_tower=images * (vision_tower_macs(g.vision) if g.vision else 0),
+        vision_tower=images * (vision_tower_macs(g.vision, trace.tower) if g.vision else 0),
         projector=trace.projected.double().numpy() * (g.vision.projector_macs if g.vision else 0),
         projections=tokens.sum(1) * (2 * g.hidden * heads + 2 * g.hidden * kv_heads),
         ffn=tokens.sum(1) * 3 * g.hidden * g.intermediate,
@@ -65,11 +66,16 @@ def executed(trace: Trace, geometry: Geometry, logits: int | None = 1) -> Flops:
     )
 
 
-def vision_tower_macs(vision: VisionGeometry) -> float:
-    """MACs of the vision tower for one image: patch convolution and all its blocks, two FFN matrices each."""
-    n, d = vision.tokens + vision.has_cls, vision.hidden
-    block = 4 * n * d * d + 2 * n * n * d + 2 * n * d * vision.intermediate
-    return float(vision.tokens * vision.patch_inputs * d + vision.layers * block)
+def vision_tower_macs(vision: VisionGeometry, tokens: Sequence[tuple[int, int]] | None = None) -> float:
+    """MACs of the vision tower for one image: patch convolution and all its blocks, two FFN matrices each.
+
+    ``tokens``: tokens at the attention and at the MLP of each block, CLS included; None: the full image throughout.
+    """
+    full = vision.tokens + vision.has_cls
+    tokens = tokens or [(full, full)] * vision.layers
+    d = vision.hidden
+    blocks = [4 * n * d * d + 2 * n * n * d + 2 * m * d * vision.intermediate for n, m in tokens]
+    return float((tokens[0][0] - vision.has_cls) * vision.patch_inputs * d + sum(blocks))
 
 
 def counted(model: nn.Module, inputs: dict[str, Any]) -> tuple[float, dict[str, int]]:

@@ -1,16 +1,19 @@
 """Pruning methods, one file each, and their registry."""
 
-from . import dart, fastv, none, pyramiddrop, random, visipruner, vtw
-from .base import Budgeted, Forward, Keep, Merge, Method, top
+from . import dart, divprune, fastervlm, fastv, none, pyramiddrop, random, visipruner, vtw
+from .base import BlockMerge, Budgeted, Forward, Keep, Merge, Method, top
 from .registry import list_methods, load_method, register
 
 __all__ = [
+    "BlockMerge",
     "Budgeted",
     "Forward",
     "Keep",
     "Merge",
     "Method",
     "dart",
+    "divprune",
+    "fastervlm",
     "fastv",
     "list_methods",
     "load_method",

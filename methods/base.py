@@ -24,12 +24,12 @@ from ..errors import OptionError, suggest
 
 if TYPE_CHECKING:
     from ..engine.layout import TokenLayout
-    from ..engine.views import AttentionView, LayerView, VisionView
-    from ..models.adapters import Geometry
+    from ..engine.views import AttentionView, BlockView, LayerView, VisionView
+    from ..models.adapters import Geometry, VisionGeometry
 
 Positions = Literal["keep", "renumber"]
 Layers = Literal["given", "scaled"]
-Stage = Literal["vision", "projector", "decoder", "attention"]
+Stage = Literal["image", "tower", "vision", "projector", "decoder", "attention"]
 REFERENCE_DEPTH = 32
 
 
@@ -67,6 +67,19 @@ class Merge:
         return torch.ones(self.added.shape[:2], dtype=torch.bool, device=self.added.device)
 
 
+@dataclass(frozen=True)
+class BlockMerge:
+    """Go on in the vision tower with fewer tokens.
+
+    ``tokens``: (N, t, Dv), CLS first where there is one. ``size``: (N, t), how many of the image's tokens each stands
+    for. ``bias``: (N, t) or None, added to the attention logits of these tokens as keys in the blocks that follow.
+    """
+
+    tokens: Tensor
+    size: Tensor
+    bias: Tensor | None = None
+
+
 class Forward:
     """What a method does in one prefill. Every hook may return None: leave things as they are."""
 
@@ -98,6 +111,7 @@ class Method:
     stage: ClassVar[tuple[Stage, ...]] = ()
     adaptive: ClassVar[bool] = False
     vision_blocks: ClassVar[tuple[int, ...]] = (-1,)
+    vision_cls: ClassVar[bool] = False
 
     positions: Positions = dataclasses.field(default="keep", kw_only=True)
 
@@ -113,6 +127,17 @@ class Method:
 
         A method of its own and not of :class:`Forward`, because images may be encoded before the prompt is known.
         """
+        return None
+
+    def image(self, pixels: Tensor, vision: VisionGeometry) -> Tensor | None:
+        """Once for each batch of images, in front of the vision tower: pixels (N, 3, h, w) for ``pixels``.
+
+        The tower interpolates its position embeddings to another size.
+        """
+        return None
+
+    def block(self, view: BlockView) -> BlockMerge | None:
+        """In every block of the vision tower, between attention and MLP."""
         return None
 
     def check(self, geometry: Geometry) -> None:

@@ -23,6 +23,9 @@ class Family:
     vision_tower: str | None = None
     vision_blocks: str | None = None
     projector: str | None = None
+    # Parts of a vision block: the norm in front of its MLP, and the MLP.
+    vision_norm: str = "layer_norm2"
+    vision_mlp: str = "mlp"
     image_token: str = "image_token_id"
 
 

@@ -25,6 +25,8 @@ METHODS = [
     visibench.load_method("dart", tokens=17),
     visibench.load_method("dart", keep=0.6, text_pivots=20),
     visibench.load_method("vtw", layer=5),
+    visibench.load_method("divprune", tokens=6),
+    visibench.load_method("fastervlm", tokens=5),
     Probe(layer=4),
     MergeProbe(positions="renumber"),
     VisionProbe(),
@@ -37,7 +39,8 @@ CPU_ATTENTION = {
 ELEMENTWISE = """embedding add sub rsub mul div neg pow sqrt rsqrt exp sigmoid silu gelu cos sin mean sum cumsum norm
 linalg_vector_norm clamp clamp_min where masked_fill masked_scatter new_ones new_zeros zeros_like ones_like full_like empty_like
 le lt gt ge eq ne __and__ __or__ __xor__ __rshift__ bitwise_not logical_not abs amin argsort scatter scatter_ gather expand_as
-repeat_interleave softmax fill_ cosine_similarity index_put_ floor min index any""".split()
+repeat_interleave softmax fill_ cosine_similarity index_put_ floor min index any
+minimum argmax eye""".split()
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)

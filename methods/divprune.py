@@ -1,0 +1,78 @@
+"""DivPrune: *Diversity-based Visual Token Pruning for Large Multimodal Models* (arXiv 2503.02175).
+
+Authors' code: vbdi/divprune, commit 799e2d9.
+
+    on the projected tokens of an image:  d(i, j) = 1 - cos(x_i, x_j)
+    first pick:                           the token whose nearest other token is farthest
+    then, until the budget is spent:      the token farthest from its nearest picked one (max–min diversity)
+
+The picked tokens keep their order in the image and get new positions. The authors round the budget to the nearest
+integer; here it is floored as for every method. Their code prunes the embeddings of one prompt, of one image, with the
+image at a fixed place; here every image of every row is pruned by itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .base import Budgeted, Forward, Keep, Positions
+from .pieces import cosine, marked, per_image
+from .registry import register
+
+if TYPE_CHECKING:
+    from ..engine.layout import TokenLayout
+    from ..engine.views import VisionView
+    from ..models.adapters import Geometry
+
+
+@register
+@dataclass(frozen=True)
+class DivPrune(Budgeted):
+    """Keep the projected tokens of each image that are farthest from one another."""
+
+    name = "divprune"
+    title = "DivPrune"
+    paper = "2503.02175"
+    source = "vbdi/divprune@799e2d9"
+    stage = ("projector",)
+    vision_blocks = ()
+
+    positions: Positions = dataclasses.field(default="renumber", kw_only=True)
+
+    def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
+        return DivPruneForward(self)
+
+
+class DivPruneForward(Forward):
+    """One prefill."""
+
+    def __init__(self, method: DivPrune) -> None:
+        self.method = method
+
+    def projected(self, view: VisionView) -> Keep:
+        patches, size = view.projected.shape[1:]
+        view.scored(patches * patches * size)
+        picked = farthest(1 - cosine(view.projected), per_image(self.method, patches))
+        return Keep(marked(picked, patches))
+
+
+def farthest(distance: Tensor, count: int) -> Tensor:
+    """Int (N, count): tokens in the order in which the greedy max–min rule picks them; ties go to the earlier token.
+
+    ``distance``: (N, P, P), symmetric. ``count`` steps, all images at once.
+    """
+    itself = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device)
+    nearest = distance.masked_fill(itself, torch.inf).amin(2)
+    picked = []
+    for step in range(count):
+        token = nearest.argmax(1, keepdim=True)
+        picked.append(token)
+        row = distance.gather(1, token[..., None].expand(-1, -1, distance.shape[1])).squeeze(1)
+        nearest = row if step == 0 else torch.minimum(nearest, row)
+        nearest = nearest.scatter(1, token, -torch.inf)  # stays so in every later minimum
+    return torch.cat(picked, dim=1) if picked else itself.new_empty(len(distance), 0, dtype=torch.int64)

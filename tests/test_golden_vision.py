@@ -1,0 +1,140 @@
+"""Vision-side methods against vectors recorded from their authors' code: same patches, same merged features."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import visibench
+from golden_support import MANIFEST
+from support import GOLDEN, IMAGE
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from visibench.methods import Forward, Keep, Method, divprune, pieces
+
+CLIP = {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / "clip_inputs.npz").items()}
+
+
+def configurations(name):
+    return [pytest.param(config, entry, id=f"{name}-{config}") for config, entry in MANIFEST[name]["configs"].items()]
+
+
+def vectors(name):
+    return {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / f"{name}.npz").items()}
+
+
+def make_golden_llava(dtype=torch.float32):
+    """The recorded vision tower in front of a small decoder with random weights."""
+    config = json.loads((GOLDEN / "clip.json").read_text())
+    tower = CLIPVisionConfig(**{k: v for k, v in config.items() if k not in ("model_type", "torch_dtype")})
+    text = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=tower, text_config=text, image_token_id=IMAGE, vision_feature_layer=-2)
+    )
+    weights = {k.removeprefix("vision_model."): torch.from_numpy(v) for k, v in np.load(GOLDEN / "clip.npz").items()}
+    missing, unexpected = model.model.vision_tower.load_state_dict(weights, strict=False)
+    assert isinstance(model.model.vision_tower, CLIPVisionModel)
+    assert not missing
+    assert all("position_ids" in key for key in unexpected)
+    return model.eval().to(dtype)
+
+
+@pytest.fixture(scope="module")
+def golden_llava():
+    return make_golden_llava()
+
+
+@pytest.fixture(scope="module")
+def golden_llava_fp64():
+    return make_golden_llava(torch.float64)
+
+
+def run(model, method, pixels):
+    """Features that reach the projector, and the trace, of one prompt an image."""
+    ids = torch.tensor([[1, 2, 3, *[IMAGE] * 576, 4, 5]]).expand(len(pixels), -1)
+    features = []
+    with visibench.prune(model, method) as session:
+        hook = model.model.multi_modal_projector.register_forward_pre_hook(
+            lambda module, args: features.append(args[0])
+        )
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels.to(model.dtype))
+        hook.remove()
+    return features[0], session.trace
+
+
+def test_the_recorded_tower_is_reproduced(golden_llava):
+    features, _ = run(golden_llava, visibench.load_method("none"), CLIP["pixels"])
+    torch.testing.assert_close(features, CLIP["hidden_m2"][:, 1:], atol=1e-5, rtol=1e-5)
+
+
+# ---- DivPrune -----------------------------------------------------------------------------------------------------
+
+
+class Projected(Forward):
+    """DivPrune on embeddings that are given: what a projector would have put out."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def layer_input(self, layer, view):
+        if layer > 0:
+            return None
+        picked = divprune.farthest(1 - pieces.cosine(view.hidden), self.count)
+        return Keep(pieces.marked(picked, view.present.shape[1]))
+
+
+class AtTheDecoder(Method):
+    name, stage = "divprune at the decoder", ("decoder",)
+
+    def __init__(self, count):
+        super().__init__(positions="renumber")
+        object.__setattr__(self, "count", count)
+
+    def begin(self, layout, geometry):
+        return Projected(self.count)
+
+
+@pytest.mark.parametrize(("config", "entry"), configurations("divprune"))
+def test_divprune(golden_llama, golden_inputs, config, entry):
+    recorded, case = vectors("divprune"), config.split(".")[0]
+    sequence = golden_inputs.get(f"inputs_embeds_{case}")
+    features = recorded[f"{case}.features"][None] if sequence is None else sequence.reshape(1, -1, 32)[:, 35:611]
+    method = visibench.load_method("divprune", tokens=entry["n_keep"])
+    for dtype, suffix in ((torch.float32, ""), (torch.float64, "_fp64")):
+        picked = divprune.farthest(1 - pieces.cosine(features.to(dtype)), pieces.per_image(method, 576))
+        assert torch.equal(picked[0], recorded[f"{config}.order{suffix}"])
+    mask = pieces.marked(picked, 576)
+    assert torch.equal(mask[0].nonzero().flatten(), recorded[f"{config}.kept"])
+    if sequence is None:
+        return
+    layout = visibench.TokenLayout.from_spans(35 + 576 + int(case[1:]), visual=[(35, 611)])
+    with visibench.prune(golden_llama, AtTheDecoder(entry["n_keep"]), layout=layout) as session:
+        out = golden_llama(inputs_embeds=sequence.reshape(1, -1, 32), use_cache=True)
+        assert torch.equal(session.trace.kept(0), mask)
+        if f"{config}.text_logits" not in recorded:
+            return
+        text = recorded[f"{config}.text_logits"]
+        torch.testing.assert_close(out.logits[0, -len(text) :], text, atol=1e-4, rtol=0)
+        for token, logits in zip(
+            golden_inputs["forced_ids"].flatten(), recorded[f"{config}.decode_logits"], strict=True
+        ):
+            step = golden_llama(input_ids=token.view(1, 1), past_key_values=out.past_key_values, use_cache=True)
+            torch.testing.assert_close(step.logits[0, -1], logits, atol=1e-4, rtol=0)
+
+
+# ---- FasterVLM ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("config", "entry"), configurations("fastervlm"))
+def test_fastervlm(golden_llava, config, entry):
+    recorded = vectors("fastervlm")
+    features, trace = run(
+        golden_llava, visibench.load_method("fastervlm", tokens=entry["visual_token_num"]), CLIP["pixels"]
+    )
+    kept = recorded[f"{config}.kept"]
+    assert torch.equal(trace.kept(0), kept)
+    assert torch.equal(recorded[f"{config}.kept_fp64"], kept)
+    torch.testing.assert_close(
+        features, pieces.pick(CLIP["hidden_m2"][:, 1:], pieces.columns(kept, entry["visual_token_num"]))
+    )
+    assert trace.visual_counts().tolist() == [[entry["visual_token_num"]] * 2] * 2
