@@ -17,6 +17,7 @@ from . import spec
 
 PACKAGED = Path(__file__).parent.parent / "configs"
 Count = Annotated[int, Field(ge=1, strict=True)]
+_BRANCHES = ("str", "MethodEntry", "constrained-int", "dict[")  # how pydantic names the branches of our unions
 
 
 class MethodEntry(BaseModel):
@@ -145,9 +146,11 @@ def _seeds(method: Method, options: dict[str, Any], own: list[int] | None, share
 
 
 def _first(error: ValidationError) -> str:
-    """The first complaint of pydantic in one line."""
-    complaint = error.errors()[0]
-    where = ".".join(str(part) for part in complaint["loc"])
+    """The most telling complaint of pydantic in one line: of a union's branches, that of the one that went furthest."""
+    complaint = max(error.errors(), key=lambda e: (e["type"] == "extra_forbidden", len(e["loc"])))
+    keys = [str(part) for part in complaint["loc"] if not str(part).startswith(_BRANCHES)]
+    where = ".".join(keys)
     if complaint["type"] == "extra_forbidden":
-        return f"unknown key {where!r}; {suggest(where, SweepConfig.model_fields)}"
+        known = TimingConfig.model_fields if len(keys) > 1 else SweepConfig.model_fields
+        return f"unknown key {where!r}; {suggest(keys[-1], known)}"
     return f"{where}: {complaint['msg'][0].lower()}{complaint['msg'][1:]}"

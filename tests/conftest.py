@@ -1,7 +1,11 @@
 """Fixtures shared by all tests."""
 
 import json
+import os
 from pathlib import Path
+
+# Before torch is imported, here and in subprocesses: on small models, threads that wait for each other cost the most.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hubdata
 import numpy as np

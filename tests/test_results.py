@@ -1,0 +1,279 @@
+"""Stored results and the tables made of them."""
+
+import csv
+import io
+import json
+import statistics
+
+import pandas as pd
+import pytest
+from visibench.errors import DataError, OptionError
+from visibench.results.records import (
+    CellConfig,
+    CellMetrics,
+    Compute,
+    Environment,
+    PrefillTime,
+    ScoreRecord,
+    TimingConfig,
+    VisualTokens,
+)
+from visibench.results.render import render
+from visibench.results.store import Store
+from visibench.results.tables import build
+
+SAMPLES = pd.DataFrame({"doc_id": [0, 1], "score": [1.0, 0.0], "visual_tokens": [[4, 4], [4, 2]]})
+
+
+def config(method="none", task="gqa", seed=0, **changes) -> CellConfig:
+    options = {"keep": 0.5, "seed": seed} if method == "random" else {}
+    values = {"model": "tiny", "method": method, "options": options, "label": method, "task": task, "seed": seed}
+    return CellConfig(**values | changes)
+
+
+def metrics(cell: CellConfig, score=0.8, data="d0", versions=None, **changes) -> CellMetrics:
+    mme = cell.task == "mme"
+    values = {
+        "config_hash": cell.digest(),
+        "size": cell.limit or 50,
+        "total": 50,
+        "scores": [ScoreRecord(key="s", title="score", value=score, maximum=1000 if mme else 1)],
+        "metrics": {"s": score},
+        "visual_tokens": VisualTokens(prompt=16, per_layer=[16, 8]),
+        "compute": Compute(macs=2e9, macs_sd=0, components={"ffn": 2e9}),
+        "prefill": PrefillTime(times_ms=[1.0, 2.0, 3.0], warmup=1, batch_size=1, device="cpu"),
+        "generation": {"max_new_tokens": 16},
+        "seconds": {"answer": 1.0},
+        "data_hash": data + cell.task + str(cell.limit),
+        "environment": Environment(model={"dtype": "float32"}, versions=versions or {"torch": "2"}, machine={}),
+    }
+    return CellMetrics(**values | changes)
+
+
+def put(store: Store, cell: CellConfig, *args, **changes):
+    store.begin(cell)
+    return store.finish(cell, SAMPLES, metrics(cell, *args, **changes))
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "run")
+
+
+# ---- store --------------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_comes_back_as_it_was_stored(store):
+    stored = put(store, config(), float("nan"))
+    (back,) = store.cells()
+    assert back.config == stored.config
+    assert back.metrics.model_dump_json() == stored.metrics.model_dump_json()
+    samples = back.samples()
+    pd.testing.assert_frame_equal(samples.assign(visual_tokens=samples["visual_tokens"].map(list)), SAMPLES)
+
+
+def test_everything_but_the_label_counts_for_the_hash():
+    base = config()
+    changes = {"model": "x", "checkpoint": "y", "dtype": "float16", "options": {"layer": 3}, "seed": 1, "limit": 5}
+    changes |= {"origin": "hub", "batch_size": 2, "timing": TimingConfig(repeats=3), "task": "pope", "device": "cpu"}
+    digests = {config(**{key: value}).digest() for key, value in changes.items()}
+    assert len(digests | {base.digest()}) == len(changes) + 1
+    assert config(label="another").digest() == base.digest()
+
+
+def test_only_the_metrics_file_means_done(store):
+    cell = config()
+    assert store.done(cell) is None
+    folder = store.begin(cell)
+    assert json.loads((folder / "config.json").read_text())["method"] == "none"
+    assert store.done(cell) is None
+    SAMPLES.to_parquet(folder / "samples.parquet")
+    (folder / "metrics.json.partial").write_text(metrics(cell).model_dump_json())
+    assert store.done(cell) is None
+    store.finish(cell, SAMPLES, metrics(cell))
+    assert store.done(cell) is not None
+    assert not list(folder.glob("*.partial"))
+
+
+def test_beginning_again_undoes_done(store):
+    put(store, config())
+    store.begin(config())
+    assert store.done(config()) is None
+
+
+def test_metrics_of_another_configuration_do_not_count(store):
+    cell, other = config(), config(limit=5)
+    folder = store.begin(cell)
+    store.finish(cell, SAMPLES, metrics(other))
+    assert store.done(cell) is None
+    with pytest.raises(DataError, match=str(folder)):
+        store.cells()
+
+
+def test_metrics_never_stand_there_in_part(store, monkeypatch):
+    cell = config()
+    store.begin(cell)
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(KeyboardInterrupt):
+        store.finish(cell, SAMPLES, metrics(cell))
+    assert store.done(cell) is None
+    assert not (store.path(cell) / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("damage", ["{", '{"schema_version": 9}', ""])
+@pytest.mark.parametrize("file", ["metrics.json", "config.json"])
+def test_damaged_files_are_named(damage, file, store):
+    path = put(store, config()).path / file
+    path.write_text(damage)
+    with pytest.raises(DataError, match="run again") as caught:
+        store.cells()
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_samples_are_named(store):
+    cell = put(store, config())
+    (cell.path / "samples.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"samples\.parquet"):
+        cell.samples()
+
+
+def test_a_new_label_needs_no_new_run(store):
+    put(store, config())
+    assert store.done(config(label="dense")) is not None
+    assert store.cells()[0].config.label == "dense"
+
+
+def test_folders_without_results(store, tmp_path):
+    with pytest.raises(DataError, match="no folder"):
+        store.cells()
+    put(store, config())
+    with pytest.raises(DataError, match=r"did you mean '.*run'"):
+        Store(tmp_path).cells()
+    store.begin(config())
+    with pytest.raises(DataError, match="no finished results"):
+        store.cells()
+
+
+# ---- tables -------------------------------------------------------------------------------------------------------
+
+
+def full(store: Store):
+    """Dense, random with three seeds and fastv on two tasks."""
+    for task, scale in (("gqa", 1), ("mme", 1000)):
+        put(store, config("none", task), 0.8 * scale)
+        put(store, config("fastv", task), 0.6 * scale)
+        for seed, score in enumerate((0.4, 0.5, 0.6)):
+            put(store, config("random", task, seed), score * scale, compute=Compute(macs=1e9, macs_sd=0, components={}))
+    return store
+
+
+def test_rows_average_seeds_and_tasks(store):
+    (table,) = build(full(store).cells())
+    assert [row.label for row in table.rows] == ["none", "random", "fastv"]
+    dense, random, fastv = table.rows
+    assert dense.retained.mean == pytest.approx(100)
+    assert fastv.retained.mean == pytest.approx(75)
+    assert random.seeds == [0, 1, 2]
+    assert random.scores["gqa"]["s"].mean == pytest.approx(0.5)
+    assert random.scores["gqa"]["s"].sd == pytest.approx(statistics.stdev([0.4, 0.5, 0.6]))
+    assert random.retained.mean == pytest.approx(62.5)
+    assert random.retained.sd == pytest.approx(statistics.stdev([50, 62.5, 75]))
+    assert (fastv.tokens.mean, fastv.tokens.last) == (12, 8)
+    assert (fastv.macs, random.macs) == (2e9, 1e9)
+    assert fastv.prefill.n == 6
+    assert (fastv.prefill.median, fastv.prefill.min) == (2.0, 1.0)
+
+
+def test_retained_needs_all_tasks_and_a_dense_row(store):
+    full(store)
+    put(store, config("tome", "gqa"), 0.8)
+    rows = {row.label: row for row in build(store.cells())[0].rows}
+    assert rows["tome"].retained is None
+    (table,) = build([cell for cell in store.cells() if cell.config.method != "none"])
+    assert all(row.retained is None for row in table.rows)
+
+
+@pytest.mark.parametrize(
+    ("changes", "outcome", "named"),
+    [
+        ({"model": "other"}, {}, "model = other"),
+        ({"checkpoint": "abc"}, {}, "checkpoint = abc"),
+        ({"limit": 20}, {}, "limit = 20"),
+        ({"origin": "hub"}, {"data": "d1"}, "origin = hub"),
+        ({"batch_size": 2}, {}, "batch_size = 2"),
+        ({}, {"versions": {"torch": "3"}}, "torch = 3"),
+    ],
+)
+def test_what_cannot_be_compared_stands_in_tables_of_its_own(changes, outcome, named, store):
+    put(full(store), config("sparse", "gqa", **changes), 0.7, **outcome)
+    large, small = build(store.cells())
+    assert [row.label for row in small.rows] == ["sparse"]
+    assert "sparse" not in [row.label for row in large.rows]
+    assert small.rows[0].retained is None
+    text = render([large, small])
+    assert "Table 2 of 2, not to be compared with the others" in text
+    assert named in text
+
+
+def test_one_limit_a_task_is_one_table(store):
+    for method in ("none", "fastv"):
+        put(store, config(method, "gqa", limit=20))
+        put(store, config(method, "mme"), 700)
+    (table,) = build(store.cells())
+    assert table.is_subset
+    assert "gqa 20 of 50 (embedded), mme 50 of 50 (embedded)" in render([table])
+    assert "SUBSET" in render([table])
+
+
+def test_other_questions_under_the_same_settings_are_an_error(store):
+    put(full(store), config("sparse", "gqa"), data="changed")
+    with pytest.raises(DataError, match="different questions"):
+        build(store.cells())
+
+
+def test_text_shows_units(store):
+    text = render(build(full(store).cells()))
+    lines = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+    assert "GFLOPs" in text
+    assert "mme score /1000" in " ".join(text.split())
+    assert " ".join(lines["random"]) == "random 50.0 ± 10.0 500.0 ± 100.0 62.5 ± 12.5 12.0 8.0 1.00 2.0 ± 2.0"
+    assert lines["none"][:6] == ["none", "80.0", "800.0", "100.0", "12.0", "8.0"]
+    assert "SUBSET" not in text
+    assert "over 3 seeds" in text
+
+
+def test_markdown_has_one_cell_a_column(store):
+    lines = [line for line in render(build(full(store).cells()), "md").splitlines() if line.startswith("|")]
+    assert len(lines) == 5
+    assert {line.count("|") for line in lines} == {9}
+
+
+def test_csv_keeps_full_precision(store):
+    rows = list(csv.DictReader(io.StringIO(render(build(full(store).cells()), "csv"))))
+    assert [row["method"] for row in rows] == ["none", "random", "fastv"]
+    assert float(rows[1]["mme:s:sd"]) == pytest.approx(100)
+    assert float(rows[2]["executed_tflops"]) == 0.002
+    assert rows[0]["gqa:s:sd"] == ""
+
+
+def test_json_can_be_read_back(store):
+    (table,) = json.loads(render(build(full(store).cells()), "json"))["tables"]
+    assert table["rows"][1]["scores"]["gqa"]["s"] == pytest.approx({"mean": 0.5, "sd": 0.1, "n": 3})
+    assert table["rows"][2]["visual_tokens"] == {"prompt": 16, "per_layer": [16, 8], "mean": 12, "last": 8}
+    assert table["questions"]["gqa"]["asked"] == 50
+    assert table["facts"]["model"] == "tiny"
+
+
+def test_a_score_that_is_missing_is_a_dash(store):
+    put(store, config(), float("nan"))
+    assert "–" in render(build(store.cells()))
+
+
+def test_unknown_format(store):
+    with pytest.raises(OptionError, match="did you mean 'json'"):
+        render(build(full(store).cells()), "jsn")
