@@ -79,9 +79,7 @@ class Interception:
             _interceptors.pop(module, None)
 
 
-def attention_mask(
-    implementation: str, valid: Tensor | None, queries: int, length: int, like: Tensor
-) -> Tensor | None:
+def attention_mask(implementation: str, valid: Tensor | None, queries: int, length: int, like: Tensor) -> Tensor | None:
     """Causal mask of the last ``queries`` of ``length`` tokens, in the form that an implementation takes.
 
     ``valid``: bool (B, length), None if nothing is padded. A padded query sees itself, so that no row is empty.
@@ -98,7 +96,9 @@ def attention_mask(
     mask = mask[:, None]
     if implementation == "sdpa":
         return mask
-    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(~mask, torch.finfo(like.dtype).min)
+    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(
+        ~mask, torch.finfo(like.dtype).min
+    )
 
 
 def repeat_heads(tensor: Tensor, heads: int) -> Tensor:

@@ -28,7 +28,7 @@ class TokenSet:
 
     @cached_property
     def index(self) -> Tensor:
-        """Int (B, n): the columns of the tokens, in order, n the most over the rows; past a row's count, meaningless."""
+        """Int (B, n): columns of the tokens in order, n the most over the rows; meaningless past a row's count."""
         return self.mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : max(self.counts)]
 
     @cached_property
@@ -50,7 +50,7 @@ class TokenSet:
         return tokens.gather(dim, self.index.view(shape).expand(size))
 
     def place(self, new: Tensor, onto: Tensor, dim: int) -> Tensor:
-        """A copy of ``onto`` whose entries of this set along ``dim`` are taken from ``new`` (length n along ``dim``)."""
+        """A copy of ``onto`` with the entries of this set along ``dim`` taken from ``new`` (length n there)."""
         width = onto.shape[dim]
         # Entries past a row's count land in one surplus column.
         index = self.index.masked_fill(~self.present, width)
@@ -245,4 +245,3 @@ def cut(layout: TokenLayout, keep: Tensor, added: Tensor | None = None, anchor: 
         layout.hash_inputs,
     )
     return Cut(new, index)
-

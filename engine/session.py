@@ -90,7 +90,9 @@ class PruningSession:
             for number, layer in enumerate(self.adapter.layers):
                 hook(layer.register_forward_pre_hook, partial(self._on_layer, number))
             if "attention" in self.method.stage:
-                modules = {layer.self_attn: partial(self._on_attention, i) for i, layer in enumerate(self.adapter.layers)}
+                modules = {
+                    layer.self_attn: partial(self._on_attention, i) for i, layer in enumerate(self.adapter.layers)
+                }
                 stack.enter_context(Interception(modules))
             stack.enter_context(self._tap)
             self._exit = stack.pop_all()
@@ -164,14 +166,18 @@ class PruningSession:
             if layout.width != given.shape[1]:
                 raise InputError(f"the layout has {layout.width} tokens, the input {given.shape[1]}")
             if valid is not None and not torch.equal(valid.bool().cpu(), layout.valid.cpu()):
-                raise InputError("the layout's padding differs from the attention mask: build it with TokenLayout.batch")
+                raise InputError(
+                    "the layout's padding differs from the attention mask: build it with TokenLayout.batch"
+                )
         elif ids is None or self.adapter.image_token is None:
             raise InputError(
                 "cannot tell which tokens are visual: pass input_ids with image tokens to a multimodal model, "
                 "or layout=visibench.TokenLayout.from_spans(length, visual=[(start, end)])"
             )
         else:
-            layout = TokenLayout.from_masks(ids == self.adapter.image_token, torch.ones_like(ids) if valid is None else valid)
+            layout = TokenLayout.from_masks(
+                ids == self.adapter.image_token, torch.ones_like(ids) if valid is None else valid
+            )
         return layout.to(given.device)
 
     def _prefill_layer(self, layer: int, module: nn.Module, hidden: Tensor) -> tuple[Stage, Tensor]:

@@ -47,9 +47,7 @@ class LoadedModel:
             raise InputError(f"{len(questions)} questions, but images for {len(images)}")
         texts = [self._prompt(question, len(pictures)) for question, pictures in zip(questions, images, strict=True)]
         flat = [picture.convert("RGB") for pictures in images for picture in pictures]
-        batch = self.processor(
-            text=texts, images=flat or None, padding=True, padding_side="left", return_tensors="pt"
-        )
+        batch = self.processor(text=texts, images=flat or None, padding=True, padding_side="left", return_tensors="pt")
         return batch.to(self.model.device, dtype=self.model.dtype)
 
     def decode(self, ids: torch.Tensor) -> list[str]:
@@ -82,7 +80,9 @@ class LoadedModel:
 
 def list_models() -> dict[str, str]:
     """Models that need no download, by name, with one line each."""
-    return {"tiny": "LLaVA architecture, trained on synthetic scenes, embedded in the package (first run, CI, development)"}
+    return {
+        "tiny": "LLaVA architecture, trained on synthetic scenes, embedded in the package (first run, CI, development)"
+    }
 
 
 def load_model(

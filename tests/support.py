@@ -10,7 +10,9 @@ GOLDEN = Path(__file__).parent / "golden"
 IMAGE = 63
 
 
-def make_llava(layers: int = 10, kv_heads: int = 2, seed: int = 0, attention: str = "sdpa") -> LlavaForConditionalGeneration:
+def make_llava(
+    layers: int = 10, kv_heads: int = 2, seed: int = 0, attention: str = "sdpa"
+) -> LlavaForConditionalGeneration:
     """A LLaVA with random weights: 16 visual tokens an image, vocabulary 64, image token 63.
 
     Weights are large enough for attention to be far from uniform, so that methods have something to choose.
@@ -31,13 +33,15 @@ def make_llava(layers: int = 10, kv_heads: int = 2, seed: int = 0, attention: st
         eos_token_id=2,
         pad_token_id=0,
     )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=16, vision_feature_layer=-2)
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=16, vision_feature_layer=-2
+    )
     config._attn_implementation = attention
     return LlavaForConditionalGeneration(config).eval()
 
 
 def make_batch(rows: list[tuple[int, ...]], seed: int = 0) -> list[dict[str, torch.Tensor]]:
-    """One input dictionary a row; a row is (prefix length, text length, [images]): text with its images after the prefix."""
+    """One input dictionary a row; a row is (prefix length, text length, images), the images behind the prefix."""
     generator = torch.Generator().manual_seed(seed)
     samples = []
     for prefix, text, images in rows:

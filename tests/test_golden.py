@@ -23,7 +23,9 @@ def visipruner_options(entry):
 def test_visipruner(golden_llama, golden_inputs, config, case, entry):
     vectors, prefix = np.load(GOLDEN / "visipruner.npz"), f"{config}.{case}"
     dense = entry["config"] is None
-    method = visibench.load_method("none") if dense else visibench.load_method("visipruner", **visipruner_options(entry))
+    method = (
+        visibench.load_method("none") if dense else visibench.load_method("visipruner", **visipruner_options(entry))
+    )
     check(golden_llama, golden_inputs, method, vectors, prefix, case, vectors[f"{prefix}.kv_len"])
 
 

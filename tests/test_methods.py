@@ -82,7 +82,9 @@ def test_top_keeps_order_breaks_ties_by_position_and_respects_padding():
     assert not top(scores, torch.tensor([0, 0]), present).any()
 
 
-@pytest.mark.parametrize(("keep", "count", "kept"), [(0.5, 576, 288), (0.1, 576, 57), (0.29, 100, 29), (1 / 3, 144, 48), (0, 7, 0)])
+@pytest.mark.parametrize(
+    ("keep", "count", "kept"), [(0.5, 576, 288), (0.1, 576, 57), (0.29, 100, 29), (1 / 3, 144, 48), (0, 7, 0)]
+)
 def test_fractions_of_the_budget_are_floored(keep, count, kept):
     assert visibench.load_method("fastv", keep=keep).budget(torch.tensor([count])).tolist() == [kept]
 

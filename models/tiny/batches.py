@@ -132,7 +132,7 @@ class Stream(IterableDataset):
     def __init__(self, phases: list[Phase], seed: int, start: int) -> None:
         self.phases, self.seed, self.start = phases, seed, start
 
-    def __iter__(self):  # noqa: ANN204
+    def __iter__(self):
         worker = torch.utils.data.get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         torch.set_num_threads(1)

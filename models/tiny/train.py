@@ -66,7 +66,11 @@ class Trainer:
         """Learning rate: linear warm-up, constant, cosine to a twentieth over the last ``decay`` steps."""
         config, left = self.config, self.total - self.step
         up = min(1.0, (self.step + 1) / config["warmup"])
-        down = 1.0 if left >= config["decay"] else 0.05 + 0.475 * (1 - float(torch.cos(torch.tensor(3.14159265 * left / config["decay"]))))
+        down = (
+            1.0
+            if left >= config["decay"]
+            else 0.05 + 0.475 * (1 - float(torch.cos(torch.tensor(3.14159265 * left / config["decay"]))))
+        )
         return config["lr"] * up * down
 
     def see(self, pixels: Tensor) -> Tensor:
@@ -79,7 +83,7 @@ class Trainer:
         return core.multi_modal_projector(hidden[:, 1:])
 
     def patch_loss(self, patches: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean over patches of the cross entropy to the words they show; and how many patches rank a right word first."""
+        """Mean cross entropy of the patches to the words they show, and the share that ranks a right word first."""
         table = self.model.get_input_embeddings().weight
         normed = patches * torch.rsqrt(patches.float().pow(2).mean(-1, keepdim=True) + 1e-6)
         logits = (normed @ table.T).float() * self.scale.exp()
@@ -184,14 +188,21 @@ class Trainer:
 
 
 def packed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, questions: int, slot: int, **_: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: None,
+    scaling: float,
+    questions: int,
+    slot: int,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention where the last tokens are ``questions`` slots that see what precedes them all, and themselves.
 
     All (B, H, L, d) → (B, L, H, d). Padding at the end of a slot is seen by padding alone.
     """
-    batch, heads, length, size = query.shape
-    image = length - slot * questions
+    image = query.shape[2] - slot * questions
     before = (query[:, :, :image] @ key[:, :, :image].transpose(-1, -2) * scaling).masked_fill(
         ~torch.ones(image, image, dtype=torch.bool).tril(), float("-inf")
     )
