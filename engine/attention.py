@@ -6,7 +6,7 @@ The registered function runs the model's own kernel. Extra rows cost O(rows · L
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,8 +28,8 @@ Interceptor = Callable[..., tuple[Tensor, Tensor | None]]
 _interceptors: WeakKeyDictionary[nn.Module, Interceptor] = WeakKeyDictionary()
 
 
-def _dispatch(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-    kernel = kernel_of(module, module.config._attn_implementation.removeprefix(PREFIX))  # type: ignore[union-attr]
+def _dispatch(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+    kernel = kernel_of(module, module.config._attn_implementation.removeprefix(PREFIX))
     interceptor = _interceptors.get(module)
     if interceptor is None:
         return kernel(module, query, key, value, mask, **kwargs)
@@ -45,14 +45,14 @@ for _name in ("eager", "sdpa", "flash_attention_2", "flash_attention_3"):
 def kernel_of(module: nn.Module, implementation: str) -> Kernel:
     """The attention function that ``module`` would use under ``implementation``."""
     if implementation == "eager":
-        return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[no-any-return]
-    return ALL_ATTENTION_FUNCTIONS[implementation]  # type: ignore[no-any-return]
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[implementation]
 
 
 class Interception:
     """While active, attention modules call ``interceptor(kernel, module, query, key, value, mask, **kwargs)``."""
 
-    def __init__(self, modules: dict[nn.Module, Interceptor]) -> None:
+    def __init__(self, modules: Mapping[Any, Interceptor]) -> None:
         self._modules = modules
         self._configs: dict[int, tuple[Any, str]] = {}
 

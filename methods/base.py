@@ -159,7 +159,8 @@ class Method:
         for key in options:
             if key not in known:
                 raise OptionError(f"{cls.name}: unknown option {key!r}; {suggest(key, known)}")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})
+        frozen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+        return cls(**frozen)
 
     def __str__(self) -> str:
         changed = [

@@ -111,7 +111,7 @@ def load_model(
                 f"{name_or_path}: architecture {config.model_type!r} has no adapter for images; see CONTRIBUTING.md"
             )
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model = AutoModelForImageTextToText.from_pretrained(
+        model: Any = AutoModelForImageTextToText.from_pretrained(
             source,
             dtype=precision,
             attn_implementation=attn_implementation,
