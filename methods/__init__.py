@@ -1,6 +1,6 @@
 """Pruning methods, one file each, and their registry."""
 
-from . import dart, divprune, fastervlm, fastv, none, pyramiddrop, random, visipruner, vtw
+from . import dart, divprune, fastervlm, fastv, fitprune, none, pyramiddrop, random, visipruner, vtw
 from .base import BlockMerge, Budgeted, Forward, Keep, Merge, Method, top
 from .registry import list_methods, load_method, register
 
@@ -15,6 +15,7 @@ __all__ = [
     "divprune",
     "fastervlm",
     "fastv",
+    "fitprune",
     "list_methods",
     "load_method",
     "none",

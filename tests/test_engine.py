@@ -28,6 +28,8 @@ METHODS = [
     visibench.load_method("pyramiddrop", layers="scaled", scorer="stage", positions="keep"),
     visibench.load_method("dart", tokens=17),
     visibench.load_method("dart", keep=0.6, layer=5, order="norm", visual_pivots=2, text_pivots=5, positions="renumber"),
+    visibench.load_method("fitprune", deletions=(0, 3, 0, 4, 4, 0, 1, 9)),
+    visibench.load_method("fitprune", ratio=60, out_of=576, layers="scaled", positions="renumber"),
     visibench.load_method("vtw", layer=5),
     visibench.load_method("vtw", layer=0, positions="renumber"),
     visibench.load_method("divprune", tokens=6),

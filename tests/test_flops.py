@@ -24,6 +24,8 @@ METHODS = [
     visibench.load_method("pyramiddrop", layers="scaled", scorer="stage"),
     visibench.load_method("dart", tokens=17),
     visibench.load_method("dart", keep=0.6, text_pivots=20),
+    visibench.load_method("fitprune", deletions=(0, 3, 0, 4, 4, 0, 1, 9)),
+    visibench.load_method("fitprune", deletions=(0, 3, 0, 4, 4, 0, 1, 9), out_of=24),
     visibench.load_method("vtw", layer=5),
     visibench.load_method("divprune", tokens=6),
     visibench.load_method("fastervlm", tokens=5),
@@ -38,7 +40,7 @@ CPU_ATTENTION = {
 # Operators that multiply nothing by a matrix: listed, so that a new one that does cannot hide among them.
 ELEMENTWISE = """embedding add sub rsub mul div neg pow sqrt rsqrt exp sigmoid silu gelu cos sin mean sum cumsum norm
 linalg_vector_norm clamp clamp_min where masked_fill masked_scatter new_ones new_zeros zeros_like ones_like full_like empty_like
-le lt gt ge eq ne __and__ __or__ __xor__ __rshift__ bitwise_not logical_not abs amin argsort scatter scatter_ gather expand_as
+le lt gt ge eq ne __and__ __or__ __xor__ __rshift__ bitwise_not logical_not abs amin amax argsort scatter scatter_ gather expand_as
 repeat_interleave softmax fill_ cosine_similarity index_put_ floor min index any
 minimum argmax eye""".split()
 

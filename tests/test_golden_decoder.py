@@ -49,3 +49,9 @@ def test_dart(golden_llama, golden_inputs, monkeypatch, config, case, entry):
     method = visibench.load_method("dart", layer=entry["K"], **budget, **counts)
     compare(golden_llama, golden_inputs, method, config, case)
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize(("config", "case", "entry"), cases("fitprune"))
+def test_fitprune(golden_llama, golden_inputs, config, case, entry):
+    method = visibench.load_method("fitprune", ratio=entry["reduction_ratio"])
+    compare(golden_llama, golden_inputs, method, config, case)
