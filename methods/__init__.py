@@ -1,6 +1,19 @@
 """Pruning methods, one file each, and their registry."""
 
-from . import dart, divprune, fastervlm, fastv, fitprune, none, pyramiddrop, random, visipruner, vtw
+from . import (
+    dart,
+    divprune,
+    fastervlm,
+    fastv,
+    fitprune,
+    none,
+    pyramiddrop,
+    random,
+    visionzip,
+    visipruner,
+    vispruner,
+    vtw,
+)
 from .base import BlockMerge, Budgeted, Forward, Keep, Merge, Method, top
 from .registry import list_methods, load_method, register
 
@@ -23,6 +36,8 @@ __all__ = [
     "random",
     "register",
     "top",
+    "visionzip",
     "visipruner",
+    "vispruner",
     "vtw",
 ]

@@ -58,3 +58,10 @@ def needs_cls(method: Method, geometry: Geometry) -> None:
         "scores patches by the attention of the CLS token, and this model's vision tower has none: "
         "use a method without it, such as divprune or pooling",
     )
+
+
+def added_need_renumbering(method: Method) -> None:
+    """Raise :class:`OptionError` under ``positions="keep"``: tokens made on the vision side have no old position."""
+    method.require(
+        method.positions == "renumber", "its new tokens have no old position to keep: use positions='renumber'"
+    )

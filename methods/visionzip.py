@@ -1,0 +1,108 @@
+"""VisionZip: *Longer is Better but Not Necessary in Vision Language Models* (arXiv 2412.04467).
+
+Authors' code: dvlab-research/VisionZip, commit 3151f6d. Block: the vision block whose output the model uses.
+
+    s_j        = attention of CLS to patch j in the block, all heads together
+    dominant:    the CLS token itself, and the patches of highest s_j, in their order
+    of the rest: every step-th patch is a target, as many as there are contextual tokens, step = rest // contextual;
+                 each other patch goes to the target of highest cosine (keys of the block, mean over heads)
+    contextual:  target + mean of the patches that went to it
+
+    in front of the projector:  CLS, dominant patches, contextual tokens
+
+``tokens`` counts all of them. The authors' splits are 162+30, 108+20 and 54+10, so by default 10/64 of the budget
+(floored) is contextual; ``contextual`` sets another number. The paper calls the contextual tokens averages, but the
+code adds the target to the mean of the others: ``merge="mean"`` averages target and others alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .base import Budgeted, Forward, Merge, Positions, top
+from .pieces import added_need_renumbering, cls_attention, columns, cosine, needs_cls, per_image, pick, precise
+from .registry import register
+
+if TYPE_CHECKING:
+    from ..engine.layout import TokenLayout
+    from ..engine.views import VisionView
+    from ..models.adapters import Geometry
+
+ContextualMerge = Literal["sum", "mean"]
+
+
+@register
+@dataclass(frozen=True)
+class VisionZip(Budgeted):
+    """Keep CLS and the patches it attends to most, and merge the others into a few contextual tokens."""
+
+    name = "visionzip"
+    title = "VisionZip"
+    paper = "2412.04467"
+    source = "dvlab-research/VisionZip@3151f6d"
+    stage = ("vision",)
+    vision_cls = True
+
+    contextual: int | None = None
+    merge: ContextualMerge = "sum"
+    positions: Positions = dataclasses.field(default="renumber", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        added_need_renumbering(self)
+        self.require(self.contextual is None or self.contextual >= 0, "contextual must be >= 0")
+        self.require(self.merge in get_args(ContextualMerge), "merge must be 'sum' or 'mean'")
+
+    def check(self, geometry: Geometry) -> None:
+        needs_cls(self, geometry)
+        if geometry.vision is not None:
+            dominant, contextual = self.split(geometry.vision.tokens)
+            self.require(
+                dominant >= 1,
+                f"{dominant + contextual} tokens an image, {contextual} of them contextual, leave none for CLS: "
+                "raise tokens or keep, or lower contextual",
+            )
+
+    def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
+        return Forward()
+
+    def split(self, patches: int) -> tuple[int, int]:
+        """Dominant (with CLS) and contextual tokens of an image."""
+        budget = per_image(self, patches)
+        contextual = budget * 10 // 64 if self.contextual is None else self.contextual
+        return budget - contextual, contextual
+
+    def vision(self, view: VisionView) -> Merge:
+        images, patches, _ = view.features.shape
+        dominant, contextual = self.split(patches)
+        count = torch.full((images,), dominant - 1, device=view.features.device)
+        kept = top(cls_attention(view), count, view.present)
+        rest = columns(~kept, patches - dominant + 1)
+        keys = pick(view.keys().mean(1), rest)
+        merged = contextualise(pick(view.features, rest), keys, contextual, mean=self.merge == "mean")
+        others = rest.shape[1] - contextual
+        view.scored(contextual * others * (keys.shape[2] + merged.shape[2]))
+        anchors = torch.full((images, 1 + contextual), patches - 1, device=kept.device)
+        anchors[:, 0] = -1  # in front of the first patch
+        return Merge(kept, added=torch.cat([view.cls[:, None], merged], dim=1), anchors=anchors)
+
+
+def contextualise(features: Tensor, keys: Tensor, count: int, *, mean: bool) -> Tensor:
+    """Merge all tokens, ``features`` (N, R, D) with ``keys`` (N, R, d), into ``count`` of them: (N, count, D)."""
+    if count == 0:
+        return features[:, :0]
+    tokens = features.shape[1]
+    step = max(1, tokens // count)
+    target = list(range(0, count * step, step))
+    other = sorted({*range(tokens)} - {*target})
+    nearest = cosine(keys[:, other], keys[:, target]).argmax(2)
+    own = precise(features[:, target])
+    share = (nearest[:, None] == torch.arange(count, device=keys.device)[:, None]).to(own.dtype)
+    total, number = share @ precise(features[:, other]), share.sum(2, keepdim=True)
+    merged = (own + total) / (number + 1) if mean else own + total / number.clamp(min=1)
+    return merged.to(features.dtype)
