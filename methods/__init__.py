@@ -1,12 +1,14 @@
 """Pruning methods, one file each, and their registry."""
 
 from . import (
+    cdpruner,
     dart,
     divprune,
     fastervlm,
     fastv,
     fitprune,
     none,
+    prumerge,
     pyramiddrop,
     random,
     visionzip,
@@ -24,6 +26,7 @@ __all__ = [
     "Keep",
     "Merge",
     "Method",
+    "cdpruner",
     "dart",
     "divprune",
     "fastervlm",
@@ -32,6 +35,7 @@ __all__ = [
     "list_methods",
     "load_method",
     "none",
+    "prumerge",
     "pyramiddrop",
     "random",
     "register",

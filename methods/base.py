@@ -173,14 +173,19 @@ class Method:
 
 @dataclass(frozen=True)
 class Budgeted(Method):
-    """A method with one budget: ``keep``, the fraction of a row's visual tokens kept, or ``tokens``, their number."""
+    """A method with one budget: ``keep``, the fraction of a row's visual tokens kept, or ``tokens``, their number.
+
+    Methods that act on the vision side spend it on each image. An adaptive method may go without.
+    """
 
     keep: float | None = None
     tokens: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require((self.keep is None) != (self.tokens is None), "give exactly one of keep=FRACTION or tokens=NUMBER")
+        given = (self.keep is not None) + (self.tokens is not None)
+        wanted = "at most" if self.adaptive else "exactly"
+        self.require(given == 1 or (self.adaptive and not given), f"give {wanted} one of keep=FRACTION or tokens=NUMBER")
         self.require(self.keep is None or 0 <= self.keep <= 1, f"keep must lie in [0, 1], not {self.keep}")
         self.require(
             self.tokens is None or (isinstance(self.tokens, int) and self.tokens >= 0), "tokens must be an integer >= 0"

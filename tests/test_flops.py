@@ -33,6 +33,9 @@ METHODS = [
     visibench.load_method("visionzip", tokens=7, contextual=3, merge="mean"),
     visibench.load_method("vispruner", tokens=6),
     visibench.load_method("vispruner", tokens=6, important=1.0),
+    visibench.load_method("prumerge"),
+    visibench.load_method("prumerge_plus", tokens=9),
+    visibench.load_method("cdpruner", tokens=6, condition="none"),
     Probe(layer=4),
     MergeProbe(positions="renumber"),
     VisionProbe(),
@@ -46,7 +49,7 @@ ELEMENTWISE = """embedding add sub rsub mul div neg pow sqrt rsqrt exp sigmoid s
 linalg_vector_norm clamp clamp_min where masked_fill masked_scatter new_ones new_zeros zeros_like ones_like full_like empty_like
 le lt gt ge eq ne __and__ __or__ __xor__ __rshift__ bitwise_not logical_not abs amin amax argsort scatter scatter_ gather expand_as
 repeat_interleave softmax fill_ cosine_similarity index_put_ floor min index any
-minimum argmax eye max""".split()
+minimum argmax eye max isfinite topk quantile diagonal""".split()
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)

@@ -9,7 +9,7 @@ import visibench
 from golden_support import MANIFEST
 from support import GOLDEN, IMAGE
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-from visibench.methods import Forward, Keep, Method, divprune, pieces, vispruner
+from visibench.methods import Forward, Keep, Method, cdpruner, divprune, pieces, vispruner
 
 CLIP = {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / "clip_inputs.npz").items()}
 
@@ -178,3 +178,51 @@ def test_vispruner(golden_llava, config, entry):
     gap = entry["margins"]["similarity_order_abs_gap_fp64"]
     if gap is None or gap > 5e-7:  # else another version's rounding in the tower reorders the list
         assert torch.equal(trace.kept(0), recorded[f"{config}.kept"])
+
+
+# ---- PruMerge -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("config", "entry"), configurations("prumerge"))
+def test_prumerge(golden_llava, golden_llava_fp64, config, entry):
+    recorded, exact = vectors("prumerge"), config.startswith("fp64.")
+    kind, image = config.removeprefix("fp64.").split(".")
+    name = "prumerge_plus" if kind.startswith("plus") else "prumerge"
+    budget = {} if "adaptive" in kind else {"tokens": entry["n_out"]}
+    model = golden_llava_fp64 if exact else golden_llava
+    number = int(image[-1])
+    features, trace = run(model, visibench.load_method(name, **budget), CLIP["pixels"][number : number + 1])
+    assert trace.visual_counts().tolist() == [[entry["n_out"]] * 2]
+    assert torch.equal(trace.kept(0)[0].nonzero().flatten(), recorded[f"{config}.index_order"].sort().values)
+    if exact:
+        torch.testing.assert_close(features.float(), recorded[f"{config}.features"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_prumerge_attention(golden_llava, number):
+    seen = []
+
+    class Look(type(visibench.load_method("prumerge"))):
+        def vision(self, view):
+            seen.append(view.cls_weights(0, single_head=True).squeeze(1))
+
+    run(golden_llava, Look(), CLIP["pixels"][number : number + 1])
+    torch.testing.assert_close(seen[0], vectors("prumerge")[f"cls_attention.img{number}"], atol=1e-6, rtol=1e-4)
+
+
+# ---- CDPruner -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("config", "entry"), configurations("cdpruner"))
+def test_cdpruner(config, entry):
+    recorded, images = vectors("cdpruner"), entry["batch"]
+    first = recorded["features0"].float()
+    features = torch.stack([first, first.flip(0) * 1.5])[:images]
+    raw = cdpruner.relevance(recorded["image_embeds"][:images], recorded["text_embeds"][: entry["n_texts"]])
+    # The authors scale over the whole batch: one row of all images.
+    weight = cdpruner.scaled(raw.reshape(1, -1)).view_as(raw)
+    kernel = cdpruner.conditioned(pieces.cosine(features), weight)
+    picked = cdpruner.most_likely(kernel, entry["visual_token_num"])
+    assert torch.equal(pieces.marked(picked, 576), recorded[f"{config}.kept"])
+    if images == 1:
+        assert torch.equal(cdpruner.scaled(raw), weight)
