@@ -41,9 +41,11 @@ def main() -> NoReturn:
     except VisibenchError as error:
         _fail(str(error))
     except typer.Abort:
-        _fail("interrupted: the same command goes on where this one stopped", 130)
+        code = 130
     except _UsageProblem as error:
         _fail(f"{error.format_message()} (see `visibench --help`)", error.exit_code)
+    if code == 130:  # Ctrl-C: raised or returned, depending on typer's version
+        _fail("interrupted: the same command goes on where this one stopped", 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -4,7 +4,7 @@ Importing lmms-eval takes over the process: it removes every loguru sink of the 
 silences all warnings, and tells Pillow to accept truncated images. Import its names from here and none of that lasts.
 """
 
-import io
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -48,7 +48,7 @@ logger.disable("lmms_eval")
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within: lmms-eval draws no bars, logs nothing, and keeps off standard output, which may have to carry JSON."""
+    """Within: lmms-eval draws no bars, logs nothing, and leaves standard output, which may carry JSON, alone."""
     real = _evaluator.tqdm
 
     def no_bar(*args: Any, **options: Any) -> Any:
@@ -57,7 +57,7 @@ def quiet() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(_evaluator, "tqdm", no_bar))
         stack.enter_context(patch.object(_task, "tqdm", no_bar))
-        stack.enter_context(redirect_stdout(io.StringIO()))
+        stack.enter_context(redirect_stdout(sys.stderr))
         logger.disable("utils")  # the name under which lmms-eval imports the code of its tasks
         stack.callback(logger.enable, "utils")
         yield

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 from rich.console import Console
@@ -118,7 +118,8 @@ def sweep(config: SweepConfig, out: Path, console: Console, *, dense: bool = Tru
     if len(pending) < len(cells):
         console.print(f"{len(cells) - len(pending)} of {len(cells)} cells are done already in {out}", highlight=False)
     if pending:
-        _save_config(config, out)
+        content = config.model_dump(mode="json", exclude_defaults=True)
+        store.save("sweep.yaml", yaml.safe_dump(content, sort_keys=False))
         _run(pending, config, store, console)
     return [cell for cell in (store.done(planned.config) for planned in cells) if cell is not None]
 
@@ -127,7 +128,7 @@ def save_tables(cells: list[Cell], out: Path) -> None:
     """Write the tables of ``cells`` to ``out`` as ``table.md``, ``table.csv`` and ``table.json``."""
     tables = build(cells)
     for form in ("md", "csv", "json"):
-        (out / f"table.{form}").write_text(render(tables, form) + "\n", encoding="utf-8")
+        Store(out).save(f"table.{form}", render(tables, form) + "\n")
 
 
 def _run(pending: list[Plan], config: SweepConfig, store: Store, console: Console) -> None:
@@ -229,12 +230,6 @@ def _metrics(result: Evaluation, prefill: PrefillTime | None, config: CellConfig
         data_hash=result.data_hash,
         environment=environment(loaded.describe()),
     )
-
-
-def _save_config(config: SweepConfig, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    content: dict[str, Any] = config.model_dump(mode="json", exclude_defaults=True)
-    (out / "sweep.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 
 @contextmanager

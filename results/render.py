@@ -135,7 +135,7 @@ def _cells(table: Table) -> list[list[str]]:
     body = []
     for row in table.rows:
         line = [row.label]
-        line += [_quantity(row.scores.get(task, {}).get(score.key), _scale(score)) for task, score in metrics]
+        line += [_quantity(row.scores.get(task, {}).get(score.key), score.maximum) for task, score in metrics]
         line += [_quantity(row.retained), f"{row.tokens.mean:.1f}", f"{row.tokens.last:.1f}", f"{row.macs / unit:#.3g}"]
         if timed:
             line.append(f"{row.prefill.median:.1f} ± {row.prefill.iqr:.1f}" if row.prefill else "–")
@@ -149,15 +149,13 @@ def _title(task: str, score: ScoreRecord) -> str:
     return f"{task} {score.title} {'%' if score.maximum == 1 else f'/{score.maximum:g}'}"
 
 
-def _scale(score: ScoreRecord) -> float:
-    return 100.0 if score.maximum == 1 else 1.0
-
-
-def _quantity(quantity: Quantity | None, scale: float = 1.0) -> str:
+def _quantity(quantity: Quantity | None, maximum: float | None = 100.0) -> str:
+    """Mean ± sd: as percent if the maximum is 1, with four digits if it is not known."""
     if quantity is None or math.isnan(quantity.mean):
         return "–"
-    spread = f" ± {quantity.sd * scale:.1f}" if quantity.sd is not None else ""
-    return f"{quantity.mean * scale:.1f}{spread}"
+    scale, form = 100.0 if maximum == 1 else 1.0, ".4g" if maximum is None else ".1f"
+    spread = f" ± {quantity.sd * scale:{form}}" if quantity.sd is not None else ""
+    return f"{quantity.mean * scale:{form}}{spread}"
 
 
 def _heading(table: Table, number: int, count: int) -> list[str]:

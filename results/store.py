@@ -8,6 +8,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -63,23 +65,28 @@ class Store:
     def begin(self, config: CellConfig) -> Path:
         """Make the cell's folder and write its configuration; leftovers of an interrupted run go."""
         path = self.path(config)
-        try:
+        with _writing(path):
             path.mkdir(parents=True, exist_ok=True)
             (path / METRICS).unlink(missing_ok=True)
             (path / SAMPLES).unlink(missing_ok=True)
             _write(path / CONFIG, config)
-        except OSError as error:
-            raise DataError(f"cannot write to {path}: {error.strerror}") from error
         return path
 
     def finish(self, config: CellConfig, samples: pd.DataFrame, metrics: CellMetrics) -> Cell:
         """Write samples, then metrics; after this, and only then, the cell is done."""
         path = self.path(config)
         partial = _partial(path / SAMPLES)
-        samples.to_parquet(partial, index=False)
-        _publish(partial, path / SAMPLES)
-        _write(path / METRICS, metrics)
+        with _writing(path):
+            samples.to_parquet(partial, index=False)
+            _publish(partial, path / SAMPLES)
+            _write(path / METRICS, metrics)
         return Cell(path, config, metrics)
+
+    def save(self, name: str, text: str) -> None:
+        """Write a file of the run as a whole, such as its configuration or a table."""
+        with _writing(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            (self.root / name).write_text(text, encoding="utf-8")
 
     def cells(self) -> list[Cell]:
         """All finished cells. Raises :class:`DataError` if there are none, or one is damaged."""
@@ -110,6 +117,16 @@ def _read(file: Path, kind: type[AnyRecord]) -> AnyRecord:
         where = ".".join(map(str, first["loc"])) or "JSON"
         complaint = f"{file} is damaged or of another version ({where}: {first['msg']})"
         raise DataError(f"{complaint}: delete its folder and run again") from error
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"cannot write to {path} ({error.strerror or error}): make room, or choose another --out"
+        ) from error
 
 
 def _write(file: Path, record: Record) -> None:

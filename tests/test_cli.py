@@ -22,6 +22,7 @@ def cli(monkeypatch, capsys, tmp_path):
         with pytest.raises(SystemExit) as stopped:
             main()
         captured = capsys.readouterr()
+        assert isinstance(stopped.value.code, int)
         return stopped.value.code, captured.out, captured.err
 
     return call
@@ -164,6 +165,21 @@ def test_unknown_models_devices_and_dtypes(cli, checkpoint, disk_data):
 def test_unknown_key_in_a_configuration(cli, tmp_path):
     (tmp_path / "bad.yaml").write_text("model: tiny\ntaks: [pope]\nmethods: [none]\ntasks: [pope]\n")
     assert_refused(cli("sweep", "bad.yaml"), "unknown key 'taks'; did you mean 'tasks'")
+
+
+def test_an_output_folder_that_is_a_file(cli, checkpoint, disk_data, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert_refused(cli(*run(checkpoint, "--data", disk_data, "--out", "file")), "cannot write")
+
+
+def test_ctrl_c_says_how_to_go_on(cli, checkpoint, disk_data, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("visibench.evals.lmms.evaluate", interrupted)
+    code, out, err = cli(*run(checkpoint, "--data", disk_data))
+    assert (code, out) == (130, "")
+    assert "goes on where" in err
 
 
 def assert_refused(result: tuple[int, str, str], says: str) -> None:

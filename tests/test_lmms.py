@@ -46,6 +46,14 @@ def test_constant_answers_get_the_known_scores(layout, loaded, request):
     assert result.categories == {"adversarial": 2 / 3, "popular": 1 / 3, "random": 0.5}
 
 
+def test_answers_end_at_the_tasks_stop_string(loaded, disk_data):
+    loaded.decode = lambda ids: ["yes\n\nand more"] * len(ids)
+    result = evaluate(loaded, DENSE, task("pope", disk_data))
+    assert result.metrics == pytest.approx(KNOWN["pope"])
+    assert set(result.samples["output"]) == {"yes\n\nand more"}
+    assert set(result.samples["answer"]) == {"yes"}
+
+
 def test_maximum_of_mme_counts_perception_categories(loaded, disk_data):
     loaded.decode = lambda ids: ["yes"] * len(ids)
     assert evaluate(loaded, DENSE, task("mme", disk_data)).scores[0].maximum == 600
@@ -54,7 +62,12 @@ def test_maximum_of_mme_counts_perception_categories(loaded, disk_data):
 
 def test_each_answer_goes_to_its_own_question(loaded, disk_data):
     prompts, inputs = [], loaded.inputs
-    loaded.inputs = lambda questions, images: prompts.append(questions) or inputs(questions, images)
+
+    def spy(questions, images):
+        prompts.append(questions)
+        return inputs(questions, images)
+
+    loaded.inputs = spy
     loaded.decode = lambda ids: prompts[-1]
     samples = evaluate(loaded, DENSE, task("textvqa_val", disk_data), batch_size=3).samples
     assert [len(batch) for batch in prompts] == [3, 3, 2]

@@ -269,6 +269,12 @@ def test_json_can_be_read_back(store):
     assert table["facts"]["model"] == "tiny"
 
 
+def test_a_score_of_unknown_maximum_keeps_its_digits(store):
+    score = ScoreRecord(key="s", title="score", value=0.06789, maximum=None)
+    put(store, config(), scores=[score])
+    assert "0.06789" in render(build(store.cells()))
+
+
 def test_a_score_that_is_missing_is_a_dash(store):
     put(store, config(), float("nan"))
     assert "–" in render(build(store.cells()))

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def test_warm_up_is_run_and_not_counted():
-    calls = []
+    calls: list[int] = []
 
     def work():
         calls.append(len(calls))
