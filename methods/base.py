@@ -216,7 +216,8 @@ class Layered(Method):
         """The layer of this model for which the number ``layer`` stands; only 0 is ever scaled to 0."""
         if self.layers == "given":
             return layer
-        return max(int(layer * geometry.layers / REFERENCE_DEPTH + 0.5), min(layer, 1))
+        last = geometry.layers - (layer < REFERENCE_DEPTH)
+        return min(max(int(layer * geometry.layers / REFERENCE_DEPTH + 0.5), min(layer, 1)), last)
 
     def check_layers(self, option: str, layers: Sequence[int], geometry: Geometry) -> None:
         """Raise :class:`OptionError` unless the layers of ``option`` exist and differ in this model."""

@@ -65,3 +65,75 @@ def added_need_renumbering(method: Method) -> None:
     method.require(
         method.positions == "renumber", "its new tokens have no old position to keep: use positions='renumber'"
     )
+
+
+def distances(tokens: Tensor) -> Tensor:
+    """Euclidean distance of every token (N, P, D) to every one: (N, P, P), 0 to itself. P² · D multiply-adds."""
+    tokens = precise(tokens)
+    square = tokens.square().sum(2)
+    squared = square[:, :, None] + square[:, None] - 2 * tokens @ tokens.transpose(1, 2)
+    itself = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
+    return squared.masked_fill(itself, 0).clamp(min=0).sqrt()
+
+
+def density_peaks(
+    tokens: Tensor, present: Tensor, clusters: Tensor, most: int, noise: Tensor | float = 0
+) -> tuple[Tensor, Tensor]:
+    """Clustering by density peaks among nearest neighbours (DPC-kNN): centres and the cluster of every token.
+
+    A token's density is exp(-mean squared distance to its k nearest, itself among them) plus ``noise`` (N, P); its gap
+    is the distance to the nearest denser one, or, where there is none, the largest distance of all. The centres are
+    the tokens of largest density · gap, and every other token joins the nearest centre. Distances are divided by √D.
+
+    ``tokens``: (N, P, D), those counted by ``present``, bool (N, P). ``clusters``: int (N,), how many to form, which is
+    k as well; at most the tokens that are present, and at most ``most``. Returns int (N, most), the columns of the
+    centres, best first, and int (N, P), for each token the place of its centre in that list.
+    """
+    width, column = tokens.shape[1], torch.arange(most, device=tokens.device)
+    wanted = column < clusters[:, None]
+    there = present[:, :, None] & present[:, None]
+    distance = (distances(tokens) / tokens.shape[2] ** 0.5).masked_fill(~there, torch.inf)
+    nearest = distance.sort(dim=2).values[:, :, :most].square().masked_fill(~wanted[:, None], 0)
+    density = torch.exp(-nearest.sum(2) / clusters.clamp(min=1)[:, None]) + noise
+    denser = (density[:, None] > density[:, :, None]) & there
+    largest = distance.masked_fill(~there, 0).amax((1, 2), keepdim=True)
+    gap = torch.where(denser, distance, largest).amin(2)
+    score = (density * gap).masked_fill(~present, -torch.inf)
+    centre = score.argsort(dim=1, descending=True, stable=True)[:, :most]
+    reach = distance.gather(2, centre[:, None].expand(-1, width, -1)).masked_fill(~wanted[:, None], torch.inf)
+    # A centre heads its own cluster, also where another one has the same place. Unwanted ones land in a surplus column.
+    own = centre.masked_fill(~wanted, width)
+    cluster = torch.nn.functional.pad(reach.argmin(2), (0, 1)).scatter(1, own, column.expand_as(own))
+    return centre, cluster[:, :width]
+
+
+def pooled(tokens: Tensor, cluster: Tensor, count: int, *, mean: bool) -> Tensor:
+    """Sum or mean (N, count, D) of the tokens (N, P, D) of each cluster, int (N, P), -1 for none; 0 for empty ones."""
+    member = cluster[:, None] == torch.arange(count, device=tokens.device)[:, None]
+    total = member.to(tokens.dtype) @ tokens
+    return total / member.sum(2, keepdim=True).clamp(min=1) if mean else total
+
+
+def matrix_rank(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Int (N,): ranks of matrices (N, P, Q) of which ``rows`` and ``columns``, int (N,), count; the rest must be 0."""
+    singular = torch.linalg.svdvals(matrix.float())
+    tolerance = singular.amax(1) * torch.maximum(rows, columns) * torch.finfo(singular.dtype).eps
+    return (singular > tolerance[:, None]).sum(1)
+
+
+def grid_within(budget: int, side: int) -> tuple[int, int]:
+    """Rows and columns of the grid of most cells within the budget: no wider than twice its height, nor than ``side``.
+
+    Of several the squarest.
+    """
+    grids = [(h, min(budget // h, 2 * h, side)) for h in range(1, side + 1) if h * h <= budget]
+    return max(grids, key=lambda grid: (grid[0] * grid[1], grid[0]))
+
+
+def needs_grid(method: Budgeted, geometry: Geometry) -> None:
+    """Raise :class:`OptionError` unless the patches form a square grid and the budget allows for one cell of it."""
+    if geometry.vision is None:
+        return
+    tokens, side = geometry.vision.tokens, geometry.vision.grid
+    method.require(side * side == tokens, f"needs a square grid of patches, and this model has {tokens} an image")
+    method.require(per_image(method, tokens) >= 1, "the budget must be at least 1 token an image")

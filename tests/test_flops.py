@@ -26,6 +26,8 @@ METHODS = [
     visibench.load_method("dart", keep=0.6, text_pivots=20),
     visibench.load_method("fitprune", deletions=(0, 3, 0, 4, 4, 0, 1, 9)),
     visibench.load_method("fitprune", deletions=(0, 3, 0, 4, 4, 0, 1, 9), out_of=24),
+    visibench.load_method("sparsevlm", counts=(9, 5, 2), after=(0, 2, 6)),
+    visibench.load_method("sparsevlm", tokens=192, out_of=576, layers="scaled", cluster_size=2),
     visibench.load_method("vtw", layer=5),
     visibench.load_method("divprune", tokens=6),
     visibench.load_method("fastervlm", tokens=5),
@@ -49,7 +51,7 @@ ELEMENTWISE = """embedding add sub rsub mul div neg pow sqrt rsqrt exp sigmoid s
 linalg_vector_norm clamp clamp_min where masked_fill masked_scatter new_ones new_zeros zeros_like ones_like full_like empty_like
 le lt gt ge eq ne __and__ __or__ __xor__ __rshift__ bitwise_not logical_not abs amin amax argsort scatter scatter_ gather expand_as
 repeat_interleave softmax fill_ cosine_similarity index_put_ floor min index any
-minimum argmax eye max isfinite topk quantile diagonal""".split()
+sort square pad argmin minimum argmax eye max isfinite topk quantile diagonal""".split()
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)

@@ -6,7 +6,9 @@ import torch
 import visibench
 from golden_support import MANIFEST, cases, check
 from support import GOLDEN
-from visibench.methods import dart
+from visibench.methods import dart, sparsevlm
+
+STAGE_ARRAYS = ("keep_mask", "score", "noise", "merge_in", "merged")
 
 
 def compare(model, inputs, method, config, case):
@@ -55,3 +57,47 @@ def test_dart(golden_llama, golden_inputs, monkeypatch, config, case, entry):
 def test_fitprune(golden_llama, golden_inputs, config, case, entry):
     method = visibench.load_method("fitprune", ratio=entry["reduction_ratio"])
     compare(golden_llama, golden_inputs, method, config, case)
+
+
+@pytest.mark.parametrize(("config", "case", "entry"), cases("sparsevlm"))
+def test_sparsevlm(golden_llama, golden_inputs, monkeypatch, config, case, entry):
+    """Also the raters, the scores, and what was merged of what, under the recorded density noise."""
+    vectors, prefix, after = np.load(GOLDEN / "sparsevlm.npz"), f"{config}.{case}", (2, 6, 15)
+    arrays = {name: vectors[f"{prefix}.{name}"] for name in ("raters", "kv_len")}
+    stages = {layer: {name: vectors[f"{prefix}.{name}_{layer}"] for name in STAGE_ARRAYS} for layer in after}
+    noise = iter(stages.values())
+    monkeypatch.setattr(sparsevlm, "draw", lambda seeds, count: torch.from_numpy(next(noise)["noise"])[None])
+    decisions = {}
+    recycle = sparsevlm.SparseVLMForward.recycle
+
+    def recording(self, scores, keep, fewest, view):
+        decisions[view.layer - 1] = recycle(self, scores, keep, fewest, view), scores, view.hidden, self.raters
+        return decisions[view.layer - 1][0]
+
+    monkeypatch.setattr(sparsevlm.SparseVLMForward, "recycle", recording)
+    method = visibench.load_method("sparsevlm", tokens=entry["RETAIN_TOKN"])
+    expected = {f"{prefix}.kept": originals(stages)}
+    expected |= {
+        f"{prefix}.{name}": vectors[f"{prefix}.{name}"] for name in ("last_logits", "text_logits", "decode_logits")
+    }
+    check(golden_llama, golden_inputs, method, expected, prefix, case, arrays["kv_len"])
+    assert list(decisions) == list(after)
+    for layer, (merge, scores, hidden, raters) in decisions.items():
+        stage = stages[layer]
+        np.testing.assert_array_equal(raters[0].nonzero().flatten(), arrays["raters"])
+        np.testing.assert_allclose(scores[0], stage["score"], rtol=1e-4, atol=1e-7)
+        np.testing.assert_array_equal(merge.mask[0], stage["keep_mask"])
+        dropped = scores.masked_fill(merge.mask, -torch.inf)[0].argsort(descending=True)[: len(stage["merge_in"])]
+        np.testing.assert_allclose(hidden[0, dropped], stage["merge_in"], atol=1e-4)
+        assert merge.added_present.all()
+        np.testing.assert_allclose(merge.added[0], stage["merged"], atol=1e-4)
+
+
+def originals(stages):
+    """Bool (32, 576): the prompt's own visual tokens at the input of each layer; kept ones stand before merged ones."""
+    kept, left, start = np.zeros((32, 576), dtype=bool), np.arange(576), 0
+    for layer, stage in [*stages.items(), (31, None)]:
+        kept[start : layer + 1, left] = True
+        start = layer + 1
+        left = left if stage is None else left[stage["keep_mask"][: len(left)]]
+    return kept

@@ -1,0 +1,169 @@
+"""SparseVLM: *Visual Token Sparsification for Efficient Vision-Language Model Inference* (arXiv 2410.04417).
+
+Authors' code: Gumpest/SparseVLMs, commit 26a5f48, version 1 (v1.5 of the paper).
+
+    raters, once, from the input embeddings: a text token behind the image is one if its share in
+        softmax over text (H_visual · H_textᵀ), mean over visual tokens, is above the mean over text tokens
+    in layers l of ``after`` (2, 6, 15): s_j = mean over heads and raters of their attention to visual token j
+    on the output of layer l:
+        keep the visual tokens of highest s_j, in order: a fixed number (at most all but one)
+        recycle the best of the n dropped ones, floor(0.3 n) + 1 = m of them, in c = floor(m / 10) + 1 clusters
+            (DPC-kNN, k = c), and append the mean of each cluster behind the visual tokens, as one of them from then on
+        number the positions anew from 0
+
+``tokens`` names a fixed list by the authors' nominal budget, which is not the number that is left at the end;
+``counts`` gives another list. Both are numbers of tokens whatever the prompt holds; ``out_of=576`` makes them shares.
+
+The paper instead deletes λ · (V - rank(P)) tokens, P being the attention of raters to visual tokens, and sums clusters:
+``rank="paper", scale=λ`` and ``merge="sum"``. The code's first release (91fb6d9) kept floor(13.5 · rank(P)), or all if
+P has full rank, behind layers 2, 6, 15 and 19: ``rank="release"``. (The singular values make the host wait.)
+The code adds unseeded noise of 1e-6 to densities; here its numbers depend on the row's inputs alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from .base import Forward, Keep, Layered, Merge, Positions, floored, top
+from .pieces import density_peaks, matrix_rank, pick, pooled, precise
+from .random import draw
+from .registry import register
+
+if TYPE_CHECKING:
+    from ..engine.layout import TokenLayout
+    from ..engine.views import AttentionView, LayerView
+    from ..models.adapters import Geometry
+
+LISTS = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
+
+
+@register
+@dataclass(frozen=True)
+class SparseVLM(Layered):
+    """Keep the visual tokens that the most image-related text attends to, and merge some of the others, in stages."""
+
+    name = "sparsevlm"
+    title = "SparseVLM"
+    paper = "2410.04417"
+    source = "Gumpest/SparseVLMs@26a5f48"
+    stage = ("attention", "decoder")
+
+    tokens: int | None = None
+    counts: tuple[int, ...] = ()
+    rank: Literal["", "release", "paper"] = ""
+    scale: float = 13.5
+    bias: float = 0.0
+    out_of: int | None = None
+    after: tuple[int, ...] = (2, 6, 15)
+    recycle: float = 0.3
+    cluster_size: int = 10
+    merge: Literal["mean", "sum"] = "mean"
+    noise: float = 1e-6
+    positions: Positions = dataclasses.field(default="renumber", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = ", ".join(map(str, LISTS))
+        one = (self.tokens is not None) + bool(self.counts) + bool(self.rank) == 1
+        self.require(one, f"give exactly one of tokens=({known}), counts=NUMBERS or rank='release' or 'paper'")
+        self.require(self.tokens is None or self.tokens in LISTS, f"tokens must be one of {known}, not {self.tokens}")
+        self.require(self.rank in ("", "release", "paper"), f"rank must be 'release' or 'paper', not {self.rank!r}")
+        self.require(self.rank != "paper" or 0 <= self.scale <= 1, "rank='paper' needs a scale in [0, 1]")
+        fits = bool(self.rank) or len(self.after) == len(self.schedule)
+        self.require(fits, f"{len(self.after)} layers in after need as many counts, not {len(self.schedule)}")
+        self.require([0, *self.after] == sorted((0, *self.after)), "after must rise, from 0 on")
+        self.require(min(self.schedule, default=0) >= 0, "counts must be >= 0")
+        self.require(self.out_of is None or self.out_of >= max(self.schedule, default=1), "out_of is less than a count")
+        self.require(0 <= self.recycle <= 1, f"recycle must lie in [0, 1], not {self.recycle}")
+        self.require(self.cluster_size >= 1, "cluster_size must be >= 1")
+        self.require(self.merge in ("mean", "sum"), f"merge must be 'mean' or 'sum', not {self.merge!r}")
+        placed = self.recycle == 0 or self.positions == "renumber"
+        self.require(placed, "merged tokens have no position of their own: positions='keep' needs recycle=0")
+
+    @property
+    def schedule(self) -> tuple[int, ...]:
+        """Visual tokens kept behind each layer of ``after``; empty under the rank rule."""
+        return self.counts if self.tokens is None else LISTS[self.tokens]
+
+    def check(self, geometry: Geometry) -> None:
+        self.check_layers("after", self.after, geometry)
+
+    def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
+        return SparseVLMForward(self, layout, [self.at(layer, geometry) for layer in self.after])
+
+
+class SparseVLMForward(Forward):
+    """State of one prefill: the raters, bool (B, T) over the text tokens, and their latest attention (B, T, V)."""
+
+    def __init__(self, method: SparseVLM, layout: TokenLayout, after: list[int]) -> None:
+        self.method, self.prompt, self.after = method, layout.visual_counts, after
+        self.raters: Tensor | None = None
+        self.relation: Tensor | None = None
+
+    def attention(self, layer: int, view: AttentionView) -> None:
+        if layer in self.after and self.raters is not None:
+            visual, text = view.layout.visual, view.layout.text
+            relation = torch.cat([visual.pick(weights.mean(1), 2) for weights, _ in view.scan(text)], dim=1)
+            self.relation = relation * (self.raters[:, :, None] & view.present[:, None])
+
+    def layer_input(self, layer: int, view: LayerView) -> Keep | Merge | None:
+        if layer == 0:
+            self.raters = find_raters(view)
+        if layer - 1 not in self.after or self.raters is None or self.relation is None:
+            return None
+        scores = self.relation.sum(1) / self.raters.sum(1, keepdim=True).clamp(min=1)
+        number, fewest = self.budget(self.after.index(layer - 1), view)
+        keep = top(scores, number, view.present)
+        return self.recycle(scores, keep, fewest, view) if self.method.recycle else Keep(keep)
+
+    def budget(self, stage: int, view: LayerView) -> tuple[Tensor, list[int]]:
+        """Visual tokens to keep, int (B,), and a number for each row, on the host, that this is not below."""
+        method, counts = self.method, view.layout.visual.counts
+        if not method.rank:
+            number = method.schedule[stage]
+            shares = [number if method.out_of is None else number * n // method.out_of for n in self.prompt]
+            exact = [max(0, min(share, now - 1)) for share, now in zip(shares, counts, strict=True)]
+            return torch.tensor(exact, device=view.present.device), exact
+        total, rank = view.layout.visual.total, matrix_rank(self.relation, self.raters.sum(1), view.layout.visual.total)
+        if method.rank == "paper":
+            return total - floored(total - rank, method.scale), [0] * len(counts)
+        some = (rank.double() * method.scale + method.bias).long().clamp(min=0).minimum(total - 1)
+        return torch.where(rank == total, total, some), [0] * len(counts)
+
+    def recycle(self, scores: Tensor, keep: Tensor, fewest: list[int], view: LayerView) -> Merge:
+        """Merge the best of the dropped tokens into new ones."""
+        method, device = self.method, scores.device
+        dropped = view.layout.visual.total - keep.sum(1)
+        used = torch.where(dropped > 0, floored(dropped, method.recycle) + 1, 0).minimum(dropped)
+        clusters = (used // method.cluster_size + 1).minimum(used)
+        # Shapes come from the host: as many as the row could drop at most.
+        room = [n - least for n, least in zip(view.layout.visual.counts, fewest, strict=True)]
+        room = [min(n, int(method.recycle * n + 1e-9) + 1) for n in room]
+        centres = [min(n, n // method.cluster_size + 1) for n in room]
+        width, most = max(room), max(centres)
+        view.scored(torch.tensor([n * (n + c) for n, c in zip(room, centres, strict=True)]) * view.hidden.shape[2])
+
+        best = scores.masked_fill(keep | ~view.present, -torch.inf).argsort(dim=1, descending=True, stable=True)[
+            :, :width
+        ]
+        tokens, present = precise(pick(view.hidden, best)), torch.arange(width, device=device) < used[:, None]
+        noise = draw(view.layout.fingerprint + view.layer, width) * method.noise
+        _, cluster = density_peaks(tokens, present, clusters, most, noise.to(tokens.dtype))
+        merged = pooled(tokens, cluster.masked_fill(~present, -1), most, mean=method.merge == "mean")
+        return Merge(keep, added=merged, added_present=torch.arange(most, device=device) < clusters[:, None])
+
+
+def find_raters(view: LayerView) -> Tensor:
+    """Bool (B, T): the text tokens to which the visual ones are drawn more than to the average one; all if none is."""
+    visual, text = view.layout.visual, view.layout.text
+    likeness = precise(view.hidden) @ precise(text.pick(view.tokens, 1)).transpose(1, 2)
+    view.scored(torch.tensor([v * t for v, t in zip(visual.counts, text.counts, strict=True)]) * view.hidden.shape[2])
+    share = likeness.masked_fill(~text.present[:, None], -torch.inf).softmax(2) * view.present[:, :, None]
+    share = (share.sum(1) / visual.total.clamp(min=1)[:, None]).masked_fill(~text.present, 0)
+    raters = (share > share.sum(1, keepdim=True) / text.total.clamp(min=1)[:, None]) & text.present
+    return torch.where(raters.any(1, keepdim=True), raters, text.present)

@@ -1,0 +1,230 @@
+"""Tensor-level pieces of the decoder-side methods against slow versions of the same definitions."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import visibench
+from visibench.engine.trace import Trace
+from visibench.errors import OptionError
+from visibench.methods import dart, pieces, sparsevlm
+from visibench.models.adapters import Geometry
+
+GEOMETRY = Geometry(layers=10, hidden=48, heads=4, kv_heads=2, head_size=12, intermediate=64, vocabulary=64)
+
+
+def peaks_by_hand(tokens, clusters, noise):
+    """DPC-kNN in plain Python: columns of the centres, best first, and for each token the number of its centre."""
+    n, size = len(tokens), len(tokens[0])
+    distance = [[math.dist(a, b) / math.sqrt(size) for b in tokens] for a in tokens]
+    density = []
+    for i in range(n):
+        nearest = sorted(distance[i])[:clusters]
+        density.append(math.exp(-sum(d * d for d in nearest) / clusters) + noise[i])
+    largest = max(max(row) for row in distance)
+    gap = [min([distance[i][j] for j in range(n) if density[j] > density[i]], default=largest) for i in range(n)]
+    centres = sorted(range(n), key=lambda i: -density[i] * gap[i])[:clusters]
+    cluster = [min(range(clusters), key=lambda c: distance[i][centres[c]]) for i in range(n)]
+    for number, centre in enumerate(centres):
+        cluster[centre] = number
+    return centres, cluster
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_density_peaks_equal_the_definition_in_ragged_rows(seed):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(4, 23, 6, generator=generator) + 3 * torch.randn(4, 1, 6, generator=generator)
+    noise = torch.rand(4, 23, generator=generator) * 1e-3
+    counts, clusters = [23, 17, 9, 1], [5, 2, 7, 1]
+    present = torch.arange(23) < torch.tensor(counts)[:, None]
+    tokens[~present] = 1e4  # must not matter
+    centres, cluster = pieces.density_peaks(tokens, present, torch.tensor(clusters), 7, noise)
+    assert centres.shape == (4, 7)
+    for row, (count, wanted) in enumerate(zip(counts, clusters, strict=True)):
+        expected = peaks_by_hand(tokens[row, :count].tolist(), wanted, noise[row].tolist())
+        assert (centres[row, :wanted].tolist(), cluster[row, :count].tolist()) == expected
+
+
+def test_a_centre_heads_its_cluster_among_equal_tokens():
+    tokens = torch.tensor([[[0.0, 0.0], [0.0, 0.0], [5.0, 5.0], [0.0, 0.0]]])
+    present = torch.ones(1, 4, dtype=torch.bool)
+    centres, cluster = pieces.density_peaks(tokens, present, torch.tensor([4]), 4)
+    assert sorted(centres[0].tolist()) == [0, 1, 2, 3]
+    assert cluster[0, centres[0]].tolist() == [0, 1, 2, 3]
+
+
+def test_no_clusters_in_a_row_without_tokens():
+    present = torch.tensor([[True] * 5, [False] * 5])
+    centres, cluster = pieces.density_peaks(torch.randn(2, 5, 3), present, torch.tensor([2, 0]), 2)
+    assert centres.shape == (2, 2)
+    assert cluster[0].max() == 1
+
+
+def test_distances_are_euclidean_and_zero_to_itself():
+    tokens = torch.randn(2, 40, 7, dtype=torch.float64)
+    torch.testing.assert_close(pieces.distances(tokens), torch.cdist(tokens, tokens))
+    far = torch.randn(1, 30, 7) + 1000
+    assert pieces.distances(far).diagonal(dim1=1, dim2=2).eq(0).all()
+
+
+def test_pooled_tokens_are_sums_or_means_of_their_clusters():
+    tokens = torch.tensor([[[1.0], [2.0], [4.0], [100.0]]])
+    cluster = torch.tensor([[0, 2, 0, -1]])
+    assert pieces.pooled(tokens, cluster, 3, mean=False).flatten().tolist() == [5, 0, 2]
+    assert pieces.pooled(tokens, cluster, 3, mean=True).flatten().tolist() == [2.5, 0, 2]
+
+
+def test_ranks_do_not_depend_on_padding():
+    generator = torch.Generator().manual_seed(0)
+    sizes, ranks = [(6, 20), (9, 5), (3, 3)], [4, 5, 1]
+    matrices = torch.zeros(3, 12, 20)
+    for row, ((height, width), rank) in enumerate(zip(sizes, ranks, strict=True)):
+        left, right = torch.rand(height, rank, generator=generator), torch.rand(rank, width, generator=generator)
+        matrices[row, :height, :width] = left @ right
+        assert torch.linalg.matrix_rank(matrices[row, :height, :width]) == rank
+    rows, columns = torch.tensor(sizes).T
+    assert pieces.matrix_rank(matrices, rows, columns).tolist() == ranks
+
+
+class View:
+    """What methods read of the input of a decoder layer."""
+
+    def __init__(self, layout, tokens):
+        self.layout, self.tokens, self.present = layout, tokens, layout.visual.present
+        self.hidden = layout.visual.pick(tokens, 1)
+
+    def scored(self, macs):
+        self.macs = macs
+
+
+def ragged_layout():
+    rows = [((3, 9), 15), ((1, 4), 9), (None, 6), ((0, 5), 6)]
+    return visibench.TokenLayout.batch(
+        [visibench.TokenLayout.from_spans(length, visual=[span] if span else []) for span, length in rows]
+    )
+
+
+def test_raters_equal_the_definition_in_ragged_rows():
+    layout, tokens = ragged_layout(), torch.randn(4, 15, 8, generator=torch.Generator().manual_seed(1))
+    view = View(layout, tokens)
+    raters = sparsevlm.find_raters(view)
+    for row in range(4):
+        visual, text = (tokens[row, s.mask[row]].double().numpy() for s in (layout.visual, layout.text))
+        found = raters[row, : len(text)].tolist()
+        assert not raters[row, len(text) :].any()
+        assert view.macs[row] == len(visual) * len(text) * 8
+        if not len(visual):
+            continue
+        share = np.zeros(len(text))
+        for v in visual:
+            weights = np.exp(text @ v - (text @ v).max())
+            share += weights / weights.sum() / len(visual)
+        assert found == (list(share > share.mean()) if len(text) > 1 else [True])
+
+
+@pytest.mark.parametrize(("visual", "text"), [(2, 3), (4, 0), (0, 4), (9, 9)])
+def test_pivots_have_the_largest_norms(visual, text):
+    layout, norms = ragged_layout(), torch.rand(4, 15, generator=torch.Generator().manual_seed(2))
+    column, there = dart.pivots(norms, layout, visual, text)
+    ordered, present = dart.left_to_right(column, there)
+    for row in range(4):
+        expected = []
+        for tokens, count in ((layout.visual, visual), (layout.text, text)):
+            own = tokens.mask[row].nonzero().flatten().tolist()
+            expected += sorted(own, key=lambda c: -norms[row, c])[:count]
+        assert column[row, there[row]].tolist() == expected
+        assert ordered[row, present[row]].tolist() == sorted(expected)
+
+
+# ---- schedules ----------------------------------------------------------------------------------------------------
+
+
+def test_fitprune_schedules_leave_the_published_averages():
+    """Visual tokens averaged over the inputs of 32 layers."""
+    averages = {50: 301.8, 60: 245.0, 70: 187.9, 80: 130.6, 90: 72.8}
+    for ratio, average in averages.items():
+        schedule = visibench.load_method("fitprune", ratio=ratio).schedule
+        left = [576 - sum(schedule[:layer]) for layer in range(32)]
+        assert sum(left) / 32 == pytest.approx(average, abs=0.05)
+
+
+def counts_of(model, method, visual):
+    layout = visibench.TokenLayout.from_spans(visual + 24, visual=[(4, 4 + visual)])
+    with visibench.prune(model, method, layout=layout) as session:
+        model(inputs_embeds=torch.randn(1, visual + 24, 32, generator=torch.Generator().manual_seed(3)))
+    assert isinstance(session.trace, Trace)
+    return session.trace.visual_counts()[0].tolist()
+
+
+def test_schedules_out_of_576_scale_with_the_image(golden_llama):
+    whole = counts_of(golden_llama, visibench.load_method("fitprune", ratio=80), 576)
+    half = counts_of(golden_llama, visibench.load_method("fitprune", ratio=80, out_of=576), 288)
+    assert half == [math.ceil(count / 2) for count in whole]
+    sparse = counts_of(golden_llama, visibench.load_method("sparsevlm", tokens=192, out_of=576), 288)
+    # 150 kept of 288, and of the 138 others 42 in 5 clusters; 100 of 155, 17 in 2; 55 of 102, 15 in 2.
+    assert sparse == [288] * 3 + [155] * 4 + [102] * 9 + [57] * 16
+
+
+def test_rank_rule_keeps_in_proportion_to_the_rank(golden_llama):
+    method = visibench.load_method("sparsevlm", rank="release", scale=2.0, bias=1.0, after=(3,), recycle=0)
+    kept = counts_of(golden_llama, method, 100)[-1]
+    assert kept % 2 == 1
+    assert 3 <= kept <= 41  # at most 20 raters
+    paper = visibench.load_method("sparsevlm", rank="paper", scale=0.5, after=(3,), recycle=0)
+    rank = (kept - 1) // 2
+    assert counts_of(golden_llama, paper, 100)[-1] == 100 - (100 - rank) // 2
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("pyramiddrop", {"cuts": (8, 16)}, "2 cuts need as many ratios"),
+        ("pyramiddrop", {"ratios": (0.5, 0.6, 0.1)}, "must fall"),
+        ("pyramiddrop", {"cuts": (16, 8, 24)}, "must rise"),
+        ("pyramiddrop", {"scorer": "last"}, "'next' or 'stage'"),
+        ("pyramiddrop", {"cuts": (0, 8, 16), "scorer": "stage"}, "cuts must be >= 1"),
+        ("vtw", {"layer": -1}, ">= 0"),
+        ("dart", {"layer": 0, "keep": 0.5}, ">= 1"),
+        ("dart", {"keep": 0.5, "visual_pivots": 0, "text_pivots": 0}, "at least one pivot"),
+        ("dart", {"keep": 0.5, "order": "set"}, "'position' or 'norm'"),
+        ("fitprune", {}, "exactly one"),
+        ("fitprune", {"ratio": 75}, "50, 60, 70, 80, 90"),
+        ("fitprune", {"deletions": (3, -1)}, ">= 0"),
+        ("fitprune", {"ratio": 60, "out_of": 100}, "less than all"),
+        ("sparsevlm", {}, "exactly one"),
+        ("sparsevlm", {"tokens": 100}, "192, 128, 96, 64"),
+        ("sparsevlm", {"tokens": 192, "after": (2, 6)}, "need as many counts"),
+        ("sparsevlm", {"counts": (3, 2, 1), "after": (6, 2, 15)}, "must rise"),
+        ("sparsevlm", {"tokens": 192, "positions": "keep"}, "needs recycle=0"),
+        ("sparsevlm", {"rank": "paper"}, r"scale in \[0, 1\]"),
+        ("sparsevlm", {"tokens": 192, "layers": "deep"}, "'given' or 'scaled'"),
+    ],
+)
+def test_bad_options_raise_one_line_that_names_the_method(name, options, message):
+    with pytest.raises(OptionError, match=message) as caught:
+        visibench.load_method(name, **options)
+    assert str(caught.value).startswith(f"{name}: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("pyramiddrop", {}),
+        ("vtw", {}),
+        ("dart", {"tokens": 8, "layer": 12}),
+        ("fitprune", {"ratio": 60}),
+        ("sparsevlm", {"tokens": 64}),
+    ],
+)
+def test_too_few_layers_raise_and_scaling_helps(name, options):
+    with pytest.raises(OptionError, match=r"10 layers: choose other layers or layers='scaled'"):
+        visibench.load_method(name, **options).check(GEOMETRY)
+    visibench.load_method(name, **options, layers="scaled").check(GEOMETRY)
+
+
+def test_scaled_layers():
+    method = visibench.load_method("pyramiddrop", layers="scaled")
+    assert [method.at(layer, GEOMETRY) for layer in (0, 1, 2, 8, 16, 24, 31, 32)] == [0, 1, 1, 3, 5, 8, 9, 10]
+    with pytest.raises(OptionError, match=r"scaled to 1\+1\+2 names a layer twice"):
+        visibench.load_method("pyramiddrop", cuts=(2, 3, 6), layers="scaled").check(GEOMETRY)
