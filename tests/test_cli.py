@@ -10,6 +10,7 @@ import pytest
 import visibench
 import yaml
 from visibench.cli import main
+from visibench.models import LoadedModel
 
 
 @pytest.fixture
@@ -91,7 +92,14 @@ def test_run_prints_scores_tokens_compute_and_time(cli, checkpoint, disk_data):
     assert "done already" in err
 
 
-def test_run_with_json_prints_nothing_else(cli, checkpoint, disk_data):
+def test_run_with_json_prints_nothing_else(cli, checkpoint, disk_data, monkeypatch):
+    decode = LoadedModel.decode
+
+    def noisy(self, ids):
+        print("noise")
+        return decode(self, ids)
+
+    monkeypatch.setattr(LoadedModel, "decode", noisy)
     arguments = ["--data", disk_data, "--limit", 2, "--seed", 3, "--out", "here", "--json"]
     code, out, _ = cli(*run(checkpoint, *arguments, method="random:tokens=4", tasks="gqa,mme"))
     assert code == 0
