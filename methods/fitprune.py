@@ -20,9 +20,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from .base import Forward, Keep, Layered, top
+from .pieces import share
 from .registry import register
 
 if TYPE_CHECKING:
@@ -84,7 +86,7 @@ class FitPrune(Layered):
             number[self.at(layer, geometry)] += count
         gone = accumulate(number[layer] for layer in range(geometry.layers - 1))
         total = layout.visual.total
-        left = {layer: total - (n if self.out_of is None else total * n // self.out_of) for layer, n in enumerate(gone)}
+        left = {layer: total - share(n, self.out_of, total) for layer, n in enumerate(gone)}
         return FitPruneForward({layer: left[layer] for layer in left if number[layer]})
 
 
@@ -107,7 +109,5 @@ class FitPruneForward(Forward):
 
 def received(view: AttentionView, rows: TokenSet) -> Tensor:
     """(B, V): attention that each visual token gets from ``rows``, the largest weight over heads, summed."""
-    visual, total = view.layout.visual, 0
-    for weights, present in view.scan(rows):
-        total = total + (visual.pick(weights.amax(1), 2) * present[..., None]).sum(1)
-    return total
+    blocks = [view.layout.visual.pick(weights.amax(1), 2) * present[..., None] for weights, present in view.scan(rows)]
+    return torch.stack([block.sum(1) for block in blocks]).sum(0)

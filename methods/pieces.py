@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -65,6 +65,11 @@ def added_need_renumbering(method: Method) -> None:
     method.require(
         method.positions == "renumber", "its new tokens have no old position to keep: use positions='renumber'"
     )
+
+
+def share(number: int, out_of: int | None, total: Any) -> Any:
+    """``number``, or, ``out_of`` so many, the same share of ``total`` (an int or ints in a tensor), floored."""
+    return number if out_of is None else total * number // out_of
 
 
 def distances(tokens: Tensor) -> Tensor:

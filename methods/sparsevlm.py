@@ -24,13 +24,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from .base import Forward, Keep, Layered, Merge, Positions, floored, top
-from .pieces import density_peaks, matrix_rank, pick, pooled, precise
+from .pieces import density_peaks, matrix_rank, pick, pooled, precise, share
 from .random import draw
 from .registry import register
 
@@ -100,13 +101,14 @@ class SparseVLM(Layered):
 class SparseVLMForward(Forward):
     """State of one prefill: the raters, bool (B, T) over the text tokens, and their latest attention (B, T, V)."""
 
+    raters: Tensor
+    relation: Tensor
+
     def __init__(self, method: SparseVLM, layout: TokenLayout, after: list[int]) -> None:
-        self.method, self.prompt, self.after = method, layout.visual_counts, after
-        self.raters: Tensor | None = None
-        self.relation: Tensor | None = None
+        self.method, self.prompt, self.after = method, layout.visual, after
 
     def attention(self, layer: int, view: AttentionView) -> None:
-        if layer in self.after and self.raters is not None:
+        if layer in self.after:
             visual, text = view.layout.visual, view.layout.text
             relation = torch.cat([visual.pick(weights.mean(1), 2) for weights, _ in view.scan(text)], dim=1)
             self.relation = relation * (self.raters[:, :, None] & view.present[:, None])
@@ -114,7 +116,7 @@ class SparseVLMForward(Forward):
     def layer_input(self, layer: int, view: LayerView) -> Keep | Merge | None:
         if layer == 0:
             self.raters = find_raters(view)
-        if layer - 1 not in self.after or self.raters is None or self.relation is None:
+        if layer - 1 not in self.after:
             return None
         scores = self.relation.sum(1) / self.raters.sum(1, keepdim=True).clamp(min=1)
         number, fewest = self.budget(self.after.index(layer - 1), view)
@@ -123,17 +125,16 @@ class SparseVLMForward(Forward):
 
     def budget(self, stage: int, view: LayerView) -> tuple[Tensor, list[int]]:
         """Visual tokens to keep, int (B,), and a number for each row, on the host, that this is not below."""
-        method, counts = self.method, view.layout.visual.counts
+        method, visual = self.method, view.layout.visual
         if not method.rank:
-            number = method.schedule[stage]
-            shares = [number if method.out_of is None else number * n // method.out_of for n in self.prompt]
-            exact = [max(0, min(share, now - 1)) for share, now in zip(shares, counts, strict=True)]
-            return torch.tensor(exact, device=view.present.device), exact
-        total, rank = view.layout.visual.total, matrix_rank(self.relation, self.raters.sum(1), view.layout.visual.total)
+            most = partial(share, method.schedule[stage], method.out_of)
+            exact = [max(0, min(most(n), now - 1)) for n, now in zip(self.prompt.counts, visual.counts, strict=True)]
+            return (visual.total - 1).clamp(max=most(self.prompt.total)).clamp(min=0), exact
+        rank = matrix_rank(self.relation, self.raters.sum(1), visual.total)
         if method.rank == "paper":
-            return total - floored(total - rank, method.scale), [0] * len(counts)
-        some = (rank.double() * method.scale + method.bias).long().clamp(min=0).minimum(total - 1)
-        return torch.where(rank == total, total, some), [0] * len(counts)
+            return visual.total - floored(visual.total - rank, method.scale), [0] * len(visual.counts)
+        some = (rank.double() * method.scale + method.bias).long().clamp(min=0).minimum(visual.total - 1)
+        return torch.where(rank == visual.total, rank, some), [0] * len(visual.counts)
 
     def recycle(self, scores: Tensor, keep: Tensor, fewest: list[int], view: LayerView) -> Merge:
         """Merge the best of the dropped tokens into new ones."""
