@@ -6,7 +6,7 @@ Authors' code: lzhxmu/VTW, commit a3d8cfc.
 
 The authors choose K as the first layer from 5 on whose withdrawal changes the next-token distribution of 20 samples by
 a mean KL divergence of at most 0.003 (7B) or 0.0005 (13B). Their function drops at K = 15 unless told otherwise, their
-command line at 16; the default here is the function's.
+command line at 16; the default here is the function's. ``analysis.fit.vtw_layer`` is the search.
 """
 
 from __future__ import annotations
