@@ -78,7 +78,7 @@ class Tower:
         view = BlockView(number, tokens, self._keys, self._size, vision, self.tap)
         self._keys, self._merge = None, self.method.block(view)
         merged = tokens if self._merge is None else self._merge.tokens
-        self.tokens.append((tokens.shape[1], merged.shape[1]))
+        self.tokens.append((int(tokens.shape[1]), int(merged.shape[1])))
         return None if self._merge is None else (merged,)
 
     def _behind_mlp(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:

@@ -170,6 +170,11 @@ class VisionView:
         self._blocks, self._tap = blocks, tap
 
     @property
+    def grid(self) -> int:
+        """Patches along one side of the image."""
+        return self._tap.vision.grid
+
+    @property
     def cls(self) -> Tensor:
         """The feature (N, Dv) of the CLS token, for methods with ``vision_cls``."""
         assert self._tap.cls is not None

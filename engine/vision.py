@@ -148,7 +148,7 @@ class VisionTap:
         if self._tower is not None:
             return tuple(self._tower.tokens)
         assert self._view is not None
-        count = self._view.features.shape[1]
+        count = int(self._view.features.shape[1])
         return None if count == self.patches else ((count + self.vision.has_cls,) * 2,) * self.vision.layers
 
 

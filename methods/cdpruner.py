@@ -107,6 +107,7 @@ def most_likely(kernel: Tensor, count: int) -> Tensor:
     """
     images, tokens, _ = kernel.shape
     gain = kernel.diagonal(dim1=1, dim2=2)
+    least = gain.amax(1, keepdim=True) * torch.finfo(kernel.dtype).eps ** 2
     factor = kernel.new_zeros(images, 0, tokens)
     picked: list[Tensor] = []
     for _ in range(count):
@@ -116,8 +117,9 @@ def most_likely(kernel: Tensor, count: int) -> Tensor:
         row = along(kernel).transpose(1, 2)
         if factor.shape[1]:
             row = row - along(factor).transpose(1, 2) @ factor
-        # Past the rank of the kernel nothing is gained any more.
-        row = row / gain.gather(1, token).clamp(min=torch.finfo(kernel.dtype).tiny).sqrt()[..., None]
+        gained = gain.gather(1, token)
+        # Past the rank of the kernel only rounding is left.
+        row = row * torch.where(gained > least, gained, torch.inf).rsqrt()[..., None]
         factor = torch.cat([factor, row], dim=1)
         gain = (gain - row.squeeze(1) ** 2).scatter(1, token, -torch.inf)
     return torch.cat(picked, dim=1) if picked else kernel.new_empty(images, 0, dtype=torch.int64)

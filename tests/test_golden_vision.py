@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import visibench
 from golden_support import MANIFEST
 from support import GOLDEN, IMAGE
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-from visibench.methods import Forward, Keep, Method, cdpruner, divprune, pieces, vispruner
+from visibench.methods import Forward, Keep, Method, cdpruner, divprune, pieces, tome, vispruner
 
 CLIP = {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / "clip_inputs.npz").items()}
 
@@ -226,3 +227,54 @@ def test_cdpruner(config, entry):
     assert torch.equal(pieces.marked(picked, 576), recorded[f"{config}.kept"])
     if images == 1:
         assert torch.equal(cdpruner.scaled(raw), weight)
+
+
+# ---- ToMe ---------------------------------------------------------------------------------------------------------
+
+MERGES = [p for p in configurations("tome") if p.values[0].startswith("merge")]
+TRANSFORMERS = [p for p in configurations("tome") if p.values[0].startswith("vit")]
+
+
+@pytest.mark.parametrize(("config", "entry"), MERGES)
+def test_tome_on_given_tensors(config, entry):
+    recorded, (case, _) = vectors("tome"), config.rsplit(".", 1)
+    group = tome.matched(recorded[f"{case}.metric"], entry["r"], first_stays=entry["class_token"])
+    assert torch.equal(group, recorded[f"{config}.group_of"].long())
+    tokens, size = recorded[f"{case}.x"], recorded[f"{case}.size"][..., 0]
+    for suffix, sizes in (("out", size), ("out_unit", torch.ones_like(size))):
+        out, total = tome.merged(tokens, sizes, group, entry["n_out"])
+        torch.testing.assert_close(out, recorded[f"{config}.{suffix}"], atol=1e-5, rtol=1e-5)
+        expected = recorded[f"{config}.{suffix.replace('out', 'size') if 'unit' in suffix else 'size_out'}"]
+        torch.testing.assert_close(total, expected[..., 0])
+
+
+@pytest.mark.parametrize(("config", "entry"), TRANSFORMERS)
+def test_tome_in_a_vision_transformer(config, entry):
+    """timm's block order, written out: attention, merge, MLP."""
+    recorded = vectors("tome")
+    weight = {k.removeprefix("vit.weight."): v for k, v in recorded.items() if k.startswith("vit.weight.")}
+    linear = lambda x, name: F.linear(x, weight[f"{name}.weight"], weight[f"{name}.bias"])  # noqa: E731
+    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], weight[f"{name}.weight"], weight[f"{name}.bias"], 1e-6)  # noqa: E731
+    patches = F.conv2d(recorded["vit.pixels"], weight["patch_embed.proj.weight"], weight["patch_embed.proj.bias"], 4)
+    x = torch.cat([weight["cls_token"].expand(2, -1, -1), patches.flatten(2).mT], dim=1) + weight["pos_embed"]
+    size, group = torch.ones(x.shape[:2]), torch.arange(x.shape[1]).expand(2, -1)
+    for block, merges in enumerate(entry["r_list"]):
+        qkv = linear(norm(x, f"blocks.{block}.norm1"), f"blocks.{block}.attn.qkv")
+        q, k, v = qkv.unflatten(2, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        logits = q @ k.mT / 8**0.5 + (size.log()[:, None, None] if entry["prop_attn"] else 0)
+        attended = (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        x = x + linear(attended, f"blocks.{block}.attn.proj")
+        if merges:
+            into = tome.matched(k.mean(1), merges, first_stays=True)
+            x, size = tome.merged(x, size, into, x.shape[1] - merges)
+            group = into.gather(1, group)
+        x = x + linear(
+            F.gelu(linear(norm(x, f"blocks.{block}.norm2"), f"blocks.{block}.mlp.fc1")), f"blocks.{block}.mlp.fc2"
+        )
+        assert x.shape[1] == entry["tokens_per_block"][block]
+    assert torch.equal(group, recorded[f"{config}.group_of"].long())
+    torch.testing.assert_close(size, recorded[f"{config}.size"][..., 0])
+    torch.testing.assert_close(x, recorded[f"{config}.last_block"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        linear(norm(x, "norm")[:, 0], "head"), recorded[f"{config}.logits"], atol=1e-4, rtol=1e-4
+    )

@@ -1,0 +1,137 @@
+"""ToMe: *Token Merging: Your ViT But Faster* (arXiv 2210.09461).
+
+Authors' code: facebookresearch/ToMe, commit af95e4b; theirs is for vision transformers alone. In every block of the
+vision tower up to the one whose output the model uses, between attention and MLP:
+
+    A, B        tokens at even and at odd places; CLS, the first, is in A and never merges
+    edges       each token of A to the one of B of highest cosine (keys of the block, mean over heads)
+    merge       the r best edges: averages weighted by size, the number of patches that a token already stands for
+    go on with  the tokens of A that are left, then those of B
+    attention   in the blocks that follow, log(size) is added to the logits of each key (proportional attention)
+
+r follows from the budget: as even as possible over the blocks, the larger ones first, and never more than half of the
+patches that a block is given. The merged features get new positions, in the order of the last block. Without a CLS
+token the authors leave the rest of A in order of falling similarity, and so does this.
+
+``proportional=False`` leaves out the last line, as the authors do for towers not trained with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .base import BlockMerge, Budgeted, Forward, Positions
+from .pieces import added_need_renumbering, cosine, per_image, precise
+from .registry import register
+
+if TYPE_CHECKING:
+    from ..engine.layout import TokenLayout
+    from ..engine.views import BlockView
+    from ..models.adapters import Geometry, VisionGeometry
+
+
+@register
+@dataclass(frozen=True)
+class ToMe(Budgeted):
+    """Merge the most similar tokens in every block of the vision tower."""
+
+    name = "tome"
+    title = "ToMe"
+    paper = "2210.09461"
+    source = "facebookresearch/ToMe@af95e4b"
+    stage = ("tower",)
+    vision_blocks = ()
+
+    proportional: bool = True
+    positions: Positions = dataclasses.field(default="renumber", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        added_need_renumbering(self)
+
+    def check(self, geometry: Geometry) -> None:
+        vision = geometry.vision
+        if vision is not None:
+            least, blocks = fewest(vision.tokens, vision.feature_block + 1), vision.feature_block + 1
+            self.require(
+                per_image(self, vision.tokens) >= least,
+                f"each of {blocks} vision blocks can at most halve the {vision.tokens} patches: "
+                f"the budget must be at least {least} tokens an image",
+            )
+
+    def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
+        return Forward()
+
+    def block(self, view: BlockView) -> BlockMerge | None:
+        merges = self.plan(view.vision)[view.block]
+        if merges == 0:
+            return None
+        width = view.tokens.shape[1]
+        view.scored((width + 1) // 2 * (width // 2) * view.keys.shape[3])
+        group = matched(view.keys.mean(1), merges, first_stays=view.vision.has_cls)
+        tokens, size = merged(view.tokens, view.size, group, width - merges)
+        return BlockMerge(tokens, size, size.log() if self.proportional else None)
+
+    def plan(self, vision: VisionGeometry) -> tuple[int, ...]:
+        """r of every block; none behind the block whose output the model uses."""
+        blocks = vision.feature_block + 1
+        return schedule(vision.tokens, per_image(self, vision.tokens), blocks) + (0,) * (vision.layers - blocks)
+
+
+def fewest(patches: int, blocks: int) -> int:
+    """Patches that are left where each block merges as many as it can."""
+    for _ in range(blocks):
+        patches -= patches // 2
+    return patches
+
+
+def schedule(patches: int, target: int, blocks: int) -> tuple[int, ...]:
+    """Merges in each block, largest first, so that ``target`` patches are left: even shares unless halving forbids."""
+    merges = []
+    for left in range(blocks, 0, -1):
+        share = -(-(patches - target) // left)
+        while fewest(patches - share, left - 1) > target:
+            share += 1
+        merges.append(share)
+        patches -= share
+    return tuple(sorted(merges, reverse=True))
+
+
+def matched(metric: Tensor, merges: int, *, first_stays: bool) -> Tensor:
+    """Int (N, t): for each token the place of the one it becomes, of t - ``merges``.
+
+    ``metric``: (N, t, d). At most every second token merges; with ``first_stays`` the first never does, and what is
+    left at even places keeps its order.
+    """
+    even, odd = metric[:, ::2], metric[:, 1::2]
+    scores = cosine(even, odd)
+    if first_stays:
+        first = torch.arange(even.shape[1], device=metric.device) == 0
+        scores = scores.masked_fill(first[:, None], -torch.inf)
+    best, partner = scores.max(2)
+    order = best.argsort(dim=1, descending=True, stable=True)
+    merges = min(merges, (metric.shape[1] - int(first_stays)) // 2)
+    leaving, staying = order[:, :merges], order[:, merges:]
+    if first_stays:
+        staying = staying.sort(dim=1).values
+    behind = staying.shape[1]
+    places = torch.arange(behind + odd.shape[1], device=metric.device).expand(len(metric), -1)
+    group = torch.empty(metric.shape[:2], dtype=torch.int64, device=metric.device)
+    group[:, 1::2] = places[:, behind:]
+    own = torch.empty_like(order).scatter(1, staying, places[:, :behind])
+    group[:, ::2] = own.scatter(1, leaving, behind + partner.gather(1, leaving))
+    return group
+
+
+def merged(tokens: Tensor, size: Tensor, group: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Averages (N, count, D) of ``tokens`` (N, t, D) by ``group``, weighted by ``size`` (N, t), and their sizes."""
+    images, _, width = tokens.shape
+    total = size.new_zeros(images, count).scatter_add(1, group, size)
+    weighted = precise(tokens) * size[..., None]
+    sums = weighted.new_zeros(images, count, width).scatter_add(1, group[..., None].expand_as(weighted), weighted)
+    return (sums / total[..., None]).to(tokens.dtype), total
