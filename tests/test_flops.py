@@ -55,7 +55,8 @@ ELEMENTWISE = """embedding add sub rsub mul div neg pow sqrt rsqrt exp sigmoid s
 linalg_vector_norm clamp clamp_min where masked_fill masked_scatter new_ones new_zeros zeros_like ones_like full_like empty_like
 le lt gt ge eq ne __and__ __or__ __xor__ __rshift__ bitwise_not logical_not abs amin amax argsort scatter scatter_ gather expand_as
 repeat_interleave softmax fill_ cosine_similarity index_put_ floor min index any
-sort square pad argmin minimum argmax eye max isfinite topk quantile diagonal log scatter_add upsample_bicubic2d _upsample_bicubic2d_aa""".split()
+sort square pad argmin minimum argmax eye max isfinite topk quantile diagonal
+log scatter_add upsample_bicubic2d _upsample_bicubic2d_aa""".split()
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
