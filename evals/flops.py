@@ -46,7 +46,7 @@ class Flops:
 def executed(trace: Trace, geometry: Geometry, logits: int | None = 1) -> Flops:
     """What one traced prefill really computed, per sample.
 
-    ``logits``: positions for which the LM head ran; 1 in ``generate``, None for all that are left, as in ``model(...)``.
+    ``logits``: positions for which the LM head ran; 1 in ``generate``, None for all that are left as in ``model(...)``.
     """
     g = geometry
     tokens = trace.kv_lengths().double().numpy()

@@ -185,7 +185,9 @@ class Budgeted(Method):
         super().__post_init__()
         given = (self.keep is not None) + (self.tokens is not None)
         wanted = "at most" if self.adaptive else "exactly"
-        self.require(given == 1 or (self.adaptive and not given), f"give {wanted} one of keep=FRACTION or tokens=NUMBER")
+        self.require(
+            given == 1 or (self.adaptive and not given), f"give {wanted} one of keep=FRACTION or tokens=NUMBER"
+        )
         self.require(self.keep is None or 0 <= self.keep <= 1, f"keep must lie in [0, 1], not {self.keep}")
         self.require(
             self.tokens is None or (isinstance(self.tokens, int) and self.tokens >= 0), "tokens must be an integer >= 0"
