@@ -6,6 +6,7 @@ Batch ``step`` depends on the seed and ``step`` alone, so that a resumed run see
 from __future__ import annotations
 
 from dataclasses import dataclass
+from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,24 @@ import torch
 from torch.utils.data import IterableDataset
 
 from ...evals.synthetic.questions import FORBIDDEN, KINDS, Question
-from ...evals.synthetic.scene import GRID, PATCH, Scene, render, sample_scene
+from ...evals.synthetic.scene import COLOURS, GRID, PATCH, SHAPES, SIZE, Scene, render, sample_scene
 from .build import SYSTEM, make_tokenizer
 
 SUFFIX = "\nAnswer the question using a single word or phrase."  # what lmms-eval appends
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
+# Words of which at most one is true of a patch, and the weight of telling them apart.
+GROUPS: dict[str, tuple[tuple[str, ...], float]] = {
+    "shape": (tuple(SHAPES), 2.0),
+    "color": (tuple(COLOURS), 1.0),
+    "size": (("small", "large"), 0.5),
+    "letter": ((*ascii_lowercase, *("##" + letter for letter in ascii_lowercase)), 2.0),
+    "place": (ORDINALS, 1.0),
+    "column": (("left", "right"), 0.25),
+    "row": (("top", "bottom"), 0.25),
+}
 IGNORE = -100
 LABELS = 5  # words that describe one patch, at the most
+HINTS = 6  # words that are known of one thing in a question, at the most
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,29 @@ class Packer:
         answer = self.tokenizer(question.answer, add_special_tokens=False).input_ids
         return asked + answer + [2], len(asked)
 
+    def hints(self, tokens: list[int], scene: Scene) -> list[tuple[int, list[str]]]:
+        """What can be known of a thing where a question names it: (token, words) for each "circle", "red object" …
+
+        Nothing that fits: "no". One object: "yes" and its attributes. Several: "yes".
+        """
+        found = []
+        for at, word in enumerate(self.tokenizer.convert_ids_to_tokens(tokens)):
+            if word not in SHAPES and word != "object":
+                continue
+            before = self.tokenizer.convert_ids_to_tokens(tokens[at - 1]) if at else ""
+            fitting = [
+                o
+                for o in scene.objects
+                if (word == "object" or o.shape == word) and (before not in COLOURS or o.colour == before)
+            ]
+            known = ["yes"] if fitting else ["no"]
+            if len(fitting) == 1:
+                (o,) = fitting
+                side, height = (int(o.centre[axis] > SIZE / 2) for axis in (0, 1))
+                known += [o.shape, o.colour, o.size, ("left", "right")[side], ("top", "bottom")[height]]
+            found.append((at, known))
+        return found
+
     def patch_words(self, scene: Scene) -> list[list[str]]:
         """What each of the 144 patches shows, as vocabulary words: attributes, letters, and where it lies."""
         words: list[list[str]] = [[] for _ in range(GRID * GRID)]
@@ -95,24 +130,30 @@ class Packer:
             order = np.argsort(plain + 0.5 * rng.random(len(plain)))
             chosen[row] = torch.from_numpy(np.sort(order[: phase.patches]))
         pixels = torch.from_numpy(np.stack([render(scene) for scene in scenes]))
-        return {"pixels": pixels, "labels": labels, "chosen": chosen} | self._pack(asked, phase)
+        return {"pixels": pixels, "labels": labels, "chosen": chosen} | self._pack(scenes, asked, phase)
 
     def _scene(self, phase: Phase, rng: np.random.Generator) -> Scene:
         sign = bool(rng.random() < phase.sign)
         return sample_scene(rng, sign=sign, count=phase.objects, forbidden=FORBIDDEN)
 
-    def _pack(self, asked: list[list[Question]], phase: Phase) -> dict[str, Any]:
-        """``ids`` and ``targets`` (B, questions, S): every question with its answer in a slot, padded at the end."""
+    def _pack(self, scenes: list[Scene], asked: list[list[Question]], phase: Phase) -> dict[str, Any]:
+        """``ids`` and ``targets`` (B, questions, S): every question with its answer in a slot, padded at the end.
+
+        ``hints`` (B, questions, S, words): what could be known at a token, see :meth:`hints`.
+        """
         tails = [[self.tail(question) for question in questions] for questions in asked]
         slot = max((len(ids) for row in tails for ids, _ in row), default=0)
         shape = (phase.images, phase.questions, slot)
         ids, targets = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORE)
+        hints = torch.full((*shape, HINTS), IGNORE)
         for row, questions in enumerate(tails):
             for number, (tokens, start) in enumerate(questions):
+                for at, known in self.hints(tokens[:start], scenes[row]):
+                    hints[row, number, at, : len(known)] = torch.tensor([self.words[word] for word in known])
                 ids[row, number, : len(tokens)] = torch.tensor(tokens)
                 targets[row, number, start - 1 : len(tokens) - 1] = torch.tensor(tokens[start:])
         kinds = [[question.kind for question in questions] for questions in asked]
-        return {"ids": ids, "targets": targets, "kinds": kinds}
+        return {"ids": ids, "targets": targets, "hints": hints, "kinds": kinds}
 
 
 def _covered(box: tuple[int, int, int, int], share: float) -> list[int]:

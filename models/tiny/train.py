@@ -1,9 +1,11 @@
 """Train ``tiny``: ``python -m visibench.models.tiny.train --config train.yaml --run DIR``.
 
-Two losses. The answers: next-token loss on answer tokens, several questions packed behind one image, each seeing the
+Three losses. The answers: next-token loss on answer tokens, several questions packed behind one image, each seeing the
 image and itself alone. The patches: every projected patch names what it shows (a colour, a shape, a letter and its
 place in the word, left or right …) through the language model's own token embedding, so that patches and words live in
-one space from the start. A run continues from its last checkpoint at the exact step.
+one space from the start. The hints: where a question names a thing, the decoder says there whether the image has it
+and what it is like, so that looking things up is learnt at the token that can do it. A run continues from its last
+checkpoint at the exact step.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from torch.utils.data import DataLoader
 from transformers import AttentionInterface
 
 from .. import load  # noqa: F401  (makes torchvision importable beside a CPU torch)
-from .batches import IGNORE, Packer, Phase, Stream
+from .batches import GROUPS, IGNORE, Packer, Phase, Stream
 from .build import GRID, make_model, make_processor
 
 
@@ -49,7 +51,11 @@ class Trainer:
         groups = [{"params": decay, "weight_decay": config["weight_decay"]}, {"params": rest, "weight_decay": 0.0}]
         self.optimiser = torch.optim.AdamW(groups, lr=config["lr"], betas=(0.9, 0.98))
         self.step = 0
-        self.prefix = torch.tensor(Packer().prefix)
+        packer = Packer()
+        self.prefix = torch.tensor(packer.prefix)
+        self.groups = {
+            name: (torch.tensor([packer.words[w] for w in words]), share) for name, (words, share) in GROUPS.items()
+        }
 
     # ---- one step ---------------------------------------------------------------------------------------------
 
@@ -82,18 +88,27 @@ class Trainer:
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         return core.multi_modal_projector(hidden[:, 1:])
 
-    def patch_loss(self, patches: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean cross entropy of the patches to the words they show, and the share that ranks a right word first."""
-        table = self.model.get_input_embeddings().weight
+    def patch_loss(self, patches: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """How well patches (B, 144, D) name what they show, ``labels`` (B, 144, words); and accuracies for the log.
+
+        The mean cross entropy to all words of a patch, and for each group of words that exclude each other (shapes,
+        colours, letters …) the cross entropy among them.
+        """
+        table = self.model.get_input_embeddings().weight.detach()
         normed = patches * torch.rsqrt(patches.float().pow(2).mean(-1, keepdim=True) + 1e-6)
         logits = (normed @ table.T).float() * self.scale.exp()
-        known = labels != IGNORE
-        each = -log_softmax(logits, -1).gather(2, labels.clamp(min=0)) * known
         # Patches that show something count five times as much as background.
-        weight = torch.where(known.sum(-1) > 3, 5.0, 1.0)
-        loss = (each.sum(-1) / known.sum(-1) * weight).sum() / weight.sum()
-        right = (logits.argmax(-1, keepdim=True) == labels).any(-1)
-        return loss, right[known.sum(-1) > 3].float().mean()
+        weight = torch.where((labels != IGNORE).sum(-1) > 3, 5.0, 1.0)
+        loss = (naming_loss(logits, labels) * weight).sum() / weight.sum()
+        figures = {"patch_loss": loss.item()}
+        for name, (words, share) in self.groups.items():
+            index = (labels[..., None] == words).any(2).int().argmax(-1)
+            shown = (labels[..., None] == words).flatten(2).any(-1)
+            if shown.any():
+                mine, target = logits[shown][:, words], index[shown]
+                loss = loss + share * cross_entropy(mine, target)
+                figures[f"see_{name}"] = (mine.argmax(-1) == target).float().mean().item()
+        return loss, figures
 
     def answer_logits(self, patches: Tensor, batch: dict[str, Any]) -> Tensor:
         """Logits at the tokens of the questions and answers (B, questions, S, words)."""
@@ -121,19 +136,23 @@ class Trainer:
         """The loss of a batch, and figures for the log."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.config["bf16"]):
             patches = self.see(batch["pixels"])
-            seen, right = self.patch_loss(patches, batch["labels"])
-            figures: dict[str, Any] = {"patch_loss": seen.item(), "patch_right": right.item()}
+            seen, figures = self.patch_loss(patches, batch["labels"])
             if not phase.answers:
                 return seen, figures
             logits = self.answer_logits(patches, batch).float()
         targets = batch["targets"]
         answers = cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=IGNORE)
+        hinted = (batch["hints"] != IGNORE).any(-1)
+        hints = naming_loss(logits[hinted], batch["hints"][hinted]).mean()
         right = ((logits.argmax(-1) == targets) | (targets == IGNORE)).all(-1).tolist()
         for kinds, flags in zip(batch["kinds"], right, strict=True):
             for kind, flag in zip(kinds, flags, strict=True):
                 figures.setdefault(kind, []).append(float(flag))
-        figures["answer_loss"] = answers.item()
-        return phase.answers * answers + self.config["patch_weight"] * seen, figures
+        figures |= {"answer_loss": answers.item(), "hint_loss": hints.item()}
+        first = logits.argmax(-1)[hinted] == batch["hints"][hinted][:, 0]
+        figures["hint_yes_no"] = first.float().mean().item()
+        said = phase.answers * (answers + self.config["hint_weight"] * hints)
+        return said + self.config["patch_weight"] * seen, figures
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, float]:
         """One optimiser step."""
@@ -185,6 +204,13 @@ class Trainer:
         model.load_state_dict(self.model.state_dict())
         model.half().save_pretrained(folder)
         make_processor().save_pretrained(folder)
+
+
+def naming_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy (…) of ``logits`` (…, words) to all the words of ``labels`` (…, n) alike; IGNORE fills up."""
+    known = labels != IGNORE
+    each = -log_softmax(logits, -1).gather(-1, labels.clamp(min=0)) * known
+    return each.sum(-1) / known.sum(-1)
 
 
 def packed_attention(

@@ -1,0 +1,33 @@
+"""``python -m visibench.methods``: the README's table of methods."""
+
+from .base import Method
+from .registry import list_methods
+
+
+def acts(method: type[Method]) -> str:
+    """Where a method acts, as a reader would say it."""
+    places = {
+        "image": "image",
+        "tower": "vision blocks",
+        "vision": "vision features",
+        "projector": "projected features",
+    }
+    named = [places[stage] for stage in method.stage if stage in places]
+    if {"decoder", "attention"} & set(method.stage):
+        named.append("decoder layers")
+    return ", ".join(named) or "–"
+
+
+def markdown() -> str:
+    """All registered methods as a Markdown table."""
+    rows = ["| name | method | acts on | positions | paper | authors' code |", "|---|---|---|---|---|---|"]
+    for name, method in sorted(list_methods().items()):
+        paper = f"[{method.paper}](https://arxiv.org/abs/{method.paper})" if method.paper else ""
+        source = f"{method.source} ✓" if method.source else ""
+        positions = method.__dataclass_fields__["positions"].default
+        rows.append(f"| `{name}` | {method.title} | {acts(method)} | {positions} | {paper} | {source} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(markdown())
