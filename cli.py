@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -36,6 +37,9 @@ Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Ask only th
 
 def main() -> NoReturn:
     """Entry point: what a user can mend ends as one line on standard error and exit code 2."""
+    # Where cores are shared with other programs, OpenMP threads that spin while they wait make small models several
+    # times slower. Must be set before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = app(standalone_mode=False)
     except VisibenchError as error:
@@ -182,7 +186,7 @@ def table(
 
     if form not in FORMATS:
         raise OptionError(f"unknown format {form!r}: choose text, md, csv or json")
-    print(render(build(Store(folder).cells()), form, _width()))
+    print(render(build(Store(folder).cells()), form))
 
 
 def _sweep(config: SweepConfig, folder: Path, *, dense: bool = True) -> list[Cell]:
@@ -195,7 +199,7 @@ def _print_tables(cells: list[Cell], folder: Path) -> None:
     from .results.render import render
     from .results.tables import build
 
-    print(render(build(cells), "text", _width()))
+    print(render(build(cells)))
     Console(stderr=True, highlight=False, soft_wrap=True).print(
         f"Stored in {folder}: `visibench table {folder}` prints all that is there."
     )

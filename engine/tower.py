@@ -58,12 +58,10 @@ class Tower:
         self._exit.close()
         self.forget()
 
-    def _on_attention(
-        self, kernel: Any, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any
-    ) -> Any:
+    def _on_attention(self, kernel: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
         self._keys = k
         if self._bias is not None:
-            if "flash" in module.config._attn_implementation:  # type: ignore[union-attr]
+            if "flash" in module.config._attn_implementation:
                 raise UnsupportedModelError(
                     f"{self.method.name} adds to the attention logits of the vision tower, and "
                     "flash attention cannot: load the model with attn_implementation='sdpa'"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,9 +28,7 @@ class LayerView:
     ``tokens``: hidden states of all tokens (B, L, D). ``final_norm``: the decoder's last norm, as a function.
     """
 
-    def __init__(
-        self, layer: int, module: torch.nn.Module, stage: Stage, hidden: Tensor, final_norm: Norm, trace: Trace
-    ) -> None:
+    def __init__(self, layer: int, module: Any, stage: Stage, hidden: Tensor, final_norm: Norm, trace: Trace) -> None:
         self.layer, self.tokens, self.final_norm = layer, hidden, final_norm
         self._module, self._stage, self._trace = module, stage, trace
 

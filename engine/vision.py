@@ -173,7 +173,9 @@ class ImageRows:
         beams = sum(self.counts) // images
         if any(len(set(self.counts[row : row + beams])) > 1 for row in range(0, len(self.counts), beams)):
             raise InputError(f"{images} images of {patches} patches do not fill rows of {visual} visual tokens")
-        sources, places, first = [], [], 0
+        sources: list[int] = []
+        places: list[int] = []
+        first = 0
         for row, count in enumerate(self.counts):
             sources += range(first, first + count)
             places += range(row * self.most, row * self.most + count)

@@ -128,7 +128,7 @@ class Adapter:
 
     def _vision_geometry(self) -> VisionGeometry:
         vision, config = self.vision_tower.config, self.model.config
-        # hidden_states[0] is the embedding, so hidden_states[f] is the output of block f - 1 (counted from the end for f < 0).
+        # hidden_states[0] is the embedding: hidden_states[f] is the output of block f - 1, and from the end for f < 0.
         feature = config.vision_feature_layer
         block = feature - 1 if feature >= 0 else vision.num_hidden_layers + feature
         return VisionGeometry(

@@ -16,26 +16,28 @@ from rich.table import Table as RichTable
 
 from ..errors import OptionError, suggest
 from .records import ScoreRecord
-from .tables import Quantity, Row, Table
+from .tables import DENSE, Quantity, Row, Table
 
+_LABEL = 44  # characters of a method's label in one line
 _UNITS = ((1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs"))
 
 
-def render(tables: list[Table], form: str = "text", width: int = 160) -> str:
-    """All tables in the format ``text``, ``md``, ``csv`` or ``json``; ``width`` in characters is for ``text`` alone."""
+def render(tables: list[Table], form: str = "text") -> str:
+    """All tables in the format ``text``, ``md``, ``csv`` or ``json``."""
     if form not in FORMATS:
         raise OptionError(f"unknown format {form!r}; {suggest(form, FORMATS)}")
-    return FORMATS[form](tables, width)
+    return FORMATS[form](tables)
 
 
-def _text(tables: list[Table], width: int) -> str:
-    console = Console(file=io.StringIO(), width=width, no_color=True)
+def _text(tables: list[Table]) -> str:
+    # Wider than any table: a terminal that is too narrow wraps lines, where rich would cut figures off.
+    console = Console(file=io.StringIO(), width=1000, no_color=True)
     for number, table in enumerate(tables, start=1):
         grid = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
         header, *body = _cells(table)
-        grid.add_column(header[0], no_wrap=True)
+        grid.add_column(header[0], max_width=_LABEL, overflow="fold")
         for title in header[1:]:
-            grid.add_column(title, justify="right")
+            grid.add_column(title, justify="right", no_wrap=True)
         for line in body:
             grid.add_row(*line)
         parts: list[str | RichTable] = [*_heading(table, number, len(tables)), grid, *_notes(table), ""]
@@ -46,7 +48,7 @@ def _text(tables: list[Table], width: int) -> str:
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
 
-def _markdown(tables: list[Table], width: int) -> str:
+def _markdown(tables: list[Table]) -> str:
     parts = []
     for number, table in enumerate(tables, start=1):
         header, *body = _cells(table)
@@ -56,7 +58,7 @@ def _markdown(tables: list[Table], width: int) -> str:
     return "\n\n".join(parts)
 
 
-def _csv(tables: list[Table], width: int) -> str:
+def _csv(tables: list[Table]) -> str:
     rows = [_flat(table, row, number) for number, table in enumerate(tables, start=1) for row in table.rows]
     fields = list(dict.fromkeys(key for row in rows for key in row))
     stream = io.StringIO()
@@ -66,11 +68,11 @@ def _csv(tables: list[Table], width: int) -> str:
     return stream.getvalue().rstrip("\n")
 
 
-def _json(tables: list[Table], width: int) -> str:
+def _json(tables: list[Table]) -> str:
     return json.dumps({"tables": [as_json(table) for table in tables]}, indent=1)
 
 
-FORMATS: dict[str, Callable[[list[Table], int], str]] = {"text": _text, "md": _markdown, "csv": _csv, "json": _json}
+FORMATS: dict[str, Callable[[list[Table]], str]] = {"text": _text, "md": _markdown, "csv": _csv, "json": _json}
 
 
 def as_json(table: Table) -> dict[str, Any]:
@@ -127,10 +129,10 @@ def _cells(table: Table) -> list[list[str]]:
     header = [
         "method",
         *(_title(task, score) for task, score in metrics),
-        "retained %",
-        "visual tokens T",
-        "last layer",
-        name,
+        "retained\n%",
+        "visual\ntokens T",
+        "at the\nlast layer",
+        f"compute\n{name}",
     ]
     body = []
     for row in table.rows:
@@ -140,13 +142,12 @@ def _cells(table: Table) -> list[list[str]]:
         if timed:
             line.append(f"{row.prefill.median:.1f} ± {row.prefill.iqr:.1f}" if row.prefill else "–")
         body.append(line)
-    return [[*header, "prefill ms"] if timed else header, *body]
+    return [[*header, "prefill\nms"] if timed else header, *body]
 
 
 def _title(task: str, score: ScoreRecord) -> str:
-    if score.maximum is None:
-        return f"{task} {score.title}"
-    return f"{task} {score.title} {'%' if score.maximum == 1 else f'/{score.maximum:g}'}"
+    unit = "" if score.maximum is None else " %" if score.maximum == 1 else f" /{score.maximum:g}"
+    return f"{task}\n{score.title}{unit}"
 
 
 def _quantity(quantity: Quantity | None, maximum: float | None = 100.0) -> str:
@@ -178,11 +179,20 @@ def _notes(table: Table) -> list[str]:
         f"the last layer's, of {table.rows[0].tokens.prompt:g} in the prompt. FLOPs: one multiply-add = 1, all that a "
         "prefill executed, mean over questions."
     )
+    missed = sorted(
+        task for row in table.rows if row.method == DENSE for task in row.scores if not _headline(table, row, task)
+    )
+    if missed:
+        notes.append(f"Retained leaves out {', '.join(missed)}: the dense score is 0.")
     timing, timed = table.facts["timing"], [row.prefill.n for row in table.rows if row.prefill]
     if timing and timed:
         repeats = f"{timing['repeats']} runs a task and seed after {timing['warmup']} to warm up"
         notes.append(f"Prefill: batch {timing['batch_size']}, median ± interquartile range, {repeats}.")
     return [*notes, _origin(table)]
+
+
+def _headline(table: Table, row: Row, task: str) -> float:
+    return row.scores[task][table.columns[task][0].key].mean
 
 
 def _origin(table: Table) -> str:

@@ -80,9 +80,9 @@ def test_run_prints_scores_tokens_compute_and_time(cli, checkpoint, disk_data):
     arguments = run(checkpoint, "--data", disk_data, "--limit", 3, "--batch-size", 2, method="fastv:keep=0.5")
     code, out, err = cli(*arguments)
     assert code == 0
-    assert "pope F1 %" in " ".join(out.split())
+    assert "F1 %" in out
     assert "MFLOPs" in out
-    assert "prefill ms" in out
+    assert "prefill" in out
     assert "Visual tokens at each layer's input, pope: 16 16 8 8 8 8 8 8 8 8" in out
     assert "pope 3 of 8" in out
     assert "SUBSET" in out

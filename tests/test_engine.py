@@ -27,7 +27,9 @@ METHODS = [
     visibench.load_method("pyramiddrop", cuts=(2, 4, 7)),
     visibench.load_method("pyramiddrop", layers="scaled", scorer="stage", positions="keep"),
     visibench.load_method("dart", tokens=17),
-    visibench.load_method("dart", keep=0.6, layer=5, order="norm", visual_pivots=2, text_pivots=5, positions="renumber"),
+    visibench.load_method(
+        "dart", keep=0.6, layer=5, order="norm", visual_pivots=2, text_pivots=5, positions="renumber"
+    ),
     visibench.load_method("fitprune", deletions=(0, 3, 0, 4, 4, 0, 1, 9)),
     visibench.load_method("fitprune", ratio=60, out_of=576, layers="scaled", positions="renumber"),
     visibench.load_method("sparsevlm", counts=(9, 5, 2), after=(0, 2, 6)),
@@ -152,7 +154,9 @@ def test_added_tokens_stand_where_the_merge_says(llava):
     assert front.isfinite().all()
 
 
-@pytest.mark.parametrize("method", [visibench.load_method("random", keep=1.0), visibench.load_method("fastv", keep=1.0)])
+@pytest.mark.parametrize(
+    "method", [visibench.load_method("random", keep=1.0), visibench.load_method("fastv", keep=1.0)]
+)
 def test_keeping_everything_is_dense_bit_for_bit(llava, method):
     batch = collate(make_batch(ROWS))
     dense = llava(**batch)
@@ -268,7 +272,12 @@ def state(model):
     hooks = [
         (name, len(getattr(module, kind)))
         for name, module in model.named_modules()
-        for kind in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+        for kind in (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_forward_hooks_with_kwargs",
+            "_forward_pre_hooks_with_kwargs",
+        )
         if getattr(module, kind)
     ]
     attributes = {name: sorted(vars(module)) for name, module in model.named_modules()}
@@ -283,7 +292,7 @@ def test_model_is_as_before_after_the_block_and_after_exceptions(llava, method):
     with visibench.prune(llava, method):
         llava(**batch)
     assert state(llava) == before
-    with pytest.raises(ZeroDivisionError), visibench.prune(llava, method):
+    with pytest.raises(ZeroDivisionError), visibench.prune(llava, method):  # noqa: PT012
         llava(**batch)
         raise ZeroDivisionError
     with pytest.raises(InputError), visibench.prune(llava, method):

@@ -48,15 +48,19 @@ METHODS = [
     VisionProbe(merge=True, positions="renumber"),
 ]
 CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, out_shape=None, **kwargs: sdpa_flop_count(q, k, v)
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, out_shape=None, **kwargs: (
+        sdpa_flop_count(q, k, v)
+    )
 }
 # Operators that multiply nothing by a matrix: listed, so that a new one that does cannot hide among them.
-ELEMENTWISE = """embedding add sub rsub mul div neg pow sqrt rsqrt exp sigmoid silu gelu cos sin mean sum cumsum norm
-linalg_vector_norm clamp clamp_min where masked_fill masked_scatter new_ones new_zeros zeros_like ones_like full_like empty_like
-le lt gt ge eq ne __and__ __or__ __xor__ __rshift__ bitwise_not logical_not abs amin amax argsort scatter scatter_ gather expand_as
-repeat_interleave softmax fill_ cosine_similarity index_put_ floor min index any
-sort square pad argmin minimum argmax eye max isfinite topk quantile diagonal
-log scatter_add upsample_bicubic2d _upsample_bicubic2d_aa""".split()
+ELEMENTWISE = """
+__and__ __or__ __rshift__ __xor__ _upsample_bicubic2d_aa abs add amax amin any argmax argmin argsort
+bitwise_not clamp clamp_min cos cosine_similarity cumsum diagonal div embedding empty_like eq exp expand_as
+eye fill_ floor full_like gather ge gelu gt index index_put_ isfinite le linalg_vector_norm log logical_not lt
+masked_fill masked_scatter max mean min minimum mul ne neg new_ones new_zeros norm ones_like pad pow quantile
+repeat_interleave rsqrt rsub scatter scatter_ scatter_add sigmoid silu sin softmax sort sqrt square sub sum
+topk upsample_bicubic2d where zeros_like
+""".split()
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
@@ -76,7 +80,10 @@ def test_torch_flop_counter_agrees_for_grouped_heads(method, kv_heads):
     """torch counts what was dispatched, each multiply-add as 2, but not the fused CPU kernel."""
     model = make_llava(kv_heads=kv_heads, attention="eager")
     (sample,) = make_batch(ROWS[:1])
-    with visibench.prune(model, method) as session, FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    with (
+        visibench.prune(model, method) as session,
+        FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter,
+    ):
         model(**sample)
     closed = flops.executed(session.trace, session.geometry, logits=None)
     assert closed.total()[0] == counter.get_total_flops() / 2
@@ -94,7 +101,7 @@ def test_sample_figures_do_not_depend_on_the_batch(llava):
 
 
 def test_components_by_hand(llava):
-    """One image of 16 patches, 14 text tokens, d 48, m 64, 4 heads of 12, 2 kv heads, 10 layers; FastV keeps 4 from layer 2."""
+    """One image of 16 patches, 14 text tokens, d 48, m 64, 4 heads of 12, 2 kv heads, 10 layers; 4 kept from layer 2."""
     (sample,) = make_batch([(5, 9, 1)])
     with visibench.prune(llava, visibench.load_method("fastv", tokens=4)) as session:
         llava(**sample)

@@ -69,7 +69,9 @@ def _absent_shape(scene: Scene, rng: np.random.Generator) -> str | None:
 def exist(scene: Scene, rng: np.random.Generator) -> Question | None:
     truth = rng.random() < 0.5
     shape = _pick(rng, sorted({o.shape for o in scene.objects})) if truth else _absent_shape(scene, rng)
-    return shape and Question("exist", f"Is there {article(shape)} in the image?", _yes(truth), shape)
+    if shape is None:
+        return None
+    return Question("exist", f"Is there {article(shape)} in the image?", _yes(truth), shape)
 
 
 def exist_pair(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -184,7 +186,9 @@ def _countable(scene: Scene, rng: np.random.Generator) -> tuple[str, int]:
 
 
 def text(scene: Scene, rng: np.random.Generator) -> Question | None:
-    return scene.sign and Question("text", _pick(rng, TEXT_QUESTIONS), scene.sign.word, "sign")
+    if scene.sign is None:
+        return None
+    return Question("text", _pick(rng, TEXT_QUESTIONS), scene.sign.word, "sign")
 
 
 def verify_text(scene: Scene, rng: np.random.Generator) -> Question | None:

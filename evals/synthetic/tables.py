@@ -85,7 +85,8 @@ def gqa() -> dict[str, list[Row]]:
                 return found
         return None
 
-    images, rows = [], []
+    images: list[dict] = []
+    rows: list[dict] = []
     for image_id, scene, questions in _drawn(1, GQA_IMAGES, ask):
         images.append({"id": image_id, "image": _png(scene)})
         rows += [_gqa_row(image_id, scene, q, f"{20_000_000 + len(rows) + k}") for k, q in enumerate(questions)]
@@ -139,7 +140,7 @@ def _mme_pairs(number: int, category: str) -> list[list[Row]]:
 
 def textvqa() -> dict[str, list[Row]]:
     """One question an image about the word on its sign, answered by ten annotators of whom up to three err."""
-    rows = []
+    rows: list[dict] = []
     for image_id, scene, (question, answers) in _drawn(2, TEXTVQA_IMAGES, _ask_annotators, sign=True):
         rows.append(
             {

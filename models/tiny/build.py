@@ -96,7 +96,7 @@ def make_model(hidden: int, vision_layers: int, layers: int, intermediate: int) 
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=SPECIAL.index("<image>"),
+        image_token_index=SPECIAL.index("<image>"),
         image_seq_length=GRID * GRID,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",

@@ -81,9 +81,11 @@ class Trainer:
 
     def see(self, pixels: Tensor) -> Tensor:
         """Projected patches (B, 144, D); the blocks behind the feature layer are not run."""
-        core, tower = self.model.model, self.model.model.vision_tower
+        core: Any = self.model.model
+        tower = core.vision_tower
         hidden = tower.pre_layrnorm(tower.embeddings(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1))
-        for block in tower.encoder.layers[: self.model.config.vision_feature_layer + 1]:
+        feature: Any = self.model.config.vision_feature_layer
+        for block in tower.encoder.layers[: feature + 1]:
             hidden = block(hidden, None)
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         return core.multi_modal_projector(hidden[:, 1:])
@@ -94,7 +96,8 @@ class Trainer:
         The mean cross entropy to all words of a patch, and for each group of words that exclude each other (shapes,
         colours, letters …) the cross entropy among them.
         """
-        table = self.model.get_input_embeddings().weight.detach()
+        embed: Any = self.model.get_input_embeddings()
+        table = embed.weight.detach()
         normed = patches * torch.rsqrt(patches.float().pow(2).mean(-1, keepdim=True) + 1e-6)
         logits = (normed @ table.T).float() * self.scale.exp()
         # Patches that show something count five times as much as background.
