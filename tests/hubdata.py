@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, Features, Image, Sequence, Value
+from datasets import Dataset, DatasetDict, Features, Image, Sequence, Value, disable_progress_bars
 from PIL import Image as Pillow
 from PIL import ImageDraw
 from support import make_llava
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
+disable_progress_bars()
 TEXT, INT, FLAG = Value("string"), Value("int32"), Value("bool")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "black")
 MME_CATEGORIES = ("color", "existence", "OCR", "code_reasoning")

@@ -6,6 +6,8 @@ import resource
 import subprocess
 import sys
 
+import datasets
+import hubdata
 import pytest
 import visibench
 import yaml
@@ -173,6 +175,17 @@ def test_unknown_models_devices_and_dtypes(cli, checkpoint, disk_data):
 def test_unknown_key_in_a_configuration(cli, tmp_path):
     (tmp_path / "bad.yaml").write_text("model: tiny\ntaks: [pope]\nmethods: [none]\ntasks: [pope]\n")
     assert_refused(cli("sweep", "bad.yaml"), "unknown key 'taks'; did you mean 'tasks'")
+
+
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [({"bytes": b"no image", "path": None}, "question 2 cannot be decoded"), (None, "question 2 has no image")],
+)
+def test_questions_without_a_readable_image(image, says, cli, checkpoint, tmp_path):
+    rows = hubdata.tables()["POPE"][1].cast_column("image", datasets.Image(decode=False))
+    rows = rows.map(lambda row, i: row | {"image": image} if i == 2 else row, with_indices=True)
+    hubdata.save_to_disk(tmp_path / "data", POPE=rows.cast(hubdata.FEATURES["POPE"]))
+    assert_refused(cli(*run(checkpoint, "--data", "data")), says)
 
 
 def test_an_output_folder_that_is_a_file(cli, checkpoint, disk_data, tmp_path):
