@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .base import Budgeted, Forward, Keep, top
+from .base import Budgeted, Forward, Keep, Layered, top
 from .registry import register
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @register
 @dataclass(frozen=True)
-class FastV(Budgeted):
+class FastV(Layered, Budgeted):
     """Drop the visual tokens that the last prompt token attends to least, once, at the input of layer ``layer`` (K)."""
 
     name = "fastv"
@@ -44,24 +44,24 @@ class FastV(Budgeted):
         self.require(self.layer >= 1, "layer must be >= 1 (the authors' K=0 draws at random: use random:layer=0)")
 
     def check(self, geometry: Geometry) -> None:
-        self.require(self.layer < geometry.layers, f"layer={self.layer}, but the model has {geometry.layers} layers")
+        self.check_layers("layer", (self.layer,), geometry)
 
     def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
-        return FastVForward(self)
+        return FastVForward(self, self.at(self.layer, geometry))
 
 
 class FastVForward(Forward):
     """State of one prefill: the scores."""
 
-    def __init__(self, method: FastV) -> None:
-        self.method = method
+    def __init__(self, method: FastV, layer: int) -> None:
+        self.method, self.layer = method, layer
         self.scores: Tensor | None = None
 
     def attention(self, layer: int, view: AttentionView) -> None:
-        if layer == self.method.layer - 1:
+        if layer == self.layer - 1:
             self.scores = view.layout.visual.pick(view.weights(), 3).mean(1).squeeze(1)
 
     def layer_input(self, layer: int, view: LayerView) -> Keep | None:
-        if layer != self.method.layer or self.scores is None:
+        if layer != self.layer or self.scores is None:
             return None
         return Keep(top(self.scores, self.method.budget(view.layout.visual.total), view.present))

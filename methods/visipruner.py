@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from .base import Forward, Keep, Method
+from .base import Forward, Keep, Layered
 from .registry import register
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ STAGES = ("shallow", "middle", "deep")
 
 @register
 @dataclass(frozen=True)
-class VisiPruner(Method):
+class VisiPruner(Layered):
     """Shallow visual attention off, a value-aware choice in the middle, no visual tokens in the deep layers."""
 
     name = "visipruner"
@@ -88,13 +88,10 @@ class VisiPruner(Method):
         self.require(self.layer0 == "7b" or self.sink == 0, "sink has no effect with layer0='13b', which moves no mass")
 
     def check(self, geometry: Geometry) -> None:
-        self.require(
-            self.shallow_layers < geometry.layers,
-            f"shallow_layers={self.shallow_layers}, but the model has {geometry.layers} layers: choose fewer",
-        )
+        self.check_layers("shallow_layers", (self.shallow_layers,), geometry)
 
     def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
-        return VisiPrunerForward(self, layout)
+        return VisiPrunerForward(self, layout, self.at(self.shallow_layers, geometry))
 
 
 _BELONGS = {
@@ -113,17 +110,17 @@ _BELONGS = {
 class VisiPrunerForward(Forward):
     """State of one prefill: for each row, whether it has filtered and how many layers were without effect."""
 
-    def __init__(self, method: VisiPruner, layout: TokenLayout) -> None:
-        self.method = method
+    def __init__(self, method: VisiPruner, layout: TokenLayout, shallow_layers: int) -> None:
+        self.method, self.shallow_layers = method, shallow_layers
         self.total = layout.visual.total
         self.filtered = torch.zeros_like(self.total, dtype=torch.bool)
         self.idle_layers = torch.zeros_like(self.total)
         self.keep: Tensor | None = None
 
     def attention(self, layer: int, view: AttentionView) -> Tensor | None:
-        if layer < self.method.shallow_layers:
+        if layer < self.shallow_layers:
             return self.shallow(layer, view) if "shallow" in self.method.stages else None
-        if layer > self.method.shallow_layers and "middle" in self.method.stages:
+        if layer > self.shallow_layers and "middle" in self.method.stages:
             self.middle(view)
         return None
 

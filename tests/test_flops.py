@@ -101,7 +101,7 @@ def test_sample_figures_do_not_depend_on_the_batch(llava):
 
 
 def test_components_by_hand(llava):
-    """One image of 16 patches, 14 text tokens, d 48, m 64, 4 heads of 12, 2 kv heads, 10 layers; 4 kept from layer 2."""
+    """One image of 16 patches, 14 text tokens, d 48, m 64, 4 heads of 12, 2 kv heads, 10 layers; 4 kept from 2 on."""
     (sample,) = make_batch([(5, 9, 1)])
     with visibench.prune(llava, visibench.load_method("fastv", tokens=4)) as session:
         llava(**sample)
