@@ -21,21 +21,12 @@ from ..engine import prune
 from ..errors import OptionError, VisibenchError
 from ..methods import Method
 from ..models import LoadedModel
+from ..results.records import ScoreRecord
 from . import flops, harness
 from .tasks import MME_CATEGORY_MAXIMUM, MME_COGNITION, Metric, Task, reason
 
 DEFAULT_MAX_NEW_TOKENS = 32
 """Cap on new tokens for tasks that set none (TextVQA): lmms-eval asks for a word or phrase there."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """One metric of one task, in lmms-eval's own units; ``maximum`` None where it is not known."""
-
-    key: str
-    title: str
-    value: float
-    maximum: float | None
 
 
 @dataclass
@@ -55,7 +46,7 @@ class Evaluation:
     size: int
     total: int
     note: str
-    scores: list[Score]
+    scores: list[ScoreRecord]
     metrics: dict[str, float]
     categories: dict[str, float]
     samples: pd.DataFrame
@@ -142,13 +133,8 @@ class Bridge(harness.lmms):
         self, loaded: LoadedModel, session: Any, task: Task, batch_size: int, on_batch: Callable[[int], None]
     ) -> None:
         super().__init__()
-        self.loaded, self.session, self.task, self.batch_size, self.on_batch = (
-            loaded,
-            session,
-            task,
-            batch_size,
-            on_batch,
-        )
+        self.loaded, self.session, self.task = loaded, session, task
+        self.batch_size, self.on_batch = batch_size, on_batch
         self.records: dict[int, Record] = {}
         self.generation: dict[str, Any] = {}
         self.seconds = {"answer": 0.0, "generate": 0.0}
@@ -312,12 +298,12 @@ def _metrics(results: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def _score(metric: Metric, metrics: dict[str, float], samples: pd.DataFrame) -> Score:
+def _score(metric: Metric, metrics: dict[str, float], samples: pd.DataFrame) -> ScoreRecord:
     maximum = metric.maximum
     if metric.key == "mme_perception_score":
         maximum = MME_CATEGORY_MAXIMUM * len(set(samples["category"]) - MME_COGNITION)
     value = metrics.get(metric.key, float("nan"))
-    return Score(metric.key, metric.title, value, maximum)
+    return ScoreRecord(key=metric.key, title=metric.title, value=value, maximum=maximum)
 
 
 def _data_hash(samples: pd.DataFrame) -> str:

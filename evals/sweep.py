@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..errors import OptionError
@@ -25,7 +26,6 @@ from ..results.records import (
     CellMetrics,
     Compute,
     PrefillTime,
-    ScoreRecord,
     VisualTokens,
     environment,
 )
@@ -141,7 +141,7 @@ def _run(pending: list[Plan], config: SweepConfig, store: Store, console: Consol
     total = sum(sizes[cell.config.task] for cell in pending)
     with _progress(console, total) as (describe, advance):
         for number, cell in enumerate(pending, start=1):
-            describe(f"{cell.config.label} · {cell.config.task}")
+            describe(escape(f"{cell.config.label} · {cell.config.task}"))
             started = time.perf_counter()
             done = run_cell(loaded, cell.method, tasks[cell.config.task], cell.config, store, advance)
             score = done.metrics.scores[0]
@@ -217,7 +217,7 @@ def _metrics(result: Evaluation, prefill: PrefillTime | None, config: CellConfig
         size=result.size,
         total=result.total,
         note=result.note,
-        scores=[ScoreRecord(key=s.key, title=s.title, value=s.value, maximum=s.maximum) for s in result.scores],
+        scores=result.scores,
         metrics=result.metrics,
         categories=result.categories,
         visual_tokens=VisualTokens(
