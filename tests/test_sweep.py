@@ -29,12 +29,9 @@ def configured(**changes):
 
 
 def test_spec_is_typed_by_the_methods_fields():
-    assert spec.parse("fastv:layer=3,keep=0.5").hyperparameters() == {
-        "positions": "keep",
-        "keep": 0.5,
-        "tokens": None,
-        "layer": 3,
-    }
+    method = spec.parse("fastv:layer=3,keep=0.5")
+    assert (method.layer, method.keep, method.tokens) == (3, 0.5, None)
+    assert isinstance(method.layer, int)
     assert spec.parse("random:tokens=64,seed=2").tokens == 64
     method = spec.parse("visipruner: stages=shallow+middle , skip=true,layer0=13b")
     assert (method.stages, method.skip, method.layer0) == (("shallow", "middle"), True, "13b")
