@@ -18,7 +18,7 @@ from ..errors import OptionError, suggest
 from .records import ScoreRecord
 from .tables import DENSE, Quantity, Row, Table
 
-_LABEL = 44  # characters of a method's label in one line
+_LABEL = 60  # characters of a method's label in one line
 _UNITS = ((1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs"))
 
 

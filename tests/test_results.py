@@ -274,7 +274,7 @@ def test_no_figure_is_cut_off_however_long_the_label(store):
     put(store, config("x", "gqa", label="visipruner:" + "0123456789" * 20), 0.5)
     text = render(build(store.cells()))
     assert "…" not in text
-    assert "visipruner:" + "0123456789" * 20 in "".join(line[:45].strip() for line in text.splitlines() if "01" in line)
+    assert "visipruner:" + "0123456789" * 20 in "".join(line[:61].strip() for line in text.splitlines() if "01" in line)
 
 
 def test_dense_scores_of_zero_are_left_out_and_named(store):
