@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 from contextlib import suppress
 from typing import Any, Literal
@@ -149,12 +148,7 @@ def environment(model: dict[str, Any]) -> Environment:
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    machine = {
-        "python": platform.python_version(),
-        "system": platform.system(),
-        "architecture": platform.machine(),
-        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
-    }
+    machine = {"python": platform.python_version(), "system": platform.system(), "architecture": platform.machine()}
     return Environment(model={k: v for k, v in model.items() if k != "versions"}, versions=versions, machine=machine)
 
 
