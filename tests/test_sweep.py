@@ -16,6 +16,7 @@ from visibench.evals import lmms, spec
 from visibench.evals.config import PACKAGED, load_config, parse_config, variants
 from visibench.evals.sweep import fingerprint, plan, sweep
 from visibench.results.store import Store
+from visibench.results.tables import build
 
 QUIET = Console(quiet=True)
 
@@ -286,3 +287,14 @@ def test_stored_configuration_says_what_was_asked(settings, tmp_path):
     assert stored["origin"] == settings["data"]
     assert stored["checkpoint"] == fingerprint(settings["model"])
     assert yaml.safe_load((tmp_path / "sweep.yaml").read_text())["tasks"] == ["gqa"]
+
+
+@pytest.mark.slow
+def test_the_ci_sweep_runs_on_the_embedded_model_and_data(tmp_path):
+    cells = sweep(load_config("ci")[0], tmp_path, QUIET)
+    (table,) = build(cells)
+    dense, *others = table.rows
+    assert dense.method == "none"
+    assert {row.method for row in others} == {"random", "fastv", "visipruner"}
+    assert all(row.macs < dense.macs and row.tokens.mean < dense.tokens.mean for row in others)
+    assert {questions.origin for questions in table.questions.values()} == {"embedded"}
