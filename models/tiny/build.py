@@ -105,5 +105,7 @@ def make_model(hidden: int, vision_layers: int, layers: int, intermediate: int) 
     model = LlavaForConditionalGeneration(config)
     for layer in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
         torch.nn.init.normal_(layer.weight, std=0.06)
-    model.generation_config = GenerationConfig(do_sample=False, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=16, bos_token_id=1, eos_token_id=2, pad_token_id=0
+    )
     return model
