@@ -29,7 +29,7 @@ _interceptors: WeakKeyDictionary[nn.Module, Interceptor] = WeakKeyDictionary()
 
 
 def _dispatch(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-    kernel = kernel_of(module, module.config._attn_implementation.removeprefix(PREFIX))
+    kernel = kernel_of(module, implementation_of(module.config))
     interceptor = _interceptors.get(module)
     if interceptor is None:
         return kernel(module, query, key, value, mask, **kwargs)
@@ -40,6 +40,11 @@ for _name in ("eager", "sdpa", "flash_attention_2", "flash_attention_3"):
     if _name in ALL_MASK_ATTENTION_FUNCTIONS:
         AttentionInterface.register(PREFIX + _name, _dispatch)
         AttentionMaskInterface.register(PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
+
+
+def implementation_of(config: Any) -> str:
+    """The attention implementation that the model was loaded with, intercepted or not."""
+    return config._attn_implementation.removeprefix(PREFIX)
 
 
 def kernel_of(module: nn.Module, implementation: str) -> Kernel:

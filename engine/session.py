@@ -23,7 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ..errors import InputError, UnsupportedModelError, VisibenchError
 from ..methods.base import Forward, Keep, Merge, Method
 from ..models.adapters import Adapter
-from .attention import Interception, attention_mask
+from .attention import Interception, attention_mask, implementation_of
 from .layout import TokenLayout, cut
 from .trace import Trace
 from .views import AttentionView, LayerView
@@ -61,6 +61,7 @@ class PruningSession:
         method.check(self.geometry)
         self._trace: Trace | None = None
         self._stages: list[Stage] = []  # of each decoder layer
+        self._current: Stage  # the latest one, set at decoder layer 0
         self._inputs: dict[str, Any] = {}
         self._cache: weakref.ref | None = None
         self._padding: Tensor | None = None
@@ -233,7 +234,7 @@ class PruningSession:
 
     @property
     def _implementation(self) -> str:
-        return self.adapter.decoder.config._attn_implementation.removeprefix("visibench_")
+        return implementation_of(self.adapter.decoder.config)
 
     # ---- attention --------------------------------------------------------------------------------------------
 

@@ -13,7 +13,6 @@ from math import prod
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from ..engine.trace import Trace
@@ -120,8 +119,3 @@ def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
     query, key, value = (tuple(v.type().sizes()) for v in inputs[:3])
     pairs = prod(query[:-1]) * key[-2]
     return pairs * (query[-1] + value[-1])
-
-
-def tera(macs: float | Tensor) -> float:
-    """MACs in units of 10¹², the papers' "TFLOPs"."""
-    return float(torch.as_tensor(macs)) * 1e-12

@@ -5,7 +5,7 @@ import torch
 import visibench
 from probes import MergeProbe, Probe, ProjectedProbe, RaggedProbe, VisionProbe
 from support import IMAGE, collate, make_batch, make_llava
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, GPT2Config, StaticCache
 from visibench.engine import PruningSession, attention
 from visibench.errors import InputError, OptionError, UnsupportedModelError, VisibenchError
 
@@ -322,9 +322,7 @@ def test_nested_use_raises(llava):
 
 
 def test_unsupported_models_and_arguments_raise(llava, golden_llama):
-    gpt2 = AutoModelForCausalLM.from_config(
-        __import__("transformers").GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=10)
-    )
+    gpt2 = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=10))
     with pytest.raises(UnsupportedModelError, match="gpt2"):
         visibench.prune(gpt2, METHODS[0])
     with pytest.raises(UnsupportedModelError, match="pass the full model"):

@@ -122,7 +122,3 @@ def test_dropping_features_saves_projector_work(llava):
     with visibench.prune(llava, VisionProbe(merge=True, positions="renumber")) as session:
         llava(**sample)
     assert flops.executed(session.trace, session.geometry).projector.tolist() == [2 * 9 * (32 * 48 + 48 * 48)]
-
-
-def test_tera():
-    assert flops.tera(torch.tensor(3.817e12)) == pytest.approx(3.817)
