@@ -1,0 +1,1 @@
+"""The commands of the command line, by subject; what they share is in ``shared``."""

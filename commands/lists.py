@@ -1,0 +1,42 @@
+"""What there is: methods, models, tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from .shared import AsJson, print_list
+
+
+def methods(as_json: AsJson = False) -> None:
+    """List the pruning methods with their options."""
+    from ..evals.spec import describe_methods
+
+    found = describe_methods()
+    rows = [[m["name"], m["about"], _defaults(m["options"]), m["paper"]] for m in found]
+    print_list(found, ["method", "what it does", "options and defaults", "arXiv"], rows, as_json=as_json)
+
+
+def models(as_json: AsJson = False) -> None:
+    """List the models that need no download. Any supported hub name or local folder works as well."""
+    from ..models import list_models
+
+    found = [{"name": name, "about": about} for name, about in list_models().items()]
+    also = "Also: a local folder, or a hub name such as llava-hf/llava-1.5-7b-hf."
+    print_list(found, ["model", "about"], [[m["name"], m["about"]] for m in found], also, as_json=as_json)
+
+
+def tasks(as_json: AsJson = False) -> None:
+    """List the tasks with embedded data. Any other generate_until task of lmms-eval works by name, from the hub."""
+    from ..evals.tasks import TASKS
+
+    found = [dataclasses.asdict(info) for info in TASKS.values()]
+    rows = [[t["name"], t["about"], ", ".join(m["key"] for m in t["metrics"])] for t in found]
+    also = "Also: any other task of lmms-eval by its name, such as scienceqa_img, with data from the hub."
+    print_list(found, ["task", "about", "metrics in tables"], rows, also, as_json=as_json)
+
+
+def _defaults(options: dict[str, Any]) -> str:
+    """Options with their defaults, as they are written on the command line."""
+    spelled = {k: o["default"] for k, o in options.items()}
+    return ", ".join(f"{k}={'+'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in spelled.items())

@@ -1,0 +1,38 @@
+"""Options and output that several commands have in common."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
+Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Ask only the first N questions of each task.")]
+
+
+def print_list(
+    found: list[dict[str, Any]], header: list[str], rows: list[list[str]], also: str = "", *, as_json: bool
+) -> None:
+    """Print ``found`` as JSON, or ``rows`` as a table with the line ``also`` below."""
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    grid = RichTable(box=None, pad_edge=False, header_style="bold")
+    for number, title in enumerate(header):
+        grid.add_column(title, no_wrap=number == 0)
+    for row in rows:
+        grid.add_row(*map(escape, row))
+    Console(width=width(), highlight=False).print(grid)
+    if also:
+        print(also)
+
+
+def width() -> int:
+    """Columns to print in: the terminal's, or many where the output goes to a file."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 160
