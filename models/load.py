@@ -1,4 +1,4 @@
-"""Load a model with its processor: the embedded ``tiny``, a local folder or a hub checkpoint."""
+"""Load a model with its processor: the embedded ``tiny``, a local folder or a hub checkpoint; or its sizes alone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,17 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel
 
-from ..errors import DataError, InputError, OptionError, UnknownNameError, UnsupportedModelError, suggest
+from ..errors import (
+    DataError,
+    InputError,
+    OptionError,
+    UnknownNameError,
+    UnsupportedModelError,
+    VisibenchError,
+    suggest,
+)
 from .adapters import FAMILIES, Adapter, Geometry
+from .geometry import Weights, about, build, check_weights, configuration, published, synthetic_inputs
 
 EMBEDDED = {"tiny": Path(__file__).parent / "tiny" / "checkpoint"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -22,11 +31,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass
 class LoadedModel:
-    """A vision-language model ready to answer questions: ``model`` and ``processor`` are plain transformers objects."""
+    """A vision-language model ready to answer questions: ``model`` and ``processor`` are plain transformers objects.
+
+    A model known by its sizes alone has no processor (None); ``weights`` says whether its own are in it.
+    """
 
     name: str
     model: PreTrainedModel
     processor: Any
+    weights: Weights = "pretrained"
 
     @cached_property
     def adapter(self) -> Adapter:
@@ -43,12 +56,18 @@ class LoadedModel:
 
         ``images[i]`` are the images of ``questions[i]``, possibly none. Token ids are (B, L).
         """
+        if self.processor is None:
+            raise InputError(f"{self.name} has no processor here: load a checkpoint, or use synthetic_inputs")
         if len(questions) != len(images):
             raise InputError(f"{len(questions)} questions, but images for {len(images)}")
         texts = [self._prompt(question, len(pictures)) for question, pictures in zip(questions, images, strict=True)]
         flat = [picture.convert("RGB") for pictures in images for picture in pictures]
         batch = self.processor(text=texts, images=flat or None, padding=True, padding_side="left", return_tensors="pt")
         return batch.to(self.model.device, dtype=self.model.dtype)
+
+    def synthetic_inputs(self, batch: int, prompt: int, visual_tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
+        """Random inputs of ``batch`` rows of ``prompt`` text tokens and ``visual_tokens``, for timing."""
+        return synthetic_inputs(self.adapter, batch, prompt, visual_tokens, seed)
 
     def decode(self, ids: torch.Tensor) -> list[str]:
         """Text of generated token ids (B, n), without special tokens."""
@@ -65,8 +84,9 @@ class LoadedModel:
             "device": device.type,
             "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name(),
             "threads": torch.get_num_threads(),
-            "attention": self.adapter.decoder.config._attn_implementation,
-            "image_processor": type(self.processor.image_processor).__name__,
+            "attention": self.model.config.get_text_config()._attn_implementation,
+            "image_processor": self.processor and type(self.processor.image_processor).__name__,
+            "weights": self.weights,
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "visibench")},
         }
 
@@ -80,9 +100,8 @@ class LoadedModel:
 
 def list_models() -> dict[str, str]:
     """Models that need no download, by name, with one line each."""
-    return {
-        "tiny": "LLaVA architecture, trained on synthetic scenes, embedded in the package (first run, CI, development)"
-    }
+    tiny = "LLaVA architecture, trained on synthetic scenes, embedded in the package (first run, CI, development)"
+    return {"tiny": tiny} | {name: about(name) for name in published()}
 
 
 def load_model(
@@ -92,41 +111,65 @@ def load_model(
     dtype: str = "auto",
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
+    weights: Weights = "pretrained",
+    layers: int | None = None,
 ) -> LoadedModel:
     """Load a model by name (``tiny``), local folder or hub id such as ``llava-hf/llava-1.5-7b-hf``.
 
     ``device``: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``, ``cuda:1`` … ``dtype``: ``auto`` (fp32 on CPU,
     the checkpoint's own on GPU), ``float32``, ``bfloat16``, ``float16``. Weights are read from safetensors only.
+    ``weights``: ``random`` needs no download for the names in ``geometry.yaml``, ``meta`` no memory either, for sizes
+    and compute alone; both take ``layers``, to keep only that many decoder layers.
     Raises UnknownNameError, UnsupportedModelError, OptionError or DataError.
     """
-    source = _source(name_or_path)
-    target = _device(device)
-    precision: Any = DTYPES.get(dtype, "auto" if target.type != "cpu" else torch.float32)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise OptionError(f"unknown dtype {dtype!r}; {suggest(dtype, ['auto', *DTYPES])}")
+    check_weights(name_or_path, weights, layers)
+    source, place = _source(name_or_path), _device(device)
+    precision = _precision(dtype, place)
+    processor = None
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        if config.model_type not in FAMILIES or FAMILIES[config.model_type].projector is None:
-            raise UnsupportedModelError(
-                f"{name_or_path}: architecture {config.model_type!r} has no adapter for images; see CONTRIBUTING.md"
+        if name_or_path in published():
+            config = configuration(name_or_path)
+        else:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+            _check_family(name_or_path, config)
+            processor = _processor(source, config, trust_remote_code)
+        model: Any
+        if weights == "pretrained":
+            model = AutoModelForImageTextToText.from_pretrained(
+                source,
+                dtype=precision,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
             )
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            source,
-            dtype=precision,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-        )
+            model.to(place)
+        else:
+            model = build(config, weights, layers, place, precision, attn_implementation)
+    except VisibenchError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"cannot load model {name_or_path!r}: {reason}") from error
+    return LoadedModel(name_or_path, model.eval(), processor, weights)
+
+
+def _check_family(name: str, config: Any) -> None:
+    if config.model_type not in FAMILIES or FAMILIES[config.model_type].projector is None:
+        raise UnsupportedModelError(
+            f"{name}: architecture {config.model_type!r} has no adapter for images; see CONTRIBUTING.md"
+        )
+
+
+def _processor(source: str, config: Any, trust_remote_code: bool) -> Any:
+    processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
     if getattr(processor, "patch_size", True) is None:
         processor.patch_size = config.vision_config.patch_size
-    return LoadedModel(name_or_path, model.to(target).eval(), processor)
+    return processor
 
 
 def _source(name: str) -> str:
+    if name in published():
+        return name
     if name in EMBEDDED:
         return str(EMBEDDED[name])
     if Path(name).is_dir():
@@ -136,6 +179,12 @@ def _source(name: str) -> str:
     raise UnknownNameError(
         f"unknown model {name!r}: not a folder, and not a hub id (owner/name); {suggest(name, list_models())}"
     )
+
+
+def _precision(name: str, place: torch.device) -> Any:
+    if name != "auto" and name not in DTYPES:
+        raise OptionError(f"unknown dtype {name!r}; {suggest(name, ['auto', *DTYPES])}")
+    return DTYPES.get(name, torch.float32 if place.type == "cpu" else "auto")
 
 
 def _device(name: str) -> torch.device:

@@ -1,0 +1,117 @@
+"""Models of published sizes without their weights, and inputs for them that need no processor.
+
+For compute, time and memory only the sizes count: weights are random, or missing altogether (``meta``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import yaml
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from ..errors import InputError, OptionError, suggest
+from .adapters import Adapter
+
+Weights = Literal["pretrained", "random", "meta"]
+
+
+@cache
+def published() -> dict[str, dict[str, Any]]:
+    """Entries of ``geometry.yaml`` by name: ``config``, and ``checkpoint`` with ``parameters``, or ``about``."""
+    entries = yaml.safe_load(Path(__file__).with_name("geometry.yaml").read_text(encoding="utf-8"))
+    return {name: entry for name, entry in entries.items() if not name.startswith(".")}
+
+
+def about(name: str) -> str:
+    """One line on an entry."""
+    entry = published()[name]
+    return f"sizes alone, {entry.get('about') or 'those of ' + entry['checkpoint']}: add --weights random"
+
+
+def configuration(name: str) -> Any:
+    """The transformers configuration of an entry."""
+    values = dict(published()[name]["config"])
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def check_weights(name: str, weights: str, layers: int | None) -> None:
+    """Raise :class:`OptionError` unless model ``name`` can be had with these ``weights`` and ``layers``."""
+    if weights not in get_args(Weights):
+        raise OptionError(f"unknown weights {weights!r}; {suggest(weights, get_args(Weights))}")
+    if weights != "pretrained":
+        return
+    if name in published():
+        checkpoint = published()[name].get("checkpoint")
+        instead = f", or load the checkpoint {checkpoint}" if checkpoint else ""
+        raise OptionError(f"{name} is known by its sizes alone: give weights random or meta{instead}")
+    if layers is not None:
+        raise OptionError("a pretrained model cannot be cut to fewer layers: give weights random or meta with layers")
+
+
+def build(config: Any, weights: Weights, layers: int | None, device: torch.device, dtype: Any, attention: str) -> Any:
+    """A model of ``config`` cut to ``layers`` decoder layers, made where it stays and in its final dtype.
+
+    ``random``: transformers' own initialisation, drawn with seed 0; ``meta``: shapes without memory. ``dtype`` "auto"
+    is bfloat16. Raises :class:`OptionError` if there are fewer layers than asked for.
+    """
+    if layers is not None:
+        text = config.get_text_config()
+        if not 1 <= layers <= text.num_hidden_layers:
+            raise OptionError(f"layers must lie in 1 … {text.num_hidden_layers} here, not {layers}")
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
+    place = torch.device("meta") if weights == "meta" else device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), place:
+        torch.manual_seed(0)
+        return AutoModelForImageTextToText.from_config(
+            config, dtype=torch.bfloat16 if dtype == "auto" else dtype, attn_implementation=attention
+        )
+
+
+def synthetic_inputs(adapter: Adapter, batch: int, prompt: int, visual_tokens: int, seed: int = 0) -> dict[str, Tensor]:
+    """Random inputs of ``batch`` equal-length rows on the model's device: ``prompt`` text tokens and images.
+
+    The images, ``visual_tokens`` together, stand in the middle of the text: token ids are (B, prompt + visual_tokens).
+    Raises :class:`InputError` where the model has no images of so many tokens.
+    """
+    model = adapter.model
+    if prompt < 2 or visual_tokens < 0 or batch < 1:
+        raise InputError(f"need batch >= 1, prompt >= 2 and visual tokens >= 0, not {batch}, {prompt}, {visual_tokens}")
+    if adapter.image_token is None or model.config.model_type not in IMAGES:
+        raise InputError(f"cannot make up images for architecture {model.config.model_type!r}")
+    generator = torch.Generator().manual_seed(seed)
+    # Special tokens stand at both ends of a vocabulary.
+    text = torch.randint(3, min(adapter.image_token, 30_000), (batch, prompt), generator=generator)
+    image = torch.full((batch, visual_tokens), adapter.image_token)
+    ids = torch.cat([text[:, : prompt // 2], image, text[:, prompt // 2 :]], dim=1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if visual_tokens:
+        shape, more = IMAGES[model.config.model_type](adapter, visual_tokens, batch)
+        inputs |= {"pixel_values": torch.randn(shape, generator=generator).to(model.dtype)} | more
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+
+Images = tuple[tuple[int, ...], dict[str, Tensor]]
+
+
+def _whole_images(adapter: Adapter, visual_tokens: int, batch: int) -> Images:
+    """Images of one size, each of equally many tokens."""
+    vision = adapter.geometry.vision
+    assert vision is not None
+    images, rest = divmod(visual_tokens, vision.tokens)
+    if rest:
+        raise InputError(
+            f"{visual_tokens} visual tokens are no whole images of {vision.tokens}: give a multiple of that"
+        )
+    side = adapter.model.config.vision_config.image_size
+    return (batch * images, 3, side, side), {}
+
+
+IMAGES: dict[str, Callable[[Adapter, int, int], Images]] = {"llava": _whole_images}
