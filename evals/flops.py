@@ -1,5 +1,7 @@
 """Compute of one prefill, in multiply-adds (MACs): what really ran, in closed form, and fvcore's count of the same.
 
+And that of the decoding which follows, where each layer attends to as many tokens as its KV cache really holds.
+
 Papers on pruning and fvcore print multiply-adds as "FLOPs", one per multiply-add; so do our tables. Matrix products and
 the patch convolution are counted; element-wise work, norms and softmax are not. Attention over n queries and m keys
 counts n·m pairs a head, the masked half included, as kernels and papers do.
@@ -23,7 +25,7 @@ _NORMS = ("aten::layer_norm", "aten::batch_norm", "aten::group_norm")
 
 @dataclass(frozen=True)
 class Flops:
-    """MACs of one prefill by component, each an array (B,) with one figure a sample, without padding."""
+    """MACs of a prefill, or of decoding, by component: arrays (B,) with one figure a sample, without padding."""
 
     vision_tower: np.ndarray
     projector: np.ndarray
@@ -62,6 +64,30 @@ def executed(trace: Trace, geometry: Geometry, logits: int | None = 1) -> Flops:
         attention=trace.attention_pairs().double().numpy().sum(1) * 2 * heads,
         lm_head=(tokens[:, -1] if logits is None else np.full(len(tokens), float(logits))) * g.hidden * g.vocabulary,
         scoring=trace.scoring_macs().double().numpy().sum(1),
+    )
+
+
+def decode(trace: Trace, geometry: Geometry, steps: Any = 1) -> Flops:
+    """What the first ``steps`` decoding steps after the traced prefill compute, per sample.
+
+    ``steps``: int or int (B,). A step takes one token and gives the next; the logits of the prefill gave the first, so
+    an answer of n tokens takes n - 1. Step s attends in each layer to that layer's KV cache after prefill and to s new
+    tokens, its own included; methods score nothing here.
+    """
+    g = geometry
+    cached = trace.kv_lengths().double().numpy()
+    steps = np.broadcast_to(np.asarray(steps, dtype=float), len(cached))
+    heads, kv_heads = g.heads * g.head_size, g.kv_heads * g.head_size
+    pairs = steps * cached.sum(1) + g.layers * steps * (steps + 1) / 2
+    nothing = np.zeros(len(cached))
+    return Flops(
+        vision_tower=nothing,
+        projector=nothing,
+        projections=steps * g.layers * (2 * g.hidden * heads + 2 * g.hidden * kv_heads),
+        ffn=steps * g.layers * 3 * g.hidden * g.intermediate,
+        attention=pairs * 2 * heads,
+        lm_head=steps * g.hidden * g.vocabulary,
+        scoring=nothing,
     )
 
 

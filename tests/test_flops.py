@@ -89,6 +89,34 @@ def test_torch_flop_counter_agrees_for_grouped_heads(method, kv_heads):
     assert closed.total()[0] == counter.get_total_flops() / 2
 
 
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_torch_flop_counter_agrees_on_generation(method):
+    """Five new tokens with grouped heads: the prefill gives the first, four steps the others."""
+    model = make_llava(kv_heads=2, attention="eager")
+    (sample,) = make_batch(ROWS[:1])
+    with (
+        visibench.prune(model, method) as session,
+        FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter,
+    ):
+        model.generate(**sample, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    prefill = flops.executed(session.trace, session.geometry).total()[0]
+    steps = flops.decode(session.trace, session.geometry, 4).total()[0]
+    assert prefill + steps == counter.get_total_flops() / 2
+
+
+def test_decoding_steps_add_up_and_see_each_layers_own_cache(llava):
+    """Two rows, 2 layers of 30 and 15 keys and 8 of 18 and 15; d 48, 4 heads of 12."""
+    batch = collate(make_batch([(5, 9, 1), (6, 9, 0)]))
+    with visibench.prune(llava, visibench.load_method("fastv", tokens=4)) as session:
+        llava(**batch)
+    each = [flops.decode(session.trace, session.geometry, n) for n in range(4)]
+    assert each[1].attention.tolist() == [(2 * 31 + 8 * 19) * 2 * 48, 10 * 16 * 2 * 48]
+    assert (each[3].attention - each[2].attention).tolist() == [(2 * 33 + 8 * 21) * 2 * 48, 10 * 18 * 2 * 48]
+    assert each[0].total() == [0, 0]
+    ragged = flops.decode(session.trace, session.geometry, [3, 1])
+    assert ragged.total() == [each[3].total()[0], each[1].total()[1]]
+
+
 def test_sample_figures_do_not_depend_on_the_batch(llava):
     samples = make_batch(ROWS)
     for method in METHODS:
