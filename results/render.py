@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from pydantic_core import to_json
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
 from ..errors import OptionError, suggest
+from .inference import ALPHA, Verdict
 from .records import ScoreRecord
+from .stats import Estimate
 from .tables import DENSE, Quantity, Row, Table
 
 _LABEL = 60  # characters of a method's label in one line
@@ -69,7 +72,7 @@ def _csv(tables: list[Table]) -> str:
 
 
 def _json(tables: list[Table]) -> str:
-    return json.dumps({"tables": [as_json(table) for table in tables]}, indent=1)
+    return to_json({"tables": [as_json(table) for table in tables]}, indent=1, inf_nan_mode="null").decode()
 
 
 FORMATS: dict[str, Callable[[list[Table]], str]] = {"text": _text, "md": _markdown, "csv": _csv, "json": _json}
@@ -90,7 +93,15 @@ def as_json(table: Table) -> dict[str, Any]:
                 "method": row.method,
                 "options": row.options,
                 "seeds": row.seeds,
-                "scores": {task: {key: asdict(q) for key, q in by.items()} for task, by in row.scores.items()},
+                "scores": {task: {key: _score_json(row, task, key) for key in by} for task, by in row.scores.items()},
+                "loyalty": {task: asdict(share) for task, share in row.evidence.loyalty.items()},
+                "loyalty_mean": asdict(row.evidence.loyalty_mean) if row.evidence.loyalty_mean else None,
+                "difficulty": {
+                    "smaller_image": row.evidence.groups_by,
+                    "groups": {
+                        task: {name: asdict(e) for name, e in by.items()} for task, by in row.evidence.groups.items()
+                    },
+                },
                 "retained_percent": asdict(row.retained) if row.retained else None,
                 "visual_tokens": row.tokens.model_dump() | {"mean": row.tokens.mean, "last": row.tokens.last},
                 "executed_macs": row.macs,
@@ -102,6 +113,19 @@ def as_json(table: Table) -> dict[str, Any]:
     }
 
 
+def _score_json(row: Row, task: str, key: str) -> dict[str, Any]:
+    """A score over seeds, its interval over questions (None: not known) and the comparisons with dense and random."""
+    interval = row.evidence.scores.get(task, {}).get(key)
+    against = {name: by.get(task, {}).get(key) for name, by in row.evidence.against.items()}
+    return asdict(row.scores[task][key]) | {
+        "interval": asdict(interval) if interval else None,
+        "against": {
+            name: {"reference": v.reference, **asdict(v.comparison), "p_holm": v.p_holm, "sign": v.sign} if v else None
+            for name, v in against.items()
+        },
+    }
+
+
 def _flat(table: Table, row: Row, number: int) -> dict[str, Any]:
     """A row for CSV: full precision, one column a figure."""
     flat: dict[str, Any] = {"table": number, "model": table.facts["model"], "method": row.label}
@@ -110,8 +134,18 @@ def _flat(table: Table, row: Row, number: int) -> dict[str, Any]:
             quantity = row.scores.get(task, {}).get(score.key)
             flat[f"{task}:{score.key}"] = quantity.mean if quantity else None
             flat[f"{task}:{score.key}:sd"] = quantity.sd if quantity else None
+            interval = row.evidence.scores.get(task, {}).get(score.key)
+            flat[f"{task}:{score.key}:low"] = interval.low if interval else None
+            flat[f"{task}:{score.key}:high"] = interval.high if interval else None
+            for name, by in row.evidence.against.items():
+                verdict = by.get(task, {}).get(score.key)
+                flat[f"{task}:{score.key}:p_{name}"] = verdict.p_holm if verdict else None
+    loyalty = row.evidence.loyalty_mean
     return flat | {
         "seeds": len(row.seeds),
+        "loyalty_percent": 100 * loyalty.value if loyalty else None,
+        "loyalty_percent_low": 100 * loyalty.low if loyalty else None,
+        "loyalty_percent_high": 100 * loyalty.high if loyalty else None,
         "retained_percent": row.retained.mean if row.retained else None,
         "visual_tokens_mean": row.tokens.mean,
         "visual_tokens_last": row.tokens.last,
@@ -130,15 +164,16 @@ def _cells(table: Table) -> list[list[str]]:
         "method",
         *(_title(task, score) for task, score in metrics),
         "retained\n%",
+        "loyalty\n%",
         "visual\ntokens T",
         "at the\nlast layer",
         f"compute\n{name}",
     ]
     body = []
     for row in table.rows:
-        line = [row.label]
-        line += [_quantity(row.scores.get(task, {}).get(score.key), score.maximum) for task, score in metrics]
-        line += [_quantity(row.retained), f"{row.tokens.mean:.1f}", f"{row.tokens.last:.1f}", f"{row.macs / unit:#.3g}"]
+        line = [row.label, *(_score(row, task, score) for task, score in metrics)]
+        line += [_retained(row.retained), _estimate(row.evidence.loyalty_mean, 1.0)]
+        line += [f"{row.tokens.mean:.1f}", f"{row.tokens.last:.1f}", f"{row.macs / unit:#.3g}"]
         if timed:
             line.append(f"{row.prefill.median:.1f} ± {row.prefill.iqr:.1f}" if row.prefill else "–")
         body.append(line)
@@ -150,13 +185,37 @@ def _title(task: str, score: ScoreRecord) -> str:
     return f"{task}\n{score.title}{unit}"
 
 
-def _quantity(quantity: Quantity | None, maximum: float | None = 100.0) -> str:
-    """Mean ± sd: as percent if the maximum is 1, with four digits if it is not known."""
+def _score(row: Row, task: str, score: ScoreRecord) -> str:
+    """Value ± half its interval, and how it compares with dense and random."""
+    quantity = row.scores.get(task, {}).get(score.key)
     if quantity is None or math.isnan(quantity.mean):
         return "–"
-    scale, form = 100.0 if maximum == 1 else 1.0, ".4g" if maximum is None else ".1f"
-    spread = f" ± {quantity.sd * scale:{form}}" if quantity.sd is not None else ""
-    return f"{quantity.mean * scale:{form}}{spread}"
+    interval = row.evidence.scores.get(task, {}).get(score.key)
+    shown = _estimate(interval, score.maximum) if interval else _number(quantity.mean, score.maximum)
+    marks = [_mark(name, by.get(task, {}).get(score.key)) for name, by in row.evidence.against.items()]
+    return " ".join([shown, *filter(None, marks)])
+
+
+def _mark(name: str, verdict: Verdict | None) -> str:
+    return {1: "↑", -1: "↓", 0: "="}[verdict.sign] + name[0] if verdict else ""
+
+
+def _estimate(estimate: Estimate | None, maximum: float | None) -> str:
+    if estimate is None:
+        return "–"
+    known = not math.isnan(estimate.half_width)
+    return _number(estimate.value, maximum) + (f" ± {_number(estimate.half_width, maximum)}" if known else "")
+
+
+def _number(value: float, maximum: float | None) -> str:
+    """As percent if the maximum is 1, with four digits if it is not known."""
+    return f"{value:.4g}" if maximum is None else f"{value * (100.0 if maximum == 1 else 1.0):.1f}"
+
+
+def _retained(quantity: Quantity | None) -> str:
+    if quantity is None:
+        return "–"
+    return f"{quantity.mean:.1f}" + (f" ± {quantity.sd:.1f}" if quantity.sd is not None else "")
 
 
 def _heading(table: Table, number: int, count: int) -> list[str]:
@@ -171,13 +230,11 @@ def _notes(table: Table) -> list[str]:
     asked = ", ".join(f"{task} {q.asked} of {q.of} ({q.origin})" for task, q in table.questions.items())
     notes = [f"Questions: {asked}.{' SUBSET: these are no full-set scores.' if table.is_subset else ''}"]
     notes += [f"{task}: {q.note}." for task, q in table.questions.items() if q.note]
-    counts = sorted({len(row.seeds) for row in table.rows} - {1})
-    if counts:
-        notes.append(f"± after a score: standard deviation over {' or '.join(map(str, counts))} seeds.")
+    notes += _inference(table)
     notes.append(
-        "Retained: mean over tasks of score / dense score. Visual tokens: T = mean over decoder-layer inputs, and at "
-        f"the last layer's, of {table.rows[0].tokens.prompt:g} in the prompt. FLOPs: one multiply-add = 1, all that a "
-        "prefill executed, mean over questions."
+        f"Retained: mean over tasks of score / dense score{_over_seeds(table)}. Visual tokens: T = mean over "
+        f"decoder-layer inputs, and at the last layer's, of {table.rows[0].tokens.prompt:g} in the prompt. FLOPs: one "
+        "multiply-add = 1, all that a prefill executed, mean over questions."
     )
     missed = sorted(
         task for row in table.rows if row.method == DENSE for task in row.scores if not _headline(table, row, task)
@@ -189,6 +246,71 @@ def _notes(table: Table) -> list[str]:
         repeats = f"{timing['repeats']} runs a task and seed after {timing['warmup']} to warm up"
         notes.append(f"Prefill: batch {timing['batch_size']}, median ± interquartile range, {repeats}.")
     return [*notes, _origin(table)]
+
+
+def _inference(table: Table) -> list[str]:
+    """How intervals and marks came about, and what this many questions can show at all."""
+    rows, notes = table.rows, []
+    images = {task: e.images for row in rows for task, by in row.evidence.scores.items() for e in by.values()}
+    if images:
+        counts = ", ".join(f"{task} {count}" for task, count in sorted(images.items()))
+        interval = f"half of its 95 % interval, clustered by image ({counts} images); limits in CSV and JSON"
+        notes.append(f"± after a score or loyalty: {interval}.")
+    verdicts = {
+        name: [v for row in rows for by in row.evidence.against[name].values() for v in by.values()]
+        for name in ("dense", "random")
+    }
+    count = sum(map(len, verdicts.values()))
+    if count:
+        tests = " or ".join(sorted({v.comparison.test for found in verdicts.values() for v in found}))
+        references = " and ".join(f"{name[0]} = {name}" for name, found in verdicts.items() if found)
+        notes.append(
+            f"↑ higher, ↓ lower, = tied (no difference shown), {references}: same questions, {tests}, p < {ALPHA:g} "
+            f"after Holm over the {count} comparisons of this table."
+        )
+    unmatched = [row for row in rows if row.evidence.nearest and not _matched(row)]
+    if verdicts["random"]:
+        apart = f"; {len(unmatched)} rows lie more than 10 % away from it in T" if unmatched else ""
+        notes.append(f"Random is the random row with the nearest T, mean over its seeds{apart}.")
+    floors = [f"{task} {floor}" for task in table.columns if (floor := _detectable(table, task))]
+    if floors:
+        notes.append(
+            f"Smallest difference from dense found with 80 % power (one test at α = {ALPHA:g}, before Holm; median "
+            f"over rows): {', '.join(floors)}."
+        )
+    if any(row.evidence.loyalty for row in rows):
+        notes.append("Loyalty: mean over tasks of the share of answers that equal the dense model's.")
+    lacking = sorted(
+        {
+            f"{task} {score.title}"
+            for task, scores in table.columns.items()
+            for score in scores
+            if _lacks(table, task, score)
+        }
+    )
+    if lacking:
+        notes.append(f"No interval, no marks: {', '.join(lacking)} cannot be recomputed from single questions.")
+    return notes
+
+
+def _matched(row: Row) -> bool:
+    return abs(row.tokens.mean - (row.evidence.nearest or 0.0)) <= 0.1 * row.tokens.mean
+
+
+def _detectable(table: Table, task: str) -> str:
+    score = table.columns[task][0]
+    verdicts = [row.evidence.against["dense"].get(task, {}).get(score.key) for row in table.rows]
+    found = [v.comparison.detectable for v in verdicts if v and v.comparison.detectable is not None]
+    return _number(statistics.median(found), score.maximum) if found else ""
+
+
+def _lacks(table: Table, task: str, score: ScoreRecord) -> bool:
+    return any(task in row.scores and score.key not in row.evidence.scores.get(task, {}) for row in table.rows)
+
+
+def _over_seeds(table: Table) -> str:
+    counts = sorted({row.retained.n for row in table.rows if row.retained} - {1})
+    return f", ± standard deviation over {' or '.join(map(str, counts))} seeds" if counts else ""
 
 
 def _headline(table: Table, row: Row, task: str) -> float:

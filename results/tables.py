@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DataError
+from .inference import DENSE, RANDOM, Evidence, weigh
 from .records import ScoreRecord, VisualTokens
 from .store import Cell
 
-DENSE = "none"
 _QUESTIONS = ("limit", "origin")
 
 
@@ -49,7 +49,10 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Row:
-    """One method. ``scores``: by task and metric, lmms-eval's units. Tokens and MACs are means over tasks and seeds."""
+    """One method. ``scores``: by task and metric, lmms-eval's units. Tokens and MACs are means over tasks and seeds.
+
+    ``evidence``: intervals, comparisons and loyalty from the answers to single questions.
+    """
 
     label: str
     method: str
@@ -60,6 +63,7 @@ class Row:
     tokens: VisualTokens
     macs: float
     prefill: Prefill | None
+    evidence: Evidence
 
 
 @dataclass(frozen=True)
@@ -94,12 +98,16 @@ class Table:
 def build(cells: Iterable[Cell]) -> list[Table]:
     """Tables of comparable cells, the largest first. Raises :class:`DataError` for cells that contradict each other."""
     groups = _comparable(list(cells))
-    facts = [_flat(_facts(group[0]) | _chosen(group[0])) for group in groups]
-    tables = []
-    for group, own in zip(groups, facts, strict=True):
-        differs = {key: own.get(key) for key in own if len({json.dumps(other.get(key)) for other in facts}) > 1}
-        tables.append(_table(group, differs))
-    return tables
+    differs = differences([group[0] for group in groups])
+    return [_table(group, own) for group, own in zip(groups, differs, strict=True)]
+
+
+def differences(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """For each cell, the facts beside its method and task that are not the same in all of ``cells``."""
+    facts = [_flat(_facts(cell) | _chosen(cell)) for cell in cells]
+    return [
+        {key: own.get(key) for key in own if len({json.dumps(other.get(key)) for other in facts}) > 1} for own in facts
+    ]
 
 
 def _comparable(cells: list[Cell]) -> list[list[Cell]]:
@@ -138,8 +146,9 @@ def _table(cells: list[Cell], differs: dict[str, Any]) -> Table:
         c.config.task: Questions(c.metrics.size, c.metrics.total, c.config.origin, c.metrics.note) for c in cells
     }
     dense = {cell.config.task: cell.metrics.scores[0].value for cell in cells if cell.config.method == DENSE}
-    rows = [_row(group, dense) for group in _grouped(cells, _method_key)]
-    order = {DENSE: 0, "random": 1}
+    groups = _grouped(cells, _method_key)
+    rows = [_row(group, dense, evidence) for group, evidence in zip(groups, weigh(groups), strict=True)]
+    order = {DENSE: 0, RANDOM: 1}
     rows.sort(key=lambda row: (order.get(row.method, 2), row.method, -row.tokens.mean, row.label))
     return Table(rows, columns, dict(sorted(questions.items())), _facts(cells[0]), differs)
 
@@ -149,7 +158,7 @@ def _method_key(cell: Cell) -> str:
     return json.dumps([cell.config.label, cell.config.method, options], sort_keys=True)
 
 
-def _row(cells: list[Cell], dense: dict[str, float]) -> Row:
+def _row(cells: list[Cell], dense: dict[str, float], evidence: Evidence) -> Row:
     config = cells[0].config
     scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for cell in cells:
@@ -169,6 +178,7 @@ def _row(cells: list[Cell], dense: dict[str, float]) -> Row:
         ),
         macs=statistics.fmean(cell.metrics.compute.macs for cell in cells),
         prefill=_prefill(cells),
+        evidence=evidence,
     )
 
 

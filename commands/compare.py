@@ -1,0 +1,109 @@
+"""Compare two methods question by question."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from ..errors import DataError, OptionError, UnknownNameError, suggest
+from .shared import AsJson, width
+
+if TYPE_CHECKING:
+    from ..results.paired import PairedMetric, Pairing
+    from ..results.store import Cell
+
+_SIDE = "A cell's folder, or DIR#LABEL:TASK of a run folder (all seeds)."
+
+
+def compare(
+    first: Annotated[str, typer.Argument(metavar="A", help=_SIDE)],
+    second: Annotated[str, typer.Argument(metavar="B", help="The same for the method to compare with.")],
+    show: Annotated[int, typer.Option("--show", min=0, help="Questions to list where the scores differ.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two methods on the same questions: differences with intervals, tests, and where they disagree."""
+    from pydantic_core import to_json
+
+    from ..results.paired import pair
+
+    sides = [_cells(first), _cells(second)]
+    result = pair(*sides)
+    if as_json:
+        print(to_json(result, indent=1, inf_nan_mode="null").decode())
+        return
+    for name, cells in zip("AB", sides, strict=True):
+        config, seeds = cells[0].config, ", ".join(str(cell.config.seed) for cell in cells)
+        print(f"{name}  {config.label} (model {config.model}, seed {seeds})")
+    _print(result, show)
+
+
+def _cells(text: str) -> list[Cell]:
+    """The cells that an argument names: one, or all seeds of a label on a task."""
+    from ..results.store import Store
+
+    path = Path(text)
+    if path.is_dir() and path.resolve().parent.name == "cells":
+        found = [cell for cell in Store(path.resolve().parent.parent).cells() if cell.path == path.resolve()]
+        if not found:
+            raise DataError(f"no finished results in {text!r}: run it again")
+        return found
+    folder, given, rest = text.partition("#")
+    label, _, task = rest.rpartition(":")
+    cells = Store(folder).cells()
+    labels = sorted({f"{cell.config.label}:{cell.config.task}" for cell in cells})
+    if not given or not label:
+        raise OptionError(f"{text!r} names no cell: give DIR#LABEL:TASK, such as '{folder}#{labels[0]}'")
+    found = [cell for cell in cells if (cell.config.label, cell.config.task) == (label, task)]
+    if not found:
+        raise UnknownNameError(f"no cell {rest!r} in {folder}; {suggest(rest, labels)}")
+    if len({cell.config.seed for cell in found}) < len(found):
+        raise OptionError(
+            f"{text!r} names {len(found)} cells of different settings: give one's folder, {found[0].path}"
+        )
+    return found
+
+
+def _print(result: Pairing, show: int) -> None:
+    from rich import box
+    from rich.table import Table
+
+    scores = result.metrics[0].comparison
+    subset = " SUBSET: these are no full-set scores." if result.asked < result.total else ""
+    print(f"{result.task}: {result.asked} questions of {result.total}, {scores.images} images.{subset}")
+    for name, (one, two) in result.differs.items():
+        print(f"Beside the method, {name} differs: A {one}, B {two}.")
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    grid.add_column("metric")
+    for title in ("A", "B", "A − B", "p", "p, Holm", "test", "detectable"):
+        grid.add_column(title, justify="right")
+    for metric in result.metrics:
+        grid.add_row(*_line(metric))
+    Console(width=width(), highlight=False).print(grid)
+    print(
+        "In brackets: 95 % interval, clustered by image. Detectable: the smallest true difference that these questions"
+    )
+    print("show with 80 % power, one test at α = 0.05.")
+    if result.agreement:
+        print(f"Both answer alike on {100 * result.agreement.value:.1f} % of questions.")
+    naive = f" McNemar's exact p, which takes questions as independent: {scores.mcnemar_p:.4f}."
+    higher = f"{scores.better + scores.worse} questions tell them apart: A scores higher on {scores.better}, "
+    print(f"{higher}B on {scores.worse}.{naive if scores.mcnemar_p is not None else ''}")
+    for row in result.discordant[:show]:
+        question, target = row["question"].splitlines()[0], row["target"].splitlines()[0]
+        said = [f"{name} {', '.join(row[side]['answers'])!r}" for name, side in (("A", "first"), ("B", "second"))]
+        print(f"  {row['question_id']}  {question}  {target!r}: {', '.join(said)}")
+    if len(result.discordant) > show:
+        print(f"  and {len(result.discordant) - show} more: --show N lists more, --json all.")
+
+
+def _line(metric: PairedMetric) -> list[str]:
+    c, scale = metric.comparison, 100.0 if metric.maximum == 1 else 1.0
+    unit = " %" if metric.maximum == 1 else f" /{metric.maximum:g}" if metric.maximum else ""
+    spans = [(e.value, e.low, e.high) for e in (metric.first, metric.second)] + [(c.difference, c.low, c.high)]
+    numbers = [f"{value * scale:.2f} [{low * scale:.2f}, {high * scale:.2f}]" for value, low, high in spans]
+    floor = "–" if c.detectable is None else f"{c.detectable * scale:.2f}"
+    return [metric.title + unit, *map(escape, numbers), f"{c.p:.4f}", f"{metric.p_holm:.4f}", c.test, floor]
