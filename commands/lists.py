@@ -13,8 +13,8 @@ def methods(as_json: AsJson = False) -> None:
     from ..evals.spec import describe_methods
 
     found = describe_methods()
-    rows = [[m["name"], m["about"], _defaults(m["options"]), m["paper"]] for m in found]
-    print_list(found, ["method", "what it does", "options and defaults", "arXiv"], rows, as_json=as_json)
+    rows = [[m["name"], m["about"], _defaults(m["options"]), m["examples"][0], m["paper"]] for m in found]
+    print_list(found, ["method", "what it does", "options and defaults", "for example", "arXiv"], rows, as_json=as_json)
 
 
 def models(as_json: AsJson = False) -> None:

@@ -25,7 +25,7 @@ def print_list(
         return
     grid = RichTable(box=None, pad_edge=False, header_style="bold")
     for number, title in enumerate(header):
-        grid.add_column(title, no_wrap=number == 0)
+        grid.add_column(title, no_wrap=number == 0, overflow="fold")
     for row in rows:
         grid.add_row(*map(escape, row))
     Console(width=width(), highlight=False).print(grid)

@@ -55,6 +55,11 @@ def is_seeded(method: Method) -> bool:
     return any(field.name == "seed" for field in dataclasses.fields(method))
 
 
+def spell(cls: type[Method], options: str) -> str:
+    """The text of a method with ``options`` (may be empty), such as one of its ``examples``."""
+    return f"{cls.name}:{options}" if options else cls.name
+
+
 def describe_methods() -> list[dict[str, Any]]:
     """Facts about every method, JSON-ready: metadata, and options with their types and defaults."""
     return [_describe(cls) for cls in list_methods().values()]
@@ -71,6 +76,7 @@ def _describe(cls: type[Method]) -> dict[str, Any]:
         "stage": list(cls.stage),
         "adaptive": cls.adaptive,
         "positions": next(field.default for field in fields if field.name == "positions"),
+        "examples": [spell(cls, options) for options in cls.examples],
         "options": {field.name: {"type": str(field.type), "default": field.default} for field in fields},
     }
 

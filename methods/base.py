@@ -102,6 +102,11 @@ class Method:
 
     ``positions`` is a field of every method, with the authors' policy as its default: ``keep`` the original position
     ids of the tokens that stay, or ``renumber`` them from 0 after each cut.
+
+    ``examples``: options, as on the command line, with which the method runs on every supported model that has what it
+    reads: one string for each way through its code, the plainest first. The tests put all of them through every
+    invariant, and ``visibench methods`` prints them. ``everything``: options under which all tokens stay and nothing
+    else changes, so that the output is the dense model's bit for bit; None where no options do that.
     """
 
     name: ClassVar[str]
@@ -112,6 +117,8 @@ class Method:
     adaptive: ClassVar[bool] = False
     vision_blocks: ClassVar[tuple[int, ...]] = (-1,)
     vision_cls: ClassVar[bool] = False
+    examples: ClassVar[tuple[str, ...]] = ("",)
+    everything: ClassVar[str | None] = None
 
     positions: Positions = dataclasses.field(default="keep", kw_only=True)
 
@@ -142,6 +149,22 @@ class Method:
 
     def check(self, geometry: Geometry) -> None:
         """Raise :class:`OptionError` if these hyperparameters cannot act on a model of this geometry."""
+
+    def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor] | None:
+        """Visual tokens left in each row, int (B,), by the decoder layer from whose input on; None: the inputs decide.
+
+        Follows from the options and the prompt's ``layout`` alone, before anything runs. No host sync.
+        """
+        return None
+
+    def visual_counts(self, layout: TokenLayout, geometry: Geometry) -> Tensor | None:
+        """Int (B, layers): visual tokens at each layer's input, as the trace will find them; None: inputs decide."""
+        left, counts = self.left(layout, geometry), [layout.visual.total]
+        if left is None:
+            return None
+        for layer in range(geometry.layers):
+            counts.append(left.get(layer, counts[-1]))
+        return torch.stack(counts[1:], dim=1)
 
     def require(self, condition: bool, message: str) -> None:
         """Raise :class:`OptionError` naming the method unless ``condition`` holds."""
@@ -178,6 +201,9 @@ class Budgeted(Method):
     Methods that act on the vision side spend it on each image. An adaptive method may go without.
     """
 
+    examples: ClassVar[tuple[str, ...]] = ("keep=0.5",)
+    everything: ClassVar[str | None] = "keep=1"
+
     keep: float | None = None
     tokens: int | None = None
 
@@ -199,6 +225,12 @@ class Budgeted(Method):
             return visual_tokens.clamp(max=self.tokens)
         return floored(visual_tokens, self.keep)
 
+    def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor] | None:
+        """The budget of each image, spent in front of the decoder; a method that acts inside it says so itself."""
+        assert geometry.vision is not None
+        patches = geometry.vision.tokens
+        return {0: layout.visual.total // patches * self.budget(torch.tensor(patches))}
+
 
 @dataclass(frozen=True)
 class Layered(Method):
@@ -207,6 +239,8 @@ class Layered(Method):
     ``layers="given"`` takes the numbers as they are and raises where the model has fewer layers; ``layers="scaled"``
     scales them, defaults and given ones alike, to the depth of the model at hand.
     """
+
+    examples: ClassVar[tuple[str, ...]] = ("layers=scaled",)
 
     layers: Layers = dataclasses.field(default="given", kw_only=True)
 

@@ -48,6 +48,8 @@ class CDPruner(Budgeted):
     source = "Theia-4869/CDPruner@9541616"
     stage = ("projector",)
     vision_blocks = ()
+    examples = ("keep=0.5,condition=none",)
+    everything = "keep=1,condition=none"
 
     condition: Condition = "question"
     positions: Positions = dataclasses.field(default="renumber", kw_only=True)

@@ -45,6 +45,12 @@ class DART(Budgeted, Layered):
     paper = "2502.11494"
     source = "ZichenWen1/DART@d6a5af6"
     stage = ("attention", "decoder")
+    examples = (
+        "keep=0.5,layers=scaled",
+        "tokens=17,text_pivots=20,layers=scaled",
+        "keep=0.6,layer=16,layers=scaled,order=norm,visual_pivots=2,text_pivots=5,positions=renumber",
+    )
+    everything = "keep=1,visual_pivots=1,text_pivots=0,layers=scaled"
 
     layer: int = 2
     visual_pivots: int = 4
@@ -61,8 +67,18 @@ class DART(Budgeted, Layered):
     def check(self, geometry: Geometry) -> None:
         self.check_layers("layer", (self.layer,), geometry)
 
+    def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor]:
+        total, text = layout.visual.total, layout.text.total
+        visual = total.clamp(max=self.visual_pivots)
+        picks = self.share(total) * (visual + text.clamp(max=self.text_pivots))
+        return {self.at(self.layer, geometry): visual + picks.minimum(total - visual)}
+
     def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
         return DARTForward(self, self.at(self.layer, geometry))
+
+    def share(self, visual_tokens: Tensor) -> Tensor:
+        """Int (B,): how many tokens each pivot picks."""
+        return self.budget(visual_tokens) // (self.visual_pivots + self.text_pivots)
 
 
 class DARTForward(Forward):
@@ -88,7 +104,7 @@ class DARTForward(Forward):
         pairs = [v * (min(v, method.visual_pivots) + min(t, method.text_pivots)) for v, t in counts]
         view.scored(torch.tensor(pairs) * view.hidden.shape[2])
 
-        share = method.budget(visual.total) // (method.visual_pivots + method.text_pivots)
+        share = method.share(visual.total)
         is_pivot = (visual.index[:, :, None] == column.masked_fill(~there, -1)[:, None]).any(2)
         keep = is_pivot & view.present
         for pivot in range(column.shape[1]):

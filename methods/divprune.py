@@ -41,6 +41,7 @@ class DivPrune(Budgeted):
     source = "vbdi/divprune@799e2d9"
     stage = ("projector",)
     vision_blocks = ()
+    examples = ("keep=0.5", "tokens=6,positions=keep")
 
     positions: Positions = dataclasses.field(default="renumber", kw_only=True)
 

@@ -36,6 +36,8 @@ class FastV(Layered, Budgeted):
     paper = "2403.06764"
     source = "pkunlp-icler/FastV@d165972"
     stage = ("attention", "decoder")
+    examples = ("keep=0.5,layers=scaled", "tokens=4,layer=4,positions=renumber")
+    everything = "keep=1,layers=scaled"
 
     layer: int = 2
 
@@ -45,6 +47,9 @@ class FastV(Layered, Budgeted):
 
     def check(self, geometry: Geometry) -> None:
         self.check_layers("layer", (self.layer,), geometry)
+
+    def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor]:
+        return {self.at(self.layer, geometry): self.budget(layout.visual.total)}
 
     def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
         return FastVForward(self, self.at(self.layer, geometry))

@@ -55,6 +55,12 @@ class FitPrune(Layered):
     paper = "2409.10197"
     source = "ywh187/FitPrune@d28e418"
     stage = ("attention", "decoder")
+    examples = (
+        "ratio=60,out_of=576,layers=scaled",
+        "deletions=0+3+0+4+4+0+1+9,positions=renumber",
+        "deletions=0+3+0+4+4+0+1+9,out_of=24",
+    )
+    everything = "deletions=0"
 
     ratio: int | None = None
     deletions: tuple[int, ...] = ()
@@ -80,31 +86,34 @@ class FitPrune(Layered):
         last = max((layer for layer, number in enumerate(self.schedule) if number), default=0)
         self.check_layers("last deletion at layer", (last,), geometry)
 
-    def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
+    def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor]:
         number: Counter[int] = Counter()
         for layer, count in enumerate(self.schedule):
             number[self.at(layer, geometry)] += count
         gone = accumulate(number[layer] for layer in range(geometry.layers - 1))
         total = layout.visual.total
-        left = {layer: total - share(n, self.out_of, total) for layer, n in enumerate(gone)}
-        return FitPruneForward({layer: left[layer] for layer in left if number[layer]})
+        left = {layer + 1: (total - share(n, self.out_of, total)).clamp(min=0) for layer, n in enumerate(gone)}
+        return {layer: left[layer] for layer in left if number[layer - 1]}
+
+    def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
+        return FitPruneForward(self.left(layout, geometry))
 
 
 class FitPruneForward(Forward):
-    """State of one prefill: visual tokens ``left``, int (B,), behind each deleting layer, and the latest scores."""
+    """State of one prefill: visual tokens ``left``, int (B,), behind deleting layers, and the latest scores."""
 
     def __init__(self, left: dict[int, Tensor]) -> None:
         self.left = left
         self.scores: Tensor | None = None
 
     def attention(self, layer: int, view: AttentionView) -> None:
-        if layer in self.left:
+        if layer + 1 in self.left:
             self.scores = received(view, view.layout.visual) * received(view, view.layout.text)
 
     def layer_input(self, layer: int, view: LayerView) -> Keep | None:
-        if layer - 1 not in self.left or self.scores is None:
+        if layer not in self.left or self.scores is None:
             return None
-        return Keep(top(self.scores, self.left[layer - 1], view.present))
+        return Keep(top(self.scores, self.left[layer], view.present))
 
 
 def received(view: AttentionView, rows: TokenSet) -> Tensor:

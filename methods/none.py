@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from .base import Forward, Method
 from .registry import register
 
@@ -18,6 +20,10 @@ class Dense(Method):
 
     name = "none"
     title = "Dense (no pruning)"
+    everything = ""
+
+    def left(self, layout: "TokenLayout", geometry: "Geometry") -> dict[int, Tensor]:
+        return {}
 
     def begin(self, layout: "TokenLayout", geometry: "Geometry") -> Forward:
         return Forward()

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 if TYPE_CHECKING:
+    from ..engine.layout import TokenLayout
     from ..engine.views import VisionView
     from ..models.adapters import Geometry
     from .base import Budgeted, Method
@@ -133,6 +134,14 @@ def grid_within(budget: int, side: int) -> tuple[int, int]:
     """
     grids = [(h, min(budget // h, 2 * h, side)) for h in range(1, side + 1) if h * h <= budget]
     return max(grids, key=lambda grid: (grid[0] * grid[1], grid[0]))
+
+
+def left_of_grid(method: Budgeted, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor]:
+    """:meth:`Method.left` of a method that turns each image into the largest grid within the budget."""
+    assert geometry.vision is not None
+    patches = geometry.vision.tokens
+    rows, columns = grid_within(per_image(method, patches), geometry.vision.grid)
+    return {0: layout.visual.total // patches * (rows * columns)}
 
 
 def needs_grid(method: Budgeted, geometry: Geometry) -> None:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from .base import Budgeted, Forward, Merge, Positions
-from .pieces import added_need_renumbering, grid_within, needs_grid, per_image, precise
+from .pieces import added_need_renumbering, grid_within, left_of_grid, needs_grid, per_image, precise
 from .registry import register
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ class Pooling(Budgeted):
 
     def check(self, geometry: Geometry) -> None:
         needs_grid(self, geometry)
+
+    def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor]:
+        return left_of_grid(self, layout, geometry)
 
     def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
         return Forward()

@@ -53,6 +53,8 @@ class PruMerge(Budgeted):
     stage = ("vision",)
     adaptive = True
     vision_blocks = (0,)
+    examples = ("", "tokens=6,order=spatial,weights=normalised,neighbours=3")
+    everything = None
 
     neighbours: int = 32
     order: Order = "attention"
@@ -68,10 +70,9 @@ class PruMerge(Budgeted):
 
     def check(self, geometry: Geometry) -> None:
         needs_cls(self, geometry)
-        fixed = self.keep is not None or self.tokens is not None
         if geometry.vision is not None:
             self.require(
-                not fixed or per_image(self, geometry.vision.tokens) >= 1,
+                not self.fixed or per_image(self, geometry.vision.tokens) >= 1,
                 "the extra token is always there: the budget must be at least 1 token an image",
             )
             self.require(
@@ -79,6 +80,14 @@ class PruMerge(Budgeted):
                 "reads the vision block after the feature block, and this model takes its features from the last one: "
                 "use a method that reads the feature block, such as visionzip or fastervlm",
             )
+
+    @property
+    def fixed(self) -> bool:
+        """Whether a budget, and not attention, says how many tokens stay."""
+        return self.keep is not None or self.tokens is not None
+
+    def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor] | None:
+        return super().left(layout, geometry) if self.fixed else None
 
     def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
         return Forward()
@@ -107,7 +116,7 @@ class PruMerge(Budgeted):
     def count(self, attention: Tensor) -> Tensor:
         """Int (N,): patches that stay by their attention."""
         images, patches = attention.shape
-        if self.keep is None and self.tokens is None:
+        if not self.fixed:
             return outliers(attention)
         budget = self.budget(torch.full((images,), patches, device=attention.device))
         return (budget - 1).clamp(min=0)
@@ -120,12 +129,13 @@ class PruMergePlus(PruMerge):
 
     name = "prumerge_plus"
     title = "PruMerge+"
+    examples = ("", "tokens=9")
 
     def ranked(self, attention: Tensor) -> Tensor:
         patches = attention.shape[1]
         place = torch.arange(patches, device=attention.device).to(attention.dtype)
         first = super().ranked(attention)
-        if self.keep is None and self.tokens is None:
+        if not self.fixed:
             # As the authors compute it, in floating point.
             inverse = 1 / (self.count(attention).double() / patches)
             stride = (inverse.floor() / 3).floor().clamp(min=1)[:, None]
@@ -137,7 +147,7 @@ class PruMergePlus(PruMerge):
 
     def count(self, attention: Tensor) -> Tensor:
         count = super().count(attention)
-        return count if self.keep is None and self.tokens is None else count // 4
+        return count // 4 if self.fixed else count
 
 
 def outliers(scores: Tensor) -> Tensor:

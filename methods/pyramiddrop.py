@@ -38,6 +38,8 @@ class PyramidDrop(Layered):
     paper = "2410.17247"
     source = "Cooperx521/PyramidDrop@6444f30"
     stage = ("attention", "decoder")
+    examples = ("layers=scaled", "layers=scaled,scorer=stage,positions=keep")
+    everything = "ratios=1+1+1,layers=scaled"
 
     cuts: tuple[int, ...] = (8, 16, 24)
     ratios: tuple[float, ...] = (0.5, 0.25, 0.125)
@@ -59,28 +61,31 @@ class PyramidDrop(Layered):
     def check(self, geometry: Geometry) -> None:
         self.check_layers("cuts", self.cuts, geometry)
 
+    def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor]:
+        cuts, total = [self.at(layer, geometry) for layer in self.cuts], layout.visual.total
+        return {cut: floored(total, ratio) for cut, ratio in zip(cuts, self.ratios, strict=True)}
+
     def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
-        cuts = [self.at(layer, geometry) for layer in self.cuts]
-        return PyramidDropForward(self.scorer, dict(zip(cuts, self.ratios, strict=True)), layout.visual.total)
+        return PyramidDropForward(self.scorer, self.left(layout, geometry))
 
 
 class PyramidDropForward(Forward):
-    """State of one prefill: how many visual tokens there were, and the scores that wait for their cut."""
+    """State of one prefill: visual tokens ``left``, int (B,), from each cut on, and the scores that wait for it."""
 
-    def __init__(self, scorer: str, ratios: dict[int, float], total: Tensor) -> None:
-        self.scorer, self.ratios, self.total = scorer, ratios, total
+    def __init__(self, scorer: str, left: dict[int, Tensor]) -> None:
+        self.scorer, self.left = scorer, left
         self.scores: Tensor | None = None
 
     def attention(self, layer: int, view: AttentionView) -> None:
-        if self.scorer == "stage" and layer + 1 in self.ratios:
+        if self.scorer == "stage" and layer + 1 in self.left:
             self.scores = last_token_weights(view, view.weights())
 
     def layer_input(self, layer: int, view: LayerView) -> Keep | None:
-        if layer not in self.ratios:
+        if layer not in self.left:
             return None
         scores = self.scores if self.scorer == "stage" else last_token_weights(view, view.preview())
         assert scores is not None
-        return Keep(top(scores, floored(self.total, self.ratios[layer]), view.present))
+        return Keep(top(scores, self.left[layer], view.present))
 
 
 def last_token_weights(view: AttentionView | LayerView, weights: Tensor) -> Tensor:

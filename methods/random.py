@@ -31,6 +31,7 @@ class Random(Budgeted):
     name = "random"
     title = "Random tokens"
     stage = ("decoder",)
+    examples = ("keep=0.5", "tokens=5,layer=3,positions=renumber")
 
     layer: int = 0
     seed: int = 0
@@ -41,6 +42,9 @@ class Random(Budgeted):
 
     def check(self, geometry: Geometry) -> None:
         self.require(self.layer < geometry.layers, f"layer={self.layer}, but the model has {geometry.layers} layers")
+
+    def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor]:
+        return {self.layer: self.budget(layout.visual.total)}
 
     def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
         return RandomForward(self)

@@ -53,6 +53,15 @@ class SparseVLM(Layered):
     paper = "2410.04417"
     source = "Gumpest/SparseVLMs@26a5f48"
     stage = ("attention", "decoder")
+    examples = (
+        "tokens=192,out_of=576,layers=scaled",
+        "counts=9+5+2,after=0+2+6",
+        "counts=9+5,after=2+6,recycle=0,positions=keep",
+        "tokens=192,out_of=576,layers=scaled,cluster_size=2,merge=sum",
+        "rank=release,scale=1.5,after=1+4,cluster_size=1",
+        "rank=paper,scale=0.8,layers=scaled",
+    )
+    everything = "rank=paper,scale=0,layers=scaled"
 
     tokens: int | None = None
     counts: tuple[int, ...] = ()
@@ -94,6 +103,25 @@ class SparseVLM(Layered):
     def check(self, geometry: Geometry) -> None:
         self.check_layers("after", self.after, geometry)
 
+    def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor] | None:
+        if self.rank:
+            return None
+        now, left = layout.visual.total, {}
+        for stage, layer in enumerate(self.after):
+            kept = self.kept(stage, layout.visual.total, now)
+            now = kept + self.recycled(now - kept)[1] if self.recycle else kept
+            left[self.at(layer, geometry) + 1] = now
+        return left
+
+    def kept(self, stage: int, prompt: Tensor, now: Tensor) -> Tensor:
+        """Int (B,): visual tokens to keep in a stage, of those there are ``now`` and were in the ``prompt``."""
+        return (now - 1).clamp(max=share(self.schedule[stage], self.out_of, prompt)).clamp(min=0)
+
+    def recycled(self, dropped: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the ``dropped`` tokens, int (B,): how many are recycled, and in how many clusters."""
+        used = torch.where(dropped > 0, floored(dropped, self.recycle) + 1, 0).minimum(dropped)
+        return used, (used // self.cluster_size + 1).minimum(used)
+
     def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
         return SparseVLMForward(self, layout, [self.at(layer, geometry) for layer in self.after])
 
@@ -129,7 +157,7 @@ class SparseVLMForward(Forward):
         if not method.rank:
             most = partial(share, method.schedule[stage], method.out_of)
             exact = [max(0, min(most(n), now - 1)) for n, now in zip(self.prompt.counts, visual.counts, strict=True)]
-            return (visual.total - 1).clamp(max=most(self.prompt.total)).clamp(min=0), exact
+            return method.kept(stage, self.prompt.total, visual.total), exact
         rank = matrix_rank(self.relation, self.raters.sum(1), visual.total)
         if method.rank == "paper":
             return visual.total - floored(visual.total - rank, method.scale), [0] * len(visual.counts)
@@ -139,9 +167,7 @@ class SparseVLMForward(Forward):
     def recycle(self, scores: Tensor, keep: Tensor, fewest: list[int], view: LayerView) -> Merge:
         """Merge the best of the dropped tokens into new ones."""
         method, device = self.method, scores.device
-        dropped = view.layout.visual.total - keep.sum(1)
-        used = torch.where(dropped > 0, floored(dropped, method.recycle) + 1, 0).minimum(dropped)
-        clusters = (used // method.cluster_size + 1).minimum(used)
+        used, clusters = method.recycled(view.layout.visual.total - keep.sum(1))
         # Shapes come from the host: as many as the row could drop at most.
         room = [n - least for n, least in zip(view.layout.visual.counts, fewest, strict=True)]
         room = [min(n, int(method.recycle * n + 1e-9) + 1) for n in room]

@@ -46,6 +46,7 @@ class ToMe(Budgeted):
     source = "facebookresearch/ToMe@af95e4b"
     stage = ("tower",)
     vision_blocks = ()
+    examples = ("keep=0.5", "tokens=7,proportional=false")
 
     proportional: bool = True
     positions: Positions = dataclasses.field(default="renumber", kw_only=True)

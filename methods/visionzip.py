@@ -47,6 +47,8 @@ class VisionZip(Budgeted):
     source = "dvlab-research/VisionZip@3151f6d"
     stage = ("vision",)
     vision_cls = True
+    examples = ("keep=0.5", "tokens=7,contextual=3,merge=mean")
+    everything = None
 
     contextual: int | None = None
     merge: ContextualMerge = "sum"

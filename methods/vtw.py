@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from .base import Forward, Keep, Layered
 from .registry import register
@@ -35,6 +36,7 @@ class VTW(Layered):
     paper = "2405.05803"
     source = "lzhxmu/VTW@a3d8cfc"
     stage = ("decoder",)
+    examples = ("layers=scaled", "layer=0,positions=renumber")
 
     layer: int = 15
 
@@ -44,6 +46,9 @@ class VTW(Layered):
 
     def check(self, geometry: Geometry) -> None:
         self.check_layers("layer", (self.layer,), geometry)
+
+    def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor]:
+        return {self.at(self.layer, geometry): torch.zeros_like(layout.visual.total)}
 
     def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
         return VTWForward(self.at(self.layer, geometry))
