@@ -1,0 +1,162 @@
+"""Compute: figures in print beside what their settings execute, and what a model executes on real prompts."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import OptionError
+from .shared import AsJson, print_list
+
+if TYPE_CHECKING:
+    from ..evals.paper_flops import Reproduction
+
+MARKS = {"rounded": "✓", "cut": "✓ cut off", "differs": "✗"}
+HEADER = ["printed in", "setting", "text tokens", "printed", "by its formula", "executed", "÷ printed"]
+UNITS = ((1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs"))
+TITLES = {
+    "executed": "executed, all of the above",
+    "paper": "paper convention, visual tokens alone",
+    "decode": "first decoding step",
+    "lm_head": "LM head",
+    "ffn": "FFN",
+}
+LEGEND = (
+    "LLaVA-1.5-7B unless named. Text tokens: those of the prompt. By its formula: ✓ it gives the printed "
+    "figure, rounded or cut off. Executed, in the printed unit: the whole prefill with vision tower, text, LM head and "
+    "scoring; for FastV's figures the mean decoder layer, for attention that of the decoder, with scoring; – where no "
+    "plan of tokens is printed, or the vision side is not LLaVA-1.5's. One multiply-add = 1, in ShortV's figures 2."
+)
+
+
+def flops(
+    published: Annotated[
+        bool, typer.Option("--published", help="Figures in print: recomputed, and what the same settings execute.")
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="With --published: a Markdown table.")] = False,
+    model: Annotated[str | None, typer.Option(help="tiny, a local folder, or a hub name.")] = None,
+    method: Annotated[str | None, typer.Option(metavar="NAME[:key=value,…]", help="E.g. fastv:keep=0.5.")] = None,
+    task: Annotated[str | None, typer.Option(help="The prompts are a task's first questions.  [default: pope]")] = None,
+    data: Annotated[str | None, typer.Option(help="embedded, hub, or a folder.  [default: embedded]")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Number of prompts.  [default: 20]")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compute in multiply-adds: of figures in print, or of a model under a method."""
+    ours = (model, method, task, data, limit)
+    if published and any(option is not None for option in ours):
+        raise OptionError("--published takes neither model, method, task, data nor limit: leave them out")
+    if published and markdown and as_json:
+        raise OptionError("--markdown and --json exclude each other: give one")
+    if published:
+        _published(markdown, as_json)
+        return
+    if model is None or method is None or markdown:
+        raise OptionError("give --published (alone or with --markdown), or --model with --method")
+    _measured(model, method, task or "pope", data or "embedded", limit or 20, as_json)
+
+
+# ---- figures in print -----------------------------------------------------------------------------------------------
+
+
+def _published(markdown: bool, as_json: bool) -> None:
+    found = reproductions()
+    if markdown:
+        print(published_markdown(found))
+        return
+    from ..evals.paper_flops import FORMULAS
+
+    rows = [[*_row(one), one.claim.formula] for one in found]
+    formulas = [f"{name}: {formula.words}" for name, formula in FORMULAS.items()]
+    notes = [f"{where(one)}, {one.claim.setting}: {one.claim.note}." for one in found if one.claim.note]
+    also = "\n".join(["", LEGEND, "", *formulas, "", *notes])
+    print_list([_json(one) for one in found], [*HEADER, "formula"], rows, also, as_json=as_json)
+
+
+def reproductions() -> list[Reproduction]:
+    """All figures in print, recomputed."""
+    from ..evals.paper_flops import claims, reproduce
+
+    return [reproduce(claim) for claim in claims()]
+
+
+def published_markdown(found: list[Reproduction]) -> str:
+    """The README's table of figures in print."""
+    rule = ["---", "---", *["---:"] * (len(HEADER) - 2)]
+    lines = ["| " + " | ".join(line) + " |" for line in (HEADER, rule, *map(_row, found))]
+    return "\n".join([*lines, "", LEGEND])
+
+
+def where(one: Reproduction) -> str:
+    """Paper and place of a printed figure."""
+    return f"{one.claim.paper}, {one.claim.where}"
+
+
+def _row(one: Reproduction) -> list[str]:
+    claim = one.claim
+    decimals = len(claim.printed.partition(".")[2]) + 1
+    return [
+        where(one),
+        claim.setting,
+        str(claim.prompt_text) if claim.text or claim.executed else "–",
+        f"{claim.printed} {claim.unit}",
+        f"{one.recomputed:.{decimals}f} {MARKS[one.agreement]}",
+        "–" if one.executed is None else f"{one.executed:.{decimals}f}",
+        "" if one.ratio is None else f"{one.ratio:.2f}",
+    ]
+
+
+def _json(one: Reproduction) -> dict[str, Any]:
+    from ..evals.paper_flops import FORMULAS, arxiv
+
+    return one.claim.model_dump(exclude={"agrees"}) | {
+        "arxiv": arxiv(one.claim.paper),
+        "formula_in_words": FORMULAS[one.claim.formula].words,
+        "recomputed": one.recomputed,
+        "agreement": one.agreement,
+        "executed_in_unit": one.executed,
+        "executed_over_printed": one.ratio,
+        "prompt_tokens": {"text": one.claim.prompt_text, "visual": one.claim.prompt},
+    }
+
+
+# ---- a model on real prompts ----------------------------------------------------------------------------------------
+
+
+def _measured(model: str, method: str, task_name: str, data: str, limit: int, as_json: bool) -> None:
+    from ..evals.compute import prefills
+    from ..evals.spec import parse
+    from ..evals.tasks import load_tasks
+    from ..models import load_model
+
+    chosen = parse(method)
+    (task,) = load_tasks([task_name], data)
+    size, note = task.size(limit)
+    loaded = load_model(model)
+    chosen.check(loaded.geometry)
+    found = prefills(loaded, chosen, task, size)
+    layers = {name: _mean(found.pop(name).tolist()) for name in ("visual_tokens", "kv_lengths")}
+    macs = {name: {"mean": float(column.mean()), "sd": float(column.std(ddof=0))} for name, column in found.items()}
+    facts: dict[str, Any] = {"model": model, "method": str(chosen), "task": task.name, "origin": task.origin}
+    facts |= {"prompts": size, "of": len(task.docs), "note": note}
+    if as_json:
+        print(json.dumps(facts | {"macs": macs, "mean_per_layer": layers}, indent=1))
+        return
+    scale, unit = next((pair for pair in UNITS if macs["executed"]["mean"] >= pair[0]), UNITS[-1])
+    rows = [
+        [TITLES.get(name, name.replace("_", " ")), f"{one['mean'] / scale:.4g} ± {one['sd'] / scale:.2g}"]
+        for name, one in macs.items()
+    ]
+    print(
+        f"{model} under {chosen}: one prefill of each of the first {size} of {len(task.docs)} prompts of {task.name} "
+        f"({task.origin}), mean ± standard deviation over prompts. One multiply-add = 1; LM head for one position."
+    )
+    counts = (" ".join(f"{count:.4g}" for count in layers[name]) for name in ("visual_tokens", "kv_lengths"))
+    also = "\nVisual tokens at each layer's input, mean: {}\nKV cache of each layer after prefill, mean: {}"
+    print_list([], ["component", unit], rows, "\n".join(filter(None, [also.format(*counts), note])), as_json=False)
+
+
+def _mean(lists: list[list[int]]) -> list[float]:
+    return [statistics.fmean(column) for column in zip(*lists, strict=True)]
