@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy import stats
+from scipy.special import ndtr, stdtrit
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
@@ -121,7 +121,7 @@ def compare(first: Measured, second: Measured, flips: int = FLIPS) -> Comparison
 
 def detectable(error: float, images: int) -> float:
     """Minimum detectable effect: standard error × (t of 1 - α/2 + t of the power), two-sided α 0.05 (Bloom 1995)."""
-    return error * float(_t(images) + stats.t.ppf(POWER, images - 1))
+    return error * float(_t(images) + stdtrit(images - 1, POWER))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -196,12 +196,12 @@ def _bootstrap_error(draws: Floats, images: int) -> float:
 def _wilson(share: float, error: float, images: int) -> Floats:
     """Wilson's interval of a share at the number of questions for which ``error`` is its standard error."""
     effective = share * (1 - share) / error**2 if error > _NOTHING else float(images)
-    alpha = 2 * stats.norm.sf(_t(images))
+    alpha = 2 * ndtr(-_t(images))
     return np.array(proportion_confint(share * effective, effective, alpha=alpha, method="wilson"))
 
 
 def _t(images: int) -> float:
-    return float(stats.t.ppf((1 + LEVEL) / 2, images - 1))
+    return float(stdtrit(images - 1, (1 + LEVEL) / 2)) if images > 1 else math.nan
 
 
 def _bootstrap(measured: Measured) -> Floats:

@@ -1,0 +1,408 @@
+"""Statistics of answers that share images, against lmms-eval's aggregates, other libraries, and simulated truth."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import statsmodels.api
+import visibench
+from scipy.stats import binomtest, permutation_test, t
+from visibench.errors import DataError
+from visibench.evals.lmms import evaluate
+from visibench.evals.tasks import MME_COGNITION, load_tasks
+from visibench.results import metrics
+from visibench.results.metrics import METRICS, Measured, difficulty, loyalty, measure, normalised, reproduces
+from visibench.results.stats import MCNEMAR, SIGN_FLIP, _bootstrap, _resamples, compare, detectable, estimate, holm
+
+CATEGORIES = ("count", "color", "OCR", "code_reasoning")
+
+
+def frame(images, score, **columns) -> pd.DataFrame:
+    """Samples of one run with these images and scores."""
+    n = len(images)
+    base = {"doc_id": range(n), "question_id": [str(i) for i in range(n)], "image": list(images), "category": None}
+    base |= {"prompt": [f"q{i}" for i in range(n)], "target": "yes", "answer": "yes", "score": np.asarray(score, float)}
+    return pd.DataFrame(base | columns)
+
+
+def pope(rng, images=20, each=6) -> pd.DataFrame:
+    truth = np.tile(["yes", "no"], images * each // 2)
+    said = rng.choice(["yes", "Yes ", "no", "no idea"], len(truth))
+    score = [s.lower().strip() == t for s, t in zip(said, truth, strict=True)]
+    return frame(np.repeat(np.arange(images).astype(str), each), score, target=truth, answer=said)
+
+
+def mme(rng, images=12) -> pd.DataFrame:
+    """Two questions a category about each image; some images lack some categories."""
+    rows = [(c, f"{c}/{i}", str(i)) for i in range(images) for c in CATEGORIES if rng.random() < 0.8 for _ in range(2)]
+    category, pair, image = zip(*rows, strict=True)
+    return frame(image, rng.random(len(rows)) < 0.7, category=category, question_id=pair)
+
+
+def lmms_eval(task):
+    """lmms-eval's scoring code of a task, without the rest of lmms-eval."""
+    root = Path(importlib.util.find_spec("lmms_eval").submodule_search_locations[0])
+    spec = importlib.util.spec_from_file_location(f"lmms_{task}", root / "tasks" / task / "utils.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def lmms_value(key, samples) -> float:
+    """A metric by lmms-eval's own aggregation."""
+    if key.startswith("mme"):
+        rows = samples[samples["category"].isin(MME_COGNITION) == (key == "mme_cognition_score")]
+        return lmms_eval("mme").mme_aggregate_results(rows.to_dict("records"))
+    module = lmms_eval("pope")
+    docs = samples.rename(columns={"target": "answer", "answer": "said"}).to_dict("records")
+    results = [module.pope_process_results(doc, [doc["said"]])[key] for doc in docs]
+    return getattr(module, f"pope_aggregate_{key.removeprefix('pope_')}")(results)
+
+
+def of_scores(scores) -> Measured:
+    """A mean over questions; ``scores`` (images, questions an image)."""
+    images, each = scores.shape
+    return measure("exact_match", [frame(np.repeat(np.arange(images), each), scores.ravel())])
+
+
+def quick(scores) -> Measured:
+    """The same without a detour over data frames, for simulations."""
+    images, each = scores.shape
+    sums = np.stack([scores.sum(1), np.full(images, each)], axis=1)[None].astype(float)
+    return Measured(metrics.MEAN, sums, scores.reshape(1, -1), 1.0)
+
+
+def clustered(rng, images, each, share, correlation):
+    """0/1 scores whose questions about one image are correlated (beta-binomial)."""
+    size = 1 / correlation - 1
+    chance = rng.beta(share * size, (1 - share) * size, images)
+    return (rng.random((images, each)) < chance[:, None]).astype(float)
+
+
+def assert_covers(hits, runs, most=0.97):
+    """Coverage of 95 % intervals between 93 and 97 %, give or take one Monte-Carlo standard error."""
+    margin = math.sqrt(0.95 * 0.05 / runs)
+    assert 0.93 - margin <= hits / runs <= most + margin
+
+
+# ---- metrics ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", [*METRICS, "pope_accuracy"])
+@pytest.mark.parametrize("seed", range(5))
+def test_metrics_equal_lmms_evals_aggregates(key, seed):
+    samples = (mme if key.startswith("mme") else pope)(np.random.default_rng(seed))
+    assert measure(key, [samples]).value == pytest.approx(lmms_value(key, samples), rel=1e-12)
+
+
+def test_metrics_of_answers_that_are_never_yes():
+    samples = pope(np.random.default_rng(0)).assign(answer="no")
+    for key in ("pope_precision", "pope_recall", "pope_f1_score"):
+        assert measure(key, [samples]).value == lmms_value(key, samples) == 0
+
+
+@pytest.mark.parametrize("name", ["gqa", "mme", "textvqa_val", "pope"])
+def test_samples_of_an_evaluation_give_its_scores(name, loaded, disk_data):
+    rng = np.random.default_rng(1)
+    loaded.decode = lambda ids: list(rng.choice(["yes", "Yes.", "no", "a dog"], len(ids)))
+    (task,) = load_tasks([name], str(disk_data))
+    result = evaluate(loaded, visibench.load_method("none"), task)
+    known = [key for key in result.metrics if key in METRICS or key in ("exact_match", "pope_accuracy")]
+    assert {score.key for score in result.scores} <= set(known)
+    for key in known:
+        assert reproduces(key, result.samples, result.metrics[key])
+        assert not reproduces(key, result.samples, result.metrics[key] + 0.01)
+
+
+def test_cognition_is_what_tasks_say():
+    assert set(metrics.MME_COGNITION) == MME_COGNITION
+
+
+@pytest.mark.parametrize("key", ["pope_f1_score", "pope_precision", "mme_perception_score"])
+def test_bootstrap_equals_plain_python(key):
+    """Each resample, written out question by question and scored by lmms-eval, gives the draw."""
+    samples = (mme if key.startswith("mme") else pope)(np.random.default_rng(3))
+    measured = measure(key, [samples])
+    draws, weights = _bootstrap(measured), _resamples(measured.images)
+    assert len(draws) >= 2000
+    asked = samples[METRICS[key].asks(samples)]
+    order = list(dict.fromkeys(asked["image"]))
+    for draw, weight in list(zip(draws, weights, strict=True))[:12]:
+        copies = [
+            asked[asked["image"] == image].assign(question_id=lambda rows, c=copy: rows["question_id"] + f"#{c}")
+            for image, count in zip(order, weight, strict=True)
+            for copy in range(int(count))
+        ]
+        drawn = pd.concat(copies)
+        if math.isnan(draw):
+            assert set(drawn["category"]) < set(asked["category"])
+        else:
+            assert draw == pytest.approx(lmms_value(key, drawn), rel=1e-12)
+
+
+def test_seeds_count_as_their_mean():
+    rng = np.random.default_rng(4)
+    runs = [pope(rng) for _ in range(3)]
+    for key in ("pope_f1_score", "pope_accuracy"):
+        single = [measure(key, [run]) for run in runs]
+        together = measure(key, runs)
+        assert together.value == pytest.approx(np.mean([one.value for one in single]))
+        assert (together.questions, together.images) == (120, 20)
+        versus = compare(together, single[0])
+        assert versus.difference == pytest.approx(together.value - single[0].value)
+        assert versus.mcnemar_p is None
+
+
+# ---- intervals ----------------------------------------------------------------------------------------------------
+
+
+def test_standard_error_is_the_cluster_robust_one():
+    rng = np.random.default_rng(5)
+    image = rng.integers(0, 25, 140)
+    scores = rng.choice([0, 0.3, 0.6, 0.9, 1], 140)
+    samples = frame(image.astype(str), scores)
+    found = estimate(measure("exact_match", [samples]))
+    fit = statsmodels.api.OLS(scores, np.ones(140)).fit(cov_type="cluster", cov_kwds={"groups": image})
+    error, quantile = float(fit.bse[0]), t.ppf(0.975, len(set(image)) - 1)
+    # Wilson's limits are where value and limit lie t standard errors apart, the error being that at the limit.
+    effective = scores.mean() * (1 - scores.mean()) / error**2
+    for limit in (found.low, found.high):
+        assert abs(scores.mean() - limit) == pytest.approx(quantile * math.sqrt(limit * (1 - limit) / effective))
+    # Without a known range, the plain interval.
+    found = estimate(measure("seconds", [samples.assign(score=scores * 50)]))
+    assert [found.low, found.high] == pytest.approx(50 * (scores.mean() + quantile * error * np.array([-1, 1])))
+
+
+@pytest.mark.parametrize(("images", "each", "share", "correlation"), [(30, 3, 0.85, 0.3), (100, 6, 0.9, 0.5)])
+def test_coverage_of_means(images, each, share, correlation):
+    rng, runs = np.random.default_rng(6), 1000
+    found = [estimate(quick(clustered(rng, images, each, share, correlation))) for _ in range(runs)]
+    covered = sum(e.low <= share <= e.high for e in found)
+    assert_covers(covered, runs)
+    # Questions taken as independent, the same interval would miss far more often.
+    naive = [estimate(quick(clustered(rng, images, each, share, correlation).reshape(-1, 1))) for _ in range(500)]
+    assert np.mean([e.low <= share <= e.high for e in naive]) < 0.92
+
+
+# Near 100 % with few images the interval errs on the wide side.
+@pytest.mark.parametrize(("images", "share", "most"), [(40, 0.85, 0.97), (17, 0.85, 0.97), (17, 0.95, 0.99)])
+def test_coverage_of_f1(images, share, most):
+    rng, runs, each = np.random.default_rng(7), 1000, 6
+    truth = np.tile([1, 0], each // 2)
+
+    def f1(right):
+        said = np.where(right > 0, truth, 1 - truth)
+        counts = [truth * said, (1 - truth) * said, truth * (1 - said)]
+        sums = np.stack([count.sum(1) for count in counts], axis=1)[None].astype(float)
+        return Measured(METRICS["pope_f1_score"], sums, right.reshape(1, -1), 1.0)
+
+    population = f1(clustered(rng, 200_000, each, share, 0.3)).value
+    found = [estimate(f1(clustered(rng, images, each, share, 0.3))) for _ in range(runs)]
+    covered = sum(e.low <= population <= e.high for e in found)
+    assert_covers(covered, runs, most)
+
+
+def test_coverage_of_mme():
+    rng, runs, categories = np.random.default_rng(8), 1000, 5
+
+    def perception(images):
+        pairs = clustered(rng, images, 2 * categories, 0.8, 0.3).reshape(images, categories, 2).sum(2)
+        scores = np.concatenate([50 * pairs + 100 * (pairs == 2), np.ones_like(pairs)], axis=1)
+        return Measured(METRICS["mme_perception_score"], scores[None], pairs.reshape(1, -1), 200.0 * categories)
+
+    population = perception(200_000).value
+    covered = sum(e.low <= population <= e.high for e in (estimate(perception(20)) for _ in range(runs)))
+    assert_covers(covered, runs)
+
+
+@pytest.mark.parametrize("key", ["exact_match", "pope_f1_score"])
+def test_no_variation_is_no_certainty(key):
+    samples = frame(np.repeat(np.arange(10).astype(str), 4), np.ones(40))
+    found = estimate(measure(key, [samples], 1.0))
+    assert found.value == found.high == pytest.approx(1)
+    assert 0.6 < found.low < 0.8  # ten images, all right
+    versus = compare(measure(key, [samples], 1.0), measure(key, [samples], 1.0))
+    assert (versus.difference, versus.p, versus.detectable) == (0, 1, None)
+    assert versus.high == -versus.low == pytest.approx(1 - found.low)
+
+
+def test_one_image_has_no_interval():
+    one = measure("exact_match", [frame(["a"] * 4, [1, 0, 1, 1])])
+    found = estimate(one)
+    assert found.value == 0.75
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
+    versus = compare(one, measure("exact_match", [frame(["a"] * 4, [1, 0, 0, 1])]))
+    assert math.isnan(versus.low)
+    assert versus.p == 1
+
+
+# ---- paired tests -------------------------------------------------------------------------------------------------
+
+
+def test_mcnemar_where_each_image_has_one_question():
+    first, second = np.zeros((40, 1)), np.zeros((40, 1))
+    first[:12], second[12:15] = 1, 1
+    found = compare(of_scores(first), of_scores(second))
+    assert (found.better, found.worse, found.test) == (12, 3, MCNEMAR)
+    assert found.p == found.mcnemar_p == pytest.approx(binomtest(3, 15).pvalue)
+    assert found.p == pytest.approx(0.03515625)
+    assert found.difference == pytest.approx(9 / 40)
+
+
+def test_few_images_try_all_swaps():
+    """All swaps of whole images, as in SciPy's permutation test on the sums of images."""
+    rng = np.random.default_rng(9)
+    first, second = clustered(rng, 10, 4, 0.8, 0.3), clustered(rng, 10, 4, 0.5, 0.3)
+    found = compare(of_scores(first), of_scores(second))
+    exact = permutation_test(
+        (first.sum(1), second.sum(1)), lambda a, b, axis: a.mean(axis) - b.mean(axis), permutation_type="samples"
+    )
+    assert found.test == SIGN_FLIP
+    assert found.p == pytest.approx(exact.pvalue)
+
+
+def test_many_images_approach_the_exact_test():
+    first, second = np.zeros((60, 2)), np.zeros((60, 2))
+    first[:20, 0], second[20:28, 1] = 1, 1
+    found = compare(of_scores(first), of_scores(second))
+    exact = binomtest(8, 28).pvalue  # the images are a question each, in effect
+    assert found.test == SIGN_FLIP
+    assert abs(found.p - exact) <= 3 * math.sqrt(exact / 10_000) + 1e-4
+
+
+def test_swapping_recomputes_f1():
+    """Against swaps of whole images written out question by question."""
+    rng = np.random.default_rng(10)
+    one = pope(rng, images=7)
+    two = pope(rng, images=7).assign(target=one["target"])
+    found = compare(measure("pope_f1_score", [one]), measure("pope_f1_score", [two]))
+    differences = []
+    for swap in range(2**7):
+        swapped = np.array([swap >> int(image) & 1 for image in one["image"]], bool)
+        mixed = [a.assign(answer=np.where(swapped, b["answer"], a["answer"])) for a, b in ((one, two), (two, one))]
+        differences.append(lmms_value("pope_f1_score", mixed[0]) - lmms_value("pope_f1_score", mixed[1]))
+    expected = np.mean(np.abs(differences) >= abs(differences[0]) - 1e-12)
+    assert found.difference == pytest.approx(differences[0])
+    assert found.p == pytest.approx(expected)
+
+
+def rivals(rng, images, each, gain=0.0):
+    """Two methods with equal skill up to ``gain``: half of what makes an image hard is common, half is its own."""
+    common, own = rng.beta(1.5, 0.5, images), rng.beta(0.75, 0.25, (2, images))
+    chance = (common + own) / 2
+    chance[0] = np.minimum(chance[0] + gain, 1)
+    return [quick((rng.random((images, each)) < c[:, None]).astype(float)) for c in chance]
+
+
+def test_equal_methods_are_told_apart_in_at_most_5_percent():
+    rng, runs = np.random.default_rng(11), 600
+    found = [compare(*rivals(rng, 30, 8), flips=1000) for _ in range(runs)]
+    wrong = sum(c.p <= 0.05 for c in found) / runs
+    margin = 2 * math.sqrt(0.05 * 0.95 / runs)  # two Monte-Carlo standard errors: 1.8 points
+    assert wrong <= 0.05 + margin
+    assert wrong >= 0.02  # and the test is not asleep
+    assert_covers(sum(c.low <= 0 <= c.high for c in found), runs)
+    # The reason why McNemar's test is not the one used here.
+    assert sum(c.mcnemar_p <= 0.05 for c in found) / runs > 0.09
+
+
+def test_equal_methods_against_a_mean_over_seeds():
+    """A single run against the mean of five of the same kind, on questions whose difficulty differs."""
+    rng, runs, images, each = np.random.default_rng(12), 500, 40, 4
+    wrong = 0
+    for _ in range(runs):
+        chance = rng.beta(1.5, 0.5, (images, 1))
+        draws = (rng.random((6, images, each)) < chance).astype(float)
+        many = Measured(metrics.MEAN, quick(draws[1:].mean(0)).sums, draws[1:].reshape(5, -1), 1.0)
+        wrong += compare(quick(draws[0]), many, flips=1000).p <= 0.05
+    assert wrong / runs <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / runs)
+
+
+def test_power_grows_with_the_effect():
+    rng, runs = np.random.default_rng(13), 150
+    power = [
+        np.mean([compare(*rivals(rng, 60, 4, gain), flips=500).p <= 0.05 for _ in range(runs)])
+        for gain in (0.0, 0.08, 0.16, 0.3)
+    ]
+    assert power == sorted(power)
+    assert power[0] < 0.1
+    assert power[-1] > 0.95
+
+
+def test_detectable_effect_is_found_with_80_percent():
+    rng, images, each = np.random.default_rng(14), 80, 3
+    shared = clustered(rng, images, each, 0.7, 0.3)
+
+    def differing(gain):
+        """A tenth of the questions change for the worse, a tenth and ``gain`` for the better."""
+        draw = rng.random((images, each))
+        low, high = shared.copy(), shared.copy()
+        low[draw < 0.1 + gain], high[draw < 0.1 + gain] = 0, 1
+        worse = (draw >= 0.1 + gain) & (draw < 0.2 + gain)
+        low[worse], high[worse] = 1, 0
+        return compare(quick(high), quick(low), flips=1000)
+
+    floor = np.mean([differing(0.0).detectable for _ in range(50)])
+    # The disagreement grows with the gain: take the floor at the gain itself.
+    floor = np.mean([differing(floor).detectable for _ in range(50)])
+    runs = 400
+    hits = sum(differing(floor).p <= 0.05 for _ in range(runs))
+    assert abs(hits / runs - 0.8) <= 0.03 + 3 * math.sqrt(0.8 * 0.2 / runs)
+
+
+def test_detectable_effect_of_many_images_is_the_textbook_one():
+    assert detectable(0.01, 100_000) == pytest.approx(0.01 * (1.959964 + 0.841621), rel=1e-4)
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
+
+
+# ---- pairing, loyalty, groups -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda samples: samples.iloc[:-1], "same --limit"),
+        (lambda samples: samples.assign(prompt="another"), "40 of 40 questions differ"),
+        (lambda samples: samples.assign(target=["no", *samples["target"][1:]]), r"first: doc_id 0"),
+        (lambda samples: samples.assign(image="x"), "same data"),
+    ],
+)
+def test_other_questions_cannot_be_paired(change, says):
+    samples = frame(np.repeat(np.arange(10).astype(str), 4), np.ones(40))
+    with pytest.raises(DataError, match=says):
+        measure("exact_match", [samples, change(samples)])
+    with pytest.raises(DataError, match=says):
+        loyalty(samples, [change(samples)])
+    with pytest.raises(DataError, match=says):
+        difficulty(samples, change(samples), [samples])
+
+
+def test_loyalty_reads_answers_as_scorers_do():
+    assert normalised(" The  Dog. ") == normalised("the dog") == "the dog"
+    dense = frame(list("aabb"), [1, 0, 1, 0], answer=["Yes.", "two  dogs", "red", "no"])
+    runs = [dense.assign(answer=["yes", "Two dogs!", "blue", "no"]), dense.assign(answer=["no", "cat", "red", "no"])]
+    measured = loyalty(dense, runs)
+    assert measured.value == pytest.approx((3 + 2) / 8)
+    assert measured.images == 2
+
+
+def test_difficulty_groups():
+    images = [str(i) for i in range(6)]
+    dense, small = frame(images, [1, 1, 1, 1, 0, 0]), frame(images, [1, 1, 0, 0, 1, 0])
+    groups = difficulty(dense, small, [frame(images, [1, 0, 1, 1, 1, 1])])
+    assert {name: (group.value, group.questions) for name, group in groups.items()} == {"A": (1, 2), "B": (0.5, 2)}
+    assert set(difficulty(dense, dense, [dense])) == {"B"}
+
+
+def test_pairs_that_are_not_whole():
+    with pytest.raises(DataError, match="pairs"):
+        measure("mme_perception_score", [mme(np.random.default_rng(0)).iloc[1:]])
