@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from . import __version__
-from .commands import compare, flops, lists, runs
+from .commands import compare, flops, lists, profile, runs
 from .errors import VisibenchError
 
 app = typer.Typer(
@@ -23,7 +23,17 @@ app = typer.Typer(
 # Click's class or typer's own copy of it, depending on typer's version.
 _UsageProblem: Any = typer.BadParameter.__mro__[2]
 
-COMMANDS = (lists.methods, lists.models, lists.tasks, runs.run, runs.sweep, runs.table, compare.compare, flops.flops)
+COMMANDS = (
+    lists.methods,
+    lists.models,
+    lists.tasks,
+    runs.run,
+    runs.sweep,
+    runs.table,
+    compare.compare,
+    flops.flops,
+    profile.profile,
+)
 
 
 def main() -> NoReturn:

@@ -25,7 +25,7 @@ from ..methods.base import Forward, Keep, Merge, Method
 from ..models.adapters import Adapter
 from .attention import Interception, attention_mask, implementation_of
 from .layout import TokenLayout, cut
-from .trace import Trace
+from .trace import Trace, Watch, unwatched
 from .views import AttentionView, LayerView
 from .vision import VisionTap, as_merge, row_hashes
 
@@ -50,12 +50,14 @@ class Stage:
 class PruningSession:
     """A model under a pruning method; use :func:`prune`. ``trace`` is the record of the latest prefill."""
 
-    def __init__(self, model: PreTrainedModel, method: Method, layout: TokenLayout | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, method: Method, layout: TokenLayout | None = None, watch: Watch = unwatched
+    ) -> None:
         if not isinstance(method, Method):
             raise VisibenchError(
                 f"expected a method, got {type(method).__name__}: create one with visibench.load_method(name, …)"
             )
-        self.model, self.method, self.layout = model, method, layout
+        self.model, self.method, self.layout, self.watch = model, method, layout, watch
         self.adapter = Adapter(model)
         self.geometry = self.adapter.geometry
         method.check(self.geometry)
@@ -68,7 +70,7 @@ class PruningSession:
         self._forward = Forward()
         self._decoding = False
         self._exit = ExitStack()
-        self._tap = VisionTap(self.adapter, method)
+        self._tap = VisionTap(self.adapter, method, watch)
 
     @property
     def trace(self) -> Trace:
@@ -122,8 +124,9 @@ class PruningSession:
             return
         _check_cache(cache)
         layout = self._prompt_layout(inputs)
-        self._trace = Trace(layout, self.geometry.layers)
-        self._forward = self.method.begin(layout, self.geometry)
+        self._trace = Trace(layout, self.geometry.layers, self.watch)
+        with self.watch("method"):
+            self._forward = self.method.begin(layout, self.geometry)
         self._stages, self._cache = [], None
         self._inputs = dict(inputs)
 
@@ -136,7 +139,8 @@ class PruningSession:
             return (hidden, *args), kwargs | self._decode_step(stage, layer, hidden)
         if layer == 0:
             self._current = self._first_stage(hidden, kwargs)
-        stage, hidden = self._prefill_layer(layer, module, hidden)
+        with self.watch("method"):
+            stage, hidden = self._prefill_layer(layer, module, hidden)
         self._stages.append(stage)
         self.trace.enter(stage.layout)
         if not stage.own:
@@ -244,9 +248,14 @@ class PruningSession:
         stage = self._stages[layer]
         if self._decoding or max(stage.layout.visual_counts) == 0:
             return kernel(module, q, k, v, mask, **kwargs)
-        dense = lambda: kernel(module, q, k, v, mask, **kwargs)[0]  # noqa: E731
+
+        def dense() -> Tensor:
+            with self.watch("model"):
+                return kernel(module, q, k, v, mask, **kwargs)[0]
+
         view = AttentionView(layer, stage.layout, (q, k, v), kwargs["scaling"], dense, self.trace)
-        replaced = self._forward.attention(layer, view)
+        with self.watch("method"):
+            replaced = self._forward.attention(layer, view)
         return (view.output if replaced is None else replaced), None
 
     # ---- decoding ---------------------------------------------------------------------------------------------
@@ -287,7 +296,9 @@ def _check_cache(cache: Any) -> None:
         )
 
 
-def prune(model: PreTrainedModel, method: Method, layout: TokenLayout | None = None) -> PruningSession:
+def prune(
+    model: PreTrainedModel, method: Method, layout: TokenLayout | None = None, *, watch: Watch = unwatched
+) -> PruningSession:
     """Context manager: inside, ``model(...)`` and ``model.generate(...)`` run under ``method``.
 
     Parameters
@@ -299,10 +310,13 @@ def prune(model: PreTrainedModel, method: Method, layout: TokenLayout | None = N
         From :func:`visibench.load_method`.
     layout
         Which tokens are visual. Needed where it cannot be read from ``input_ids``.
+    watch
+        For timing: called with ``"method"`` around the work of the method in prefill, and inside that with ``"model"``
+        around the attention that the model computes in any case; returns a context manager.
 
     The session's ``trace`` records the latest prefill. Pruned prefills return logits for the tokens that are left; the
     text after the image stands at the end. On exit, also after an exception, the model is exactly as it was.
     Raises :class:`~visibench.errors.VisibenchError` for nested use, an unsupported model or cache, and options that
     cannot act on this model.
     """
-    return PruningSession(model, method, layout)
+    return PruningSession(model, method, layout, watch)

@@ -74,7 +74,8 @@ class Tower:
         (tokens,), vision = args, self.tap.vision
         assert self._keys is not None
         view = BlockView(number, tokens, self._keys, self._size, vision, self.tap)
-        self._keys, self._merge = None, self.method.block(view)
+        with self.tap.watch("method"):
+            self._keys, self._merge = None, self.method.block(view)
         merged = tokens if self._merge is None else self._merge.tokens
         self.tokens.append((int(tokens.shape[1]), int(merged.shape[1])))
         return None if self._merge is None else (merged,)

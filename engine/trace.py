@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .layout import TokenLayout
+
+# Entered around work of the method and what carries it out, and inside that around work that the model does anyway.
+Watch = Callable[[Literal["method", "model"]], AbstractContextManager[None]]
+_nobody: AbstractContextManager[None] = nullcontext()
+
+
+def unwatched(part: Literal["method", "model"]) -> AbstractContextManager[None]:
+    """The default: nobody watches."""
+    return _nobody
 
 
 class Trace:
@@ -17,8 +29,8 @@ class Trace:
     (kernels and papers count the masked half as well).
     """
 
-    def __init__(self, prompt: TokenLayout, layers: int) -> None:
-        self.prompt = prompt
+    def __init__(self, prompt: TokenLayout, layers: int, watch: Watch = unwatched) -> None:
+        self.prompt, self.watch = prompt, watch
         self.layers = layers
         self.layouts: list[TokenLayout] = []
         self.host_syncs = 0

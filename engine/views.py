@@ -141,7 +141,8 @@ class AttentionView:
         for queries, keys in parts:
             if max(queries.counts) == 0:
                 continue
-            part = attention.subset_attention(self._query, self._key, self._value, queries, keys, self._scaling)
+            with self._trace.watch("model"):
+                part = attention.subset_attention(self._query, self._key, self._value, queries, keys, self._scaling)
             out = queries.place(part.transpose(1, 2), out, dim=1)
             pairs += _counts(queries) * _counts(keys)
         self._trace.attended(self.layer, pairs, instead=True)

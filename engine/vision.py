@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ from ..models.adapters import Adapter
 from .attention import Interception
 from .layout import TokenLayout, TokenSet
 from .tower import Tower
-from .trace import Trace
+from .trace import Trace, Watch
 from .views import VisionView
 
 SIDE = {"image", "tower", "vision", "projector"}
@@ -30,8 +31,8 @@ class VisionTap:
     before it calls the model, so nothing here may need the prompt.
     """
 
-    def __init__(self, adapter: Adapter, method: Method) -> None:
-        self.adapter, self.method = adapter, method
+    def __init__(self, adapter: Adapter, method: Method, watch: Watch) -> None:
+        self.adapter, self.method, self.watch = adapter, method, watch
         self.pixels: Tensor | None = None
         self.cls: Tensor | None = None
         self.macs = 0
@@ -62,8 +63,9 @@ class VisionTap:
                     stack.callback(blocks[vision.feature_block].register_forward_hook(self._on_feature_block).remove)
                 if "tower" in self.method.stage:
                     self._tower = stack.enter_context(Tower(self.adapter, self.method, self))
-                stack.callback(self.adapter.projector.register_forward_pre_hook(self._on_features).remove)
-                stack.callback(self.adapter.projector.register_forward_hook(self._on_projected).remove)
+                before, behind = self._watched(self._on_features), self._watched(self._on_projected)
+                stack.callback(self.adapter.projector.register_forward_pre_hook(before).remove)
+                stack.callback(self.adapter.projector.register_forward_hook(behind).remove)
                 asked = {name: blocks[vision.feature_block + 1 + name] for name in self.method.vision_blocks}
                 observers = {block.self_attn: partial(self._observe, name) for name, block in asked.items()}
                 stack.enter_context(Interception(observers))
@@ -80,10 +82,18 @@ class VisionTap:
         if self._tower is not None:
             self._tower.forget()
 
+    def _watched(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any) -> Any:
+            with self.watch("method"):
+                return hook(*args)
+
+        return watched
+
     def _on_pixels(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self.forget()
         self.pixels = args[0] if args else kwargs["pixel_values"]
-        smaller = self.method.image(self.pixels, self.vision) if "image" in self.method.stage else None
+        with self.watch("method"):
+            smaller = self.method.image(self.pixels, self.vision) if "image" in self.method.stage else None
         if smaller is None:
             return None
         rest = {key: value for key, value in kwargs.items() if key != "pixel_values"}

@@ -1,11 +1,11 @@
-"""Sweep configurations: YAML in, checked values out."""
+"""Configurations: YAML in, checked values out. That of sweeps, and what every one of them needs."""
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -17,6 +17,7 @@ from . import spec
 
 PACKAGED = Path(__file__).parent.parent / "configs"
 Count = Annotated[int, Field(ge=1, strict=True)]
+C = TypeVar("C", bound="Config")
 _BRANCHES = ("str", "MethodEntry", "constrained-int", "dict[")  # how pydantic names the branches of our unions
 
 
@@ -31,26 +32,37 @@ class MethodEntry(BaseModel):
     grid: dict[str, list[Any]] = {}
 
 
-class SweepConfig(BaseModel):
-    """A sweep: methods × tasks × seeds on one model. The dense model always comes along, first.
+class Config(BaseModel):
+    """What every configuration says: methods on a model. Unknown keys are refused.
 
     ``methods``: as on the command line (``fastv:layer=2,keep=0.5``) or as a mapping, see :class:`MethodEntry`.
-    ``limit``: the first so many questions of every task, or a number by task. ``seeds``: for methods that draw.
-    ``timing``: how prefill is timed; null: not at all. ``out``: the run folder, ``runs/<name of the file>`` by default.
+    ``seeds``: for methods that draw. ``parts``: the models of keys that hold mappings.
     """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    parts: ClassVar[dict[str, type[BaseModel]]] = {}
 
     model: str
-    tasks: list[str] = Field(min_length=1)
     methods: list[str | MethodEntry] = Field(min_length=1)
     device: str = "auto"
     dtype: str = "auto"
     attention: str = "sdpa"
+    seeds: list[int] = Field(default=[0], min_length=1)
+
+
+class SweepConfig(Config):
+    """A sweep: methods × tasks × seeds on one model. The dense model always comes along, first.
+
+    ``limit``: the first so many questions of every task, or a number by task. ``timing``: how prefill is timed; null:
+    not at all. ``out``: the run folder, ``runs/<name of the file>`` by default.
+    """
+
+    parts = {"timing": TimingConfig}
+
+    tasks: list[str] = Field(min_length=1)
     data: str = "embedded"
     limit: Count | dict[str, Count] | None = None
     batch_size: Count = 8
-    seeds: list[int] = Field(default=[0], min_length=1)
     timing: TimingConfig | None = TimingConfig()
     out: str | None = None
 
@@ -73,6 +85,17 @@ def load_config(name: str) -> tuple[SweepConfig, str]:
 
     Raises :class:`DataError` if there is none or it is not YAML, :class:`OptionError` for unknown keys and bad values.
     """
+    content, path = read(name)
+    return parse_config(content, str(path)), path.stem
+
+
+def parse_config(content: dict[str, Any], source: str) -> SweepConfig:
+    """Check the values of a sweep configuration; ``source`` is named in errors."""
+    return parse(SweepConfig, content, source)
+
+
+def read(name: str) -> tuple[dict[str, Any], Path]:
+    """Content and path of a configuration of any kind, by path or by name from those in the package."""
     packaged = {file.stem: file for file in PACKAGED.glob("*.yaml")}
     path = Path(name)
     if not path.is_file():
@@ -86,19 +109,19 @@ def load_config(name: str) -> tuple[SweepConfig, str]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise OptionError(f"{path}: expected a mapping with model, tasks and methods")
-    return parse_config(content, str(path)), path.stem
+        raise OptionError(f"{path}: expected a mapping with model, methods and so on")
+    return content, path
 
 
-def parse_config(content: dict[str, Any], source: str) -> SweepConfig:
-    """Check the values of a configuration; ``source`` is named in errors."""
+def parse(kind: type[C], content: dict[str, Any], source: str) -> C:
+    """Check the values of a configuration of a ``kind``."""
     try:
-        return SweepConfig.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
-        raise OptionError(f"{source}: {_first(error)}") from error
+        raise OptionError(f"{source}: {_first(error, kind)}") from error
 
 
-def variants(config: SweepConfig, *, dense: bool = True) -> list[Variant]:
+def variants(config: Config, *, dense: bool = True) -> list[Variant]:
     """All methods of a sweep with their options and seeds, the dense model first (added if ``dense``)."""
     found = [variant for entry in config.methods for variant in _expand(entry, config.seeds)]
     found.sort(key=lambda variant: variant.method.name != "none")
@@ -145,12 +168,12 @@ def _seeds(method: Method, options: dict[str, Any], own: list[int] | None, share
     return own if own is not None else shared
 
 
-def _first(error: ValidationError) -> str:
+def _first(error: ValidationError, kind: type[Config]) -> str:
     """The most telling complaint of pydantic in one line: of a union's branches, that of the one that went furthest."""
     complaint = max(error.errors(), key=lambda e: (e["type"] == "extra_forbidden", len(e["loc"])))
     keys = [str(part) for part in complaint["loc"] if not str(part).startswith(_BRANCHES)]
     where = ".".join(keys)
     if complaint["type"] == "extra_forbidden":
-        known = TimingConfig.model_fields if len(keys) > 1 else SweepConfig.model_fields
+        known = kind.parts.get(keys[0], kind).model_fields
         return f"unknown key {where!r}; {suggest(keys[-1], known)}"
     return f"{where}: {complaint['msg'][0].lower()}{complaint['msg'][1:]}"

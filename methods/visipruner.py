@@ -21,6 +21,11 @@ Where the paper's text differs from the code, the code is the default and an opt
 ``consecutive_exit`` (the code's count is never reset), ``visual_self_attention=False`` (the paper also removes
 visual-to-visual attention in the shallow layers), ``sink`` (the paper merges onto any visual token; the code onto the
 first). ``layer0`` chooses between the code's two rules for layer 0, by model size.
+
+``forced=True`` is for timing where the thresholds find nothing, as with random weights. Everything is measured as ever,
+but a plan decides: in each row the ``filter_tokens`` visual tokens of largest |c_j| stay from ``filter_layer`` on, and
+none from ``exit_layer`` on. The plan's defaults are the averages that the paper reports on GQA: filtering around the
+9th layer, 10.3 tokens, exit at layer 23.9.
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from .base import Forward, Keep, Layered
+from .base import Forward, Keep, Layered, top
 from .registry import register
 
 if TYPE_CHECKING:
@@ -54,6 +59,17 @@ class VisiPruner(Layered):
     source = "EIT-NLP/VisiPruner@d778622"
     stage = ("attention", "decoder")
     adaptive = True
+    examples = (
+        "layers=scaled",
+        "layers=scaled,layer_threshold=0.9,token_threshold=3,exit_threshold=0.9",
+        "layers=scaled,layer0=13b,consecutive_exit=true",
+        "layers=scaled,visual_self_attention=false,sink=7",
+        "layers=scaled,skip=true",
+        "layers=scaled,skip=true,layer0=13b",
+        "layers=scaled,skip=true,visual_self_attention=false",
+        "layers=scaled,forced=true,filter_layer=14",
+    )
+    everything = "layers=scaled,stages=middle,layer_threshold=1,token_threshold=0"
 
     stages: tuple[str, ...] = STAGES
     shallow_layers: int = 6
@@ -66,6 +82,10 @@ class VisiPruner(Layered):
     visual_self_attention: bool = True
     consecutive_exit: bool = False
     skip: bool = False
+    forced: bool = False
+    filter_layer: int = 9
+    filter_tokens: int = 10
+    exit_layer: int = 24
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,37 +101,65 @@ class VisiPruner(Layered):
         for name in ("layer_threshold", "exit_threshold"):
             self.require(-1 <= getattr(self, name) <= 1, f"{name} is a cosine and must lie in [-1, 1]")
         self.require(self.token_threshold >= 0, "token_threshold is a norm and must be >= 0")
-        for option, part in _BELONGS.items():
-            default = type(self).__dataclass_fields__[option].default
-            used = part in self.stages or getattr(self, option) == default
-            self.require(used, f"{option} has no effect without stage {part!r}")
+        self.require(self.filter_tokens >= 0, "filter_tokens must be >= 0")
+        for option, (part, forced) in _BELONGS.items():
+            if getattr(self, option) != type(self).__dataclass_fields__[option].default:
+                self.require(part in self.stages, f"{option} has no effect without stage {part!r}")
+                self.require(forced in (None, self.forced), f"{option} has no effect with forced={self.forced}")
         self.require(self.layer0 == "7b" or self.sink == 0, "sink has no effect with layer0='13b', which moves no mass")
 
     def check(self, geometry: Geometry) -> None:
         self.check_layers("shallow_layers", (self.shallow_layers,), geometry)
+        if self.forced:
+            shallow, (cut, leave) = self.at(self.shallow_layers, geometry), self.planned(geometry)
+            self.require(
+                shallow + 2 <= cut < leave <= geometry.layers,
+                f"the plan of {shallow} shallow layers, filtering at {cut} and exit at {leave} does not fit a model of "
+                f"{geometry.layers}: keep shallow_layers + 2 <= filter_layer < exit_layer, or give layers='scaled'",
+            )
+
+    def planned(self, geometry: Geometry) -> tuple[int, int]:
+        """The first layers with few and with no visual tokens in the forced plan."""
+        leave = self.at(self.exit_layer, geometry) if "deep" in self.stages else geometry.layers
+        return self.at(self.filter_layer, geometry), leave
+
+    def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor] | None:
+        if "middle" not in self.stages:
+            return {}
+        if not self.forced:
+            return None
+        total, (cut, leave) = layout.visual.total, self.planned(geometry)
+        return {cut: total.clamp(max=self.filter_tokens), leave: torch.zeros_like(total)}
 
     def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
-        return VisiPrunerForward(self, layout, self.at(self.shallow_layers, geometry))
+        return VisiPrunerForward(self, layout, geometry)
 
 
+# The stage to which an option belongs, and whether thresholds (False) or the forced plan (True) must decide.
 _BELONGS = {
-    "layer0": "shallow",
-    "sink": "shallow",
-    "visual_self_attention": "shallow",
-    "skip": "shallow",
-    "layer_threshold": "middle",
-    "token_threshold": "middle",
-    "exit_threshold": "deep",
-    "exit_layers": "deep",
-    "consecutive_exit": "deep",
+    "layer0": ("shallow", None),
+    "sink": ("shallow", None),
+    "visual_self_attention": ("shallow", None),
+    "skip": ("shallow", None),
+    "layer_threshold": ("middle", False),
+    "token_threshold": ("middle", False),
+    "exit_threshold": ("deep", False),
+    "exit_layers": ("deep", False),
+    "consecutive_exit": ("deep", False),
+    "forced": ("middle", None),
+    "filter_layer": ("middle", True),
+    "filter_tokens": ("middle", True),
+    "exit_layer": ("deep", True),
 }
 
 
 class VisiPrunerForward(Forward):
     """State of one prefill: for each row, whether it has filtered and how many layers were without effect."""
 
-    def __init__(self, method: VisiPruner, layout: TokenLayout, shallow_layers: int) -> None:
-        self.method, self.shallow_layers = method, shallow_layers
+    def __init__(self, method: VisiPruner, layout: TokenLayout, geometry: Geometry) -> None:
+        self.method = method
+        self.shallow_layers = method.at(method.shallow_layers, geometry)
+        self.filter_layer, self.exit_layer = method.planned(geometry)
         self.total = layout.visual.total
         self.filtered = torch.zeros_like(self.total, dtype=torch.bool)
         self.idle_layers = torch.zeros_like(self.total)
@@ -121,7 +169,7 @@ class VisiPrunerForward(Forward):
         if layer < self.shallow_layers:
             return self.shallow(layer, view) if "shallow" in self.method.stages else None
         if layer > self.shallow_layers and "middle" in self.method.stages:
-            self.middle(view)
+            self.middle(layer, view)
         return None
 
     def layer_input(self, layer: int, view: LayerView) -> Keep | None:
@@ -170,10 +218,14 @@ class VisiPrunerForward(Forward):
 
     # ---- middle and deep --------------------------------------------------------------------------------------
 
-    def middle(self, view: AttentionView) -> None:
+    def middle(self, layer: int, view: AttentionView) -> None:
         """Measure what each visual token contributes to the last token, and decide for the next layer."""
+        effect, norm = contributions(view, view.layout.visual)
+        self.keep = self.plan(layer + 1, view, norm) if self.method.forced else self.rule(view, effect, norm)
+
+    def rule(self, view: AttentionView, effect: Tensor, norm: Tensor) -> Tensor:
+        """The visual tokens that stay by the thresholds, bool (B, V)."""
         visual = view.layout.visual
-        effect, norm = contributions(view, visual)
         weak = torch.where(view.present, effect, torch.inf).amin(1)
         chosen = (norm > self.method.token_threshold) & view.present
         trigger = ~self.filtered & (weak < self.method.layer_threshold)
@@ -187,7 +239,13 @@ class VisiPrunerForward(Forward):
             self.idle_layers = self.idle_layers + idle
             keep = keep & (self.idle_layers < self.method.exit_layers)[:, None]
         self.filtered = self.filtered | trigger
-        self.keep = keep
+        return keep
+
+    def plan(self, layer: int, view: AttentionView, norm: Tensor) -> Tensor:
+        """The visual tokens that stay from ``layer`` on by the forced plan, bool (B, V)."""
+        if layer == self.filter_layer:
+            return top(norm, torch.full_like(self.total, self.method.filter_tokens), view.present)
+        return view.present & (layer < self.exit_layer)
 
 
 def contributions(view: AttentionView, visual: TokenSet) -> tuple[Tensor, Tensor]:

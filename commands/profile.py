@@ -1,0 +1,165 @@
+"""Time, memory and compute of methods on random inputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from ..errors import OptionError
+from .shared import AsJson, width
+
+if TYPE_CHECKING:
+    from ..evals.profile import Profile, Row, Spread
+
+HEADER = (
+    ("visual", "tokens T"),
+    ("vision", "ms"),
+    ("prefill", "ms"),
+    ("decode", "ms/token"),
+    ("end to end", "ms"),
+    ("overhead", "ms"),
+    ("prefill", "speed-up"),
+    ("promised", "speed-up"),
+    ("realised", "of it"),
+    ("tokens", "1/s"),
+    ("KV", "MiB"),
+    ("peak", "GiB"),
+    ("waits", "+ a step"),
+)
+
+
+def profile(
+    config: Annotated[
+        str | None, typer.Argument(help="A YAML file, or the name of one in the package: profile_7b, profile_cpu.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="See `visibench models`; a local folder, or a hub name.")] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option("--methods", "--method", metavar="NAME[:key=value,…]", help="Repeat it for several."),
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="pretrained, or random: sizes count, not answers.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Only so many decoder layers, of random weights.")] = None,
+    batch_sizes: Annotated[str | None, typer.Option(metavar="A,B", help="Rows at once. (default: 1)")] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(metavar="PROMPT/VISUAL/NEW,…", help="Tokens of a row: text, visual, new. (default: 64/576/16)"),
+    ] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Timed rounds. (default: 20)")] = None,
+    warmup: Annotated[int | None, typer.Option(min=0, help="Rounds before them. (default: 3)")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.")] = None,
+    attention: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2 …")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the JSON to this file as well.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time methods against the dense model: by phase, with memory, and against what their compute promises.
+
+    Takes a configuration, or --model and --methods; options replace what the configuration says.
+    """
+    from ..evals.config import parse, read
+    from ..evals.profile import ProfileConfig
+    from ..evals.profile import profile as measure
+
+    given: dict[str, Any] = {
+        "model": model,
+        "methods": methods,
+        "weights": weights,
+        "layers": layers,
+        "batch_sizes": batch_sizes and [_integer(part, "--batch-sizes") for part in batch_sizes.split(",")],
+        "lengths": lengths and [_lengths(part) for part in lengths.split(",")],
+        "repeats": repeats,
+        "warmup": warmup,
+        "device": device,
+        "dtype": dtype,
+        "attention": attention,
+    }
+    if config is None and not (model and methods):
+        raise OptionError("nothing to profile: give a configuration such as profile_cpu, or --model and --methods")
+    content, source = read(config) if config else ({}, "visibench profile")
+    content |= {key: value for key, value in given.items() if value is not None}
+    result = measure(parse(ProfileConfig, content, str(source)), Console(stderr=True))
+    if out is not None:
+        out.write_text(result.model_dump_json(indent=1), encoding="utf-8")
+    if as_json:
+        print(result.model_dump_json(indent=1))
+        return
+    _print(result)
+
+
+def _lengths(text: str) -> dict[str, int]:
+    parts = [_integer(part, "--lengths") for part in text.split("/")]
+    if len(parts) != 3:
+        raise OptionError(f"--lengths: expected PROMPT/VISUAL/NEW such as 64/576/16, not {text!r}")
+    return dict(zip(("prompt", "visual_tokens", "new_tokens"), parts, strict=True))
+
+
+def _integer(text: str, option: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise OptionError(f"{option}: expected a number, not {text.strip()!r}") from None
+
+
+def _print(result: Profile) -> None:
+    console = Console(width=max(width(), 160), highlight=False)
+    for setting in dict.fromkeys((row.lengths, row.batch_size) for row in result.rows):
+        lengths, batch = setting
+        rows = [row for row in result.rows if (row.lengths, row.batch_size) == setting]
+        tokens = f"{lengths.prompt} text, {lengths.visual_tokens} visual and {lengths.new_tokens} new tokens"
+        grid = RichTable(
+            title=f"batch {batch}: {tokens}", title_justify="left", box=None, pad_edge=False, header_style="bold"
+        )
+        grid.add_column("method", overflow="fold")
+        for name, unit in HEADER:
+            grid.add_column(f"{name}\n[dim]{unit}[/]", justify="right", no_wrap=True)
+        for row in rows:
+            grid.add_row(escape(row.method), *_cells(row))
+        console.print(grid)
+        console.print()
+    console.print(_legend(result), soft_wrap=False)
+
+
+def _cells(row: Row) -> list[str]:
+    waits = row.host_syncs and f"{row.host_syncs[0]} + {row.host_syncs[1]:.3g}"
+    return [
+        f"{sum(row.visual_tokens) / len(row.visual_tokens):.1f}",
+        *(_time(row.ms.get(phase)) for phase in ("vision", "prefill", "decode", "end_to_end")),
+        _time(row.overhead_ms),
+        f"{row.speedup['prefill']:.2f}×",
+        f"{row.promised:.2f}×",
+        f"{row.realised:.0%}",
+        f"{row.tokens_per_second:.4g}",
+        f"{row.kv_bytes / 2**20:.1f}",
+        "n/a" if row.peak_memory is None else f"{row.peak_memory / 2**30:.2f}",
+        waits or "n/a",
+    ]
+
+
+def _time(spread: Spread | None) -> str:
+    return "n/a" if spread is None else f"{spread.median:.4g} ±{spread.iqr:.2g}\n[dim]min {spread.min:.4g}[/]"
+
+
+def _legend(result: Profile) -> str:
+    model, versions, machine = (getattr(result.environment, part) for part in ("model", "versions", "machine"))
+    clocks = ", ".join(f"{name} {rate:.0f} MHz" for name, rate in result.rows[-1].clocks_mhz.items())
+    lines = [
+        f"Times: median ± interquartile range and minimum of {result.repeats} rounds over all methods, after "
+        f"{result.warmup} to warm up. Prefill ends with the first token and contains vision.",
+        "Speed-up: median over rounds of dense / method, on the same attention; dense is the model without the engine. "
+        "Promised: executed multiply-adds of prefill, dense / method.",
+        "Visual tokens T: mean over layers. Overhead: what of prefill goes into scoring, merging and carrying out cuts "
+        "(by a prefill of its own in each round). Tokens: new ones of the whole batch, end to end. KV: keys and values "
+        "after prefill. Waits: of Python for the GPU, in prefill + a step of decoding.",
+        f"Model {model['name']}: {model['weights']} weights, {result.weights_bytes / 2**30:.2f} GiB {model['dtype']}, "
+        f"{model['attention']} attention, {model['device']} ({model['hardware']}, {model['threads']} threads"
+        f"{', ' + clocks if clocks else ''}); "
+        + ", ".join(f"{name} {versions[name]}" for name in ("visibench", "transformers", "torch"))
+        + f", Python {machine['python']}.",
+        *(f"Note: {note}." for note in result.notes),
+    ]
+    return escape("\n".join(lines))

@@ -1,0 +1,288 @@
+"""Time, memory and compute of methods side by side, in one process and on one model.
+
+The dense model stands beside them without the engine. Repeats go round-robin over all methods, so that a drift of the
+machine hits all alike, and speed-ups are medians over repeats of dense time / method time. What cannot be measured on a
+device is None.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from rich.console import Console
+
+from ..engine import prune
+from ..errors import OptionError
+from ..methods import Method, load_method
+from ..models import LoadedModel, load_model
+from ..models.geometry import Weights
+from ..results.records import Environment, Record, environment
+from . import flops, timing
+from .config import Config, Count, Variant, variants
+
+DENSE = "dense"
+
+
+class Lengths(Record):
+    """Tokens of each row: text and visual ones in the prompt, and generated ones."""
+
+    prompt: Count = 64
+    visual_tokens: Annotated[int, Field(ge=0, strict=True)] = 576
+    new_tokens: Count = 16
+
+
+class ProfileConfig(Config):
+    """Methods × batch sizes × lengths on one model. ``layers``: keep only so many decoder layers."""
+
+    parts: ClassVar = {"lengths": Lengths}
+
+    weights: Weights = "pretrained"
+    layers: Count | None = None
+    batch_sizes: list[Count] = Field(default=[1], min_length=1)
+    lengths: list[Lengths] = Field(default=[Lengths()], min_length=1)
+    warmup: Annotated[int, Field(ge=0, strict=True)] = 3
+    repeats: Count = 20
+
+
+class Spread(Record):
+    """Repeated times in milliseconds."""
+
+    median: float
+    iqr: float
+    min: float
+    times: list[float]
+
+    @classmethod
+    def of(cls, times: list[float]) -> Spread:
+        """Of the times of all repeats."""
+        return cls(median=statistics.median(times), iqr=timing.iqr(times), min=min(times), times=times)
+
+
+class Row(Record):
+    """One method at one batch size and length.
+
+    ``ms``: times by phase, see :func:`~visibench.evals.timing.time_phases`; ``decode`` is per generated token.
+    ``overhead_ms``: of prefill, what the method itself takes: scoring, merging and carrying out its cuts. ``speedup``:
+    over dense, for prefill and end to end; ``promised``: what executed multiply-adds of prefill promise.
+    ``tokens_per_second``: generated ones of the whole batch, end to end. ``peak_memory``: most bytes allocated on the
+    device, weights included. ``kv_bytes``: keys and values that the cache holds after prefill. ``host_syncs``: times
+    that Python waited for the device, in prefill and in one decoding step. ``visual_tokens``: at each layer's input.
+    """
+
+    method: str
+    options: dict[str, Any]
+    batch_size: int
+    lengths: Lengths
+    ms: dict[str, Spread]
+    overhead_ms: Spread | None
+    speedup: dict[str, float]
+    promised: float
+    executed_macs: float
+    tokens_per_second: float
+    peak_memory: int | None
+    kv_bytes: int
+    host_syncs: tuple[int, float] | None
+    visual_tokens: list[float]
+    clocks_mhz: dict[str, float]
+
+    @property
+    def realised(self) -> float:
+        """Speed-up of prefill as a part of the promised one."""
+        return self.speedup["prefill"] / self.promised
+
+
+class Profile(Record):
+    """The outcome: rows in the order in which they were asked for, dense first, and where they came from."""
+
+    rows: list[Row]
+    notes: list[str]
+    warmup: int
+    repeats: int
+    weights_bytes: int
+    environment: Environment
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method as tables call it; None for the model alone."""
+
+    label: str
+    method: Method | None
+
+    def under(self, loaded: LoadedModel) -> AbstractContextManager[Any]:
+        """The model under this method."""
+        return nullcontext() if self.method is None else prune(loaded.model, self.method)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What does not change from repeat to repeat; as in :class:`Row`."""
+
+    executed_macs: float
+    visual_tokens: list[float]
+    kv_bytes: int
+    peak_memory: int | None
+    host_syncs: tuple[int, float] | None
+
+
+def profile(config: ProfileConfig, console: Console) -> Profile:
+    """Measure all rows. Methods and lengths are checked before anything is timed; progress goes to ``console``."""
+    if config.weights == "meta":
+        raise OptionError("a model on meta cannot run: give weights random, or pretrained ones")
+    found = variants(config, dense=False)
+    loaded = load_model(
+        config.model,
+        device=config.device,
+        dtype=config.dtype,
+        attn_implementation=config.attention,
+        weights=config.weights,
+        layers=config.layers,
+    )
+    for variant in found:
+        variant.method.check(loaded.geometry)
+    for lengths in config.lengths:
+        loaded.synthetic_inputs(1, lengths.prompt, lengths.visual_tokens)
+    contenders = [Contender(DENSE, None), *(Contender(_label(v, found), v.method) for v in found)]
+    rows: list[Row] = []
+    for lengths in config.lengths:
+        for batch in config.batch_sizes:
+            console.print(f"batch {batch}, {_spell(lengths)}: {len(contenders)} rows", highlight=False)
+            rows += compare(loaded, contenders, batch, lengths, warmup=config.warmup, repeats=config.repeats)
+    return Profile(
+        rows=rows,
+        notes=_notes(config, [variant.method for variant in found]),
+        warmup=config.warmup,
+        repeats=config.repeats,
+        weights_bytes=sum(weight.nbytes for weight in loaded.model.parameters()),
+        environment=environment(loaded.describe()),
+    )
+
+
+def compare(
+    loaded: LoadedModel, contenders: list[Contender], batch: int, lengths: Lengths, *, warmup: int, repeats: int
+) -> list[Row]:
+    """One row for each contender, the first of which is the dense model. Raises :class:`OptionError` out of memory."""
+    inputs = loaded.synthetic_inputs(batch, lengths.prompt, lengths.visual_tokens)
+    try:
+        with torch.inference_mode():
+            facts = [_facts(loaded, contender, inputs, lengths.new_tokens) for contender in contenders]
+            times = _round_robin(loaded, contenders, inputs, lengths.new_tokens, warmup, repeats)
+    except torch.OutOfMemoryError as error:
+        raise OptionError(f"batch {batch} with {_spell(lengths)} does not fit in memory: ask for less") from error
+    clocks = timing.clocks(loaded.model.device)
+    dense_facts, dense_times = facts[0], times[0]
+    rows = []
+    for contender, fact, measured in zip(contenders, facts, times, strict=True):
+        overhead = measured.pop("overhead", None)
+        end_to_end = statistics.median(measured["end_to_end"]) / 1e3
+        rows.append(
+            Row(
+                method=contender.label,
+                options=contender.method.hyperparameters() if contender.method else {},
+                batch_size=batch,
+                lengths=lengths,
+                ms={phase: Spread.of(measured[phase]) for phase in timing.PHASES if phase in measured},
+                overhead_ms=Spread.of(overhead) if overhead else None,
+                speedup={phase: _speedup(dense_times, measured, phase) for phase in ("prefill", "end_to_end")},
+                promised=dense_facts.executed_macs / fact.executed_macs,
+                tokens_per_second=batch * lengths.new_tokens / end_to_end,
+                clocks_mhz=clocks,
+                **vars(fact),
+            )
+        )
+    return rows
+
+
+def _round_robin(
+    loaded: LoadedModel, contenders: list[Contender], inputs: dict[str, Any], new_tokens: int, warmup: int, repeats: int
+) -> list[dict[str, list[float]]]:
+    """Times by phase of each contender, one for each repeat. Each round starts with another contender."""
+    times: list[dict[str, list[float]]] = [{} for _ in contenders]
+    for number in range(warmup + repeats):
+        for turn in range(len(contenders)):
+            which = (turn + number) % len(contenders)
+            contender = contenders[which]
+            with contender.under(loaded):
+                measured = timing.time_phases(loaded, inputs, new_tokens)
+            if contender.method is not None:
+                measured["overhead"] = timing.time_method(loaded, contender.method, inputs)
+            if number >= warmup:
+                for phase, value in measured.items():
+                    times[which].setdefault(phase, []).append(value)
+    return times
+
+
+def _facts(loaded: LoadedModel, contender: Contender, inputs: dict[str, Any], new_tokens: int) -> Facts:
+    """Two untimed runs: one for memory and waits, one under the engine for what was executed."""
+    device = loaded.model.device
+    kv_bytes: list[int] = []
+    waits: list[Any] = []
+
+    def look(output: Any) -> None:
+        waits.append(syncs())
+        kv_bytes.append(sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers))
+
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats(device)
+    with contender.under(loaded), _host_syncs(device) as syncs:
+        timing.greedy(loaded.model, inputs, new_tokens, look)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    with prune(loaded.model, contender.method or load_method("none")) as session:
+        loaded.model(**inputs, use_cache=True, logits_to_keep=1)
+    first, last = waits[0], waits[-1]
+    return Facts(
+        executed_macs=sum(flops.executed(session.trace, loaded.geometry).total()),
+        visual_tokens=session.trace.visual_counts().double().mean(0).tolist(),
+        kv_bytes=kv_bytes[0],
+        peak_memory=peak,
+        host_syncs=None if first is None else (first, (last - first) / max(new_tokens - 1, 1)),
+    )
+
+
+@contextmanager
+def _host_syncs(device: torch.device) -> Iterator[Callable[[], Any]]:
+    """Count how often Python waits for a CUDA device, by torch's own warnings; None on other devices."""
+    if device.type != "cuda":
+        yield lambda: None
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield lambda: sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def _speedup(dense: dict[str, list[float]], method: dict[str, list[float]], phase: str) -> float:
+    return statistics.median(a / b for a, b in zip(dense[phase], method[phase], strict=True))
+
+
+def _label(variant: Variant, found: list[Variant]) -> str:
+    """With the seed where a method stands there with several."""
+    several = sum(other.label == variant.label for other in found) > 1
+    return f"{variant.label} seed {variant.seed}" if several else variant.label
+
+
+def _spell(lengths: Lengths) -> str:
+    return f"{lengths.prompt} text and {lengths.visual_tokens} visual tokens, {lengths.new_tokens} new ones"
+
+
+def _notes(config: ProfileConfig, methods: list[Method]) -> list[str]:
+    """What a reader must know of these rows."""
+    notes = ["random prompts, images and weights" if config.weights == "random" else "random prompts and images"]
+    for method in methods:
+        if method.hyperparameters().get("forced"):
+            notes.append(f"{method}: where it cuts and how much was forced, not found by its rule")
+        elif method.adaptive and not method.hyperparameters().get("tokens"):
+            notes.append(f"{method}: chooses by its rule how much it keeps, which on random inputs says nothing")
+    return notes
