@@ -270,7 +270,7 @@ def _inference(table: Table) -> list[str]:
         )
     unmatched = [row for row in rows if row.evidence.nearest and not _matched(row)]
     if verdicts["random"]:
-        apart = f"; {len(unmatched)} rows lie more than 10 % away from it in T" if unmatched else ""
+        apart = f"; rows more than 10 % away from it in T: {len(unmatched)}" if unmatched else ""
         notes.append(f"Random is the random row with the nearest T, mean over its seeds{apart}.")
     floors = [f"{task} {floor}" for task in table.columns if (floor := _detectable(table, task))]
     if floors:

@@ -7,52 +7,12 @@ import statistics
 
 import pandas as pd
 import pytest
+from storing import SAMPLES, config, full, metrics, put
 from visibench.errors import DataError, OptionError
-from visibench.results.records import (
-    CellConfig,
-    CellMetrics,
-    Compute,
-    Environment,
-    PrefillTime,
-    ScoreRecord,
-    TimingConfig,
-    VisualTokens,
-)
+from visibench.results.records import ScoreRecord, TimingConfig
 from visibench.results.render import render
 from visibench.results.store import Store
 from visibench.results.tables import build
-
-SAMPLES = pd.DataFrame({"doc_id": [0, 1], "score": [1.0, 0.0], "visual_tokens": [[4, 4], [4, 2]]})
-
-
-def config(method="none", task="gqa", seed=0, **changes) -> CellConfig:
-    options = {"keep": 0.5, "seed": seed} if method == "random" else {}
-    values = {"model": "tiny", "method": method, "options": options, "label": method, "task": task, "seed": seed}
-    return CellConfig(**values | changes)
-
-
-def metrics(cell: CellConfig, score=0.8, data="d0", versions=None, **changes) -> CellMetrics:
-    mme = cell.task == "mme"
-    values = {
-        "config_hash": cell.digest(),
-        "size": cell.limit or 50,
-        "total": 50,
-        "scores": [ScoreRecord(key="s", title="score", value=score, maximum=1000 if mme else 1)],
-        "metrics": {"s": score},
-        "visual_tokens": VisualTokens(prompt=16, per_layer=[16, 8]),
-        "compute": Compute(macs=2e9, macs_sd=0, components={"ffn": 2e9}),
-        "prefill": PrefillTime(times_ms=[1.0, 2.0, 3.0], warmup=1, batch_size=1, device="cpu"),
-        "generation": {"max_new_tokens": 16},
-        "seconds": {"answer": 1.0},
-        "data_hash": data + cell.task + str(cell.limit),
-        "environment": Environment(model={"dtype": "float32"}, versions=versions or {"torch": "2"}, machine={}),
-    }
-    return CellMetrics(**values | changes)
-
-
-def put(store: Store, cell: CellConfig, *args, **changes):
-    store.begin(cell)
-    return store.finish(cell, SAMPLES, metrics(cell, *args, **changes))
 
 
 @pytest.fixture
@@ -162,16 +122,6 @@ def test_folders_without_results(store, tmp_path):
 # ---- tables -------------------------------------------------------------------------------------------------------
 
 
-def full(store: Store):
-    """Dense, random with three seeds and fastv on two tasks."""
-    for task, scale in (("gqa", 1), ("mme", 1000)):
-        put(store, config("none", task), 0.8 * scale)
-        put(store, config("fastv", task), 0.6 * scale)
-        for seed, score in enumerate((0.4, 0.5, 0.6)):
-            put(store, config("random", task, seed), score * scale, compute=Compute(macs=1e9, macs_sd=0, components={}))
-    return store
-
-
 def test_rows_average_seeds_and_tasks(store):
     (table,) = build(full(store).cells())
     assert [row.label for row in table.rows] == ["none", "random", "fastv"]
@@ -241,16 +191,17 @@ def test_text_shows_units(store):
     lines = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
     assert "GFLOPs" in text
     assert "score /1000" in text
-    assert " ".join(lines["random"]) == "random 50.0 ± 10.0 500.0 ± 100.0 62.5 ± 12.5 12.0 8.0 1.00 2.0 ± 2.0"
-    assert lines["none"][:6] == ["none", "80.0", "800.0", "100.0", "12.0", "8.0"]
+    assert " ".join(lines["random"][:6]) == "random 50.0 500.0 62.5 ± 12.5"
+    assert " ".join(lines["random"][-6:]) == "12.0 8.0 1.00 2.0 ± 2.0"
+    assert lines["none"][:7] == ["none", "80.0", "800.0", "100.0", "–", "12.0", "8.0"]
     assert "SUBSET" not in text
-    assert "over 3 seeds" in text
+    assert "± standard deviation over 3 seeds" in text
 
 
 def test_markdown_has_one_cell_a_column(store):
     lines = [line for line in render(build(full(store).cells()), "md").splitlines() if line.startswith("|")]
     assert len(lines) == 5
-    assert {line.count("|") for line in lines} == {9}
+    assert {line.count("|") for line in lines} == {10}
 
 
 def test_csv_keeps_full_precision(store):
@@ -263,7 +214,10 @@ def test_csv_keeps_full_precision(store):
 
 def test_json_can_be_read_back(store):
     (table,) = json.loads(render(build(full(store).cells()), "json"))["tables"]
-    assert table["rows"][1]["scores"]["gqa"]["s"] == pytest.approx({"mean": 0.5, "sd": 0.1, "n": 3})
+    score = table["rows"][1]["scores"]["gqa"]["s"]
+    assert [score[key] for key in ("mean", "sd", "n")] == pytest.approx([0.5, 0.1, 3])
+    # These samples do not give the stored score, so nothing is said about it.
+    assert (score["interval"], score["against"]) == (None, {"dense": None, "random": None})
     assert table["rows"][2]["visual_tokens"] == {"prompt": 16, "per_layer": [16, 8], "mean": 12, "last": 8}
     assert table["questions"]["gqa"]["asked"] == 50
     assert table["facts"]["model"] == "tiny"
@@ -294,6 +248,11 @@ def test_a_score_of_unknown_maximum_keeps_its_digits(store):
 def test_a_score_that_is_missing_is_a_dash(store):
     put(store, config(), float("nan"))
     assert "–" in render(build(store.cells()))
+
+
+def test_nan_is_null_in_json(store):
+    put(store, config(), float("nan"))
+    assert '"mean":null' in render(build(store.cells()), "json").replace(" ", "")
 
 
 def test_unknown_format(store):

@@ -10,22 +10,15 @@ import pytest
 import statsmodels.api
 import visibench
 from scipy.stats import binomtest, permutation_test, t
+from storing import frame
 from visibench.errors import DataError
 from visibench.evals.lmms import evaluate
 from visibench.evals.tasks import MME_COGNITION, load_tasks
 from visibench.results import metrics
-from visibench.results.metrics import METRICS, Measured, difficulty, loyalty, measure, normalised, reproduces
+from visibench.results.metrics import METRICS, Measured, measure, reproduces
 from visibench.results.stats import MCNEMAR, SIGN_FLIP, _bootstrap, _resamples, compare, detectable, estimate, holm
 
 CATEGORIES = ("count", "color", "OCR", "code_reasoning")
-
-
-def frame(images, score, **columns) -> pd.DataFrame:
-    """Samples of one run with these images and scores."""
-    n = len(images)
-    base = {"doc_id": range(n), "question_id": [str(i) for i in range(n)], "image": list(images), "category": None}
-    base |= {"prompt": [f"q{i}" for i in range(n)], "target": "yes", "answer": "yes", "score": np.asarray(score, float)}
-    return pd.DataFrame(base | columns)
 
 
 def pope(rng, images=20, each=6) -> pd.DataFrame:
@@ -154,6 +147,11 @@ def test_seeds_count_as_their_mean():
         versus = compare(together, single[0])
         assert versus.difference == pytest.approx(together.value - single[0].value)
         assert versus.mcnemar_p is None
+
+
+def test_pairs_that_are_not_whole():
+    with pytest.raises(DataError, match="pairs"):
+        measure("mme_perception_score", [mme(np.random.default_rng(0)).iloc[1:]])
 
 
 # ---- intervals ----------------------------------------------------------------------------------------------------
@@ -362,47 +360,3 @@ def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
     assert holm([]) == []
-
-
-# ---- pairing, loyalty, groups -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (lambda samples: samples.iloc[:-1], "same --limit"),
-        (lambda samples: samples.assign(prompt="another"), "40 of 40 questions differ"),
-        (lambda samples: samples.assign(target=["no", *samples["target"][1:]]), r"first: doc_id 0"),
-        (lambda samples: samples.assign(image="x"), "same data"),
-    ],
-)
-def test_other_questions_cannot_be_paired(change, says):
-    samples = frame(np.repeat(np.arange(10).astype(str), 4), np.ones(40))
-    with pytest.raises(DataError, match=says):
-        measure("exact_match", [samples, change(samples)])
-    with pytest.raises(DataError, match=says):
-        loyalty(samples, [change(samples)])
-    with pytest.raises(DataError, match=says):
-        difficulty(samples, change(samples), [samples])
-
-
-def test_loyalty_reads_answers_as_scorers_do():
-    assert normalised(" The  Dog. ") == normalised("the dog") == "the dog"
-    dense = frame(list("aabb"), [1, 0, 1, 0], answer=["Yes.", "two  dogs", "red", "no"])
-    runs = [dense.assign(answer=["yes", "Two dogs!", "blue", "no"]), dense.assign(answer=["no", "cat", "red", "no"])]
-    measured = loyalty(dense, runs)
-    assert measured.value == pytest.approx((3 + 2) / 8)
-    assert measured.images == 2
-
-
-def test_difficulty_groups():
-    images = [str(i) for i in range(6)]
-    dense, small = frame(images, [1, 1, 1, 1, 0, 0]), frame(images, [1, 1, 0, 0, 1, 0])
-    groups = difficulty(dense, small, [frame(images, [1, 0, 1, 1, 1, 1])])
-    assert {name: (group.value, group.questions) for name, group in groups.items()} == {"A": (1, 2), "B": (0.5, 2)}
-    assert set(difficulty(dense, dense, [dense])) == {"B"}
-
-
-def test_pairs_that_are_not_whole():
-    with pytest.raises(DataError, match="pairs"):
-        measure("mme_perception_score", [mme(np.random.default_rng(0)).iloc[1:]])
