@@ -89,8 +89,15 @@ def sweep(
 def table(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run or sweep.")],
     form: Annotated[str, typer.Option("--format", metavar="text|md|csv|json", help="How to print it.")] = "text",
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="published", help="Compare with published figures instead of printing the table."),
+    ] = None,
 ) -> None:
-    """Print the table of a run folder again."""
+    """Print the table of a run folder again, or its results beside published figures."""
+    if against is not None:
+        print(_against(against, folder, form))
+        return
     from ..results.render import FORMATS, render
     from ..results.store import Store
     from ..results.tables import build
@@ -98,6 +105,15 @@ def table(
     if form not in FORMATS:
         raise OptionError(f"unknown format {form!r}: choose text, md, csv or json")
     print(render(build(Store(folder).cells()), form))
+
+
+def _against(name: str, folder: Path, form: str) -> str:
+    from ..results.published import matching
+    from ..results.store import Store
+
+    if name != "published":
+        raise OptionError(f"--against {name!r} is unknown: results can be compared with published")
+    return matching.render(matching.compare(Store(folder).cells()), form)
 
 
 def _sweep(config: SweepConfig, folder: Path, *, dense: bool = True) -> list[Cell]:

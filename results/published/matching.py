@@ -1,0 +1,250 @@
+"""Own results beside published figures, where the two can be compared.
+
+They can if the checkpoint is the same, all questions of the benchmark were asked, the metric is the same, and the
+method ran with the options that the source gives or with a budget close to the nominal one. All else is left out, with
+the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ..records import VisualTokens
+from ..store import Cell
+from . import Figure, figures, in_order, vocabulary
+from .show import COUNTED, Grid, formatted, origin, record
+
+TOLERANCE = 0.05
+"""Largest distance between own and nominal budget, as a share of the nominal one."""
+
+RULE = (
+    "Gap: ours - published, in the unit given. Compared are the same checkpoint, all questions, the same metric, and "
+    f"the options that the source gives or a budget within {100 * TOLERANCE:g} % of the nominal one; differences in "
+    "prompts, precision or software remain."
+)
+
+
+@dataclass(frozen=True)
+class Ours:
+    """One method on one task, mean over ``seeds``; ``asked`` of ``total`` questions.
+
+    ``metrics``: lmms-eval's, by its keys and in its units.
+    """
+
+    label: str
+    model: str
+    method: str
+    options: dict[str, Any]
+    task: str
+    origin: str
+    asked: int
+    total: int
+    seeds: int
+    metrics: dict[str, float]
+    tokens: VisualTokens
+
+
+@dataclass(frozen=True)
+class Match:
+    """Our value beside a published figure, both in the figure's unit; ``budget``: by what the settings agree."""
+
+    ours: Ours
+    figure: Figure
+    value: float
+    budget: str
+
+    @property
+    def gap(self) -> float:
+        """Ours - published."""
+        assert not isinstance(self.figure.value, tuple)
+        return self.value - float(self.figure.value)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Pairs that can be compared, and one line on each kind of figure that cannot."""
+
+    matches: list[Match]
+    left_out: list[str]
+
+
+def compare(cells: Iterable[Cell]) -> Comparison:
+    """Own cells against all published figures."""
+    matches: list[Match] = []
+    left_out: list[str] = []
+    for ours in means(cells):
+        reason = _unpublished(ours)
+        if reason:
+            left_out.append(reason)
+            continue
+        for name, found in _by_quantity(ours).items():
+            pairs, reasons = _pairs(ours, found)
+            matches += pairs
+            title = vocabulary().quantities[name].title
+            left_out += [f"{ours.label}, {title}: {reason}" for reason in reasons]
+    return Comparison(matches, list(dict.fromkeys(left_out)))
+
+
+def means(cells: Iterable[Cell]) -> list[Ours]:
+    """Cells that differ in their seeds alone become one."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        config = cell.config.model_dump(mode="json", exclude={"seed"})
+        config["options"].pop("seed", None)
+        groups.setdefault(json.dumps(config, sort_keys=True), []).append(cell)
+    return [_mean(group) for group in groups.values()]
+
+
+def _mean(cells: list[Cell]) -> Ours:
+    config, first = cells[0].config, cells[0].metrics
+    tokens = [cell.metrics.visual_tokens for cell in cells]
+    return Ours(
+        label=config.label,
+        model=config.model,
+        method=config.method,
+        options=config.model_dump(mode="json")["options"],
+        task=config.task,
+        origin=config.origin,
+        asked=first.size,
+        total=first.total,
+        seeds=len(cells),
+        metrics={key: statistics.fmean(cell.metrics.metrics[key] for cell in cells) for key in first.metrics},
+        tokens=VisualTokens(
+            prompt=statistics.fmean(t.prompt for t in tokens),
+            per_layer=[statistics.fmean(layer) for layer in zip(*(t.per_layer for t in tokens), strict=True)],
+        ),
+    )
+
+
+def _model(name: str) -> str | None:
+    """The published model of a checkpoint, by the name of its hub repository or folder."""
+    own = name.rstrip("/").rsplit("/", 1)[-1].lower()
+    for known, model in vocabulary().models.items():
+        if own in [checkpoint.rsplit("/", 1)[-1].lower() for checkpoint in model.checkpoints]:
+            return known
+    return None
+
+
+def _unpublished(ours: Ours) -> str:
+    """Why no figure can be compared with this result; empty if some may."""
+    model = _model(ours.model)
+    if model is None:
+        known = ", ".join(f"{m.title} ({m.checkpoints[0]})" for m in vocabulary().models.values())
+        data = "embedded" if ours.origin == "embedded" else "real"
+        return f"model {ours.model} on {data} data: published figures are of other models, {known}"
+    asked_of = {q.questions for q in vocabulary().quantities.values() if q.task == ours.task}
+    if not asked_of:
+        return f"task {ours.task}: no published figure is known to be of the same metric"
+    if ours.origin == "embedded":
+        return f"{ours.task}: asked on embedded synthetic data, published on the real data; run with --data hub"
+    (full,) = asked_of
+    if (ours.asked, ours.total) != (full, full):
+        asked = f"{ours.asked} of {ours.total} questions asked"
+        return f"{ours.task}: {asked}, published on all {full}; ask all, without --limit"
+    if all(figure.row.method != ours.method for figure in figures(model)):
+        return f"{ours.method}: no published figures on {vocabulary().models[model].title}"
+    return ""
+
+
+def _by_quantity(ours: Ours) -> dict[str, list[Figure]]:
+    """Figures of our model, method and task, by column."""
+    found = in_order(f for f in figures(_model(ours.model), ours.method) if f.quantity.task == ours.task)
+    return {name: [f for f in found if f.name == name] for name in dict.fromkeys(f.name for f in found)}
+
+
+def _pairs(ours: Ours, found: list[Figure]) -> tuple[list[Match], list[str]]:
+    """Matches among the figures of one column, and reasons for those that are none."""
+    quantity = found[0].quantity
+    if quantity.apart:
+        return [], [f"{quantity.apart} ({_sources(found)})"]
+    tuned = [figure for figure in found if figure.row.fine_tuned]
+    ranges = [figure for figure in found if isinstance(figure.value, tuple)]
+    usable = [figure for figure in found if not figure.row.fine_tuned and not isinstance(figure.value, tuple)]
+    value = sum(ours.metrics[key] for key in quantity.keys) * (100.0 if quantity.unit == "%" else 1.0)
+    pairs = [Match(ours, figure, value, agreed) for figure in usable if (agreed := agreement(ours, figure))]
+    reasons = [f"published after fine-tuning ({_sources(tuned)})"] if tuned else []
+    reasons += [f"only a range is known ({_sources(ranges)})"] if ranges else []
+    if usable and not pairs:
+        settings = ", ".join(dict.fromkeys(figure.row.budget or "setting not said" for figure in usable))
+        held = f"{ours.tokens.mean:.1f} tokens in the mean over layer inputs, {ours.tokens.last:.1f} after the last cut"
+        reasons.append(f"published at other settings ({settings}), ours holds {held}")
+    return pairs, reasons
+
+
+def agreement(ours: Ours, figure: Figure) -> str:
+    """By what our setting is the published one, in words; empty if it is another.
+
+    A nominal budget of which the source does not say what it counts may be that after the last cut only where there is
+    one cut: of several cuts, no paper names the last count alone.
+    """
+    row, tokens = figure.row, ours.tokens
+    if row.method == "none":
+        return "all tokens"
+    if row.options and all(ours.options.get(key) == value for key, value in row.options.items()):
+        return ", ".join(f"{key}={_spelled(value)}" for key, value in row.options.items())
+    if row.tokens is None:
+        return ""
+    counts = {
+        "inputs": tokens.mean,
+        "outputs": statistics.fmean([*tokens.per_layer[1:], tokens.last]),
+        "after": tokens.last,
+    }
+    cuts = len(set(tokens.per_layer)) - 1
+    unsaid = ["inputs", "outputs", *(["after"] if cuts <= 1 else [])]
+    for counted in unsaid if row.counted == "not said" else [row.counted]:
+        if abs(counts[counted] - row.tokens) <= TOLERANCE * row.tokens:
+            return f"{counts[counted]:.1f} tokens, {COUNTED[counted]}"
+    return ""
+
+
+def _sources(found: list[Figure]) -> str:
+    return ", ".join(dict.fromkeys(figure.paper.name for figure in found))
+
+
+def _spelled(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def render(comparison: Comparison, form: str = "text") -> str:
+    """The comparison in the format ``text``, ``md``, ``csv`` or ``json``."""
+    return formatted(form, lambda: [_grid(comparison)], lambda: _records(comparison))
+
+
+def _records(comparison: Comparison) -> list[dict[str, Any]]:
+    compared = [
+        {
+            "label": match.ours.label,
+            "task": match.ours.task,
+            "questions": match.ours.asked,
+            "seeds": match.ours.seeds,
+            "ours": match.value,
+            "gap": match.gap,
+            "budget": match.budget,
+            "left_out": None,
+            "published": record(match.figure),
+        }
+        for match in comparison.matches
+    ]
+    return compared + [{"left_out": reason} for reason in comparison.left_out]
+
+
+def _grid(comparison: Comparison) -> Grid:
+    lines = []
+    notes: dict[str, int] = {}
+    for match in comparison.matches:
+        ours, figure = match.ours, match.figure
+        marks = [str(notes.setdefault(note, len(notes) + 1)) for note in figure.remarks]
+        numbers = [f"{match.value:.2f}", figure.printed, f"{match.gap:+.2f}", figure.quantity.unit]
+        asked = [str(ours.asked), str(ours.seeds)]
+        budgets = [match.budget, figure.row.budget or "all tokens"]
+        benchmark = figure.quantity.title
+        lines.append([ours.label, benchmark, *numbers, *asked, *budgets, origin(figure), " ".join(marks)])
+    header = ["method", "benchmark", "ours", "published", "gap", "unit", "questions", "seeds"]
+    header += ["our setting", "published setting", "source", "notes"]
+    numbered = [f"{number}  {note}" for note, number in notes.items()]
+    left_out = [f"Not compared: {reason}." for reason in comparison.left_out]
+    return Grid("Ours against published figures", header, lines, [RULE, *numbered, *left_out])
