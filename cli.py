@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from . import __version__
-from .commands import compare, flops, lists, profile, published, runs
+from .commands import compare, fit, flops, lists, profile, published, runs
 from .errors import VisibenchError
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ COMMANDS = (
     runs.table,
     compare.compare,
     flops.flops,
+    fit.fit,
     published.published,
     profile.profile,
 )
