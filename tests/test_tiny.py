@@ -34,7 +34,6 @@ def config():
         "warmup": 2,
         "decay": 3,
         "weight_decay": 0.02,
-        "patch_weight": 0.5,
         "hint_weight": 1.0,
         "bf16": False,
         "log_every": 2,

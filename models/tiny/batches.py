@@ -32,6 +32,8 @@ class Phase:
     objects: tuple[int, int]
     kinds: dict[str, float]
     answers: float = 1.0  # weight of the answers' loss; 0: only the patches are trained
+    patch_weight: float = 0.5  # weight of the patches' loss beside the answers'
+    claims: bool = True  # whether hints say at which word a claim has proved true or false
     sign: float = 0.5
     suffix: float = 1.0  # share of the batches whose questions end as lmms-eval ends them; without, they are shorter
 
@@ -78,13 +80,13 @@ class Packer:
             order = np.argsort(plain + 0.5 * rng.random(len(plain)))
             chosen[row] = torch.from_numpy(np.sort(order[: phase.patches]))
         pixels = torch.from_numpy(np.stack([render(scene) for scene in scenes]))
-        return {"pixels": pixels, "labels": labels, "chosen": chosen} | self._pack(scenes, asked, suffix)
+        return {"pixels": pixels, "labels": labels, "chosen": chosen} | self._pack(scenes, asked, suffix, phase.claims)
 
     def _scene(self, phase: Phase, rng: np.random.Generator) -> Scene:
         sign = bool(rng.random() < phase.sign)
         return sample_scene(rng, sign=sign, count=phase.objects, forbidden=FORBIDDEN)
 
-    def _pack(self, scenes: list[Scene], asked: list[list[Question]], suffix: str) -> dict[str, Any]:
+    def _pack(self, scenes: list[Scene], asked: list[list[Question]], suffix: str, claims: bool) -> dict[str, Any]:
         """``ids`` and ``targets`` (B, questions, S): every question with its answer in a slot, padded at the end.
 
         ``hints`` (B, questions, S, words): what could be known at a token, see :func:`~.knowledge.hints`.
@@ -97,7 +99,7 @@ class Packer:
         for row, questions in enumerate(tails):
             for number, (tokens, start) in enumerate(questions):
                 named = self.tokenizer.convert_ids_to_tokens(tokens[:start])
-                for at, words in hints(named, scenes[row], asked[row][number]).items():
+                for at, words in hints(named, scenes[row], asked[row][number], claims).items():
                     known[row, number, at, : len(words)] = torch.tensor([self.words[word] for word in words])
                 ids[row, number, : len(tokens)] = torch.tensor(tokens)
                 targets[row, number, start - 1 : len(tokens) - 1] = torch.tensor(tokens[start:])

@@ -15,7 +15,7 @@ from ...evals.synthetic.scene import COLOURS, GRID, PATCH, SHAPES, SIZE, Object,
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
 ACROSS, DOWN = tuple(f"x{n}" for n in range(GRID)), tuple(f"y{n}" for n in range(GRID))
 # Words of training alone, which no question uses.
-LABEL_WORDS = ("background", "center", "border", *ORDINALS, *ACROSS, *DOWN)
+LABEL_WORDS = ("background", "center", "border", *ORDINALS, *ACROSS, *DOWN, "true", "false")
 # Words of which at most one is true, and the weight of telling them apart.
 GROUPS: dict[str, tuple[tuple[str, ...], float]] = {
     "shape": (tuple(SHAPES), 2.0),
@@ -31,8 +31,9 @@ GROUPS: dict[str, tuple[tuple[str, ...], float]] = {
     "down": (DOWN, 0.5),
     "number": (NUMBERS, 1.0),
     "truth": (("yes", "no"), 1.0),
+    "claim": (("true", "false"), 2.0),
 }
-MOST = 9  # words at one place, at the most
+MOST = 10  # words at one place, at the most
 
 
 def patch_words(scene: Scene) -> list[list[str]]:
@@ -55,19 +56,29 @@ def patch_words(scene: Scene) -> list[list[str]]:
     return words
 
 
-def hints(tokens: list[str], scene: Scene, question: Question) -> dict[int, list[str]]:
+def hints(tokens: list[str], scene: Scene, question: Question, claims: bool = True) -> dict[int, list[str]]:
     """What can be known at each token of a question: {token: words}.
 
     Where a thing is named ("circle", "red objects"): whether the image has it, how many, and if it is one, what it is
     like and where. At the question mark: the fact in question, and the answer. Inside a quoted word: the sign's next
-    letter, and whether all was right so far.
+    letter, and whether all was right so far. With ``claims``, at the word with which a claim is complete and at the
+    question mark: whether it is true.
     """
     known = {at: _of_things(*thing, scene) for at, thing in _named(tokens)}
     if question.kind != "text":
         known[tokens.index("?")] = [word for word in (question.answer, question.fact) if word]
     if question.kind == "verify_text" and scene.sign:
         known |= _of_letters(tokens, scene.sign.word)
+    if claims and question.fact:
+        for at in (_claimed(tokens, question.fact), tokens.index("?")):
+            known[at] = [*known.get(at, [question.fact]), {"yes": "true", "no": "false"}[question.answer]]
     return known
+
+
+def _claimed(tokens: list[str], fact: str) -> int:
+    """The token with which the claim is complete: the word offered for the fact, or the last thing named."""
+    group = next(words for words, _ in GROUPS.values() if fact in words)
+    return max(at for at in (*(at for at, _ in _named(tokens)), *(i for i, t in enumerate(tokens) if t in group)))
 
 
 def _named(tokens: list[str]) -> list[tuple[int, tuple[str, str]]]:

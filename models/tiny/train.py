@@ -164,7 +164,7 @@ class Trainer:
         figures |= {"answer_loss": answers.item(), "hint_loss": hints.item()}
         figures |= {f"know_{name}": value for name, value in known.items()}
         said = phase.answers * (answers + self.config["hint_weight"] * hints)
-        return said + self.config["patch_weight"] * seen, figures
+        return said + phase.patch_weight * seen, figures
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, float]:
         """One optimiser step."""
