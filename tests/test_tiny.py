@@ -1,6 +1,7 @@
 """The embedded model: its parts load as any LLaVA does, and its training is what it says."""
 
 import csv
+import dataclasses
 import string
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import torch
 import yaml
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
-from visibench.evals.synthetic.questions import FORBIDDEN, KINDS, WORDS
-from visibench.evals.synthetic.scene import GRID, SIZE, render, sample_scene, sample_word
+from visibench.evals.synthetic.questions import FORBIDDEN, KINDS, WORDS, Question
+from visibench.evals.synthetic.scene import GRID, HELD_OUT, SIZE, render, sample_scene, sample_word
 from visibench.models.tiny import train as training
-from visibench.models.tiny.batches import IGNORE, ORDINALS, SUFFIX, Packer, Phase, Stream
+from visibench.models.tiny.batches import IGNORE, SUFFIX, Packer, Phase, Stream
 from visibench.models.tiny.build import make_model, make_processor, make_tokenizer
+from visibench.models.tiny.knowledge import LABEL_WORDS, MOST, ORDINALS, hints, patch_words
 
 FOLDER = Path(training.__file__).parent
 CHECKPOINT = FOLDER / "checkpoint"
@@ -32,10 +34,10 @@ def config():
         "warmup": 2,
         "decay": 3,
         "weight_decay": 0.02,
-        "patch_weight": 0.5,
         "hint_weight": 1.0,
         "bf16": False,
         "log_every": 2,
+        "evaluate": {"every": 4, "limit": 4},
         "save_seconds": 3600,
         "phases": [phase | {"steps": 2, "questions": 0, "answers": 0, "kinds": {}}, phase | {"steps": 4}],
     }
@@ -62,7 +64,7 @@ def prompt(processor, question):
 
 def test_every_word_of_questions_and_prompts_is_one_token():
     tokenizer = make_tokenizer()
-    for word in (*WORDS, *ORDINALS, "background"):
+    for word in (*WORDS, *LABEL_WORDS):
         assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1, word
     rng = np.random.default_rng(0)
     for scene, _ in (image(seed, sign=True) for seed in range(30)):
@@ -137,16 +139,79 @@ def test_what_is_asked_about_is_never_dropped(packer):
         assert chosen.tolist() == sorted(set(chosen.tolist()))
 
 
-def test_patches_are_named_after_what_they_show(packer):
+def test_patches_are_named_after_what_they_show():
     scene, _ = image(3, sign=True, count=(2, 4))
-    words = packer.patch_words(scene)
+    words = patch_words(scene)
     assert len(words) == GRID * GRID
     for o in scene.objects:
         x, y = (int(c) // 12 for c in o.centre)
         assert {o.shape, o.colour, o.size, "left" if x < 6 else "right"} <= set(words[y * GRID + x])
-    spelled = {(word, named[1]) for named in words for word in named[:1] if named[1] in ORDINALS}
+    spelled = {(named[0], named[1]) for named in words if named[1] in ORDINALS}
     letters = [scene.sign.word[0], *("##" + letter for letter in scene.sign.word[1:])]
     assert spelled == set(zip(letters, ORDINALS, strict=False))
+
+
+def test_hints_are_what_the_image_shows(packer):
+    """Whatever a hint says of a thing is what the question kinds themselves answer about it."""
+    rng = np.random.default_rng(4)
+    seen = set()
+    for _ in range(60):
+        scene = sample_scene(rng, sign=True, count=(1, 5), forbidden=FORBIDDEN | {"third"})
+        for kind, ask in KINDS.items():
+            question = ask(scene, rng)
+            if question is None:
+                continue
+            ids, start = packer.tail(question, "")
+            tokens = packer.tokenizer.convert_ids_to_tokens(ids[:start])
+            known = hints(tokens, scene, question)
+            assert all(len(words) <= MOST and set(words) <= set(packer.words) for words in known.values())
+            if kind in ("color", "shape", "size", "side", "count", "exist", "exist_pair"):
+                named = min(known)
+                assert question.answer in known[named], question
+            if kind != "text":
+                assert question.answer in known[tokens.index("?")]
+            seen.add(kind)
+    assert seen == set(KINDS)
+
+
+@pytest.mark.parametrize(
+    ("said", "right"), [("bado", ["yes", "yes", "yes", "yes"]), ("bako", ["yes", "yes", "no", "no"])]
+)
+def test_hints_follow_a_quoted_word_letter_by_letter(packer, said, right):
+    scene, _ = image(5, sign=True)
+    scene = dataclasses.replace(scene, sign=dataclasses.replace(scene.sign, word="bado"))
+    question = Question("verify_text", f'Is the word on the sign "{said}"?', "yes" if said == "bado" else "no")
+    ids, start = packer.tail(question, "")
+    tokens = packer.tokenizer.convert_ids_to_tokens(ids[:start])
+    known = hints(tokens, scene, question)
+    opening = tokens.index('"')
+    assert known[opening] == ["b"]
+    assert [known[opening + k][-1] for k in (1, 2, 3, 4)] == right
+    assert [known[opening + k][0] for k in (1, 2, 3)] == ["##a", "##d", "##o"]
+
+
+def test_facts_are_the_truth_behind_yes_and_no():
+    rng = np.random.default_rng(6)
+    facts = 0
+    for _ in range(80):
+        scene = sample_scene(rng, count=(2, 5))
+        for ask in (KINDS[k] for k in ("verify_color", "verify_side", "verify_count", "relation")):
+            question = ask(scene, rng)
+            if question:
+                words = question.text.rstrip("?").split()
+                assert (question.fact in words) == (question.answer == "yes"), question
+                facts += 1
+    assert facts > 200
+
+
+def test_training_never_names_what_is_held_out(packer):
+    phase = Phase(
+        steps=1, images=1, questions=40, patches=72, objects=(3, 5), kinds={"exist_pair": 1, "verify_color": 1}
+    )
+    rng = np.random.default_rng(0)
+    asked = [q for _ in range(20) for q in packer.ask(sample_scene(rng, count=(3, 5)), phase, rng)]
+    named = {tuple(q.text.rstrip("?").split()) for q in asked}
+    assert not any({shape, colour} <= set(words) for words in named for shape, colour in HELD_OUT)
 
 
 # ---- training ---------------------------------------------------------------------------------------------------
@@ -193,7 +258,8 @@ def test_resumed_training_equals_an_unbroken_one(config, tmp_path):
         assert torch.equal(one, other), name
     curves = list(csv.reader((tmp_path / "whole" / "curves.csv").open()))
     assert {row[0] for row in curves} == {"2", "4", "6"}
-    assert {"patch_loss", "answer_loss", "text"} <= {row[1] for row in curves}
+    assert {"patch_loss", "answer_loss", "text", "know_truth", "see_shape"} <= {row[1] for row in curves}
+    assert [row[0] for row in curves if row[1] == "test pope pope_f1_score"] == ["4"]
 
 
 def test_export_is_loaded_by_plain_from_pretrained(config, tmp_path):
@@ -212,7 +278,7 @@ def test_the_committed_config_is_valid():
     phases = [Phase(**phase) for phase in config["phases"]]
     assert phases[-1].patches == GRID * GRID, "the last phase shows all patches"
     assert all(kind in KINDS for phase in phases for kind in phase.kinds)
-    assert config["model"]["layers"] >= 8
+    assert config["model"]["layers"] >= 12
 
 
 # ---- the shipped checkpoint -------------------------------------------------------------------------------------
@@ -234,7 +300,7 @@ def test_shipped_checkpoint_sees():
     """Plain ``generate`` on fresh test scenes: far better than the most frequent answer, and it stops."""
     model = LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(CHECKPOINT)
-    assert model.config.text_config.num_hidden_layers >= 8
+    assert model.config.text_config.num_hidden_layers >= 12
     rng = np.random.default_rng(9)
     texts, pictures, answers = [], [], []
     while len(texts) < 48:

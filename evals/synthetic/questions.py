@@ -19,12 +19,16 @@ TEXT_QUESTIONS = ("what word is written on the sign?", "what does the sign say?"
 
 @dataclass(frozen=True)
 class Question:
-    """``kind`` is a key of ``KINDS``; ``focus`` names what is asked about (for meta data)."""
+    """``kind`` is a key of ``KINDS``; ``focus`` names what is asked about (for meta data).
+
+    ``fact``: the one word that is true where a yes-no question offers a word: the real colour, side or number.
+    """
 
     kind: str
     text: str
     answer: str
     focus: str = ""
+    fact: str = ""
 
 
 def article(phrase: str) -> str:
@@ -106,7 +110,7 @@ def verify_color(scene: Scene, rng: np.random.Generator) -> Question | None:
         return None
     truth = rng.random() < 0.5
     colour = found[1].colour if truth else _pick(rng, [c for c in COLOURS if c != found[1].colour])
-    return Question("verify_color", f"Is the {found[0]} {colour}?", _yes(truth), found[0])
+    return Question("verify_color", f"Is the {found[0]} {colour}?", _yes(truth), found[0], found[1].colour)
 
 
 def size(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -141,9 +145,10 @@ def verify_side(scene: Scene, rng: np.random.Generator) -> Question | None:
     if found is None:
         return None
     truth = rng.random() < 0.5
-    answer = (found[1].centre[axis] > SIZE / 2) == truth
-    place = (("on the left side", "on the right side"), ("at the top", "at the bottom"))[axis][answer]
-    return Question("verify_side", f"Is the {found[0]} {place} of the image?", _yes(truth), found[0])
+    after = found[1].centre[axis] > SIZE / 2
+    place = (("on the left side", "on the right side"), ("at the top", "at the bottom"))[axis][after == truth]
+    fact = (("left", "right"), ("top", "bottom"))[axis][after]
+    return Question("verify_side", f"Is the {found[0]} {place} of the image?", _yes(truth), found[0], fact)
 
 
 def relation(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -156,9 +161,10 @@ def relation(scene: Scene, rng: np.random.Generator) -> Question | None:
         return None
     p, o, q, n = _pick(rng, pairs)
     truth = rng.random() < 0.5
-    after = (o.centre[axis] > n.centre[axis]) == truth
-    words = (("to the left of", "to the right of"), ("above", "below"))[axis][after]
-    return Question("relation", f"Is the {p} {words} the {q}?", _yes(truth), p)
+    after = o.centre[axis] > n.centre[axis]
+    words = (("to the left of", "to the right of"), ("above", "below"))[axis][after == truth]
+    fact = (("left", "right"), ("above", "below"))[axis][after]
+    return Question("relation", f"Is the {p} {words} the {q}?", _yes(truth), p, fact)
 
 
 def count(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -168,13 +174,13 @@ def count(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 def verify_count(scene: Scene, rng: np.random.Generator) -> Question | None:
     noun, number = _countable(scene, rng)
-    truth = rng.random() < 0.5
+    truth, fact = rng.random() < 0.5, NUMBERS[number]
     if not truth:
         number = _pick(rng, [n for n in range(max(1, number - 2), number + 3) if n != number and n < 6])
     if number == 0:
         return None
     noun, verb = (singular(noun), "Is") if number == 1 else (noun, "Are")
-    return Question("verify_count", f"{verb} there {NUMBERS[number]} {noun} in the image?", _yes(truth), noun)
+    return Question("verify_count", f"{verb} there {NUMBERS[number]} {noun} in the image?", _yes(truth), noun, fact)
 
 
 def _countable(scene: Scene, rng: np.random.Generator) -> tuple[str, int]:

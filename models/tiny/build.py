@@ -19,10 +19,12 @@ from transformers.models.clip import CLIPImageProcessorPil
 
 from ...evals.synthetic.questions import WORDS
 from ...evals.synthetic.scene import GRID, PATCH, SIZE
+from .knowledge import LABEL_WORDS
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-PROMPT_WORDS = """a chat between user and an assistant . : ? " answer the question using single word or phrase
-    background first second third fourth fifth""".split()
+PROMPT_WORDS = (
+    """a chat between user and an assistant . : ? " answer the question using single word or phrase""".split()
+)
 SYSTEM = "A chat between a user and an assistant. "
 TEMPLATE = (
     "{{ '" + SYSTEM + "' }}{% for message in messages %}{% if message['role'] == 'user' %}{{ 'USER: ' }}"
@@ -36,7 +38,7 @@ TEMPLATE = (
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Lower-case WordPiece over the words of the questions; any other word is spelled letter by letter."""
     letters = [*string.ascii_lowercase, *("##" + letter for letter in string.ascii_lowercase)]
-    words = list(dict.fromkeys([*SPECIAL, *letters, *PROMPT_WORDS, *WORDS]))
+    words = list(dict.fromkeys([*SPECIAL, *letters, *PROMPT_WORDS, *WORDS, *LABEL_WORDS]))
     tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -25,11 +25,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils.data import DataLoader
-from transformers import AttentionInterface
+from transformers import AttentionInterface, LlavaForConditionalGeneration
 
-from .. import load  # noqa: F401  (makes torchvision importable beside a CPU torch)
-from .batches import GROUPS, IGNORE, Packer, Phase, Stream
+from ...methods import load_method
+from .. import load
+from .batches import IGNORE, Packer, Phase, Stream
 from .build import GRID, make_model, make_processor
+from .knowledge import GROUPS
+
+BACKGROUND_WORDS = 5  # a patch of background is named "background" and by where it lies
 
 
 class Trainer:
@@ -53,9 +57,7 @@ class Trainer:
         self.step = 0
         packer = Packer()
         self.prefix = torch.tensor(packer.prefix)
-        self.groups = {
-            name: (torch.tensor([packer.words[w] for w in words]), share) for name, (words, share) in GROUPS.items()
-        }
+        self.groups = [torch.tensor([packer.words[w] for w in words]) for words, _ in GROUPS.values()]
 
     # ---- one step ---------------------------------------------------------------------------------------------
 
@@ -90,28 +92,36 @@ class Trainer:
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         return core.multi_modal_projector(hidden[:, 1:])
 
-    def patch_loss(self, patches: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """How well patches (B, 144, D) name what they show, ``labels`` (B, 144, words); and accuracies for the log.
+    def naming_loss(self, logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """How well ``logits`` (N, words) name the words of ``labels`` (N, n), IGNORE filling up; accuracies by group.
 
-        The mean cross entropy to all words of a patch, and for each group of words that exclude each other (shapes,
-        colours, letters …) the cross entropy among them.
+        The mean cross entropy to all words of a place, and for each group of words that exclude each other (shapes,
+        colours, letters …) the cross entropy among them. ``weight`` (N,) is for the former.
         """
+        known = labels != IGNORE
+        each = (-log_softmax(logits, -1).gather(-1, labels.clamp(min=0)) * known).sum(-1) / known.sum(-1)
+        loss, right = (each * weight).sum() / weight.sum(), {}
+        for (name, (_, share)), words in zip(GROUPS.items(), self.groups, strict=True):
+            named = labels[..., None] == words
+            shown = named.flatten(1).any(-1)
+            if shown.any():
+                mine, target = logits[shown][:, words], named[shown].any(1).int().argmax(-1)
+                loss = loss + share * cross_entropy(mine, target)
+                right[name] = (mine.argmax(-1) == target).float().mean().item()
+        return loss, right
+
+    def patch_loss(self, patches: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """How well patches (B, 144, D) name what they show, ``labels`` (B, 144, words)."""
         embed: Any = self.model.get_input_embeddings()
         table = embed.weight.detach()
         normed = patches * torch.rsqrt(patches.float().pow(2).mean(-1, keepdim=True) + 1e-6)
         logits = (normed @ table.T).float() * self.scale.exp()
         # Patches that show something count five times as much as background.
-        weight = torch.where((labels != IGNORE).sum(-1) > 3, 5.0, 1.0)
-        loss = (naming_loss(logits, labels) * weight).sum() / weight.sum()
-        figures = {"patch_loss": loss.item()}
-        for name, (words, share) in self.groups.items():
-            index = (labels[..., None] == words).any(2).int().argmax(-1)
-            shown = (labels[..., None] == words).flatten(2).any(-1)
-            if shown.any():
-                mine, target = logits[shown][:, words], index[shown]
-                loss = loss + share * cross_entropy(mine, target)
-                figures[f"see_{name}"] = (mine.argmax(-1) == target).float().mean().item()
-        return loss, figures
+        something = (labels != IGNORE).sum(-1) > BACKGROUND_WORDS
+        loss, right = self.naming_loss(
+            logits.flatten(0, 1), labels.flatten(0, 1), torch.where(something, 5.0, 1.0).flatten()
+        )
+        return loss, {"patch_loss": loss.item()} | {f"see_{name}": value for name, value in right.items()}
 
     def answer_logits(self, patches: Tensor, batch: dict[str, Any]) -> Tensor:
         """Logits at the tokens of the questions and answers (B, questions, S, words)."""
@@ -146,16 +156,15 @@ class Trainer:
         targets = batch["targets"]
         answers = cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=IGNORE)
         hinted = (batch["hints"] != IGNORE).any(-1)
-        hints = naming_loss(logits[hinted], batch["hints"][hinted]).mean()
+        hints, known = self.naming_loss(logits[hinted], batch["hints"][hinted], torch.ones(int(hinted.sum())))
         right = ((logits.argmax(-1) == targets) | (targets == IGNORE)).all(-1).tolist()
         for kinds, flags in zip(batch["kinds"], right, strict=True):
             for kind, flag in zip(kinds, flags, strict=True):
                 figures.setdefault(kind, []).append(float(flag))
         figures |= {"answer_loss": answers.item(), "hint_loss": hints.item()}
-        first = logits.argmax(-1)[hinted] == batch["hints"][hinted][:, 0]
-        figures["hint_yes_no"] = first.float().mean().item()
+        figures |= {f"know_{name}": value for name, value in known.items()}
         said = phase.answers * (answers + self.config["hint_weight"] * hints)
-        return said + self.config["patch_weight"] * seen, figures
+        return said + phase.patch_weight * seen, figures
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, float]:
         """One optimiser step."""
@@ -201,19 +210,16 @@ class Trainer:
                 if moments:
                     self.optimiser.state[p] = moments
 
-    def export(self, folder: Path) -> None:
-        """Write a checkpoint that ``from_pretrained`` reads, in fp16."""
+    def plain_model(self) -> LlavaForConditionalGeneration:
+        """The model as it is, with transformers' own attention."""
         model = make_model(**self.config["model"])
         model.load_state_dict(self.model.state_dict())
-        model.half().save_pretrained(folder)
+        return model.eval()
+
+    def export(self, folder: Path) -> None:
+        """Write a checkpoint that ``from_pretrained`` reads, in fp16."""
+        self.plain_model().half().save_pretrained(folder)
         make_processor().save_pretrained(folder)
-
-
-def naming_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy (…) of ``logits`` (…, words) to all the words of ``labels`` (…, n) alike; IGNORE fills up."""
-    known = labels != IGNORE
-    each = -log_softmax(logits, -1).gather(-1, labels.clamp(min=0)) * known
-    return each.sum(-1) / known.sum(-1)
 
 
 def packed_attention(
@@ -258,6 +264,20 @@ AttentionInterface.register("tiny_packed", packed_attention)
 AttentionInterface.register("tiny_plain", plain_attention)
 
 
+@torch.no_grad()
+def scores(trainer: Trainer, limit: int) -> dict[str, float]:
+    """The task metrics by lmms-eval's scorers, on the first ``limit`` questions of each embedded test set."""
+    from ...evals.lmms import evaluate
+    from ...evals.tasks import TASKS, load_tasks
+
+    loaded = load.LoadedModel("tiny", trainer.plain_model(), make_processor())
+    found = {}
+    for task in load_tasks(list(TASKS)):
+        evaluation = evaluate(loaded, load_method("none"), task, limit=limit, batch_size=20)
+        found |= {f"test {task.name} {score.key}": score.value for score in evaluation.scores}
+    return found
+
+
 def train(config: dict[str, Any], folder: Path, until: int | None = None, workers: int = 1) -> Trainer:
     """Run or continue a training, to the end or up to step ``until``; curves go to ``curves.csv``."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -276,6 +296,8 @@ def train(config: dict[str, Any], folder: Path, until: int | None = None, worker
         if trainer.step % config["log_every"] == 0:
             _log(trainer, {k: sum(v) / len(v) for k, v in sums.items()}, time.monotonic() - began)
             sums.clear()
+        if trainer.step % config["evaluate"]["every"] == 0:
+            _log(trainer, scores(trainer, config["evaluate"]["limit"]), time.monotonic() - began)
         if time.monotonic() - saved > config["save_seconds"]:
             trainer.save()
             saved = time.monotonic()
