@@ -2,6 +2,20 @@
 
 ``fit("fitprune", model, samples, target=0.5)`` gives the method with what was found; ``FITS`` lists the searches. Their
 keyword-only parameters are what a user may set. Samples are inputs of the model, as dictionaries; answers play no part.
+
+FitPrune, as in the authors' code (ywh187/FitPrune@d28e418, ``statistical_analysis.py``), knows two masses of a layer:
+the mean attention that visual tokens get from visual queries, and that from text queries, each weight the largest over
+heads::
+
+    dense masses = those of the unpruned model, by layer
+    for alpha, by bisection:
+        layer by layer, for each mass: the lightest visual tokens that leave 1 - alpha of the dense mass
+        delete those that both can spare, and go on without them
+        stop deleting where the mean compute, if no more were deleted, meets the target
+    the smallest alpha that meets it; its deletions, mean over samples
+
+What must remain is measured by the dense model, also where earlier deletions have changed the layer. When the schedule
+is used (``methods.fitprune``), the product of the masses says which tokens go instead.
 """
 
 from __future__ import annotations
@@ -55,19 +69,7 @@ def fitprune_deletions(
 ) -> Fitted:
     """The schedule of FitPrune that spares ``target`` of the decoder's compute on visual tokens.
 
-    As in the authors' code (ywh187/FitPrune@d28e418, ``statistical_analysis.py``), with two masses in each layer: the
-    mean attention that visual tokens get from visual queries, and that from text queries, each weight the largest over
-    heads::
-
-        dense masses  = those of the unpruned model, by layer
-        for alpha, by bisection:
-            layer by layer, for each mass: the lightest visual tokens that leave 1 - alpha of the dense mass
-            delete those that are spared by both, and go on without them
-            stop deleting where the mean compute, if no more were deleted, meets the target
-        the smallest alpha that meets it; its deletions, mean over samples
-
-    The masses that must remain are those of the dense model, also where earlier deletions have changed the layer. In
-    ``methods.fitprune`` a scheduled number of tokens goes by the product of the two masses instead.
+    The search is in the module's description.
 
     Parameters
     ----------
@@ -109,6 +111,11 @@ def fitprune_deletions(
             f"fitprune: target {target:g} is out of reach: layer 0 always sees all visual tokens, and "
             f"{geometry.layers} layers can spare {most:g} at most; give a lower target"
         )
+    return _scheduled(counts, alpha, target, geometry)
+
+
+def _scheduled(counts: Tensor, alpha: float, target: float, geometry: Geometry) -> Fitted:
+    """FitPrune with the deletions that turn every prompt's visual tokens into the mean of ``counts``."""
     out_of = int(counts[:, 0].max())
     left = (out_of * counts.sum(0) / counts[:, 0].sum()).round().long()
     deletions = (left[:-1] - left[1:]).tolist()

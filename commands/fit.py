@@ -13,6 +13,7 @@ from ..errors import DataError, OptionError
 from .shared import AsJson
 
 if TYPE_CHECKING:
+    from ..analysis.fit import Fitted
     from ..evals.tasks import Task
     from ..models import LoadedModel
 
@@ -53,20 +54,8 @@ def fit(
     loaded = load_model(model, device=device, dtype=dtype)
     with Console(stderr=True).status(f"Fitting {method} on {samples} prompts …"):
         fitted = searches.fit(method, loaded.model, _inputs(loaded, loaded_task, drawn, batch_size), **settings)
-    result = {
-        "spec": str(fitted.method),
-        "method": {"name": method} | _chosen(fitted.method),
-        "found": fitted.found,
-        "settings": settings,
-        "prompts": {
-            "task": task,
-            "origin": loaded_task.origin,
-            "seed": seed,
-            "of": len(loaded_task.docs),
-            "ids": drawn,
-        },
-        "model": loaded.describe(),
-    }
+    prompts = {"task": task, "origin": loaded_task.origin, "seed": seed, "of": len(loaded_task.docs), "ids": drawn}
+    result = _result(fitted, settings) | {"prompts": prompts, "model": loaded.describe()}
     if out is not None:
         _write(result, out)
     if as_json:
@@ -95,12 +84,19 @@ def _inputs(loaded: LoadedModel, task: Task, drawn: list[int], batch_size: int) 
     return batches
 
 
-def _chosen(method: Any) -> dict[str, Any]:
-    """Options that differ from their defaults, as an entry of a sweep configuration has them."""
+def _result(fitted: Fitted, settings: dict[str, Any]) -> dict[str, Any]:
+    """The method, on the command line and as an entry of a sweep configuration, and the numbers of the search."""
     import dataclasses
 
-    defaults = {field.name: field.default for field in dataclasses.fields(method)}
-    return {k: v for k, v in method.hyperparameters().items() if getattr(method, k) != defaults[k]}
+    method = fitted.method
+    chosen = [field.name for field in dataclasses.fields(method) if getattr(method, field.name) != field.default]
+    options = {name: value for name, value in method.hyperparameters().items() if name in chosen}
+    return {
+        "spec": str(method),
+        "method": {"name": method.name} | options,
+        "found": fitted.found,
+        "settings": settings,
+    }
 
 
 def _write(result: dict[str, Any], file: Path) -> None:

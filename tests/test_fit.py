@@ -105,7 +105,7 @@ def test_fitprune_is_the_search_by_hand(rows, llava):
 
 
 def test_a_batch_is_fitted_like_its_rows(llava):
-    samples = make_batch(RAGGED)
+    samples = make_batch([(5, 30, 1), (3, 5, 2)])
     settings = {"target": 0.5, "tolerance": 0.05}
     assert fit.fit("fitprune", llava, [collate(samples)], **settings) == fit.fit("fitprune", llava, samples, **settings)
 
