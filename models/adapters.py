@@ -5,10 +5,12 @@ The engine and the FLOPs counter read models only through an :class:`Adapter`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -16,37 +18,14 @@ from ..errors import UnsupportedModelError, suggest
 
 
 @dataclass(frozen=True)
-class Family:
-    """Attribute paths, from the top-level model, of the parts of one architecture (``config.model_type``)."""
-
-    decoder: str
-    vision_tower: str | None = None
-    vision_blocks: str | None = None
-    projector: str | None = None
-    # Parts of a vision block: the norm in front of its MLP, and the MLP.
-    vision_norm: str = "layer_norm2"
-    vision_mlp: str = "mlp"
-    image_token: str = "image_token_id"
-
-
-_DECODER_ONLY = Family(decoder="model")
-FAMILIES: dict[str, Family] = {
-    "llama": _DECODER_ONLY,
-    "mistral": _DECODER_ONLY,
-    "qwen2": _DECODER_ONLY,
-    "qwen3": _DECODER_ONLY,
-    "llava": Family(
-        decoder="model.language_model",
-        vision_tower="model.vision_tower",
-        vision_blocks="model.vision_tower.encoder.layers",
-        projector="model.multi_modal_projector",
-    ),
-}
-
-
-@dataclass(frozen=True)
 class VisionGeometry:
-    """Sizes of the vision tower and projector. ``tokens`` counts the patches of one image, without CLS."""
+    """Sizes of the vision tower and projector.
+
+    ``tokens``: visual tokens of one image, or of one tile in a family that cuts images into tiles; 0 if they depend on
+    the image. ``patches``: those of which the tower makes them, without CLS. ``merged``: patches in one token.
+    ``projector_macs``: for one token. ``ffn_matrices``: 2, or 3 in a gated FFN. ``window``: patches along a side of the
+    windows in which blocks attend, all but ``full_blocks`` of them; None: every block attends to the whole image.
+    """
 
     layers: int
     hidden: int
@@ -57,10 +36,19 @@ class VisionGeometry:
     has_cls: bool
     feature_block: int
     projector_macs: int
+    merged: int = 1
+    ffn_matrices: int = 2
+    window: int | None = None
+    full_blocks: int = 0
+
+    @property
+    def patches(self) -> int:
+        """Patches of one image or tile, without CLS."""
+        return self.tokens * self.merged
 
     @property
     def grid(self) -> int:
-        """Patches along one side of the (square) image."""
+        """Visual tokens along one side of the (square) image."""
         return round(self.tokens**0.5)
 
 
@@ -78,6 +66,135 @@ class Geometry:
     vision: VisionGeometry | None = None
 
 
+# ---- families -----------------------------------------------------------------------------------------------------
+
+
+def _clip(config: Any, projector_macs: int) -> VisionGeometry:
+    vision = config.vision_config
+    # hidden_states[0] is the embedding: hidden_states[f] is the output of block f - 1, and from the end for f < 0.
+    feature = config.vision_feature_layer
+    return VisionGeometry(
+        layers=vision.num_hidden_layers,
+        hidden=vision.hidden_size,
+        heads=vision.num_attention_heads,
+        intermediate=vision.intermediate_size,
+        tokens=(vision.image_size // vision.patch_size) ** 2,
+        patch_inputs=vision.num_channels * vision.patch_size**2,
+        has_cls=config.vision_feature_select_strategy == "default",
+        feature_block=feature - 1 if feature >= 0 else vision.num_hidden_layers + feature,
+        projector_macs=projector_macs,
+    )
+
+
+def _intern_vit(config: Any, projector_macs: int) -> VisionGeometry:
+    vision, merged = config.vision_config, round(config.downsample_ratio**-2)
+    patches = (vision.image_size[0] // vision.patch_size[0]) * (vision.image_size[1] // vision.patch_size[1])
+    return VisionGeometry(
+        layers=vision.num_hidden_layers,
+        hidden=vision.hidden_size,
+        heads=vision.num_attention_heads,
+        intermediate=vision.intermediate_size,
+        tokens=patches // merged,
+        patch_inputs=vision.num_channels * vision.patch_size[0] * vision.patch_size[1],
+        has_cls=config.vision_feature_select_strategy == "default",
+        feature_block=vision.num_hidden_layers - 1,
+        projector_macs=projector_macs,
+        merged=merged,
+    )
+
+
+def _qwen_vit(config: Any, projector_macs: int) -> VisionGeometry:
+    vision = config.vision_config
+    return VisionGeometry(
+        layers=vision.depth,
+        hidden=vision.hidden_size,
+        heads=vision.num_heads,
+        intermediate=vision.intermediate_size,
+        tokens=0,
+        patch_inputs=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+        has_cls=False,
+        feature_block=vision.depth - 1,
+        projector_macs=projector_macs,
+        merged=vision.spatial_merge_size**2,
+        ffn_matrices=3,
+        # Windows hold whole tokens.
+        window=vision.window_size // vision.spatial_merge_size // vision.patch_size * vision.spatial_merge_size,
+        full_blocks=len(vision.fullatt_block_indexes),
+    )
+
+
+def _tiles(vision: VisionGeometry, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    pixels = args[0] if args else kwargs["pixel_values"]
+    return torch.tensor([[1, vision.grid, vision.grid]]).expand(pixels.shape[0], -1)
+
+
+def _grids(vision: VisionGeometry, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    return kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Attribute paths, from the top-level model, of the parts of one architecture (``config.model_type``).
+
+    ``vision``: sizes of its vision side, from the configuration and the projector's MACs for a token. ``sides``: stages
+    of methods that may act on that side. ``grids``: frames and patches (N, 3) of each image or tile, from the arguments
+    of the vision tower; None where every image has ``VisionGeometry.tokens``.
+    """
+
+    decoder: str
+    vision_tower: str | None = None
+    vision_blocks: str | None = None
+    projector: str | None = None
+    # Parts of a vision block: the norm in front of its MLP, and the MLP.
+    vision_norm: str = "layer_norm2"
+    vision_mlp: str = "mlp"
+    image_token: str = "image_token_id"
+    vision: Callable[[Any, int], VisionGeometry] | None = None
+    sides: tuple[str, ...] = ()
+    grids: Callable[[Any, tuple, Mapping[str, Any]], Tensor] | None = None
+
+
+_DECODER_ONLY = Family(decoder="model")
+FAMILIES: dict[str, Family] = {
+    "llama": _DECODER_ONLY,
+    "mistral": _DECODER_ONLY,
+    "qwen2": _DECODER_ONLY,
+    "qwen3": _DECODER_ONLY,
+    "llava": Family(
+        decoder="model.language_model",
+        vision_tower="model.vision_tower",
+        vision_blocks="model.vision_tower.encoder.layers",
+        projector="model.multi_modal_projector",
+        vision=_clip,
+        sides=("image", "tower", "vision", "projector"),
+    ),
+    "llava_next": Family(
+        decoder="model.language_model",
+        vision_tower="model.vision_tower",
+        vision_blocks="model.vision_tower.encoder.layers",
+        projector="model.multi_modal_projector",
+        vision=_clip,
+        grids=_tiles,
+    ),
+    "internvl": Family(
+        decoder="model.language_model",
+        vision_tower="model.vision_tower",
+        vision_blocks="model.vision_tower.encoder.layer",
+        projector="model.multi_modal_projector",
+        vision=_intern_vit,
+        sides=("projector",),
+    ),
+    "qwen2_5_vl": Family(
+        decoder="model.language_model",
+        vision_tower="model.visual",
+        vision_blocks="model.visual.blocks",
+        projector="model.visual.merger",
+        vision=_qwen_vit,
+        grids=_grids,
+    ),
+}
+
+
 class Adapter:
     """The parts of one model. Raises :class:`UnsupportedModelError` for an architecture that is not in the table."""
 
@@ -87,7 +204,7 @@ class Adapter:
             raise UnsupportedModelError(
                 f"cannot prune {type(model).__name__}: architecture {kind!r} has no adapter; {suggest(kind, FAMILIES)}"
             )
-        self.model = model
+        self.model, self.kind = model, kind
         self.family = FAMILIES[kind]
         self.decoder = self._part(self.family.decoder)
         self.vision_tower = self._part(self.family.vision_tower)
@@ -108,13 +225,21 @@ class Adapter:
             ) from None
 
     def rotary(self, like: Tensor, positions: Tensor) -> Any:
-        """Rotary cos and sin for int ``positions`` (B, L), in the dtype and on the device of ``like``."""
-        return self.decoder.rotary_emb(like, position_ids=positions)
+        """Rotary cos and sin for int ``positions``, in the dtype and on the device of ``like``.
+
+        Positions are (B, L), or (B, L, 3) in a family that counts time, height and width.
+        """
+        axes_first = positions.movedim(-1, 0) if positions.ndim == 3 else positions
+        return self.decoder.rotary_emb(like, position_ids=axes_first)
 
     @property
     def geometry(self) -> Geometry:
         """Sizes of the model, read from its configuration and projector."""
         text = self.decoder.config
+        vision = None
+        if self.family.vision is not None:
+            macs = sum(m.weight.numel() for m in self.projector.modules() if isinstance(m, nn.Linear))
+            vision = self.family.vision(self.model.config, macs)
         return Geometry(
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,
@@ -123,22 +248,5 @@ class Adapter:
             head_size=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
             intermediate=text.intermediate_size,
             vocabulary=text.vocab_size,
-            vision=self._vision_geometry() if self.vision_tower is not None else None,
-        )
-
-    def _vision_geometry(self) -> VisionGeometry:
-        vision, config = self.vision_tower.config, self.model.config
-        # hidden_states[0] is the embedding: hidden_states[f] is the output of block f - 1, and from the end for f < 0.
-        feature = config.vision_feature_layer
-        block = feature - 1 if feature >= 0 else vision.num_hidden_layers + feature
-        return VisionGeometry(
-            layers=vision.num_hidden_layers,
-            hidden=vision.hidden_size,
-            heads=vision.num_attention_heads,
-            intermediate=vision.intermediate_size,
-            tokens=(vision.image_size // vision.patch_size) ** 2,
-            patch_inputs=vision.num_channels * vision.patch_size**2,
-            has_cls=config.vision_feature_select_strategy == "default",
-            feature_block=block,
-            projector_macs=sum(m.weight.numel() for m in self.projector.modules() if isinstance(m, nn.Linear)),
+            vision=vision,
         )

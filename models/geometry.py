@@ -5,6 +5,7 @@ For compute, time and memory only the sizes count: weights are random, or missin
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -95,6 +96,8 @@ def synthetic_inputs(adapter: Adapter, batch: int, prompt: int, visual_tokens: i
     if visual_tokens:
         shape, more = IMAGES[model.config.model_type](adapter, visual_tokens, batch)
         inputs |= {"pixel_values": torch.randn(shape, generator=generator).to(model.dtype)} | more
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        inputs["mm_token_type_ids"] = (ids == adapter.image_token).int()
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 
@@ -103,15 +106,47 @@ Images = tuple[tuple[int, ...], dict[str, Tensor]]
 
 def _whole_images(adapter: Adapter, visual_tokens: int, batch: int) -> Images:
     """Images of one size, each of equally many tokens."""
-    vision = adapter.geometry.vision
+    vision, size = adapter.geometry.vision, adapter.model.config.vision_config.image_size
     assert vision is not None
     images, rest = divmod(visual_tokens, vision.tokens)
     if rest:
         raise InputError(
             f"{visual_tokens} visual tokens are no whole images of {vision.tokens}: give a multiple of that"
         )
-    side = adapter.model.config.vision_config.image_size
-    return (batch * images, 3, side, side), {}
+    height, width = (size, size) if isinstance(size, int) else size
+    return (batch * images, 3, height, width), {}
 
 
-IMAGES: dict[str, Callable[[Adapter, int, int], Images]] = {"llava": _whole_images}
+def _tiled_image(adapter: Adapter, visual_tokens: int, batch: int) -> Images:
+    """One image a row, of a shape that is cut into tiles without padding: those and a small whole, lines ended."""
+    vision, config = adapter.geometry.vision, adapter.model.config
+    assert vision is not None
+    tile, side = config.vision_config.image_size, vision.grid
+    shapes = {}
+    for height, width in config.image_grid_pinpoints:
+        rows, columns = height // tile * side, width // tile * side
+        shapes[side**2 + rows * (columns + 1)] = (height, width)
+    if visual_tokens not in shapes:
+        known = ", ".join(map(str, sorted(shapes)))
+        raise InputError(f"no image shape gives {visual_tokens} visual tokens: choose one of {known}")
+    height, width = shapes[visual_tokens]
+    tiles = 1 + (height // tile) * (width // tile)
+    return (batch, tiles, 3, tile, tile), {"image_sizes": torch.tensor([[height, width]]).expand(batch, -1)}
+
+
+def _grid_image(adapter: Adapter, visual_tokens: int, batch: int) -> Images:
+    """One image a row, as square as its number of tokens allows."""
+    vision, config = adapter.geometry.vision, adapter.model.config
+    assert vision is not None
+    rows = max(n for n in range(1, int(visual_tokens**0.5) + 1) if visual_tokens % n == 0)
+    merge = config.vision_config.spatial_merge_size
+    grid = torch.tensor([[1, rows * merge, visual_tokens // rows * merge]])
+    return (batch * int(grid.prod()), vision.patch_inputs), {"image_grid_thw": grid.expand(batch, -1)}
+
+
+IMAGES: dict[str, Callable[[Adapter, int, int], Images]] = {
+    "llava": _whole_images,
+    "internvl": _whole_images,
+    "llava_next": _tiled_image,
+    "qwen2_5_vl": _grid_image,
+}
