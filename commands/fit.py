@@ -24,11 +24,11 @@ def fit(
     target: Annotated[
         float | None, typer.Option(help="fitprune: share of the decoder's compute on visual tokens to spare.")
     ] = None,
-    tolerance: Annotated[float | None, typer.Option(help="fitprune: how closely to search.  [default: 0.01]")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="fitprune: how closely to search (default 0.01).")] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="vtw: largest KL divergence of the next token, in nats.  [default: 0.003]")
+        float | None, typer.Option(help="vtw: largest KL divergence of the next token, in nats (default 0.003).")
     ] = None,
-    first: Annotated[int | None, typer.Option(help="vtw: the first layer to try.  [default: 5]")] = None,
+    first: Annotated[int | None, typer.Option(help="vtw: the first layer to try (default 5).")] = None,
     samples: Annotated[int, typer.Option(min=1, metavar="N", help="Number of prompts.")] = 32,
     task: Annotated[str, typer.Option(help="The prompts are a task's questions, drawn without their answers.")] = "gqa",
     data: Annotated[str, typer.Option(help="embedded, hub, or a folder laid out like the hub.")] = "embedded",
