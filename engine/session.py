@@ -60,6 +60,7 @@ class PruningSession:
         self.model, self.method, self.layout, self.watch = model, method, layout, watch
         self.adapter = Adapter(model)
         self.geometry = self.adapter.geometry
+        self._tap = VisionTap(self.adapter, method, watch)
         method.check(self.geometry)
         self._trace: Trace | None = None
         self._stages: list[Stage] = []  # of each decoder layer
@@ -67,10 +68,10 @@ class PruningSession:
         self._inputs: dict[str, Any] = {}
         self._cache: weakref.ref | None = None
         self._padding: Tensor | None = None
+        self._positions: Tensor  # of the latest call of the model's rotary table
         self._forward = Forward()
         self._decoding = False
         self._exit = ExitStack()
-        self._tap = VisionTap(self.adapter, method, watch)
 
     @property
     def trace(self) -> Trace:
@@ -90,6 +91,7 @@ class PruningSession:
             stack.callback(_active.discard, decoder)
             hook = partial(_hooked, stack)
             hook(self.model.register_forward_pre_hook, self._on_model)
+            hook(decoder.rotary_emb.register_forward_pre_hook, self._on_rotary)
             for number, layer in enumerate(self.adapter.layers):
                 hook(layer.register_forward_pre_hook, partial(self._on_layer, number))
             if "attention" in self.method.stage:
@@ -130,6 +132,10 @@ class PruningSession:
         self._stages, self._cache = [], None
         self._inputs = dict(inputs)
 
+    def _on_rotary(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Positions as the model has them, (B, L) or (3, B, L): not every family hands them on to its layers."""
+        self._positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+
     def _on_layer(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
         if self._decoding:
@@ -145,8 +151,7 @@ class PruningSession:
         self.trace.enter(stage.layout)
         if not stage.own:
             return (hidden, *args), kwargs
-        own = {"attention_mask": stage.mask, "position_embeddings": stage.rope, "position_ids": stage.positions}
-        return (hidden, *args), kwargs | own
+        return (hidden, *args), kwargs | _ruling(stage.mask, stage.rope, stage.positions)
 
     # ---- prefill ----------------------------------------------------------------------------------------------
 
@@ -155,7 +160,9 @@ class PruningSession:
             raise InputError("under prune() call the model itself, not a part of it")
         cache = kwargs.get("past_key_values")
         self._cache = None if cache is None else weakref.ref(cache)
-        positions = kwargs["position_ids"].expand(hidden.shape[0], -1)
+        self.trace.grids = self._tap.grids
+        positions = self._positions.movedim(0, -1) if self._positions.ndim == 3 else self._positions
+        positions = positions.expand(hidden.shape[0], *positions.shape[1:])
         patches = self.geometry.vision.tokens if self.geometry.vision else 1
         hashes = partial(row_hashes, self.trace.prompt, self._inputs, self._tap.pixels, patches)
         layout = replace(self.trace.prompt, hash_inputs=hashes)
@@ -217,10 +224,12 @@ class PruningSession:
         if change is None:
             return stage, hidden
         hidden = change.gather(hidden, merge.added)
+        alike = lambda places: _on_every_axis(places, stage.positions)  # noqa: E731
         if self.method.positions == "renumber":
-            positions = (change.layout.valid.cumsum(1) - 1).clamp(min=0)
+            positions = alike((change.layout.valid.cumsum(1) - 1).clamp(min=0))
         else:
-            positions = change.gather(stage.positions, self._added_positions(merge))
+            places = self._added_positions(merge)
+            positions = change.gather(stage.positions, None if places is None else alike(places))
         return self._stage(change.layout, positions, hidden), hidden
 
     def _added_positions(self, merge: Merge) -> Tensor | None:
@@ -266,20 +275,32 @@ class PruningSession:
             return stage.step
         assert stage.next_position is not None
         queries = hidden.shape[1]
-        positions = stage.next_position + torch.arange(queries, device=hidden.device)
+        steps = torch.arange(queries, device=hidden.device).expand(hidden.shape[0], -1)
+        positions = stage.next_position + _on_every_axis(steps, stage.positions)
         stage.next_position = stage.next_position + queries
-        new = torch.ones_like(positions, dtype=torch.bool)
+        new = torch.ones_like(steps, dtype=torch.bool)
         if self._padding is not None and self._padding.shape[1] >= queries:
             new = self._padding[:, -queries:].bool()
         stage.length += queries
         if stage.valid is not None:
             stage.valid = torch.cat([stage.valid, new], dim=1)
-        stage.step = {
-            "attention_mask": attention_mask(self._implementation, stage.valid, queries, stage.length, hidden),
-            "position_embeddings": self.adapter.rotary(hidden, positions),
-            "position_ids": positions,
-        }
+        mask = attention_mask(self._implementation, stage.valid, queries, stage.length, hidden)
+        stage.step = _ruling(mask, self.adapter.rotary(hidden, positions), positions)
         return stage.step
+
+
+def _ruling(mask: Tensor | None, rope: Any, positions: Tensor) -> dict[str, Any]:
+    """What a layer is told. Layers take positions of one axis alone, to tell packed sequences apart."""
+    return {
+        "attention_mask": mask,
+        "position_embeddings": rope,
+        "position_ids": positions if positions.ndim == 2 else None,
+    }
+
+
+def _on_every_axis(places: Tensor, positions: Tensor) -> Tensor:
+    """Int (B, n) in the form of ``positions``, (B, L) or (B, L, 3), as text has them: the same on every axis."""
+    return places if positions.ndim == 2 else places[..., None].expand(-1, -1, positions.shape[2])
 
 
 def _hooked(stack: ExitStack, register: Callable, hook: Callable) -> None:

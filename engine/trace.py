@@ -38,6 +38,8 @@ class Trace:
         self.projected = torch.tensor(prompt.visual_counts)
         # Tokens of one image at the attention and at the MLP of each vision block; None: all of them in every block.
         self.tower: tuple[tuple[int, int], ...] | None = None
+        # Frames and patches, int (N, 3), of all images or tiles of the batch; None: images are of one size.
+        self.grids: Tensor | None = None
         self._pairs: dict[int, Tensor] = {}
         self._scoring: defaultdict[int, Tensor] = defaultdict(self._zeros)
 

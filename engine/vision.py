@@ -44,6 +44,12 @@ class VisionTap:
         self._tower: Tower | None = None
         self._exit = ExitStack()
         self._asked = bool(SIDE & set(method.stage))
+        self.grids: Tensor | None = None
+        if SIDE & set(method.stage) - set(adapter.family.sides) and adapter.vision_tower is not None:
+            raise UnsupportedModelError(
+                f"{method.name} acts on the vision side, which cannot be pruned in architecture {adapter.kind!r}: "
+                "choose a method that acts in the decoder"
+            )
         if adapter.vision_tower is None and self._asked:
             raise UnsupportedModelError(
                 f"{method.name} reads the vision tower, and a bare decoder has none: pass the full model"
@@ -77,7 +83,7 @@ class VisionTap:
 
     def forget(self) -> None:
         """What was seen has been used, or belongs to a prompt that failed."""
-        self.pixels = self.cls = self._view = self._decision = self._kept = self._projected_tokens = None
+        self.pixels = self.grids = self.cls = self._view = self._decision = self._kept = self._projected_tokens = None
         self._blocks, self.macs = {}, 0
         if self._tower is not None:
             self._tower.forget()
@@ -91,6 +97,10 @@ class VisionTap:
 
     def _on_pixels(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self.forget()
+        if self.adapter.family.grids is not None:
+            # Images of several shapes: hashes of rows do without their pixels.
+            self.grids = self.adapter.family.grids(self.adapter.geometry.vision, args, kwargs)
+            return None
         self.pixels = args[0] if args else kwargs["pixel_values"]
         with self.watch("method"):
             smaller = self.method.image(self.pixels, self.vision) if "image" in self.method.stage else None

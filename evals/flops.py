@@ -51,20 +51,37 @@ def executed(trace: Trace, geometry: Geometry, logits: int | None = 1) -> Flops:
     """
     g = geometry
     tokens = trace.kv_lengths().double().numpy()
-    images = np.zeros(len(tokens))
-    if g.vision is not None:
-        images = np.array(trace.prompt.visual_counts) / g.vision.tokens
+    tower, projector = _vision(trace, g.vision)
     heads = g.heads * g.head_size
     kv_heads = g.kv_heads * g.head_size
     return Flops(
-        vision_tower=images * (vision_tower_macs(g.vision, trace.tower) if g.vision else 0),
-        projector=trace.projected.double().numpy() * (g.vision.projector_macs if g.vision else 0),
+        vision_tower=tower,
+        projector=projector,
         projections=tokens.sum(1) * (2 * g.hidden * heads + 2 * g.hidden * kv_heads),
         ffn=tokens.sum(1) * 3 * g.hidden * g.intermediate,
         attention=trace.attention_pairs().double().numpy().sum(1) * 2 * heads,
         lm_head=(tokens[:, -1] if logits is None else np.full(len(tokens), float(logits))) * g.hidden * g.vocabulary,
         scoring=trace.scoring_macs().double().numpy().sum(1),
     )
+
+
+def _vision(trace: Trace, vision: VisionGeometry | None) -> tuple[np.ndarray, np.ndarray]:
+    """MACs of tower and projector for each row (B,).
+
+    Images of several shapes are known for the batch: their work is shared out by visual tokens, which is exact for one
+    row and for rows alike.
+    """
+    counts = np.array(trace.prompt.visual_counts, dtype=float)
+    if vision is None:
+        return np.zeros_like(counts), np.zeros_like(counts)
+    if vision.tokens and trace.grids is None:
+        images = counts / vision.tokens
+        return images * vision_tower_macs(vision, trace.tower), trace.projected.double().numpy() * vision.projector_macs
+    grids = [] if trace.grids is None else trace.grids.tolist()
+    tower = sum(grid_macs(vision, grid) for grid in grids)
+    tokens = sum(prod(grid) for grid in grids) / vision.merged
+    share = counts / max(counts.sum(), 1)
+    return share * tower, share * tokens * vision.projector_macs
 
 
 def decode(trace: Trace, geometry: Geometry, steps: Any = 1) -> Flops:
@@ -96,11 +113,31 @@ def vision_tower_macs(vision: VisionGeometry, tokens: Sequence[tuple[int, int]] 
 
     ``tokens``: tokens at the attention and at the MLP of each block, CLS included; None: the full image throughout.
     """
-    full = vision.tokens + vision.has_cls
+    full = vision.patches + vision.has_cls
     tokens = tokens or [(full, full)] * vision.layers
     d = vision.hidden
     blocks = [4 * n * d * d + 2 * n * n * d + 2 * m * d * vision.intermediate for n, m in tokens]
     return float((tokens[0][0] - vision.has_cls) * vision.patch_inputs * d + sum(blocks))
+
+
+def grid_macs(vision: VisionGeometry, grid: Sequence[int]) -> float:
+    """MACs of the vision tower for one image or tile of (frames, rows, columns) patches, which attend by frame."""
+    frames, rows, columns = grid
+    patches, d = frames * rows * columns, vision.hidden
+    tokens = patches + frames * vision.has_cls
+    full = frames * (rows * columns + vision.has_cls) ** 2
+    linear = 4 * d * d + vision.ffn_matrices * d * vision.intermediate
+    pairs = vision.layers * full
+    if vision.window is not None:
+        windows = frames * _squares(rows, vision.window) * _squares(columns, vision.window)
+        pairs = vision.full_blocks * full + (vision.layers - vision.full_blocks) * windows
+    return float(patches * vision.patch_inputs * d + vision.layers * tokens * linear + pairs * 2 * d)
+
+
+def _squares(length: int, window: int) -> int:
+    """Sum of the squared lengths of the windows along one side; the last one may be shorter."""
+    whole, rest = divmod(length, window)
+    return whole * window**2 + rest**2
 
 
 def counted(model: nn.Module, inputs: dict[str, Any]) -> tuple[float, dict[str, int]]:

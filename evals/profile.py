@@ -147,7 +147,7 @@ def profile(config: ProfileConfig, console: Console) -> Profile:
         layers=config.layers,
     )
     for variant in found:
-        variant.method.check(loaded.geometry)
+        prune(loaded.model, variant.method)
     for lengths in config.lengths:
         loaded.synthetic_inputs(1, lengths.prompt, lengths.visual_tokens)
     contenders = [Contender(DENSE, None), *(Contender(_label(v, found), v.method) for v in found)]

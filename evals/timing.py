@@ -174,15 +174,14 @@ PHASES = ("vision", "prefill", "decode", "end_to_end")
 def greedy(model: Any, inputs: Mapping[str, Any], new_tokens: int, step: Callable[[Any], object]) -> None:
     """Generate ``new_tokens`` tokens, whatever they are; ``step`` gets the model's output for each of them.
 
-    The loop of ``generate`` without its bookkeeping: no stopping, no copies to the host.
+    The loop of ``generate`` without its bookkeeping: no stopping, no copies to the host. Rows must be of one length:
+    new tokens come without mask and positions, which follow from the cache.
     """
-    mask, mine = inputs["attention_mask"], dict(inputs)
+    mine = dict(inputs)
     for _ in range(new_tokens):
         output = model(**mine, use_cache=True, logits_to_keep=1)
-        token = output.logits[:, -1:].argmax(-1)
         step(output)
-        mask = torch.cat([mask, torch.ones_like(token)], dim=1)
-        mine = {"input_ids": token, "attention_mask": mask, "past_key_values": output.past_key_values}
+        mine = {"input_ids": output.logits[:, -1:].argmax(-1), "past_key_values": output.past_key_values}
 
 
 def time_phases(loaded: LoadedModel, inputs: Mapping[str, Any], new_tokens: int) -> dict[str, float]:

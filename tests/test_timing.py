@@ -90,7 +90,8 @@ def test_prefill_is_one_forward_under_the_method(loaded):
 
 
 def test_greedy_steps_give_the_tokens_of_generate(loaded):
-    inputs = loaded.inputs(["what color is the box", "is there a ring"], [[image()], [image()]])
+    inputs = loaded.inputs(["what color is the box", "is there a ring here"], [[image()], [image()]])
+    assert inputs["attention_mask"].all()
     tokens = []
     greedy(loaded.model, inputs, 5, lambda output: tokens.append(output.logits[:, -1].argmax(-1)))
     generated = loaded.model.generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False, eos_token_id=[])
