@@ -221,22 +221,21 @@ def cut(layout: TokenLayout, keep: Tensor, added: Tensor | None = None, anchor: 
     ``anchor``, int (B, M) in old columns. Sorting by column with dropped tokens first pads on the left by itself.
     """
     keep = keep & layout.visual.present
-    stays = layout.visual.place(keep, layout.nonvisual.mask, dim=1)
     column = torch.arange(layout.width, device=layout.device).expand(layout.rows, -1) * 2
-    roles, visual_id, visual = layout.roles, layout.visual_id, keep.sum(1)
-    if added is not None and anchor is not None:
-        stays = torch.cat([stays, added], dim=1)
-        column = torch.cat([column, anchor * 2 + 1], dim=1)
-        roles = torch.cat([roles, torch.full_like(added, VISUAL, dtype=roles.dtype)], dim=1)
-        visual_id = torch.cat([visual_id, torch.full_like(added, ADDED, dtype=visual_id.dtype)], dim=1)
-        visual = visual + added.sum(1)
-    counts = tuple(visual.tolist())
-    if added is None and counts == layout.visual_counts:
+    if added is None or anchor is None:
+        added, anchor = keep[:, :0], column[:, :0]
+    kept, new = torch.stack([keep.sum(1), added.sum(1)]).tolist()
+    if tuple(kept) == layout.visual_counts and not any(new):
         return None
-    lengths = tuple(n - old + new for n, old, new in zip(layout.lengths, layout.visual_counts, counts, strict=True))
+    counts = tuple(map(sum, zip(kept, new, strict=True)))
+    lengths = tuple(n - old + now for n, old, now in zip(layout.lengths, layout.visual_counts, counts, strict=True))
+    stays = torch.cat([layout.visual.place(keep, layout.nonvisual.mask, dim=1), added], dim=1)
+    column = torch.cat([column, anchor * 2 + 1], dim=1)
+    roles = torch.cat([layout.roles, torch.full_like(added, VISUAL, dtype=layout.roles.dtype)], dim=1)
+    visual_id = torch.cat([layout.visual_id, torch.full_like(added, ADDED, dtype=layout.visual_id.dtype)], dim=1)
     index = column.masked_fill(~stays, -1).argsort(dim=1, stable=True)[:, -max(lengths) :]
     is_there = stays.gather(1, index)
-    new = TokenLayout(
+    left = TokenLayout(
         roles.gather(1, index).masked_fill(~is_there, PAD),
         visual_id.gather(1, index).masked_fill(~is_there, -1),
         lengths,
@@ -244,4 +243,4 @@ def cut(layout: TokenLayout, keep: Tensor, added: Tensor | None = None, anchor: 
         layout.text_counts,
         layout.hash_inputs,
     )
-    return Cut(new, index)
+    return Cut(left, index)

@@ -125,6 +125,7 @@ class PruningSession:
                 raise InputError("the KV cache is not that of the latest prompt run inside this `with` block")
             return
         _check_cache(cache)
+        self._tap.begin((inputs.get("mm_encoder_outputs") or {}).get("image"))
         layout = self._prompt_layout(inputs)
         self._trace = Trace(layout, self.geometry.layers, self.watch)
         with self.watch("method"):
@@ -198,7 +199,8 @@ class PruningSession:
             return stage, hidden
         if layer == 0:
             stage, hidden = self._apply(self._tap.decide(self._forward, stage.layout, self.trace), stage, hidden)
-            self._tap.forget()
+            if self._cache is not None:  # without one, generate runs the same images again for each new token
+                self._tap.forget()
         if type(self._forward).layer_input is not Forward.layer_input:
             view = LayerView(layer, module, stage, hidden, self.adapter.decoder.norm, self.trace)
             stage, hidden = self._apply(self._forward.layer_input(layer, view), stage, hidden)

@@ -41,6 +41,7 @@ class VisionTap:
         self._kept: TokenSet | None = None
         self._projected_tokens: Tensor | None = None
         self._blocks: dict[int, tuple[Tensor, Tensor, float]] = {}
+        self._encoded: Any = None
         self._tower: Tower | None = None
         self._exit = ExitStack()
         self._asked = bool(SIDE & set(method.stage))
@@ -81,9 +82,19 @@ class VisionTap:
     def __exit__(self, *error: Any) -> None:
         self._exit.close()
 
+    def begin(self, encoded: Any) -> None:
+        """A prefill begins; ``encoded``: its images, if ``generate`` encoded them before, or None.
+
+        What was seen belongs to it if nobody has used that yet, or only a prefill on the same encoded images.
+        """
+        if encoded is None or (self._encoded is not None and self._encoded is not encoded):
+            self.forget()
+        self._encoded = encoded
+
     def forget(self) -> None:
-        """What was seen has been used, or belongs to a prompt that failed."""
+        """What was seen has been used, or belongs to another prompt."""
         self.pixels = self.grids = self.cls = self._view = self._decision = self._kept = self._projected_tokens = None
+        self._encoded = None
         self._blocks, self.macs = {}, 0
         if self._tower is not None:
             self._tower.forget()

@@ -20,7 +20,7 @@ from . import (
     vispruner,
     vtw,
 )
-from .base import BlockMerge, Budgeted, Forward, Keep, Merge, Method, top
+from .base import BlockMerge, Budgeted, Forward, Keep, Layered, Merge, Method, Positions, top
 from .registry import list_methods, load_method, register
 
 __all__ = [
@@ -28,8 +28,10 @@ __all__ = [
     "Budgeted",
     "Forward",
     "Keep",
+    "Layered",
     "Merge",
     "Method",
+    "Positions",
     "cdpruner",
     "dart",
     "divprune",

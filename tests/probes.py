@@ -105,3 +105,15 @@ class RaggedForward(DecoderProbe):
         rank = torch.tensor([count % 3 for count in view.layout.text_counts])
         first = torch.arange(view.present.shape[1]) < (rank + 1)[:, None] * 2
         return Keep(view.present & ~(first & (rank + 1 == layer)[:, None]))
+
+
+PROBES = [
+    Probe(),
+    Probe(positions="renumber", every=3),
+    MergeProbe(positions="renumber"),
+    VisionProbe(),
+    VisionProbe(positions="renumber", merge=True),
+    ProjectedProbe(positions="renumber"),
+    RaggedProbe(),
+    RaggedProbe(positions="renumber"),
+]

@@ -66,3 +66,11 @@ def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     batch = {key: torch.cat([pad(s[key]) for s in samples]) for key in ("input_ids", "attention_mask")}
     pixels = [s["pixel_values"] for s in samples if "pixel_values" in s]
     return batch | ({"pixel_values": torch.cat(pixels)} if pixels else {})
+
+
+def state(model: LlavaForConditionalGeneration) -> tuple:
+    """All that pruning could leave behind on a model but changed weights: hooks, attributes, configurations."""
+    modules = dict(model.named_modules())
+    members = {n: {k: [*v] if isinstance(v, dict) else None for k, v in vars(m).items()} for n, m in modules.items()}
+    attention = [m.config._attn_implementation for m in modules.values() if hasattr(m, "config")]
+    return members, attention, model.config.to_dict(), model.generation_config.to_dict()

@@ -1,0 +1,12 @@
+"""Every method that the tests run, as its examples say; registering one puts it in."""
+
+import visibench
+from probes import PROBES
+from visibench.evals.spec import parse, spell
+
+METHODS = visibench.list_methods()
+REGISTERED = [parse(spell(cls, options)) for cls in METHODS.values() for options in cls.examples]
+EVERYTHING = {
+    name: parse(spell(cls, cls.everything)) for name, cls in METHODS.items() if cls.everything is not None
+}  # what keeps all tokens
+CASES = REGISTERED + PROBES
