@@ -245,7 +245,7 @@ class VisiPrunerForward(Forward):
         """The visual tokens that stay from ``layer`` on by the forced plan, bool (B, V)."""
         if layer == self.filter_layer:
             return top(norm, torch.full_like(self.total, self.method.filter_tokens), view.present)
-        return view.present & (layer < self.exit_layer)
+        return view.present if layer < self.exit_layer else torch.zeros_like(view.present)
 
 
 def contributions(view: AttentionView, visual: TokenSet) -> tuple[Tensor, Tensor]:
