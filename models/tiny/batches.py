@@ -35,6 +35,7 @@ class Phase:
     patch_weight: float = 0.5  # weight of the patches' loss beside the answers'
     claims: bool = True  # whether hints say at which word a claim has proved true or false
     sign: float = 0.5
+    renumber: float = 0.0  # share of images whose patches get new positions, as after a cut that renumbers
     suffix: float = 1.0  # share of the batches whose questions end as lmms-eval ends them; without, they are shorter
 
 
@@ -80,7 +81,9 @@ class Packer:
             order = np.argsort(plain + 0.5 * rng.random(len(plain)))
             chosen[row] = torch.from_numpy(np.sort(order[: phase.patches]))
         pixels = torch.from_numpy(np.stack([render(scene) for scene in scenes]))
-        return {"pixels": pixels, "labels": labels, "chosen": chosen} | self._pack(scenes, asked, suffix, phase.claims)
+        anew = torch.from_numpy(rng.random(len(scenes)) < phase.renumber)
+        image = {"pixels": pixels, "labels": labels, "chosen": chosen, "renumbered": anew}
+        return image | self._pack(scenes, asked, suffix, phase.claims)
 
     def _scene(self, phase: Phase, rng: np.random.Generator) -> Scene:
         sign = bool(rng.random() < phase.sign)

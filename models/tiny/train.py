@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import os
 import time
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +73,13 @@ class Trainer:
         return self.phases[-1]
 
     def rate(self) -> float:
-        """Learning rate: linear warm-up, constant, cosine to a twentieth over the last ``decay`` steps."""
-        config, left = self.config, self.total - self.step
-        up = min(1.0, (self.step + 1) / config["warmup"])
-        down = (
-            1.0
-            if left >= config["decay"]
-            else 0.05 + 0.475 * (1 - float(torch.cos(torch.tensor(3.14159265 * left / config["decay"]))))
-        )
-        return config["lr"] * up * down
+        """Learning rate: linear warm-up, constant, then along half cosines from knot to knot of ``cosine``."""
+        config = self.config
+        factor = min(1.0, (self.step + 1) / config["warmup"])
+        for (start, high), (end, low) in pairwise(config["cosine"]):
+            if start <= self.step < end:
+                factor = low + (high - low) * (1 - math.cos(math.pi * (end - self.step) / (end - start))) / 2
+        return config["lr"] * factor
 
     def see(self, pixels: Tensor) -> Tensor:
         """Projected patches (B, 144, D); the blocks behind the feature layer are not run."""
@@ -131,15 +131,11 @@ class Trainer:
         words = embed(batch["ids"].flatten(1))
         tokens = torch.cat([embed(prefix).expand(rows, -1, -1), seen.to(words.dtype), words], 1)
         ids = batch["ids"]
-        behind = len(prefix) + GRID * GRID + torch.arange(ids.shape[2])
-        positions = torch.cat(
-            [
-                torch.arange(len(prefix)).expand(rows, -1),
-                len(prefix) + chosen,
-                behind.repeat(ids.shape[1]).expand(rows, -1),
-            ],
-            dim=1,
-        )
+        anew, number = batch["renumbered"][:, None], chosen.shape[1]
+        places = torch.where(anew, torch.arange(number), chosen)
+        behind = torch.where(anew, number, GRID * GRID) + torch.arange(ids.shape[2]).repeat(ids.shape[1])
+        first = torch.arange(len(prefix)).expand(rows, -1)
+        positions = torch.cat([first, len(prefix) + places, len(prefix) + behind], dim=1)
         hidden = self.model.model.language_model(
             inputs_embeds=tokens, position_ids=positions, use_cache=False, questions=ids.shape[1], slot=ids.shape[2]
         ).last_hidden_state
