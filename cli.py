@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from . import __version__
-from .commands import compare, fit, flops, lists, profile, published, runs
+from .commands import check, compare, fit, flops, lists, profile, published, runs
 from .errors import VisibenchError
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ COMMANDS = (
     runs.sweep,
     runs.table,
     compare.compare,
+    check.check,
     flops.flops,
     fit.fit,
     published.published,
