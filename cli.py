@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from . import __version__
-from .commands import check, compare, fit, flops, lists, profile, published, runs
+from .commands import budget, check, compare, fit, flops, lists, plot, profile, published, runs
 from .errors import VisibenchError
 
 app = typer.Typer(
@@ -30,12 +30,14 @@ COMMANDS = (
     runs.run,
     runs.sweep,
     runs.table,
+    plot.plot,
     compare.compare,
     check.check,
-    flops.flops,
-    fit.fit,
-    published.published,
     profile.profile,
+    flops.flops,
+    budget.budget,
+    published.published,
+    fit.fit,
 )
 
 

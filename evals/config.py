@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import DataError, OptionError, suggest
 from ..methods import Method
+from ..methods.registry import get
 from ..results.records import TimingConfig
-from . import spec
+from . import budget, spec
 
 PACKAGED = Path(__file__).parent.parent / "configs"
 Count = Annotated[int, Field(ge=1, strict=True)]
+Budget = Annotated[dict[Literal["tokens", "tflops"], Annotated[float, Field(ge=0)]], Field(min_length=1, max_length=1)]
+Solve = Callable[[str, Mapping[str, Any], budget.Target], Method]
+DENSE = budget.DENSE.name
 C = TypeVar("C", bound="Config")
-_BRANCHES = ("str", "MethodEntry", "constrained-int", "dict[")  # how pydantic names the branches of our unions
+# How pydantic names the branches of our unions.
+_BRANCHES = ("str", "MethodEntry", "constrained-int", "dict[", "list[", "[key]")
 
 
 class MethodEntry(BaseModel):
-    """A method of a sweep. All other keys are options of the method; those under ``grid`` are lists that expand."""
+    """A method of a sweep. All other keys are options of the method; those under ``grid`` are lists that expand.
+
+    ``budget``: targets for which an option of the method is solved, see :class:`Config`; none instead of the sweep's.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -30,13 +39,16 @@ class MethodEntry(BaseModel):
     label: str | None = None
     seeds: list[int] | None = None
     grid: dict[str, list[Any]] = {}
+    budget: Budget | list[Budget] | None = None
 
 
 class Config(BaseModel):
     """What every configuration says: methods on a model. Unknown keys are refused.
 
     ``methods``: as on the command line (``fastv:layer=2,keep=0.5``) or as a mapping, see :class:`MethodEntry`.
-    ``seeds``: for methods that draw. ``parts``: the models of keys that hold mappings.
+    ``seeds``: for methods that draw. ``parts``: the models of keys that hold mappings. ``budget``: ``tokens`` (T, the
+    mean over decoder-layer inputs) or ``tflops`` (executed), or a list of such, for every method that neither has its
+    own nor is given an option that decides how much it keeps; each is solved before the run, see :mod:`.budget`.
     """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
@@ -48,6 +60,7 @@ class Config(BaseModel):
     dtype: str = "auto"
     attention: str = "sdpa"
     seeds: list[int] = Field(default=[0], min_length=1)
+    budget: Budget | list[Budget] | None = None
 
 
 class SweepConfig(Config):
@@ -121,19 +134,66 @@ def parse(kind: type[C], content: dict[str, Any], source: str) -> C:
         raise OptionError(f"{source}: {_first(error, kind)}") from error
 
 
-def variants(config: Config, *, dense: bool = True) -> list[Variant]:
-    """All methods of a sweep with their options and seeds, the dense model first (added if ``dense``)."""
-    found = [variant for entry in config.methods for variant in _expand(entry, config.seeds)]
-    found.sort(key=lambda variant: variant.method.name != "none")
-    if dense and found[0].method.name != "none":
-        found.insert(0, Variant(spec.build("none", {}), "none", config.seeds[0]))
-    for a, b in itertools.combinations(found, 2):
-        if (a.label, a.seed) == (b.label, b.seed):
-            raise OptionError(f"method {a.label!r} stands twice in the sweep: remove one, or give it another label")
-    return found
+@dataclass(frozen=True)
+class Point:
+    """A method of a sweep. With a ``target`` its ``options`` are not all: those missing are to be solved for it."""
+
+    name: str
+    options: dict[str, Any]
+    target: budget.Target | None
+    label: str
+    seeds: list[int]
+
+    def method(self, solve: Solve) -> Method:
+        """The method with all its options."""
+        return solve(self.name, self.options, self.target) if self.target else spec.build(self.name, self.options)
 
 
-def _expand(entry: str | MethodEntry, seeds: list[int]) -> list[Variant]:
+def nowhere(name: str, options: Mapping[str, Any], target: budget.Target) -> Method:
+    """The answer to budgets where there are no questions to solve them on."""
+    found = f"`visibench budget --target {target.kind}={target.value:g}` finds"
+    raise OptionError(
+        f"{name}: only sweeps solve budgets, on the questions of their tasks: give the options that {found}"
+    )
+
+
+def variants(config: Config, *, dense: bool = True, solve: Solve = nowhere) -> list[Variant]:
+    """All methods of a sweep with their options and seeds, the dense model first (added if ``dense``).
+
+    ``solve``: finds the method that meets a target; it is not asked before all else is checked.
+    """
+    points = [point for entry in config.methods for point in _expand(entry, config)]
+    points.sort(key=lambda point: point.name != DENSE)
+    if dense and points[0].name != DENSE:
+        points.insert(0, Point(DENSE, {}, None, DENSE, config.seeds[:1]))
+    for a, b in itertools.combinations([(point.label, seed) for point in points for seed in point.seeds], 2):
+        if a == b:
+            raise OptionError(f"method {a[0]!r} stands twice in the sweep: remove one, or give it another label")
+    methods = _solved(points, solve)
+    return [
+        Variant(spec.seeded(method, seed), point.label, seed)
+        for point, method in zip(points, methods, strict=True)
+        for seed in point.seeds
+    ]
+
+
+def _solved(points: list[Point], solve: Solve) -> list[Method]:
+    """The methods of all points. Raises :class:`OptionError` with every budget that cannot be met, or is met twice."""
+    methods, refused = [], []
+    for point in points:
+        try:
+            methods.append(point.method(solve))
+        except OptionError as error:
+            refused.append(str(error))
+    if refused:
+        raise OptionError("; ".join(refused))
+    for (one, method), (other, same) in itertools.combinations(zip(points, methods, strict=True), 2):
+        if method == same and (one.target or other.target):
+            raise OptionError(f"{one.label!r} and {other.label!r} both come to {method}: leave one of them out")
+    return methods
+
+
+def _expand(entry: str | MethodEntry, config: Config) -> list[Point]:
     options: dict[str, Any]
     if isinstance(entry, str):
         name, text = spec.split(entry)
@@ -146,24 +206,43 @@ def _expand(entry: str | MethodEntry, seeds: list[int]) -> list[Variant]:
     result = []
     for values in itertools.product(*entry.grid.values()):
         point = dict(zip(entry.grid, values, strict=True))
-        method = spec.build(entry.name, options | point)
-        label = entry.label or str(spec.seeded(method, 0))
-        if entry.label and point:
-            label += " " + ",".join(f"{key}={value}" for key, value in point.items())
-        result += [
-            Variant(spec.seeded(method, s), label, s) for s in _seeds(method, options | point, entry.seeds, seeds)
-        ]
+        every = options | point
+        for target in _targets(entry, every, config):
+            own = _label(entry.name, every, target)
+            label = entry.label or own
+            if entry.label and point:
+                label += " " + ",".join(f"{key}={value}" for key, value in point.items())
+            seeds = _seeds(entry.name, every, entry.seeds, config.seeds)
+            result.append(Point(entry.name, every, target, f"{label} {target}" if target else label, seeds))
     return result
 
 
-def _seeds(method: Method, options: dict[str, Any], own: list[int] | None, shared: list[int]) -> list[int]:
-    if not spec.is_seeded(method):
+def _label(name: str, options: dict[str, Any], target: budget.Target | None) -> str:
+    """How a method without a label is called: by its options, of which a target leaves some open."""
+    if target is None:
+        return str(spec.seeded(spec.build(name, options), 0))
+    return spec.written(name, {key: value for key, value in options.items() if key != "seed"})
+
+
+def _targets(entry: MethodEntry, options: dict[str, Any], config: Config) -> list[budget.Target | None]:
+    """The budgets of a point; [None] if it has none. Raises :class:`OptionError` for one that nothing can turn."""
+    own = "budget" in entry.model_fields_set
+    wanted = entry.budget if own else config.budget
+    if not wanted or (not own and (entry.name == DENSE or budget.fixed(entry.name, options))):
+        return [None]
+    budget.knobs(entry.name, options)
+    wanted = wanted if isinstance(wanted, list) else [wanted]
+    return [budget.Target(kind, value) for one in wanted for kind, value in one.items()]
+
+
+def _seeds(name: str, options: dict[str, Any], own: list[int] | None, shared: list[int]) -> list[int]:
+    if not spec.is_seeded(get(name)):
         if own is not None:
-            raise OptionError(f"{method.name} draws nothing: remove its seeds")
+            raise OptionError(f"{name} draws nothing: remove its seeds")
         return shared[:1]
     if "seed" in options:
         if own is not None:
-            raise OptionError(f"{method.name}: give seed or seeds, not both")
+            raise OptionError(f"{name}: give seed or seeds, not both")
         return [int(options["seed"])]
     return own if own is not None else shared
 

@@ -37,11 +37,15 @@ def split(text: str) -> tuple[str, dict[str, str]]:
 
 def build(name: str, options: Mapping[str, Any]) -> Method:
     """The method ``name`` with ``options``, each converted to the type of its field."""
+    return get(name).from_options(**typed(name, options))
+
+
+def typed(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` of the method ``name``, each converted to the type of its field; unknown ones as they are."""
     cls = get(name)
     types = get_type_hints(cls)
     fields = {field.name for field in dataclasses.fields(cls)}
-    typed = {key: _convert(name, key, value, types[key]) if key in fields else value for key, value in options.items()}
-    return cls.from_options(**typed)
+    return {key: _convert(name, key, value, types[key]) if key in fields else value for key, value in options.items()}
 
 
 def seeded(method: Method, seed: int) -> Method:
@@ -50,7 +54,7 @@ def seeded(method: Method, seed: int) -> Method:
     return dataclasses.replace(method, **options)
 
 
-def is_seeded(method: Method) -> bool:
+def is_seeded(method: Method | type[Method]) -> bool:
     """Whether the method draws random numbers."""
     return any(field.name == "seed" for field in dataclasses.fields(method))
 
@@ -58,6 +62,13 @@ def is_seeded(method: Method) -> bool:
 def spell(cls: type[Method], options: str) -> str:
     """The text of a method with ``options`` (may be empty), such as one of its ``examples``."""
     return f"{cls.name}:{options}" if options else cls.name
+
+
+def written(name: str, options: Mapping[str, Any]) -> str:
+    """``NAME:key=value,…`` for options that need not be all that the method must be given."""
+    values = typed(name, options).items()
+    spelled = (f"{key}={'+'.join(map(str, v)) if isinstance(v, tuple) else v}" for key, v in values)
+    return spell(get(name), ",".join(spelled))
 
 
 def describe_methods() -> list[dict[str, Any]]:

@@ -6,11 +6,12 @@ import hashlib
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
@@ -32,7 +33,8 @@ from ..results.records import (
 from ..results.render import render
 from ..results.store import Cell, Store
 from ..results.tables import build
-from .config import SweepConfig, variants
+from . import budget
+from .config import Solve, SweepConfig, nowhere, variants
 from .tasks import Task, check_data, definition, load_tasks, origin_of
 
 if TYPE_CHECKING:
@@ -52,8 +54,11 @@ class Plan:
     method: Method
 
 
-def plan(config: SweepConfig, *, dense: bool = True) -> list[Plan]:
-    """All cells of a sweep, the dense model first. Names and options are checked; nothing is loaded."""
+def plan(config: SweepConfig, *, dense: bool = True, solve: Solve = nowhere) -> list[Plan]:
+    """All cells of a sweep, the dense model first. Names and options are checked; nothing is loaded.
+
+    ``solve`` is asked, after all checks, for the methods that have a budget.
+    """
     check_data(config.data)
     if isinstance(config.limit, dict):
         stray = sorted(set(config.limit) - set(config.tasks))
@@ -63,7 +68,7 @@ def plan(config: SweepConfig, *, dense: bool = True) -> list[Plan]:
         definition(task)
     checkpoint = fingerprint(config.model)
     cells = []
-    for variant in variants(config, dense=dense):
+    for variant in variants(config, dense=dense, solve=solve):
         for task in config.tasks:
             cell = CellConfig(
                 model=config.model,
@@ -113,14 +118,15 @@ def sweep(config: SweepConfig, out: Path, console: Console, *, dense: bool = Tru
     Tasks and methods are built before the model is loaded, so that mistakes show at once. Progress goes to
     ``console``. A cell that was interrupted runs again from its start.
     """
-    cells, store = plan(config, dense=dense), Store(out)
+    prepared = Prepared(config, console)
+    cells, store = plan(config, dense=dense, solve=prepared.solve), Store(out)
     pending = [cell for cell in cells if store.done(cell.config) is None]
     if len(pending) < len(cells):
         console.print(f"{len(cells) - len(pending)} of {len(cells)} cells are done already in {out}", highlight=False)
     if pending:
         content = config.model_dump(mode="json", exclude_defaults=True)
         store.save("sweep.yaml", yaml.safe_dump(content, sort_keys=False))
-        _run(pending, config, store, console)
+        _run(pending, prepared, store, console)
     return [cell for cell in (store.done(planned.config) for planned in cells) if cell is not None]
 
 
@@ -131,11 +137,49 @@ def save_tables(cells: list[Cell], out: Path) -> None:
         Store(out).save(f"table.{form}", render(tables, form) + "\n")
 
 
-def _run(pending: list[Plan], config: SweepConfig, store: Store, console: Console) -> None:
+class Prepared:
+    """Model and tasks of a sweep, each loaded when it is first needed."""
+
+    def __init__(self, config: SweepConfig, console: Console) -> None:
+        self.config, self.console = config, console
+        self._tasks: dict[str, Task] = {}
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """The model."""
+        return _load(self.config)
+
+    def tasks(self, names: Sequence[str]) -> dict[str, Task]:
+        """Tasks by name."""
+        missing = [name for name in names if name not in self._tasks]
+        self._tasks |= {task.name: task for task in (load_tasks(missing, self.config.data) if missing else [])}
+        return {name: self._tasks[name] for name in names}
+
+    @cached_property
+    def prompts(self) -> budget.Prompts:
+        """What budgets are solved on: the first questions of every task."""
+        tasks = self.tasks(self.config.tasks)
+        return budget.Prompts.of(self.loaded, list(tasks.values()), batch_size=self.config.batch_size)
+
+    def solve(self, name: str, options: Mapping[str, Any], target: budget.Target) -> Method:
+        """The method that meets the target."""
+        found = budget.solve(name, options, target, self.prompts)
+        self.console.print(
+            f"{name} {target}: {found.method} gives {target.spell(self.prompts.price(target.kind, found.method))} on "
+            f"{self.prompts.count} prompts",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        return found.method
+
+
+def _run(pending: list[Plan], prepared: Prepared, store: Store, console: Console) -> None:
+    config = prepared.config
     needed = [name for name in config.tasks if any(cell.config.task == name for cell in pending)]
-    tasks = {task.name: task for task in load_tasks(needed, config.data)}
+    tasks = prepared.tasks(needed)
     sizes = {name: task.size(config.limit_of(name))[0] for name, task in tasks.items()}
-    loaded = _load(config)
+    loaded = prepared.loaded
     for cell in pending:
         cell.method.check(loaded.geometry)
     total = sum(sizes[cell.config.task] for cell in pending)

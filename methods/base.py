@@ -13,7 +13,7 @@ Shapes: B rows of the batch, V visual tokens present (the most over the rows; sh
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -31,6 +31,8 @@ Positions = Literal["keep", "renumber"]
 Layers = Literal["given", "scaled"]
 Stage = Literal["image", "tower", "vision", "projector", "decoder", "attention"]
 REFERENCE_DEPTH = 32
+# Values of an option without a scale of its own: 0, and six decades in steps of 2.3 %.
+MAGNITUDES = (0.0, *(float(f"{10 ** (k / 100):.4g}") for k in range(-300, 301)))
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,26 @@ class Forward:
 
 
 @dataclass(frozen=True)
+class Knob:
+    """What sets how much a method keeps; :mod:`visibench.evals.budget` turns it until a target is met.
+
+    ``values(visual_tokens, geometry)``: what to choose from for prompts of so many visual tokens, in an order in which
+    the number of visual tokens left only rises or only falls. Values that the method refuses may stand at both ends.
+    ``options(value, given)``: what a value means beside the options ``given``; by default the option ``name`` itself.
+    ``replaces``: options that must not be given besides.
+    """
+
+    name: str
+    values: Callable[[int, Geometry], Sequence[float]]
+    replaces: tuple[str, ...] = ()
+    options: Callable[[Any, Mapping[str, Any]], dict[str, Any]] | None = None
+
+    def at(self, value: float, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All options with the knob at ``value``."""
+        return {**given, **({self.name: value} if self.options is None else self.options(value, given))}
+
+
+@dataclass(frozen=True)
 class Method:
     """Base of all methods: hyperparameters as fields, facts about the method as class attributes.
 
@@ -107,6 +129,8 @@ class Method:
     reads: one string for each way through its code, the plainest first. The tests put all of them through every
     invariant, and ``visibench methods`` prints them. ``everything``: options under which all tokens stay and nothing
     else changes, so that the output is the dense model's bit for bit; None where no options do that.
+
+    ``knobs``: what sets how much is kept, the finest first; without one the method cannot be asked to meet a budget.
     """
 
     name: ClassVar[str]
@@ -119,6 +143,7 @@ class Method:
     vision_cls: ClassVar[bool] = False
     examples: ClassVar[tuple[str, ...]] = ("",)
     everything: ClassVar[str | None] = None
+    knobs: ClassVar[tuple[Knob, ...]] = ()
 
     positions: Positions = dataclasses.field(default="keep", kw_only=True)
 
@@ -178,12 +203,17 @@ class Method:
     @classmethod
     def from_options(cls, **options: Any) -> Method:
         """Build the method; an unknown option raises :class:`OptionError` with the known ones."""
+        cls.check_names(options)
+        frozen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+        return cls(**frozen)
+
+    @classmethod
+    def check_names(cls, options: Iterable[str]) -> None:
+        """Raise :class:`OptionError` for an option that the method does not have."""
         known = {f.name for f in dataclasses.fields(cls) if f.init}
         for key in options:
             if key not in known:
                 raise OptionError(f"{cls.name}: unknown option {key!r}; {suggest(key, known)}")
-        frozen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-        return cls(**frozen)
 
     def __str__(self) -> str:
         changed = [
@@ -203,6 +233,7 @@ class Budgeted(Method):
 
     examples: ClassVar[tuple[str, ...]] = ("keep=0.5",)
     everything: ClassVar[str | None] = "keep=1"
+    knobs: ClassVar = (Knob("tokens", lambda visual_tokens, geometry: range(visual_tokens + 1), replaces=("keep",)),)
 
     keep: float | None = None
     tokens: int | None = None

@@ -18,13 +18,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .base import Forward, Keep, Layered, top
-from .pieces import share
+from .base import REFERENCE_DEPTH, Forward, Keep, Knob, Layered, top
+from .pieces import interpolated, share
 from .registry import register
 
 if TYPE_CHECKING:
@@ -40,6 +40,20 @@ SCHEDULES: dict[int, tuple[int, ...]] = {
     80: (128, 127, 118, 35, 26, 8, 13, 3, 2, 1, 0, 0, 0, 2, 1, 8, 7, 8, 5, 11, 2, 6, 1, 1, 0, 0, 0, 1),
     90: (262, 153, 80, 19, 13, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 1, 2, 0, 1, 0, 0, 0, 0, 0, 1),
 }
+PATCHES = 576  # out of which they are
+
+
+def between(ratio: float) -> dict[str, Any]:
+    """Options for any ``ratio`` in [0, 100]: what is gone behind each layer, between the shipped schedules.
+
+    0 deletes nothing, 100 all in layer 0.
+    """
+    gone = {r: list(accumulate(s + (0,) * (REFERENCE_DEPTH - len(s)))) for r, s in SCHEDULES.items()}
+    ends = {0: [0] * REFERENCE_DEPTH, 100: [PATCHES] * REFERENCE_DEPTH}
+    behind = interpolated(gone | ends, ratio)
+    deletions = [now - before for before, now in zip([0, *behind], behind, strict=False)]
+    used = max((layer for layer, number in enumerate(deletions) if number), default=0) + 1
+    return {"deletions": tuple(deletions[:used]), "out_of": PATCHES}
 
 
 @register
@@ -61,6 +75,14 @@ class FitPrune(Layered):
         "deletions=0+3+0+4+4+0+1+9,out_of=24",
     )
     everything = "deletions=0"
+    knobs = (
+        Knob(
+            "deletions",
+            lambda visual_tokens, geometry: [step / 10 for step in range(1001)],
+            replaces=("ratio", "out_of"),
+            options=lambda ratio, given: between(ratio),
+        ),
+    )
 
     ratio: int | None = None
     deletions: tuple[int, ...] = ()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -71,6 +73,12 @@ def added_need_renumbering(method: Method) -> None:
 def share(number: int, out_of: int | None, total: Any) -> Any:
     """``number``, or, ``out_of`` so many, the same share of ``total`` (an int or ints in a tensor), floored."""
     return number if out_of is None else total * number // out_of
+
+
+def interpolated(known: Mapping[int, Sequence[int]], at: float) -> list[int]:
+    """The list for ``at``, entry by entry on straight lines between lists of equal length that are ``known``."""
+    places = sorted(known)
+    return [round(float(np.interp(at, places, column))) for column in zip(*(known[p] for p in places), strict=True)]
 
 
 def distances(tokens: Tensor) -> Tensor:

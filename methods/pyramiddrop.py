@@ -19,13 +19,21 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from .base import Forward, Keep, Layered, Positions, floored, top
+from .base import Forward, Keep, Knob, Layered, Positions, floored, top
 from .registry import register
 
 if TYPE_CHECKING:
     from ..engine.layout import TokenLayout
     from ..engine.views import AttentionView, LayerView
     from ..models.adapters import Geometry
+
+
+CUTS = (8, 16, 24)
+
+
+def by_factor(factor: float, cuts: int) -> tuple[float, ...]:
+    """The paper's ratios for its λ: each cut keeps the share ``factor`` of what the one before it left."""
+    return tuple(round(factor**cut, 6) for cut in range(1, cuts + 1))
 
 
 @register
@@ -40,8 +48,15 @@ class PyramidDrop(Layered):
     stage = ("attention", "decoder")
     examples = ("layers=scaled", "layers=scaled,scorer=stage,positions=keep")
     everything = "ratios=1+1+1,layers=scaled"
+    knobs = (
+        Knob(
+            "ratios",
+            lambda visual_tokens, geometry: [step / 1000 for step in range(1001)],
+            options=lambda factor, given: {"ratios": by_factor(factor, len(given.get("cuts", CUTS)))},
+        ),
+    )
 
-    cuts: tuple[int, ...] = (8, 16, 24)
+    cuts: tuple[int, ...] = CUTS
     ratios: tuple[float, ...] = (0.5, 0.25, 0.125)
     scorer: Literal["next", "stage"] = "next"
     positions: Positions = dataclasses.field(default="renumber", kw_only=True)

@@ -25,13 +25,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from .base import Forward, Keep, Layered, Merge, Positions, floored, top
-from .pieces import density_peaks, matrix_rank, pick, pooled, precise, share
+from .base import MAGNITUDES, Forward, Keep, Knob, Layered, Merge, Positions, floored, top
+from .pieces import density_peaks, interpolated, matrix_rank, pick, pooled, precise, share
 from .random import draw
 from .registry import register
 
@@ -41,6 +41,13 @@ if TYPE_CHECKING:
     from ..models.adapters import Geometry
 
 LISTS = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
+PATCHES = 576  # out of which they are
+
+
+def between(nominal: float) -> dict[str, Any]:
+    """Options for any ``nominal`` budget out of 576: counts between those of the fixed lists."""
+    ends = {0: (0,) * 3, PATCHES: (PATCHES,) * 3}
+    return {"counts": tuple(interpolated(LISTS | ends, nominal)), "out_of": PATCHES}
 
 
 @register
@@ -62,6 +69,15 @@ class SparseVLM(Layered):
         "rank=paper,scale=0.8,layers=scaled",
     )
     everything = "rank=paper,scale=0,layers=scaled"
+    knobs = (
+        Knob(
+            "counts",
+            lambda visual_tokens, geometry: range(PATCHES + 1),
+            replaces=("tokens", "rank", "out_of"),
+            options=lambda nominal, given: between(nominal),
+        ),
+        Knob("scale", lambda visual_tokens, geometry: MAGNITUDES, replaces=("tokens", "counts", "out_of")),
+    )
 
     tokens: int | None = None
     counts: tuple[int, ...] = ()

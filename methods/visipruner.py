@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from .base import Forward, Keep, Layered, top
+from .base import MAGNITUDES, REFERENCE_DEPTH, Forward, Keep, Knob, Layered, top
 from .registry import register
 
 if TYPE_CHECKING:
@@ -70,6 +70,11 @@ class VisiPruner(Layered):
         "layers=scaled,forced=true,filter_layer=14",
     )
     everything = "layers=scaled,stages=middle,layer_threshold=1,token_threshold=0"
+    knobs = (
+        Knob("token_threshold", lambda visual_tokens, geometry: MAGNITUDES),
+        Knob("filter_tokens", lambda visual_tokens, geometry: range(visual_tokens + 1)),
+        Knob("shallow_layers", lambda visual_tokens, geometry: range(1, max(geometry.layers, REFERENCE_DEPTH))),
+    )
 
     stages: tuple[str, ...] = STAGES
     shallow_layers: int = 6

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .base import Forward, Keep, Layered
+from .base import REFERENCE_DEPTH, Forward, Keep, Knob, Layered
 from .registry import register
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class VTW(Layered):
     source = "lzhxmu/VTW@a3d8cfc"
     stage = ("decoder",)
     examples = ("layers=scaled", "layer=0,positions=renumber")
+    knobs = (Knob("layer", lambda visual_tokens, geometry: range(max(geometry.layers, REFERENCE_DEPTH))),)
 
     layer: int = 15
 

@@ -106,6 +106,7 @@ def as_json(table: Table) -> dict[str, Any]:
                 "visual_tokens": row.tokens.model_dump() | {"mean": row.tokens.mean, "last": row.tokens.last},
                 "executed_macs": row.macs,
                 "executed_tflops": row.macs * 1e-12,
+                "executed_macs_by_component": row.components,
                 "prefill_ms": asdict(row.prefill) if row.prefill else None,
             }
             for row in table.rows
@@ -158,7 +159,7 @@ def _flat(table: Table, row: Row, number: int) -> dict[str, Any]:
 def _cells(table: Table) -> list[list[str]]:
     """Header and body as they are shown."""
     metrics = [(task, score) for task, scores in table.columns.items() for score in scores]
-    unit, name = next(((u, n) for u, n in _UNITS if max(row.macs for row in table.rows) >= u / 10), _UNITS[-1])
+    unit, name = compute_unit(table)
     timed = any(row.prefill for row in table.rows)
     header = [
         "method",
@@ -178,6 +179,12 @@ def _cells(table: Table) -> list[list[str]]:
             line.append(f"{row.prefill.median:.1f} ± {row.prefill.iqr:.1f}" if row.prefill else "–")
         body.append(line)
     return [[*header, "prefill\nms"] if timed else header, *body]
+
+
+def compute_unit(table: Table) -> tuple[float, str]:
+    """The unit in which this table's compute reads well: its size in MACs, and its name."""
+    most = max(row.macs for row in table.rows)
+    return next(((unit, name) for unit, name in _UNITS if most >= unit / 10), _UNITS[-1])
 
 
 def _title(task: str, score: ScoreRecord) -> str:
@@ -245,7 +252,7 @@ def _notes(table: Table) -> list[str]:
     if timing and timed:
         repeats = f"{timing['repeats']} runs a task and seed after {timing['warmup']} to warm up"
         notes.append(f"Prefill: batch {timing['batch_size']}, median ± interquartile range, {repeats}.")
-    return [*notes, _origin(table)]
+    return [*notes, origin(table)]
 
 
 def _inference(table: Table) -> list[str]:
@@ -317,7 +324,7 @@ def _headline(table: Table, row: Row, task: str) -> float:
     return row.scores[task][table.columns[task][0].key].mean
 
 
-def _origin(table: Table) -> str:
+def origin(table: Table) -> str:
     """Model, machine and versions in one line."""
     model, versions = table.facts["environment"]["model"], table.facts["environment"]["versions"]
     named = ("visibench", "lmms-eval", "transformers", "torch")

@@ -11,6 +11,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from ..errors import DataError
@@ -39,9 +40,11 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Prefill:
-    """Median, interquartile range and minimum of ``n`` prefill times over tasks and seeds, in milliseconds."""
+    """Median, quartiles, their range and minimum of ``n`` prefill times over tasks and seeds, in milliseconds."""
 
     median: float
+    lower: float
+    upper: float
     iqr: float
     min: float
     n: int
@@ -51,6 +54,7 @@ class Prefill:
 class Row:
     """One method. ``scores``: by task and metric, lmms-eval's units. Tokens and MACs are means over tasks and seeds.
 
+    ``components``: the MACs by what spent them (:class:`~visibench.results.records.Compute`).
     ``evidence``: intervals, comparisons and loyalty from the answers to single questions.
     """
 
@@ -62,6 +66,7 @@ class Row:
     retained: Quantity | None
     tokens: VisualTokens
     macs: float
+    components: dict[str, float]
     prefill: Prefill | None
     evidence: Evidence
 
@@ -177,6 +182,7 @@ def _row(cells: list[Cell], dense: dict[str, float], evidence: Evidence) -> Row:
             per_layer=[statistics.fmean(layer) for layer in zip(*(t.per_layer for t in tokens), strict=True)],
         ),
         macs=statistics.fmean(cell.metrics.compute.macs for cell in cells),
+        components=_components(cells),
         prefill=_prefill(cells),
         evidence=evidence,
     )
@@ -199,12 +205,17 @@ def _retained(cells: list[Cell], dense: dict[str, float]) -> Quantity | None:
     return Quantity.over([statistics.fmean(values) for values in by_seed.values() if len(values) == wanted])
 
 
+def _components(cells: list[Cell]) -> dict[str, float]:
+    parts = [cell.metrics.compute.components for cell in cells]
+    return {name: statistics.fmean(part.get(name, 0.0) for part in parts) for name in dict.fromkeys(chain(*parts))}
+
+
 def _prefill(cells: list[Cell]) -> Prefill | None:
     times = [time for cell in cells if cell.metrics.prefill for time in cell.metrics.prefill.times_ms]
     if not times:
         return None
     lower, _, upper = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
-    return Prefill(statistics.median(times), upper - lower, min(times), len(times))
+    return Prefill(statistics.median(times), lower, upper, upper - lower, min(times), len(times))
 
 
 def _grouped(cells: list[Cell], key: Callable[[Cell], str]) -> list[list[Cell]]:

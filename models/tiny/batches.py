@@ -101,7 +101,7 @@ class Packer:
         known = torch.full((*shape, MOST), IGNORE)
         for row, questions in enumerate(tails):
             for number, (tokens, start) in enumerate(questions):
-                named = self.tokenizer.convert_ids_to_tokens(tokens[:start])
+                named = [str(token) for token in self.tokenizer.convert_ids_to_tokens(tokens[:start])]
                 for at, words in hints(named, scenes[row], asked[row][number], claims).items():
                     known[row, number, at, : len(words)] = torch.tensor([self.words[word] for word in words])
                 ids[row, number, : len(tokens)] = torch.tensor(tokens)

@@ -267,7 +267,7 @@ def scores(trainer: Trainer, limit: int) -> dict[str, float]:
     from ...evals.tasks import TASKS, load_tasks
 
     loaded = load.LoadedModel("tiny", trainer.plain_model(), make_processor())
-    found = {}
+    found: dict[str, float] = {}
     for task in load_tasks(list(TASKS)):
         evaluation = evaluate(loaded, load_method("none"), task, limit=limit, batch_size=20)
         found |= {f"test {task.name} {score.key}": score.value for score in evaluation.scores}

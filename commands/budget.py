@@ -1,0 +1,155 @@
+"""Options with which methods meet one compute target."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from ..errors import OptionError
+from .shared import AsJson
+
+if TYPE_CHECKING:
+    from ..evals.budget import Cost, Solution
+    from ..evals.timing import Timing
+
+_LEGEND = (
+    "T: visual tokens, mean over decoder-layer inputs and prompts, as traced. TFLOPs: all that a prefill executes, one "
+    "multiply-add = 1. The nearest setting is shown, however coarse the knob."
+)
+
+
+def budget(
+    model: Annotated[str, typer.Option(help="tiny, a local folder, or a hub name.")],
+    target: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND=NUMBER",
+            help="tokens: mean visual tokens over layer inputs; tflops: executed in a prefill; ms: its measured time.",
+        ),
+    ],
+    methods: Annotated[
+        list[str] | None,
+        typer.Option("--methods", "--method", metavar="NAME[:key=value,…],…", help="(default: all, layers scaled)"),
+    ] = None,
+    task: Annotated[str, typer.Option(help="The prompts are a task's first questions.")] = "gqa",
+    samples: Annotated[int, typer.Option(min=1, metavar="N", help="Number of prompts.")] = 16,
+    data: Annotated[str, typer.Option(help="embedded, hub, or a folder laid out like the hub.")] = "embedded",
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once; times are of one.")] = 8,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Solve each method's options for one budget: what to pass to run and sweep, and what it really costs."""
+    from ..evals import budget as budgets
+    from ..evals import spec
+    from ..evals.tasks import load_tasks
+    from ..models import load_model
+
+    wanted = budgets.Target.parse(target)
+    asked = _asked(methods)
+    (loaded_task,) = load_tasks([task], data)
+    loaded = load_model(model, device=device, dtype=dtype)
+    solved, refused = [], {}
+    with Console(stderr=True).status("Solving …") as status:
+        prompts = budgets.Prompts.of(loaded, [loaded_task], samples, batch_size)
+        for name, options in asked:
+            status.update(f"Solving {name} for {wanted} …")
+            try:
+                solved.append(budgets.solve(name, options, wanted, prompts))
+            except OptionError as error:
+                refused[spec.written(name, options)] = str(error)
+        dense = prompts.time(budgets.DENSE) if wanted.kind == "ms" else None
+    if not solved and len(refused) == 1:
+        raise OptionError(*refused.values())
+    result = {
+        "model": loaded.describe(),
+        "prompts": {"task": task, "origin": loaded_task.origin, "first": prompts.count, "of": len(loaded_task.docs)},
+        "target": {wanted.kind: wanted.value},
+        "dense": _cost(prompts.dense, dense),
+        "solved": [_solution(one) for one in solved],
+        "refused": [{"method": method, "reason": reason} for method, reason in refused.items()],
+    }
+    print(json.dumps(result, indent=1)) if as_json else _print(result, str(wanted))
+    if not solved:
+        raise OptionError(f"{wanted} is out of reach of all {len(refused)} methods: the reasons stand above")
+
+
+def _asked(methods: list[str] | None) -> list[tuple[str, dict[str, str]]]:
+    """Names and options, checked: those given, or the plainest example of every method less what a budget decides."""
+    from ..evals import spec
+    from ..evals.budget import decided, knobs
+    from ..methods import list_methods
+
+    if methods is None:
+        turned = [cls for cls in list_methods().values() if cls.knobs]
+        plainest = [(cls, spec.split(spec.spell(cls, cls.examples[0]))[1]) for cls in turned]
+        return [
+            (cls.name, {key: value for key, value in options.items() if key not in decided(cls.knobs[0])})
+            for cls, options in plainest
+        ]
+    # A comma in front of key=value goes on with the same method.
+    texts = [text for several in methods for text in re.split(r",(?!\s*\w+\s*=)", several)]
+    asked = [spec.split(text) for text in texts]
+    for name, options in asked:
+        knobs(name, options)
+    return asked
+
+
+def _solution(one: Solution) -> dict[str, Any]:
+    return {
+        "spec": str(one.method),
+        "method": one.method.name,
+        "options": one.method.hyperparameters(),
+        "knob": one.knob,
+        "achieved": _cost(one.cost, one.timing),
+    }
+
+
+def _cost(cost: Cost, timing: Timing | None) -> dict[str, Any]:
+    tokens = cost.tokens
+    achieved: dict[str, Any] = {"tokens": tokens.mean, "last_layer": tokens.last, "per_layer": tokens.per_layer}
+    achieved["tflops"] = cost.tflops
+    if timing is not None:
+        achieved["prefill_ms"] = {"median": timing.median_ms, "iqr": timing.iqr_ms, **dataclasses.asdict(timing)}
+    return achieved
+
+
+def _print(result: dict[str, Any], target: str) -> None:
+    prompts, solved = result["prompts"], result["solved"]
+    dense = _cells(result["dense"])
+    print(
+        f"{result['model']['name']}, first {prompts['first']} of {prompts['of']} prompts of {prompts['task']} "
+        f"({prompts['origin']}). Dense: T={dense[0]}, {dense[2]} TFLOPs{', ' + dense[3] if dense[3:] else ''}.\n"
+    )
+    grid = RichTable(box=None, pad_edge=False, header_style="bold")
+    for title in ("target", "T", "last layer", "TFLOPs", *["prefill"] * len(dense[3:])):
+        grid.add_column(title, justify="right", no_wrap=True)
+    grid.add_column("--method", no_wrap=True)
+    for one in solved:
+        grid.add_row(target, *_cells(one["achieved"]), escape(one["spec"]))
+    if solved:
+        # Wide enough that no specification is broken: it is there to be copied.
+        Console(width=90 + max(len(one["spec"]) for one in solved), highlight=False).print(grid)
+        print(f"\n{_LEGEND}")
+    if solved and dense[3:]:
+        timing = result["dense"]["prefill_ms"]
+        print(
+            f"Prefill: median ± interquartile range of {len(timing['times_ms'])} runs of the first prompt on "
+            f"{timing['device']} after {timing['warmup']} to warm up, measured again once the setting was chosen: part "
+            "of what it misses the target by is noise."
+        )
+    if result["refused"]:
+        print("\n".join(["", "Not possible:", *(f"  {one['reason']}" for one in result["refused"])]))
+
+
+def _cells(cost: dict[str, Any]) -> list[str]:
+    cells = [f"{cost['tokens']:.2f}", f"{cost['last_layer']:.4g}", f"{cost['tflops']:.4g}"]
+    timing = cost.get("prefill_ms")
+    return [*cells, f"{timing['median']:.4g} ± {timing['iqr']:.2g} ms"] if timing else cells

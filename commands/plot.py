@@ -1,0 +1,93 @@
+"""Draw the figures of a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from ..errors import DataError, OptionError, UnknownNameError, suggest
+
+if TYPE_CHECKING:
+    from ..results.store import Cell
+    from ..results.tables import Table
+
+
+def plot(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run or sweep.")],
+    kind: Annotated[
+        str | None,
+        typer.Option(metavar="pareto,latency,tokens,stages", help="What to draw.  [default: all that was measured]"),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Draw these tasks' scores, tokens, compute and times alone.  [default: all]"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE|DIR", help="A .png or .svg file, or a folder.  [default: DIR/plots]")
+    ] = None,
+    form: Annotated[str | None, typer.Option("--format", metavar="png,svg", help="[default: png]")] = None,
+) -> None:
+    """Plot accuracy against compute and latency, visual tokens by decoder layer, and compute by component.
+
+    Prints the names of the files. Results that cannot be compared are drawn in files of their own, with a number.
+    """
+    from ..results import plots
+    from ..results.store import Store
+    from ..results.tables import build
+
+    kinds = _listed(kind, plots.KINDS, "--kind") or list(plots.KINDS)
+    single = out is not None and bool(out.suffix) and not out.is_dir()
+    if single and form is not None:
+        raise OptionError(
+            f"--format {form} and --out {out} both say the format: give a folder to --out, or no --format"
+        )
+    if single and len(kinds) > 1:
+        raise OptionError(
+            f"{len(kinds)} figures do not fit into the file {out}: choose one with --kind, or give a folder"
+        )
+    forms = _listed(form, plots.FORMATS, "--format") or ["png"]
+    tables = build(_asked(Store(folder).cells(), task))
+    if single and len(tables) > 1:
+        raise OptionError(f"{folder} holds {len(tables)} tables, which are drawn one by one: give a folder to --out")
+    base = folder / "plots" if out is None else out
+    tasks = "" if task is None else "-" + "-".join(sorted(tables[0].questions))
+    for number, table in enumerate(tables, start=1):
+        name = f"{tasks}{f'-{number}' if len(tables) > 1 else ''}"
+        for each in kinds:
+            files = [base] if single else [base / f"{each}{name}.{suffix}" for suffix in forms]
+            _draw(table, each, files, needed=kind is not None)
+
+
+def _draw(table: Table, kind: str, files: list[Path], *, needed: bool) -> None:
+    """Write one figure; without its data, an error if it is ``needed`` and else a line."""
+    from ..results import plots
+
+    try:
+        figure = plots.draw(table, kind)
+    except DataError as error:
+        if needed:
+            raise
+        Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(f"No plot of {kind}: {error}")
+        return
+    for file in files:
+        plots.save(figure, file)
+        print(file)
+
+
+def _asked(cells: list[Cell], tasks: str | None) -> list[Cell]:
+    known = {cell.config.task for cell in cells}
+    wanted = _listed(tasks, known, "--task") or known
+    return [cell for cell in cells if cell.config.task in wanted]
+
+
+def _listed(text: str | None, known: Collection[str], option: str) -> list[str]:
+    """Names separated by commas, each one of ``known``."""
+    names = [name.strip() for name in text.split(",")] if text is not None else []
+    for name in names:
+        if name not in known:
+            raise UnknownNameError(f"{option}: {name!r} is unknown; {suggest(name, known)}")
+    return list(dict.fromkeys(names))
