@@ -122,7 +122,7 @@ def _plane(table: Table, axis: str, cost: Callable[[Row], float], note: str) -> 
         raise DataError("no row has both a score and a cost: nothing to plot")
     groups = series(table.rows)
     size = (4.2, 3.4) if len(panels) == 1 else (3.2, 2.7)
-    figure, places = _grid(len(panels), most=3, size=size, beside=2.4, least=0.2 * len(groups))
+    figure, places = _grid(len(panels), most=3, size=size, beside=2.4, least=0.22 * (len(groups) + 1))
     for place, panel in zip(places, panels, strict=True):
         best, most = front(panel.points), max(p.x for p in panel.points)
         place.plot([*(p.x for p in best), most], [*(p.y for p in best), best[-1].y], **_FRONT, zorder=1)
@@ -147,10 +147,8 @@ def _trace(place: Axes, points: Sequence[Point], look: dict[str, Any]) -> None:
     xs = [point.x for point in points]
     ends = [p.low for p in points], [p.high for p in points]
     # Random is drawn broad and pale behind the methods, which often share its budgets and so its place.
-    bar = (
-        {"linewidth": 4, "alpha": 0.35} if points and points[0].row.method == RANDOM else {"linewidth": 1, "alpha": 0.6}
-    )
-    place.vlines(xs, *ends, color=look["color"], **bar)
+    broad = bool(points) and points[0].row.method == RANDOM
+    place.vlines(xs, *ends, color=look["color"], linewidth=4 if broad else 1, alpha=0.35 if broad else 0.6)
     place.plot(xs, [point.y for point in points], **look)
 
 
@@ -158,7 +156,7 @@ def panels_of(table: Table, cost: Callable[[Row], float]) -> list[Panel]:
     """The points of each task's headline metric, then those of the mean retained if there are several tasks."""
     panels = []
     for task, (score, *_) in table.columns.items():
-        points = [_point(row, task, score, cost(row)) for row in table.rows if task in row.scores]
+        points = [_point(row, task, score, cost(row)) for row in table.rows if score.key in row.scores.get(task, {})]
         panels.append(Panel(task, f"{score.title}, {_unit(score)}", _finite(points)))
     if len(panels) > 1:
         kept = [(row, row.retained) for row in table.rows if row.retained]
