@@ -58,9 +58,22 @@ def store(tmp_path):
     return Store(tmp_path / "run")
 
 
-@pytest.fixture
-def table(store):
-    (table,) = build(swept(store).cells())
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    return swept(Store(tmp_path_factory.mktemp("swept")))
+
+
+@pytest.fixture(scope="module")
+def table(stored):
+    (table,) = build(stored.cells())
+    return table
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory):
+    """Twenty methods with long names."""
+    long = [f"method{number}" for number in range(19)] + ["a_method_of_a_very_long_name_indeed"]
+    (table,) = build(swept(Store(tmp_path_factory.mktemp("crowded")), long, tasks=("gqa",)).cells())
     return table
 
 
@@ -93,18 +106,15 @@ def test_points_and_bars_are_the_tables_numbers(kind, cost, table):
                     assert any(np.allclose(bar, other) for other in bars if other)
 
 
-def test_random_is_mean_and_deviation_over_seeds(table, store):
+def test_random_is_mean_and_deviation_over_seeds(table, stored):
     """From the stored scores themselves."""
-    stored = [
-        c.metrics.scores[0].value
-        for c in store.cells()
-        if (c.config.label, c.config.task) == ("random:keep=0.5", "gqa")
-    ]
+    cells = [c for c in stored.cells() if (c.config.label, c.config.task) == ("random:keep=0.5", "gqa")]
+    scores = [cell.metrics.scores[0].value for cell in cells]
     panel = plots.panels_of(table, lambda row: row.macs)[0]
     (point,) = [p for p in panel.points if p.row.label == "random:keep=0.5"]
-    sd = statistics.stdev(stored)
+    mean, sd = statistics.fmean(scores), statistics.stdev(scores)
     assert sd > 0
-    expected = [statistics.fmean(stored), statistics.fmean(stored) - sd, statistics.fmean(stored) + sd]
+    expected = [mean, mean - sd, mean + sd]
     assert [point.y, point.low, point.high] == pytest.approx([100 * value for value in expected])
 
 
@@ -195,11 +205,9 @@ def test_captions_say_what_was_asked_and_what_bars_are(table):
 
 
 @pytest.mark.parametrize("kind", plots.KINDS)
-def test_nothing_is_cut_off_or_covered(kind, store):
-    """Twenty methods with long names: all text lies inside the figure, and the legend beside the axes."""
-    long = [f"method{number}" for number in range(19)] + ["a_method_of_a_very_long_name_indeed"]
-    (table,) = build(swept(store, long, tasks=("gqa",)).cells())
-    figure = plots.draw(table, kind)
+def test_nothing_is_cut_off_or_covered(kind, crowded):
+    """All text lies inside the figure, and the legend beside the axes."""
+    figure = plots.draw(crowded, kind)
     FigureCanvasAgg(figure).draw()
     whole = figure.bbox.padded(1)
     texts = [
