@@ -88,7 +88,15 @@ def sweep(
 
 def table(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run or sweep.")],
-    form: Annotated[str, typer.Option("--format", metavar="text|md|csv|json", help="How to print it.")] = "text",
+    form: Annotated[
+        str, typer.Option("--format", metavar="text|md|latex|html|csv|json", help="How to print it.")
+    ] = "text",
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,C", help="Columns in order, such as method,gqa,pope:pope_accuracy,tokens.  [default: all]"
+        ),
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option(metavar="published", help="Compare with published figures instead of printing the table."),
@@ -96,6 +104,8 @@ def table(
 ) -> None:
     """Print the table of a run folder again, or its results beside published figures."""
     if against is not None:
+        if columns is not None:
+            raise OptionError("--columns and --against exclude each other: give one")
         print(_against(against, folder, form))
         return
     from ..results.render import FORMATS, render
@@ -103,8 +113,9 @@ def table(
     from ..results.tables import build
 
     if form not in FORMATS:
-        raise OptionError(f"unknown format {form!r}: choose text, md, csv or json")
-    print(render(build(Store(folder).cells()), form))
+        raise OptionError(f"unknown format {form!r}: choose {', '.join(FORMATS)}")
+    names = [name.strip() for name in columns.split(",")] if columns is not None else None
+    print(render(build(Store(folder).cells()), form, names))
 
 
 def _against(name: str, folder: Path, form: str) -> str:

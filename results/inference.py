@@ -43,7 +43,9 @@ class Evidence:
 
     ``scores`` leaves out metrics that samples do not reproduce. ``against``: first by ``dense`` and ``random``.
     ``loyalty``: share of answers equal to the dense model's. ``groups``: mean score by difficulty, against the row
-    ``groups_by`` of smaller images. ``nearest``: the T of the random row compared with.
+    ``groups_by`` of smaller images. ``nearest``: the T of the random row compared with. ``budget``: the rows of
+    similar T (:func:`budgets`); None for dense. ``best``: where the row leads its budget, p of the claim that it is
+    higher than every other row there, adjusted over all such claims.
     """
 
     scores: dict[str, dict[str, Estimate]] = field(default_factory=lambda: defaultdict(dict))
@@ -55,6 +57,8 @@ class Evidence:
     groups: dict[str, dict[str, Estimate]] = field(default_factory=dict)
     groups_by: str | None = None
     nearest: float | None = None
+    budget: int | None = None
+    best: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
 
 
 class Entrant:
@@ -84,6 +88,20 @@ class Entrant:
         return found
 
 
+def budgets(means: Sequence[float]) -> list[int]:
+    """The budget of each T: 0 for the largest and all down to 4/5 of it, 1 for the next largest and so on.
+
+    T stands for what was spent in all layers; the number after the last cut would put a method that cuts late beside
+    one that cuts early.
+    """
+    found, start, budget = [0] * len(means), math.inf, -1
+    for place in sorted(range(len(means)), key=lambda place: -means[place]):
+        if means[place] < 0.8 * start * (1 - 1e-9):
+            start, budget = means[place], budget + 1
+        found[place] = budget
+    return found
+
+
 def weigh(rows: Sequence[Sequence[Cell]]) -> list[Evidence]:
     """Evidence for each row of a table. All rows hold cells that can be compared."""
     entrants = [Entrant(cells) for cells in rows]
@@ -94,6 +112,7 @@ def weigh(rows: Sequence[Sequence[Cell]]) -> list[Evidence]:
             evidence.scores[task][key] = estimate(measured)
         found.append(evidence)
     _compare(entrants, found)
+    _rank(entrants, found)
     dense = _only(entrants, DENSE)
     if dense is not None:
         for entrant, evidence in zip(entrants, found, strict=True):
@@ -121,6 +140,35 @@ def _compare(entrants: list[Entrant], found: list[Evidence]) -> None:
         pairs, compared, holm([comparison.p for comparison in compared]), strict=True
     ):
         verdicts[task][key] = Verdict(reference.label, comparison, p)
+
+
+def _rank(entrants: list[Entrant], found: list[Evidence]) -> None:
+    """Fill in ``budget`` and ``best``: on each metric the leader must beat all others of its budget."""
+    pruned = [pair for pair in zip(entrants, found, strict=True) if pair[0].method != DENSE]
+    fields: dict[tuple[int, tuple[str, str]], list[tuple[Entrant, Evidence]]] = defaultdict(list)
+    for (entrant, evidence), budget in zip(pruned, budgets([entrant.tokens for entrant, _ in pruned]), strict=True):
+        evidence.budget = budget
+        for metric, measured in entrant.measured.items():
+            if not math.isnan(measured.value):
+                fields[budget, metric].append((entrant, evidence))
+    contests = [(metric, members) for (_, metric), members in fields.items() if len(members) > 1]
+    leaders, p = [], []
+    for metric, members in contests:
+        (best, evidence), *others = sorted(members, key=lambda member: -member[0].measured[metric].value)
+        leaders.append((evidence, metric))
+        p.append(_shown(best, [other for other, _ in others], metric, max(FLIPS, 40 * len(contests))))
+    for (evidence, (task, key)), adjusted in zip(leaders, holm(p), strict=True):
+        evidence.best[task][key] = adjusted
+
+
+def _shown(best: Entrant, others: list[Entrant], metric: tuple[str, str], flips: int) -> float:
+    """The largest p of ``best`` against each of ``others``, the nearest first; stops where it shows nothing."""
+    largest = 0.0
+    for other in others:
+        largest = max(largest, compare(best.measured[metric], other.measured[metric], flips).p)
+        if largest >= ALPHA:
+            break
+    return largest
 
 
 def _agree(entrant: Entrant, dense: Entrant, evidence: Evidence) -> None:

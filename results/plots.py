@@ -21,9 +21,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from ..errors import DataError, OptionError, suggest
+from .columns import compute_unit
 from .inference import DENSE, RANDOM
+from .notes import origin
 from .records import ScoreRecord
-from .render import compute_unit, origin
 from .series import Series, series
 from .tables import Row, Table
 

@@ -1,0 +1,179 @@
+"""Columns of a table: what each shows of a row, and the figures behind it.
+
+Beside the names here, ``TASK:METRIC`` names a score and ``TASK`` all scores of a task.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import OptionError, suggest
+from .inference import ALPHA, Verdict
+from .records import ScoreRecord
+from .stats import Estimate
+from .tables import Quantity, Row, Table
+
+_UNITS = ((1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs"))
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An entry of a table. ``marks``: ``↑d`` and the like; ``best``: shown to be the best of its budget."""
+
+    value: str
+    spread: str = ""
+    marks: tuple[str, ...] = ()
+    best: bool = False
+
+    def __str__(self) -> str:
+        return " ".join([f"{self.value} ± {self.spread}" if self.spread else self.value, *self.marks])
+
+
+@dataclass(frozen=True)
+class Column:
+    """``title``: one or two lines. ``figures``: a row's figures with full precision, by their names in CSV."""
+
+    name: str
+    title: str
+    show: Callable[[Row], Shown]
+    figures: Callable[[Row], dict[str, Any]]
+
+
+def columns(table: Table) -> list[Column]:
+    """All columns of the table, those of time only where something was timed."""
+    unit, name = compute_unit(table)
+    found = [Column("method", "method", lambda row: Shown(row.label), _identity)]
+    found += [_score_column(task, score) for task, scores in table.columns.items() for score in scores]
+    found += [
+        Column("retained", "retained\n%", lambda row: _retained(row.retained), _retained_figures),
+        Column("loyalty", "loyalty\n%", lambda row: _estimate(row.evidence.loyalty_mean, 1.0), _loyalty_figures),
+        Column("tokens", "visual\ntokens T", lambda row: Shown(f"{row.tokens.mean:.1f}"), _tokens_figures),
+        Column("last", "at the\nlast layer", lambda row: Shown(f"{row.tokens.last:.1f}"), _last_figures),
+        Column("compute", f"compute\n{name}", lambda row: Shown(f"{row.macs / unit:#.3g}"), _compute_figures),
+    ]
+    timed = any(row.prefill for row in table.rows)
+    return [*found, Column("prefill", "prefill\nms", _prefill, _prefill_figures)] if timed else found
+
+
+def choose(tables: Sequence[Table], names: Sequence[str] | None) -> list[list[Column]]:
+    """The columns ``names`` of each table, in this order (None: all). Raises :class:`OptionError` for unknown ones."""
+    found = [columns(table) for table in tables]
+    if names is None:
+        return found
+    known = {alias for each in found for column in each for alias in _aliases(column)}
+    for name in names:
+        if name not in known:
+            raise OptionError(f"unknown column {name!r}; {suggest(name, known)}")
+    return [[column for name in names for column in each if name in _aliases(column)] for each in found]
+
+
+def compute_unit(table: Table) -> tuple[float, str]:
+    """The unit in which this table's compute reads well: its size in MACs, and its name."""
+    most = max(row.macs for row in table.rows)
+    return next(((unit, name) for unit, name in _UNITS if most >= unit / 10), _UNITS[-1])
+
+
+def number(value: float, maximum: float | None) -> str:
+    """As percent if the maximum is 1, with four digits if it is not known."""
+    return f"{value:.4g}" if maximum is None else f"{value * (100.0 if maximum == 1 else 1.0):.1f}"
+
+
+def _aliases(column: Column) -> set[str]:
+    return {column.name, column.name.partition(":")[0]}
+
+
+def _score_column(task: str, score: ScoreRecord) -> Column:
+    unit = "" if score.maximum is None else " %" if score.maximum == 1 else f" /{score.maximum:g}"
+    return Column(
+        f"{task}:{score.key}",
+        f"{task}\n{score.title}{unit}",
+        lambda row: _score(row, task, score),
+        lambda row: _score_figures(row, task, score.key),
+    )
+
+
+def _score(row: Row, task: str, score: ScoreRecord) -> Shown:
+    """Value ± half its interval, and how it compares with dense and random."""
+    quantity = row.scores.get(task, {}).get(score.key)
+    if quantity is None or math.isnan(quantity.mean):
+        return Shown("–")
+    interval = row.evidence.scores.get(task, {}).get(score.key)
+    shown = _estimate(interval, score.maximum) if interval else Shown(number(quantity.mean, score.maximum))
+    marks = [_mark(name, by.get(task, {}).get(score.key)) for name, by in row.evidence.against.items()]
+    best = row.evidence.best.get(task, {}).get(score.key, 1.0) < ALPHA
+    return Shown(shown.value, shown.spread, tuple(filter(None, marks)), best)
+
+
+def _mark(name: str, verdict: Verdict | None) -> str:
+    return {1: "↑", -1: "↓", 0: "="}[verdict.sign] + name[0] if verdict else ""
+
+
+def _estimate(estimate: Estimate | None, maximum: float | None) -> Shown:
+    if estimate is None:
+        return Shown("–")
+    known = not math.isnan(estimate.half_width)
+    return Shown(number(estimate.value, maximum), number(estimate.half_width, maximum) if known else "")
+
+
+def _retained(quantity: Quantity | None) -> Shown:
+    if quantity is None:
+        return Shown("–")
+    return Shown(f"{quantity.mean:.1f}", f"{quantity.sd:.1f}" if quantity.sd is not None else "")
+
+
+def _prefill(row: Row) -> Shown:
+    return Shown(f"{row.prefill.median:.1f}", f"{row.prefill.iqr:.1f}") if row.prefill else Shown("–")
+
+
+# ---- figures for CSV ----------------------------------------------------------------------------------------------
+
+
+def _identity(row: Row) -> dict[str, Any]:
+    return {"method": row.label, "seeds": len(row.seeds)}
+
+
+def _score_figures(row: Row, task: str, key: str) -> dict[str, Any]:
+    quantity, interval = row.scores.get(task, {}).get(key), row.evidence.scores.get(task, {}).get(key)
+    verdicts = {name: by.get(task, {}).get(key) for name, by in row.evidence.against.items()}
+    return {
+        f"{task}:{key}": quantity.mean if quantity else None,
+        f"{task}:{key}:sd": quantity.sd if quantity else None,
+        f"{task}:{key}:low": interval.low if interval else None,
+        f"{task}:{key}:high": interval.high if interval else None,
+        **{f"{task}:{key}:p_{name}": verdict.p_holm if verdict else None for name, verdict in verdicts.items()},
+    }
+
+
+def _retained_figures(row: Row) -> dict[str, Any]:
+    return {"retained_percent": row.retained.mean if row.retained else None}
+
+
+def _loyalty_figures(row: Row) -> dict[str, Any]:
+    loyalty = row.evidence.loyalty_mean
+    return {
+        "loyalty_percent": 100 * loyalty.value if loyalty else None,
+        "loyalty_percent_low": 100 * loyalty.low if loyalty else None,
+        "loyalty_percent_high": 100 * loyalty.high if loyalty else None,
+    }
+
+
+def _tokens_figures(row: Row) -> dict[str, Any]:
+    return {"visual_tokens_mean": row.tokens.mean}
+
+
+def _last_figures(row: Row) -> dict[str, Any]:
+    return {"visual_tokens_last": row.tokens.last}
+
+
+def _compute_figures(row: Row) -> dict[str, Any]:
+    return {"executed_tflops": row.macs * 1e-12}
+
+
+def _prefill_figures(row: Row) -> dict[str, Any]:
+    return {
+        "prefill_ms_median": row.prefill.median if row.prefill else None,
+        "prefill_ms_iqr": row.prefill.iqr if row.prefill else None,
+    }

@@ -1,0 +1,280 @@
+"""Tables in LaTeX and HTML, rows grouped by budget, what is bold, and the choice of columns."""
+
+import csv
+import io
+import itertools
+import json
+import random
+import re
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from storing import config, frame, full, put
+from visibench.cli import main
+from visibench.errors import OptionError
+from visibench.results.formats import grouped
+from visibench.results.inference import ALPHA, Entrant, budgets
+from visibench.results.records import ScoreRecord, VisualTokens
+from visibench.results.render import render
+from visibench.results.stats import compare
+from visibench.results.store import Store
+from visibench.results.tables import build
+
+HOSTILE = r"a_b%c&d#$e{f}~^\g<script>alert(1)</script>"
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "run")
+
+
+def answered(store, method, right, tokens=8.0, task="gqa", label=None, seed=0):
+    """A cell whose questions, three about each image, are answered right where ``right`` says so."""
+    samples = frame([f"i{i // 3}" for i in range(len(right))], right)
+    score = ScoreRecord(key="exact_match", title="exact match", value=float(np.mean(right)), maximum=1)
+    visual = VisualTokens(prompt=16, per_layer=[tokens, tokens])
+    cell = config(method, task, seed, label=label or method)
+    return put(store, cell, samples=samples, scores=[score], visual_tokens=visual, size=len(right), total=750)
+
+
+def fields(line):
+    """Entries of a line of a LaTeX table."""
+    return re.split(r"(?<!\\)&", line.removesuffix(r" \\"))
+
+
+# ---- budgets ------------------------------------------------------------------------------------------------------
+
+
+def test_budgets_are_neighbours_within_a_quarter():
+    rng = random.Random(0)
+    for _ in range(100):
+        means = [rng.choice((0, 16, 20, 25, 32, 40, 50, rng.uniform(1, 144))) for _ in range(rng.randrange(1, 20))]
+        found = budgets(means)
+        members = [[m for m, b in zip(means, found, strict=True) if b == budget] for budget in range(max(found) + 1)]
+        assert all(0.8 * max(group) <= min(group) + 1e-6 for group in members)
+        # Greedy from the largest: the first of each group would not fit into the one before.
+        assert all(max(after) < 0.8 * max(before) for before, after in itertools.pairwise(members))
+
+
+def test_a_quarter_itself_is_one_budget():
+    assert budgets([40.0, 32.0, 31.9, 0.0, 0.0]) == [0, 0, 1, 2, 2]
+
+
+def test_rows_stand_by_budget_with_dense_first(store):
+    for method, tokens in (("none", 16.0), ("fastv", 4.0), ("tome", 8.0), ("dart", 8.0), ("vtw", 7.0)):
+        answered(store, method, [1, 0, 1], tokens)
+    found = [(title, [row.label for row in rows]) for title, rows in grouped(build(store.cells())[0])]
+    assert found == [
+        ("", ["none"]),
+        ("T = 7.0 to 8.0 of 16 visual tokens (48 %)", ["dart", "tome", "vtw"]),
+        ("T = 4.0 of 16 visual tokens (25 %)", ["fastv"]),
+    ]
+
+
+# ---- what is bold -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def contest(store) -> Store:
+    """At the larger budget tome leads clearly, at the smaller one dart only a little; vtw stands alone."""
+    rng = np.random.default_rng(0)
+    ease = rng.random(150)
+    answered(store, "none", ease < 0.95, 16.0)
+    for method, share, tokens in (("tome", 0.9, 8.0), ("fastv", 0.6, 8.0), ("divprune", 0.5, 7.0), ("vtw", 0.9, 2.0)):
+        answered(store, method, ease < share, tokens)
+    answered(store, "dart", (ease < 0.5) ^ (rng.random(150) < 0.1), 4.0)
+    answered(store, "visionzip", (ease < 0.5) ^ (rng.random(150) < 0.1), 4.0)
+    return store
+
+
+def test_bold_is_the_best_shown_to_be_so(contest):
+    (table,) = build(contest.cells())
+    latex, page = render([table], "latex"), render([table], "html")
+    (bold,) = [line for line in latex.splitlines() if r"\textbf" in line]
+    assert bold.startswith("tome & \\textbf{")
+    assert latex.count(r"\textbf") == page.count("<strong>") == 1
+    assert "Bold: higher than all others of its group" in latex
+
+
+def test_the_leader_must_beat_every_other_row(contest):
+    """Its p is the largest over the others, here each compared without stopping, adjusted over both budgets."""
+    (table,) = build(contest.cells())
+    cells = {cell.config.label: cell for cell in contest.cells()}
+    measured = {label: Entrant([cell]).measured["gqa", "exact_match"] for label, cell in cells.items()}
+    largest = max(compare(measured["tome"], measured[other]).p for other in ("fastv", "divprune"))
+    runner_up = compare(measured["dart"], measured["visionzip"]).p
+    assert largest < ALPHA < runner_up
+    best = {row.label: row.evidence.best["gqa"]["exact_match"] for row in table.rows if row.evidence.best.get("gqa")}
+    assert best.keys() - {"tome"} <= {"dart", "visionzip"}
+    assert best["tome"] == pytest.approx(2 * largest)
+
+
+@pytest.mark.slow
+def test_equal_methods_are_seldom_bold(tmp_path):
+    """Of three methods alike, one is called the best in at most 5 % of tables, though the best of each was selected."""
+    rng, bold = np.random.default_rng(1), 0
+    for trial in range(60):
+        store = Store(tmp_path / str(trial))
+        for method in ("fastv", "tome", "dart"):
+            answered(store, method, rng.random(24) < 0.5)
+        (table,) = build(store.cells())
+        bold += any(p < ALPHA for row in table.rows for by in row.evidence.best.values() for p in by.values())
+    # 60 tables at 5 %: 8 or more would happen once in 100 times.
+    assert bold < 8
+
+
+# ---- LaTeX --------------------------------------------------------------------------------------------------------
+
+
+def test_latex_is_well_formed(store):
+    full(store)
+    put(store, config("tome", "gqa", label=HOSTILE), 0.5)
+    put(store, config("vtw", "gqa", model="other_model"), 0.5)
+    text = render(build(store.cells()), "latex")
+    assert text.isascii()
+    plain = re.sub(r"\\[\\&%$#_{}]", "", text)
+    depth = 0
+    for character in plain:
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        assert depth >= 0
+    assert depth == 0
+    assert plain.count("$") % 2 == 0
+    opened = []
+    for kind, name in re.findall(r"\\(begin|end)\{(\w+)\}", text):
+        assert kind == "begin" or opened.pop() == name
+        opened += [name] if kind == "begin" else []
+    assert not opened
+    assert text.count(r"\begin{tabular}") == text.count(r"\toprule") == text.count(r"\bottomrule") == 2
+    # A percent sign would hide the rest of its line.
+    assert not re.search(r"(?<!\\)%", text.removeprefix("% \\usepackage{booktabs}"))
+
+
+def test_latex_lines_have_an_entry_a_column(store):
+    (table,) = build(full(store).cells())
+    text = render([table], "latex")
+    columns = re.search(r"\\begin\{tabular\}\{(\w+)\}", text).group(1)
+    lines = [line for line in text.splitlines() if line.endswith(r" \\") and "multicolumn" not in line]
+    assert columns == "l" + "r" * 8
+    assert [len(fields(line)) for line in lines] == [9] * 5
+    assert [entry.strip() for entry in fields(lines[3])][:4] == [
+        "random",
+        "50.0",
+        "500.0",
+        r"62.5 {\scriptsize $\pm$ 12.5}",
+    ]
+
+
+def test_latex_escapes_labels(store):
+    put(store, config("tome", "gqa", label=HOSTILE), 0.5)
+    escaped = r"a\_b\%c\&d\#\$e\{f\}\textasciitilde{}\textasciicircum{}\textbackslash{}g"
+    assert escaped + r"\textless{}script" in render(build(store.cells()), "latex")
+
+
+# ---- HTML ---------------------------------------------------------------------------------------------------------
+
+
+class Reader(HTMLParser):
+    """Rows of a page's tables as text; fails where tags do not nest."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.rows = [], set(), []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+
+
+def test_html_holds_the_rows_of_the_text_table(contest):
+    tables = build(contest.cells())
+    page = Reader(render(tables, "html"))
+    assert page.tags <= set("html head meta title body table caption thead tbody tr th td br strong p".split())
+    shown = {row[0]: row for row in page.rows if len(row) > 1}
+    for line in render(tables, "md").splitlines():
+        if line.startswith("|") and not line.startswith(("| ---", "| method")):
+            entries = [entry.strip() for entry in line.strip("|").split("|")]
+            assert shown[entries[0]][: len(entries)] == entries
+
+
+def test_html_shows_hostile_labels_as_text(store):
+    put(store, config("tome", "gqa", label=HOSTILE, model="<b>"), 0.5)
+    put(store, config("tome", "gqa", label="x", model="other"), 0.5)
+    page = Reader(render(build(store.cells()), "html"))
+    assert "script" not in page.tags
+    assert HOSTILE in [row[0] for row in page.rows]
+
+
+# ---- columns ------------------------------------------------------------------------------------------------------
+
+
+def test_columns_stand_in_the_order_asked_for(store):
+    tables = build(full(store).cells())
+    lines = [line for line in render(tables, "md", ["compute", "mme", "method"]).splitlines() if line.startswith("|")]
+    assert lines[0] == "| compute GFLOPs | mme score /1000 | method |"
+    assert lines[3] == "| 1.00 | 500.0 | random |"
+    rows = list(csv.DictReader(io.StringIO(render(tables, "csv", ["method", "gqa:s"]))))
+    assert [row["method"] for row in rows] == ["none", "random", "fastv"]
+    assert "visual_tokens_mean" not in rows[0]
+    assert float(rows[1]["gqa:s"]) == pytest.approx(0.5)
+    assert r"\begin{tabular}{rl}" in render(tables, "latex", ["tokens", "method"])
+    assert "visual" in render(tables, "text", ["tokens", "method"]).splitlines()[1]
+
+
+def test_a_task_names_all_its_scores(store):
+    scores = [ScoreRecord(key=key, title=key, value=0.5, maximum=1) for key in ("f1", "accuracy")]
+    put(store, config("tome", "pope"), scores=scores)
+    tables = build(store.cells())
+    header = render(tables, "md", ["pope"]).splitlines()[0]
+    assert header == "| pope f1 % | pope accuracy % |"
+    assert render(tables, "md", ["pope:accuracy"]).splitlines()[0] == "| pope accuracy % |"
+
+
+def test_unknown_columns_are_one_line(store):
+    tables = build(full(store).cells())
+    with pytest.raises(OptionError, match="did you mean 'tokens'"):
+        render(tables, "md", ["method", "token"])
+    with pytest.raises(OptionError, match="JSON holds everything"):
+        render(tables, "json", ["method"])
+
+
+def test_json_says_budget_and_best(contest):
+    (table,) = json.loads(render(build(contest.cells()), "json"))["tables"]
+    rows = {row["label"]: row for row in table["rows"]}
+    assert [rows[name]["budget"] for name in ("none", "tome", "divprune", "dart", "vtw")] == [None, 0, 0, 1, 2]
+    assert rows["tome"]["scores"]["gqa"]["exact_match"]["best_p_holm"] < ALPHA
+    assert rows["vtw"]["scores"]["gqa"]["exact_match"]["best_p_holm"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--columns", "methd"], "did you mean 'method'"),
+        (["--format", "tex"], "choose text, md, latex, html, csv, json"),
+        (["--columns", "method", "--against", "published"], "exclude each other"),
+    ],
+)
+def test_the_command_ends_with_one_line(arguments, message, store, monkeypatch, capsys):
+    full(store)
+    monkeypatch.setattr(sys, "argv", ["visibench", "table", str(store.root), *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
