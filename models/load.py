@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import platform
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..errors import (
     VisibenchError,
     suggest,
 )
+from ..machine import processor
 from .adapters import FAMILIES, Adapter, Geometry
 from .geometry import Weights, about, build, check_weights, configuration, published, synthetic_inputs
 
@@ -82,10 +82,11 @@ class LoadedModel:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": device.type,
-            "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name(),
+            "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
             "threads": torch.get_num_threads(),
             "attention": self.model.config.get_text_config()._attn_implementation,
             "image_processor": self.processor and type(self.processor.image_processor).__name__,
+            "image_backend": self.processor and getattr(self.processor.image_processor, "backend", None),
             "weights": self.weights,
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "visibench")},
         }
@@ -197,11 +198,3 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise OptionError("no CUDA device here: use --device cpu")
     return device
-
-
-def _processor_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

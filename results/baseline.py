@@ -5,6 +5,7 @@ Questions, targets and images are not in it: they are those of the run to compar
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -74,7 +75,7 @@ class Baseline(Record):
 
     def digest(self) -> str:
         """What ``checksum`` has to be."""
-        return digest(self.model_dump(mode="json", exclude={"checksum"}))
+        return self.hashed(without="checksum")
 
 
 def baseline_of(cells: Sequence[Cell]) -> Baseline:
@@ -112,7 +113,8 @@ def load(path: Path) -> Baseline:
     """Read a baseline. Raises :class:`DataError` if it is missing, damaged, changed by hand, or something else."""
     remedy = "restore it, or write a new one from a run with --update"
     try:
-        found = Baseline.model_validate_json(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        found = Baseline.model_validate_json(text)
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not text"
         raise DataError(f"cannot read the baseline {path} ({why}): {remedy}") from error
@@ -120,7 +122,8 @@ def load(path: Path) -> Baseline:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "JSON"
         raise DataError(f"{path} is no baseline of this version ({where}: {first['msg']}): {remedy}") from error
-    if found.checksum != found.digest():
+    content = json.loads(text)
+    if content.pop("checksum", "") != digest(content):
         raise DataError(f"{path} was changed after it was written (its checksum differs): {remedy}")
     return found
 

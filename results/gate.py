@@ -209,7 +209,7 @@ def _facts(before: BaselineCell, now: pd.DataFrame) -> list[FactChange]:
 def _notes(baseline: Baseline, run: dict[str, Cell]) -> list[str]:
     """What differs and does not count: versions, the machine, options that only one side knows."""
     notes: dict[str, None] = {}
-    for part, before in baseline.environment.model_dump().items():
+    for part, before in baseline.environment.model_dump(exclude={"host"}).items():
         for cell in run.values():
             now = getattr(cell.metrics.environment, part)
             keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]

@@ -15,14 +15,20 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from .. import machine
+
 SCHEMA: Literal[1] = 1
-PACKAGES = ("visibench", "torch", "transformers", "lmms-eval", "datasets", "pillow", "numpy")
+PACKAGES = ("visibench", "torch", "torchvision", "transformers", "lmms-eval", "datasets", "pillow", "numpy")
 
 
 class Record(BaseModel):
     """Base of all records: unknown keys are refused, values never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), ser_json_inf_nan="strings")
+
+    def hashed(self, *, without: str) -> str:
+        """Hash of all but one key as they stand in the file, so that a file can be checked without knowing its keys."""
+        return digest(json.loads(self.model_dump_json(exclude={without})))
 
 
 class TimingConfig(Record):
@@ -58,7 +64,7 @@ class CellConfig(Record):
 
     def digest(self) -> str:
         """Hash of everything but the label, 16 hex digits."""
-        return digest(self.model_dump(mode="json", exclude={"label"}))
+        return self.hashed(without="label")
 
     @property
     def folder(self) -> str:
@@ -110,11 +116,17 @@ class PrefillTime(Record):
 
 
 class Environment(Record):
-    """Where the numbers were made: facts about the loaded model, package versions, the machine."""
+    """Where the numbers were made: facts about the loaded model, package versions, the machine.
+
+    ``host`` and ``code`` (:mod:`visibench.machine`) tell where and by which commit, and keep no results apart: what of
+    a machine can change a number is in ``model`` and ``machine``.
+    """
 
     model: dict[str, Any]
     versions: dict[str, str]
     machine: dict[str, Any]
+    host: dict[str, Any] = {}
+    code: dict[str, Any] = {}
 
 
 class CellMetrics(Record):
@@ -122,7 +134,8 @@ class CellMetrics(Record):
 
     ``config_hash`` ties it to its configuration. ``size`` questions of ``total`` were asked. ``metrics`` are
     lmms-eval's by its own keys; ``categories`` the mean per-question score by category; ``seconds`` wall times.
-    ``data_hash`` covers the questions, targets and pixels used.
+    ``data_hash`` covers the questions, targets and pixels used, ``samples_hash`` the file of samples, ``checksum`` all
+    the rest of this record; both are empty in files of early versions.
     """
 
     schema_version: Literal[1] = SCHEMA
@@ -140,6 +153,13 @@ class CellMetrics(Record):
     seconds: dict[str, float]
     data_hash: str
     environment: Environment
+    samples_hash: str = ""
+    checksum: str = ""
+
+    def sealed(self, samples_hash: str) -> CellMetrics:
+        """This record with the hash of its samples and its own."""
+        found = self.model_copy(update={"samples_hash": samples_hash})
+        return found.model_copy(update={"checksum": found.hashed(without="checksum")})
 
 
 def environment(model: dict[str, Any]) -> Environment:
@@ -148,8 +168,13 @@ def environment(model: dict[str, Any]) -> Environment:
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    machine = {"python": platform.python_version(), "system": platform.system(), "architecture": platform.machine()}
-    return Environment(model={k: v for k, v in model.items() if k != "versions"}, versions=versions, machine=machine)
+    return Environment(
+        model={key: value for key, value in model.items() if key != "versions"},
+        versions=versions,
+        machine={"python": platform.python_version(), "system": platform.system(), "architecture": platform.machine()},
+        host=machine.host(),
+        code=machine.code(),
+    )
 
 
 def digest(value: Any) -> str:

@@ -1,5 +1,6 @@
 """The run folder: one sub-folder a cell, its configuration written first, its metrics last and atomically.
 
+<root>/sweep.yaml                                            what was asked of the run, written before its first cell
 <root>/cells/<task>-<method>-s<seed>-<hash>/config.json      what was asked
                                             samples.parquet  one row a question
                                             metrics.json     the outcome; its presence means done
@@ -7,20 +8,36 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import io
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pandas as pd
+import pyarrow as pa
 from pydantic import ValidationError
 
 from ..errors import DataError
-from .records import CellConfig, CellMetrics, Record
+from .records import SCHEMA, CellConfig, CellMetrics, Record, digest
 
 CONFIG, SAMPLES, METRICS = "config.json", "samples.parquet", "metrics.json"
+# Columns that statistics need and the kinds of NumPy that they may have; None: text, or nothing at all.
+KINDS = {
+    "doc_id": "iu",
+    "question_id": None,
+    "image": None,
+    "category": None,
+    "prompt": None,
+    "target": None,
+    "answer": None,
+    "score": "fiub",
+}
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
@@ -33,11 +50,31 @@ class Cell:
     metrics: CellMetrics
 
     def samples(self) -> pd.DataFrame:
-        """One row a question; see :func:`visibench.evals.lmms.evaluate` for the columns."""
+        """One row a question; see :func:`visibench.evals.lmms.evaluate` for the columns.
+
+        Raises :class:`DataError` unless they are whole, and those that the metrics were made of.
+        """
+        file, metrics = self.path / SAMPLES, self.metrics
+        remedy = f"delete {self.path} and run again"
         try:
-            return pd.read_parquet(self.path / SAMPLES)
-        except (OSError, ValueError) as error:
-            raise DataError(f"cannot read {self.path / SAMPLES}: delete {self.path} and run again") from error
+            content = file.read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read {file} ({error.strerror or error}): {remedy}") from error
+        if metrics.samples_hash and metrics.samples_hash != _hash(content):
+            raise DataError(f"{file} is damaged, or was changed after its run (its hash differs): {remedy}")
+        try:
+            samples = pd.read_parquet(io.BytesIO(content))
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise DataError(f"{file} is damaged (no whole Parquet file): {remedy}") from error
+        if len(samples) != metrics.size:
+            raise DataError(f"{file} holds {len(samples)} questions, but its metrics {metrics.size}: {remedy}")
+        for column, kinds in KINDS.items():
+            if column not in samples:
+                raise DataError(f"{file} has no column {column!r}: {remedy}")
+            kind = samples[column].dtype.kind
+            if kind not in (kinds or "OUST"):
+                raise DataError(f"{file} holds no {'numbers' if kinds else 'text'} in column {column!r}: {remedy}")
+        return samples
 
 
 class Store:
@@ -54,19 +91,21 @@ class Store:
         """The finished cell of this configuration, or None if it has yet to run, in part or in whole."""
         path = self.path(config)
         try:
-            metrics = _read(path / METRICS, CellMetrics)
+            metrics, _ = _read(path / METRICS, CellMetrics)
+            cell = Cell(path, config, metrics)
+            cell.samples()
         except DataError:
             return None
-        if metrics.config_hash != config.digest() or not (path / SAMPLES).exists():
+        if metrics.config_hash != config.digest():
             return None
         _write(path / CONFIG, config)  # the label may be a new one
-        return Cell(path, config, metrics)
+        return cell
 
     def begin(self, config: CellConfig) -> Path:
         """Make the cell's folder and write its configuration; leftovers of an interrupted run go."""
         path = self.path(config)
         with _writing(path):
-            path.mkdir(parents=True, exist_ok=True)
+            _make(path)
             (path / METRICS).unlink(missing_ok=True)
             (path / SAMPLES).unlink(missing_ok=True)
             _write(path / CONFIG, config)
@@ -78,6 +117,7 @@ class Store:
         partial = _partial(path / SAMPLES)
         with _writing(path):
             samples.to_parquet(partial, index=False)
+            metrics = metrics.sealed(_hash(partial.read_bytes()))
             _publish(partial, path / SAMPLES)
             _write(path / METRICS, metrics)
         return Cell(path, config, metrics)
@@ -85,38 +125,89 @@ class Store:
     def save(self, name: str, text: str) -> None:
         """Write a file of the run as a whole, such as its configuration or a table."""
         with _writing(self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
-            (self.root / name).write_text(text, encoding="utf-8")
+            _make(self.root)
+            _partial(self.root / name).write_text(text, encoding="utf-8")
+            _publish(_partial(self.root / name), self.root / name)
 
     def cells(self) -> list[Cell]:
         """All finished cells. Raises :class:`DataError` if there are none, or one is damaged."""
-        if not self.root.is_dir():
-            raise DataError(f"no folder {str(self.root)!r}: give the folder of a run or sweep")
-        found = [_open(file.parent) for file in sorted(self.root.glob(f"cells/*/{METRICS}"))]
+        found = [_open(folder) for folder, files in self._folders() if METRICS in files]
         if not found:
-            inner = sorted(str(folder.parent) for folder in self.root.glob("*/cells"))
-            hint = f"did you mean {inner[0]!r}?" if inner else f"run a sweep with --out {self.root} first"
-            raise DataError(f"no finished results in {str(self.root)!r}: {hint}")
+            raise DataError(f"no finished results in {str(self.root)!r}{self._hint()}")
+        paths: dict[str, Path] = {}
+        for cell in found:
+            other = paths.setdefault(cell.metrics.config_hash, cell.path)
+            if other != cell.path:
+                raise DataError(f"{other} and {cell.path} hold the same cell twice: delete the copy")
         return found
+
+    def unfinished(self) -> list[Path]:
+        """The folders of cells that were begun and are not done."""
+        return [folder for folder, files in self._folders() if METRICS not in files]
+
+    def _folders(self) -> list[tuple[Path, list[str]]]:
+        """The cells' folders with the names of their files."""
+        if not self.root.is_dir():
+            what = "is a file" if self.root.exists() else "does not exist"
+            raise DataError(f"no folder {str(self.root)!r} (it {what}): give the folder of a run or sweep")
+        cells = self.root / "cells"
+        return [(cells / name, _names(cells / name)) for name in _names(cells) if (cells / name).is_dir()]
+
+    def _hint(self) -> str:
+        inner = sorted(folder for folder in _names(self.root) if (self.root / folder / "cells").is_dir())
+        if inner:
+            return f": did you mean {str(self.root / inner[0])!r}?"
+        begun = len(self.unfinished())
+        if begun:
+            return f": {begun} cells were begun and none is done; run the same command again to finish them"
+        why = "it is empty" if not _names(self.root) else "this is not the folder of a run"
+        return f" ({why}): run a sweep with --out {self.root} first, or give another folder"
 
 
 def _open(path: Path) -> Cell:
-    config, metrics = _read(path / CONFIG, CellConfig), _read(path / METRICS, CellMetrics)
-    if metrics.config_hash != config.digest():
+    config, asked = _read(path / CONFIG, CellConfig)
+    metrics, told = _read(path / METRICS, CellMetrics)
+    checksum = told.pop("checksum", "")
+    del asked["label"]
+    if metrics.config_hash != digest(asked):
         raise DataError(f"{path / CONFIG} was changed after its run: restore it, or delete {path} and run again")
+    if checksum and checksum != digest(told):
+        raise DataError(f"{path / METRICS} was changed after its run: restore it, or delete {path} and run again")
     return Cell(path, config, metrics)
 
 
-def _read(file: Path, kind: type[AnyRecord]) -> AnyRecord:
+def _names(folder: Path) -> list[str]:
+    """What a folder holds, sorted; nothing if there is no such folder."""
     try:
-        return kind.model_validate_json(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {file}: delete its folder and run again") from error
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DataError(f"cannot read {folder} ({error.strerror or error}): mend that, or give another run") from error
+
+
+def _read(file: Path, kind: type[AnyRecord]) -> tuple[AnyRecord, dict[str, Any]]:
+    """A record, and the JSON object that it was read from."""
+    remedy = f"delete {file.parent} and run again"
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text)
+    except OSError as error:
+        raise DataError(f"cannot read {file} ({error.strerror or error}): {remedy}") from error
+    except ValueError as error:
+        raise DataError(f"{file} is damaged (no whole JSON file): {remedy}") from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != SCHEMA:
+        raise DataError(
+            f"{file} has schema version {version}, this visibench knows {SCHEMA}: read it with the visibench that "
+            "wrote it, or run again into another folder (--out)"
+        )
+    try:
+        return kind.model_validate_json(text), content
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "JSON"
-        complaint = f"{file} is damaged or of another version ({where}: {first['msg']})"
-        raise DataError(f"{complaint}: delete its folder and run again") from error
+        where = ".".join(map(str, first["loc"]))
+        raise DataError(f"{file} is damaged ({where}: {first['msg']}): {remedy}") from error
 
 
 @contextmanager
@@ -143,3 +234,30 @@ def _publish(partial: Path, file: Path) -> None:
     with partial.open("rb+") as stream:
         os.fsync(stream.fileno())
     os.replace(partial, file)
+    _sync(file.parent)
+
+
+def _make(folder: Path) -> None:
+    """Make a folder, and those that it lies in, so that they are there after a power cut."""
+    if not folder.is_dir():
+        _make(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync(folder.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Force the names in a folder to disk: a renamed file is there only when its folder is."""
+    if os.name == "nt":  # cannot open folders
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems know no such thing
+            raise
+    finally:
+        os.close(handle)
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -137,7 +137,7 @@ def _facts(cell: Cell) -> dict[str, Any]:
     """All that two cells must have in common to be compared, whatever their tasks."""
     own = {"method", "options", "label", "seed", "task", *_QUESTIONS}
     config = cell.config.model_dump(mode="json", exclude=own)
-    return config | {"environment": cell.metrics.environment.model_dump(mode="json")}
+    return config | {"environment": cell.metrics.environment.model_dump(mode="json", exclude={"host", "code"})}
 
 
 def _chosen(cell: Cell) -> dict[str, Any]:

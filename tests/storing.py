@@ -53,9 +53,16 @@ def metrics(cell: CellConfig, score=0.8, data="d0", versions=None, **changes) ->
     return CellMetrics(**values | changes)
 
 
-def put(store: Store, cell: CellConfig, *args, samples=SAMPLES, **changes):
+def put(store: Store, cell: CellConfig, *args, samples=None, **changes):
+    """Store a cell; without ``samples``, as many made-up ones as its metrics say."""
+    if samples is not None:
+        changes = {"size": len(samples), "total": max(50, len(samples))} | changes
+    outcome = metrics(cell, *args, **changes)
+    if samples is None:
+        samples = pd.concat([SAMPLES] * outcome.size, ignore_index=True)[: outcome.size]
+        samples = samples.assign(doc_id=range(outcome.size))
     store.begin(cell)
-    return store.finish(cell, samples, metrics(cell, *args, **changes))
+    return store.finish(cell, samples, outcome)
 
 
 def full(store: Store):

@@ -24,7 +24,7 @@ def store(tmp_path) -> Store:
 
 
 def test_a_cell_comes_back_as_it_was_stored(store):
-    stored = put(store, config(), float("nan"))
+    stored = put(store, config(), float("nan"), samples=SAMPLES)
     (back,) = store.cells()
     assert back.config == stored.config
     assert back.metrics.model_dump_json() == stored.metrics.model_dump_json()
@@ -50,7 +50,7 @@ def test_only_the_metrics_file_means_done(store):
     SAMPLES.to_parquet(folder / "samples.parquet")
     (folder / "metrics.json.partial").write_text(metrics(cell).model_dump_json())
     assert store.done(cell) is None
-    store.finish(cell, SAMPLES, metrics(cell))
+    store.finish(cell, SAMPLES, metrics(cell, size=2))
     assert store.done(cell) is not None
     assert not list(folder.glob("*.partial"))
 
