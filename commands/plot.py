@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from ..errors import DataError, OptionError, UnknownNameError, suggest
+from .shared import finished
 
 if TYPE_CHECKING:
     from ..results.store import Cell
@@ -36,7 +37,6 @@ def plot(
     Prints the names of the files. Results that cannot be compared are drawn in files of their own, with a number.
     """
     from ..results import plots
-    from ..results.store import Store
     from ..results.tables import build
 
     kinds = _listed(kind, plots.KINDS, "--kind") or list(plots.KINDS)
@@ -50,7 +50,7 @@ def plot(
             f"{len(kinds)} figures do not fit into the file {out}: choose one with --kind, or give a folder"
         )
     forms = _listed(form, plots.FORMATS, "--format") or ["png"]
-    tables = build(_asked(Store(folder).cells(), task))
+    tables = build(_asked(finished(folder), task))
     if single and len(tables) > 1:
         raise OptionError(f"{folder} holds {len(tables)} tables, which are drawn one by one: give a folder to --out")
     base = folder / "plots" if out is None else out

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from ..errors import OptionError
-from .shared import AsJson, Limit
+from .shared import AsJson, Limit, finished
 
 if TYPE_CHECKING:
     from ..evals.config import SweepConfig
@@ -109,22 +109,20 @@ def table(
         print(_against(against, folder, form))
         return
     from ..results.render import FORMATS, render
-    from ..results.store import Store
     from ..results.tables import build
 
     if form not in FORMATS:
         raise OptionError(f"unknown format {form!r}: choose {', '.join(FORMATS)}")
     names = [name.strip() for name in columns.split(",")] if columns is not None else None
-    print(render(build(Store(folder).cells()), form, names))
+    print(render(build(finished(folder)), form, names))
 
 
 def _against(name: str, folder: Path, form: str) -> str:
     from ..results.published import matching
-    from ..results.store import Store
 
     if name != "published":
         raise OptionError(f"--against {name!r} is unknown: results can be compared with published")
-    return matching.render(matching.compare(Store(folder).cells()), form)
+    return matching.render(matching.compare(finished(folder)), form)
 
 
 def _sweep(config: SweepConfig, folder: Path, *, dense: bool = True) -> list[Cell]:

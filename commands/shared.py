@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
+
+if TYPE_CHECKING:
+    from ..results.store import Cell
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
 Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Ask only the first N questions of each task.")]
@@ -31,6 +35,20 @@ def print_list(
     Console(width=width(), highlight=False).print(grid)
     if also:
         print(also)
+
+
+def finished(folder: Path) -> list[Cell]:
+    """The finished cells of a run folder; a line on standard error says if there are others."""
+    from ..results.store import Store
+
+    store = Store(folder)
+    cells, others = store.cells(), store.unfinished()
+    if others:
+        Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(
+            f"Left out: {len(others)} of {len(cells) + len(others)} cells of {folder} are not finished (first: "
+            f"{others[0].name}); the command that began them finishes them."
+        )
+    return cells
 
 
 def width() -> int:
