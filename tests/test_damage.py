@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,9 @@ def replaced(file, content=None):
     file.mkdir() if content is None else file.write_bytes(content)
 
 
-SAMPLES = {
+Damages = dict[str, tuple[Callable[[Path], object], str]]
+
+SAMPLES: Damages = {
     "truncated": (lambda cell: replaced(cell / "samples.parquet", b"PAR1"), "damaged"),
     "cut in half": (lambda cell: halved(cell / "samples.parquet"), "damaged"),
     "a bit flipped": (lambda cell: flipped(cell / "samples.parquet"), "its hash differs"),
@@ -111,7 +114,7 @@ def halved(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-RECORDS = {
+RECORDS: Damages = {
     "config edited": (lambda cell: edited(cell / "config.json", batch_size=3), "config.json was changed after its run"),
     "config missing": (lambda cell: (cell / "config.json").unlink(), "cannot read"),
     "config of a newer schema": (lambda cell: edited(cell / "config.json", schema_version=2), "knows 1"),
@@ -142,7 +145,7 @@ def emptied(root):
     root.mkdir()
 
 
-RUNS = {
+RUNS: Damages = {
     "missing": (shutil.rmtree, "no folder 'run' (it does not exist)"),
     "a file": (lambda root: (shutil.rmtree(root), root.write_text("")), "no folder 'run' (it is a file)"),
     "empty": (emptied, "no finished results in 'run' (it is empty)"),
@@ -223,8 +226,14 @@ def test_intact_runs_pass(run, cli):  # noqa: F811
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_every_rename_is_synced(run, monkeypatch):
     """Each rename is followed by a sync of the folder that holds the name."""
-    done = []
-    monkeypatch.setattr("os.replace", lambda old, new, replace=os.replace: (replace(old, new), done.append(new)))
+    done: list[Path] = []
+    replace = os.replace
+
+    def replaced(old, new):
+        replace(old, new)
+        done.append(new)
+
+    monkeypatch.setattr("os.replace", replaced)
     monkeypatch.setattr("os.fsync", lambda handle: done.append(Path(os.readlink(f"/proc/self/fd/{handle}"))))
     folder = answered(run, "tome").path
     (run.root / "sweep.yaml").unlink(missing_ok=True)
