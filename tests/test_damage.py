@@ -145,20 +145,34 @@ def emptied(root):
     root.mkdir()
 
 
+def turned_to_file(root):
+    shutil.rmtree(root)
+    root.write_text("")
+
+
+def with_file(root, name):
+    emptied(root)
+    (root / name).write_text("")
+
+
+def moved_down(root):
+    root.rename("was")
+    shutil.copytree("was", root / "was")
+
+
+def unfinished(root):
+    for file in root.glob("cells/*/metrics.json"):
+        file.unlink()
+
+
 RUNS: Damages = {
     "missing": (shutil.rmtree, "no folder 'run' (it does not exist)"),
-    "a file": (lambda root: (shutil.rmtree(root), root.write_text("")), "no folder 'run' (it is a file)"),
+    "a file": (turned_to_file, "no folder 'run' (it is a file)"),
     "empty": (emptied, "no finished results in 'run' (it is empty)"),
-    "not a run": (lambda root: (emptied(root), (root / "x").touch()), "this is not the folder of a run"),
-    "a folder above": (
-        lambda root: (root.rename("was"), root.mkdir(), shutil.move("was", root)),
-        "did you mean 'run/was'",
-    ),
-    "cells a file": (lambda root: (emptied(root), (root / "cells").touch()), "cannot read run/cells"),
-    "none finished": (
-        lambda root: [file.unlink() for file in root.glob("cells/*/metrics.json")],
-        "2 cells were begun and none is done",
-    ),
+    "not a run": (lambda root: with_file(root, "x"), "this is not the folder of a run"),
+    "a folder above": (moved_down, "did you mean 'run/was'"),
+    "cells a file": (lambda root: with_file(root, "cells"), "cannot read run/cells"),
+    "none finished": (unfinished, "2 cells were begun and none is done"),
     "a cell copied": (
         lambda root: shutil.copytree(next(root.glob("cells/*none*")), root / "cells" / "copy"),
         "hold the same cell twice",
