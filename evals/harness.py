@@ -2,6 +2,7 @@
 
 Importing lmms-eval takes over the process: it removes every loguru sink of the host and logs to standard output,
 silences all warnings, and tells Pillow to accept truncated images. Import its names from here and none of that lasts.
+Where lmms-eval runs already, and imports this package for one of its models, it is the host and keeps its ways.
 """
 
 import sys
@@ -17,6 +18,7 @@ from PIL import ImageFile
 from .._torchvision import ensure_importable
 
 ensure_importable()
+_is_host = "lmms_eval.evaluator" in sys.modules
 
 
 @contextmanager
@@ -34,16 +36,30 @@ def _contained() -> Iterator[None]:
 with _contained():
     import lmms_eval.api.task as _task
     import lmms_eval.evaluator as _evaluator
+    from lmms_eval.api.instance import GenerationResult, TokenCounts
     from lmms_eval.api.model import lmms
     from lmms_eval.api.task import ConfigurableTask
     from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.models.model_utils.gen_metrics import log_metrics
     from lmms_eval.tasks import TaskManager
-    from lmms_eval.utils import Collator, load_yaml_config
+    from lmms_eval.utils import Collator, load_yaml_config, simple_parse_args_string
 
-__all__ = ["Collator", "ConfigurableTask", "TaskManager", "lmms", "load_yaml_config", "quiet", "simple_evaluate"]
+__all__ = [
+    "Collator",
+    "ConfigurableTask",
+    "GenerationResult",
+    "TaskManager",
+    "TokenCounts",
+    "lmms",
+    "load_yaml_config",
+    "log_metrics",
+    "quiet",
+    "simple_evaluate",
+    "simple_parse_args_string",
+]
 
-# Loguru's own switch for libraries: what matters reaches the user as an exception.
-logger.disable("lmms_eval")
+if not _is_host:  # loguru's own switch for libraries: what matters reaches the user as an exception
+    logger.disable("lmms_eval")
 
 
 @contextmanager

@@ -21,9 +21,10 @@ from ..engine import prune
 from ..errors import OptionError, VisibenchError
 from ..methods import Method
 from ..models import LoadedModel
+from ..results.metrics import MME_COGNITION
 from ..results.records import ScoreRecord
 from . import flops, harness
-from .tasks import MME_CATEGORY_MAXIMUM, MME_COGNITION, Metric, Task, reason
+from .tasks import MME_CATEGORY_MAXIMUM, Metric, Task, reason
 
 DEFAULT_MAX_NEW_TOKENS = 32
 """Cap on new tokens for tasks that set none (TextVQA): lmms-eval asks for a word or phrase there."""
@@ -301,7 +302,7 @@ def _metrics(results: dict[str, Any]) -> dict[str, float]:
 def _score(metric: Metric, metrics: dict[str, float], samples: pd.DataFrame) -> ScoreRecord:
     maximum = metric.maximum
     if metric.key == "mme_perception_score":
-        maximum = MME_CATEGORY_MAXIMUM * len(set(samples["category"]) - MME_COGNITION)
+        maximum = MME_CATEGORY_MAXIMUM * len(set(samples["category"]).difference(MME_COGNITION))
     value = metrics.get(metric.key, float("nan"))
     return ScoreRecord(key=metric.key, title=metric.title, value=value, maximum=maximum)
 

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 EMBEDDED, HUB = "embedded", "hub"
 MME_CATEGORY_MAXIMUM = 200.0
-MME_COGNITION = {"commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"}
 
 
 @dataclass(frozen=True)
@@ -116,30 +115,8 @@ class Task:
         return self.harness.fewshot_context(self.docs[doc_id], 0), self.images(doc_id)
 
     def images(self, doc_id: int) -> list[Image]:
-        """The decoded images of a question.
-
-        Raises :class:`DataError` where they cannot be decoded and :class:`InputError` where there are none.
-        """
-        try:
-            images = self.harness.doc_to_visual(self.harness.task_docs[doc_id])
-        except DataError:
-            raise
-        except AttributeError:  # the stock code calls a method of an image that is None
-            images = []
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
-            raise DataError(
-                f"{self.name}: the image of question {doc_id} cannot be decoded ({error}): repair or remove it"
-            ) from error
-        if not images:
-            raise InputError(
-                f"{self.name}: question {doc_id} has no image, so there is nothing to prune: "
-                "choose a task whose questions all have one"
-            )
-        if any(not hasattr(image, "convert") for image in images):
-            raise InputError(
-                f"{self.name}: question {doc_id} comes with something else than images: choose an image task"
-            )
-        return images
+        """The decoded images of a question; see :func:`decoded`."""
+        return decoded(self.name, doc_id, lambda: self.harness.doc_to_visual(self.harness.task_docs[doc_id]))
 
     def size(self, limit: int | None) -> tuple[int, str]:
         """How many questions a limit means, and a note where that differs from what was asked.
@@ -154,6 +131,31 @@ class Task:
             return wanted, ""
         size = _whole_pairs(self.docs, wanted)
         return size, f"limit {wanted} raised to {size}: MME scores pairs of questions" if size != wanted else ""
+
+
+def decoded(task: str, doc_id: int, look: Callable[[], list[Image]]) -> list[Image]:
+    """The images that ``look`` finds for a question.
+
+    Raises :class:`DataError` where they cannot be decoded and :class:`InputError` where there are none.
+    """
+    try:
+        images = look()
+    except DataError:
+        raise
+    except AttributeError:  # the stock code calls a method of an image that is None
+        images = []
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
+        raise DataError(
+            f"{task}: the image of question {doc_id} cannot be decoded ({error}): repair or remove it"
+        ) from error
+    if not images:
+        raise InputError(
+            f"{task}: question {doc_id} has no image, so there is nothing to prune: "
+            "choose a task whose questions all have one"
+        )
+    if any(not hasattr(image, "convert") for image in images):
+        raise InputError(f"{task}: question {doc_id} comes with something else than images: choose an image task")
+    return images
 
 
 def load_tasks(names: Sequence[str], data: str = EMBEDDED) -> list[Task]:

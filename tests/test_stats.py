@@ -13,7 +13,7 @@ from scipy.stats import binomtest, permutation_test, t
 from storing import frame
 from visibench.errors import DataError
 from visibench.evals.lmms import evaluate
-from visibench.evals.tasks import MME_COGNITION, load_tasks
+from visibench.evals.tasks import load_tasks
 from visibench.results import metrics
 from visibench.results.metrics import METRICS, Measured, measure, reproduces
 from visibench.results.stats import MCNEMAR, SIGN_FLIP, _bootstrap, _resamples, compare, detectable, estimate, holm
@@ -47,7 +47,7 @@ def lmms_eval(task):
 def lmms_value(key, samples) -> float:
     """A metric by lmms-eval's own aggregation."""
     if key.startswith("mme"):
-        rows = samples[samples["category"].isin(MME_COGNITION) == (key == "mme_cognition_score")]
+        rows = samples[samples["category"].isin(metrics.MME_COGNITION) == (key == "mme_cognition_score")]
         return lmms_eval("mme").mme_aggregate_results(rows.to_dict("records"))
     module = lmms_eval("pope")
     docs = samples.rename(columns={"target": "answer", "answer": "said"}).to_dict("records")
@@ -110,8 +110,8 @@ def test_samples_of_an_evaluation_give_its_scores(name, loaded, disk_data):
         assert not reproduces(key, result.samples, result.metrics[key] + 0.01)
 
 
-def test_cognition_is_what_tasks_say():
-    assert set(metrics.MME_COGNITION) == MME_COGNITION
+def test_cognition_is_what_lmms_eval_says():
+    assert set(metrics.MME_COGNITION) == set(lmms_eval("mme").eval_type_dict["Cognition"])
 
 
 @pytest.mark.parametrize("key", ["pope_f1_score", "pope_precision", "mme_perception_score"])
