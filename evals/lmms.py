@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 import torch
@@ -125,13 +125,21 @@ class Record:
     executed_macs: float
 
 
+class Pictured(Protocol):
+    """Where the images of a question come from, such as a :class:`Task`."""
+
+    def images(self, doc_id: int) -> list[Image]:
+        """The decoded images of a question."""
+        ...
+
+
 class Bridge(harness.lmms):
     """lmms-eval's view of a model inside a pruning session."""
 
     is_simple = True
 
     def __init__(
-        self, loaded: LoadedModel, session: Any, task: Task, batch_size: int, on_batch: Callable[[int], None]
+        self, loaded: LoadedModel, session: Any, task: Pictured, batch_size: int, on_batch: Callable[[int], Any]
     ) -> None:
         super().__init__()
         self.loaded, self.session, self.task = loaded, session, task
