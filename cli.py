@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from . import __version__
+from . import __version__, machine
 from .commands import budget, check, compare, fit, flops, lists, plot, profile, published, runs
 from .errors import VisibenchError
 
@@ -71,6 +71,7 @@ def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     """Compare visual-token pruning methods for multimodal LLMs: accuracy against compute."""
+    machine.one_process()
     if version:
         print(f"visibench {__version__}")
         raise typer.Exit

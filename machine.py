@@ -9,6 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from .errors import OptionError
+
 ROOT = Path(__file__).parent
 
 
@@ -30,6 +32,17 @@ def processor() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def one_process() -> None:
+    """Raise :class:`OptionError` under ``torchrun`` and the like, where each rank would run everything."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if ranks != "1":
+        raise OptionError(
+            f"started on several ranks (WORLD_SIZE={ranks}), each of which would run everything: use --workers or "
+            "--executor ray instead, or share out the questions of a task with torchrun -m lmms_eval --model visibench "
+            "(docs/scale.md)"
+        )
 
 
 @lru_cache(maxsize=1)

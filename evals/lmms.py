@@ -17,6 +17,7 @@ import torch
 from PIL.Image import Image
 from tenacity import RetryError
 
+from .. import machine
 from ..engine import prune
 from ..errors import OptionError, VisibenchError
 from ..methods import Method
@@ -81,6 +82,7 @@ def evaluate(
 
     Raises :class:`VisibenchError` for images that cannot be read, questions without one, and unusable options.
     """
+    machine.one_process()
     if batch_size < 1:
         raise OptionError(f"batch size must be at least 1, not {batch_size}")
     size, note = task.size(limit)

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import visibench
 from loguru import logger
-from visibench.errors import VisibenchError
-from visibench.evals import harness
+from visibench import cli
+from visibench.errors import OptionError, VisibenchError
+from visibench.evals import entry, harness
 from visibench.evals.entry import Visibench
 from visibench.evals.lmms import evaluate
 from visibench.evals.spec import parse
@@ -148,6 +149,16 @@ def test_mistakes_end_in_one_line(arguments, options, message, capsys):
     assert message in line
 
 
+def test_each_rank_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert entry._of_rank("auto") == "auto"  # one rank: as load_model decides
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert [entry._of_rank(device) for device in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
+    with pytest.raises(OptionError, match="one GPU"):
+        entry._of_rank("cuda:0")
+
+
 def test_mistakes_raise_in_python():
     with pytest.raises(VisibenchError, match="fastw"):
         Visibench(pretrained="tiny", method="fastw")
@@ -225,6 +236,20 @@ def test_two_ranks_give_what_one_gives(site, tiny, definitions, hub_data, tmp_pa
         assert [row[column] for row in rows] == result.samples[column].tolist()
     assert [row["executed_macs"] for row in rows] == pytest.approx(result.samples["executed_macs"].tolist())
     assert results["throughput"]["avg_executed_macs"] == pytest.approx(result.samples["executed_macs"].mean())
+
+
+def test_other_commands_refuse_several_ranks(tiny, disk_data, monkeypatch, capsys):
+    """Each rank would run everything, and lmms-eval would hand the first one half of the answers."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["visibench", "sweep", "quick"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "WORLD_SIZE=2" in line
+    assert "--workers" in line
+    with pytest.raises(OptionError, match="several ranks"):
+        evaluate(tiny, parse("none"), load_tasks(["pope"], str(disk_data))[0])
 
 
 @pytest.mark.slow
