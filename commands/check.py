@@ -19,7 +19,7 @@ def check(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run or sweep.")],
     baseline: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="What to compare with.  [default: the package's, of configs/ci.yaml]"),
+        typer.Option(metavar="FILE", help="What to compare with. (default: the package's, of configs/ci.yaml)"),
     ] = None,
     update: Annotated[bool, typer.Option("--update", help="Write the run as the new baseline instead.")] = False,
     as_json: AsJson = False,

@@ -39,9 +39,9 @@ def flops(
     markdown: Annotated[bool, typer.Option("--markdown", help="With --published: a Markdown table.")] = False,
     model: Annotated[str | None, typer.Option(help="tiny, a local folder, or a hub name.")] = None,
     method: Annotated[str | None, typer.Option(metavar="NAME[:key=value,…]", help="E.g. fastv:keep=0.5.")] = None,
-    task: Annotated[str | None, typer.Option(help="The prompts are a task's first questions.  [default: pope]")] = None,
-    data: Annotated[str | None, typer.Option(help="embedded, hub, or a folder.  [default: embedded]")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Number of prompts.  [default: 20]")] = None,
+    task: Annotated[str | None, typer.Option(help="The prompts are a task's first questions. (default: pope)")] = None,
+    data: Annotated[str | None, typer.Option(help="embedded, hub, or a folder. (default: embedded)")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Number of prompts. (default: 20)")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compute in multiply-adds: of figures in print, or of a model under a method."""

@@ -21,16 +21,16 @@ def plot(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run or sweep.")],
     kind: Annotated[
         str | None,
-        typer.Option(metavar="pareto,latency,tokens,stages", help="What to draw.  [default: all that was measured]"),
+        typer.Option(metavar="pareto,latency,tokens,stages", help="What to draw. (default: all that was measured)"),
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(metavar="A,B", help="Draw these tasks' scores, tokens, compute and times alone.  [default: all]"),
+        typer.Option(metavar="A,B", help="Draw these tasks' scores, tokens, compute and times alone. (default: all)"),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE|DIR", help="A .png or .svg file, or a folder.  [default: DIR/plots]")
+        Path | None, typer.Option(metavar="FILE|DIR", help="A .png or .svg file, or a folder. (default: DIR/plots)")
     ] = None,
-    form: Annotated[str | None, typer.Option("--format", metavar="png,svg", help="[default: png]")] = None,
+    form: Annotated[str | None, typer.Option("--format", metavar="png,svg", help="(default: png)")] = None,
 ) -> None:
     """Plot accuracy against compute and latency, visual tokens by decoder layer, and compute by component.
 

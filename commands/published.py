@@ -11,10 +11,10 @@ from .shared import AsJson
 
 
 def published(
-    model: Annotated[str | None, typer.Option(help="E.g. llava-1.5-7b.  [default: all]")] = None,
-    method: Annotated[str | None, typer.Option(help="E.g. fastv, or none for the dense model.  [default: all]")] = None,
+    model: Annotated[str | None, typer.Option(help="E.g. llava-1.5-7b. (default: all)")] = None,
+    method: Annotated[str | None, typer.Option(help="E.g. fastv, or none for the dense model. (default: all)")] = None,
     benchmark: Annotated[
-        str | None, typer.Option(help="E.g. pope, or one column such as pope_f1.  [default: all]")
+        str | None, typer.Option(help="E.g. pope, or one column such as pope_f1. (default: all)")
     ] = None,
     form: Annotated[str | None, typer.Option("--format", metavar="text|md|csv|json", help="How to print it.")] = None,
     as_json: AsJson = False,

@@ -28,7 +28,7 @@ def run(
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
-    seed: Annotated[int | None, typer.Option(help="For methods that draw.  [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="For methods that draw. (default: 0)")] = None,
     data: Annotated[
         str,
         typer.Option(
@@ -36,7 +36,7 @@ def run(
             "written by save_to_disk (then GQA_images and GQA_instructions)."
         ),
     ] = "embedded",
-    out: Annotated[Path | None, typer.Option(help="Run folder.  [default: runs/MODEL]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. (default: runs/MODEL)")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run one method on some tasks: scores, visual tokens by layer, compute and prefill time."""
@@ -70,18 +70,31 @@ def run(
 
 def sweep(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of one in the package: quick, ci.")],
-    out: Annotated[Path | None, typer.Option(help="Run folder.  [default: the configuration's, or runs/NAME]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. (default: the configuration's, or runs/NAME)")] = None,
     limit: Limit = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Set a value of the configuration, as in YAML: limit=20, timing=null, timing.repeats=5, or an option "
+            "of a method by its name or label: methods.fastv.keep=0.5. Repeat it for several.",
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="A,B", help="Only these methods, by name or label, and the dense model.")
+    ] = None,
+    only_tasks: Annotated[list[str] | None, typer.Option(metavar="A,B", help="Only these tasks.")] = None,
 ) -> None:
     """Run all methods × tasks of a configuration; run again, it skips what is done."""
-    from ..evals.config import load_config
+    from ..evals.config import load_config, select
     from ..evals.sweep import save_tables
 
-    settings, name = load_config(config)
-    if limit is not None:
-        settings = settings.model_copy(update={"limit": limit})
-    folder = out or Path(settings.out or f"runs/{name}")
-    cells = _sweep(settings, folder)
+    limits = [] if limit is None else [f"limit={limit}"]
+    loaded, name = load_config(config, [*(settings or []), *limits])
+    chosen = select(loaded, only or [], only_tasks or [])
+    folder = out or Path(chosen.out or f"runs/{name}")
+    cells = _sweep(chosen, folder)
     save_tables(cells, folder)
     _print_tables(cells, folder)
 
@@ -94,7 +107,7 @@ def table(
     columns: Annotated[
         str | None,
         typer.Option(
-            metavar="A,B,C", help="Columns in order, such as method,gqa,pope:pope_accuracy,tokens.  [default: all]"
+            metavar="A,B,C", help="Columns in order, such as method,gqa,pope:pope_accuracy,tokens. (default: all)"
         ),
     ] = None,
     against: Annotated[

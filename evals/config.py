@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..errors import DataError, OptionError, suggest
+from ..errors import OptionError, suggest
 from ..methods import Method
 from ..methods.registry import get
 from ..results.records import TimingConfig
 from . import budget, spec
+from .compose import chosen, override, read
 
-PACKAGED = Path(__file__).parent.parent / "configs"
 Count = Annotated[int, Field(ge=1, strict=True)]
 Budget = Annotated[dict[Literal["tokens", "tflops"], Annotated[float, Field(ge=0)]], Field(min_length=1, max_length=1)]
 Solve = Callable[[str, Mapping[str, Any], budget.Target], Method]
@@ -64,20 +62,36 @@ class Config(BaseModel):
 
 
 class SweepConfig(Config):
-    """A sweep: methods × tasks × seeds on one model. The dense model always comes along, first.
+    """A sweep: methods × tasks × seeds on each model. The dense model always comes along, first.
 
-    ``limit``: the first so many questions of every task, or a number by task. ``timing``: how prefill is timed; null:
-    not at all. ``out``: the run folder, ``runs/<name of the file>`` by default.
+    ``model``, or ``models`` for several, which run one after the other. ``limit``: the first so many questions of every
+    task, or a number by task. ``timing``: how prefill is timed; null: not at all. ``out``: the run folder,
+    ``runs/<name of the file>`` by default.
     """
 
     parts = {"timing": TimingConfig}
 
+    model: str = ""
+    models: list[Annotated[str, Field(min_length=1)]] = []
     tasks: list[str] = Field(min_length=1)
     data: str = "embedded"
     limit: Count | dict[str, Count] | None = None
     batch_size: Count = 8
     timing: TimingConfig | None = TimingConfig()
     out: str | None = None
+
+    @model_validator(mode="after")
+    def _some_model(self) -> SweepConfig:
+        if bool(self.model) == bool(self.models):
+            raise ValueError("give model, or models for several")
+        for name in self.models:
+            if self.models.count(name) > 1:
+                raise ValueError(f"models names {name!r} twice: remove one")
+        return self
+
+    def by_model(self) -> list[SweepConfig]:
+        """The sweep of each model."""
+        return [self.model_copy(update={"model": name, "models": []}) for name in self.models or [self.model]]
 
     def limit_of(self, task: str) -> int | None:
         """The limit for a task, None for all questions."""
@@ -93,37 +107,20 @@ class Variant:
     seed: int
 
 
-def load_config(name: str) -> tuple[SweepConfig, str]:
+def load_config(name: str, settings: Sequence[str] = ()) -> tuple[SweepConfig, str]:
     """Read a sweep configuration by path, or by name from those in the package; return it and its name.
 
-    Raises :class:`DataError` if there is none or it is not YAML, :class:`OptionError` for unknown keys and bad values.
+    ``settings``: ``KEY=VALUE``, see :func:`~visibench.evals.compose.override`. Raises :class:`DataError` if there is
+    none or it is not YAML, :class:`OptionError` for unknown keys and bad values.
     """
     content, path = read(name)
+    content = override(content, settings, SweepConfig.model_fields)
     return parse_config(content, str(path)), path.stem
 
 
 def parse_config(content: dict[str, Any], source: str) -> SweepConfig:
     """Check the values of a sweep configuration; ``source`` is named in errors."""
     return parse(SweepConfig, content, source)
-
-
-def read(name: str) -> tuple[dict[str, Any], Path]:
-    """Content and path of a configuration of any kind, by path or by name from those in the package."""
-    packaged = {file.stem: file for file in PACKAGED.glob("*.yaml")}
-    path = Path(name)
-    if not path.is_file():
-        if name not in packaged:
-            raise DataError(
-                f"no configuration {name!r}: neither a file nor one of the package; {suggest(name, packaged)}"
-            )
-        path = packaged[name]
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise OptionError(f"{path}: expected a mapping with model, methods and so on")
-    return content, path
 
 
 def parse(kind: type[C], content: dict[str, Any], source: str) -> C:
@@ -177,6 +174,12 @@ def variants(config: Config, *, dense: bool = True, solve: Solve = nowhere) -> l
     ]
 
 
+def settled(config: Config) -> list[Method]:
+    """The methods of all entries that wait for no budget."""
+    points = (point for entry in config.methods for point in _expand(entry, config))
+    return [point.method(nowhere) for point in points if point.target is None]
+
+
 def _solved(points: list[Point], solve: Solve) -> list[Method]:
     """The methods of all points. Raises :class:`OptionError` with every budget that cannot be met, or is met twice."""
     methods, refused = [], []
@@ -217,6 +220,53 @@ def _expand(entry: str | MethodEntry, config: Config) -> list[Point]:
     return result
 
 
+def select(config: SweepConfig, methods: Sequence[str] = (), tasks: Sequence[str] = ()) -> SweepConfig:
+    """The part of a sweep with these methods, by name or label, and these tasks; of what is empty, all.
+
+    Each text may hold several names, separated by commas. Raises :class:`OptionError` for names that are not in it.
+    """
+    changes: dict[str, Any] = {}
+    if methods:
+        changes["methods"] = _only(config, methods)
+    if tasks:
+        wanted = chosen(tasks, config.tasks)
+        _known(wanted, config.tasks, "--only-tasks", "task")
+        changes["tasks"] = [task for task in config.tasks if task in wanted]
+        if isinstance(config.limit, dict):
+            # An empty one: no limit on what is left.
+            changes["limit"] = {task: limit for task, limit in config.limit.items() if task in wanted} or None
+    return config.model_copy(update=changes)
+
+
+def _only(config: SweepConfig, texts: Sequence[str]) -> list[str | MethodEntry]:
+    expanded = [(entry, _expand(entry, config)) for entry in config.methods]
+    names = [{points[0].name, getattr(entry, "label", None) or points[0].name} for entry, points in expanded]
+    known = {DENSE}.union(*names, (point.label for _, points in expanded for point in points))
+    wanted = chosen(texts, known)
+    _known(wanted, known, "--only", "method")
+    found: list[str | MethodEntry] = []
+    for (entry, points), own in zip(expanded, names, strict=True):
+        found += [entry] if own.intersection(wanted) else [_alone(p) for p in points if p.label in wanted]
+    return found or [DENSE]
+
+
+def _alone(point: Point) -> MethodEntry:
+    """The entry of one point of a grid, or of one of several budgets."""
+    target = point.target
+    facts: dict[str, Any] = {"name": point.name, "label": point.label, "budget": None}
+    if target:
+        facts |= {"label": point.label.removesuffix(f" {target}"), "budget": {target.kind: target.value}}
+    if spec.is_seeded(get(point.name)) and "seed" not in point.options:
+        facts["seeds"] = point.seeds
+    return MethodEntry(**facts, **point.options)
+
+
+def _known(names: Sequence[str], known: Collection[str], option: str, kind: str) -> None:
+    for name in names:
+        if name not in known:
+            raise OptionError(f"{option} {name}: no such {kind} in the configuration; {suggest(name, known)}")
+
+
 def _label(name: str, options: dict[str, Any], target: budget.Target | None) -> str:
     """How a method without a label is called: by its options, of which a target leaves some open."""
     if target is None:
@@ -252,6 +302,8 @@ def _first(error: ValidationError, kind: type[Config]) -> str:
     complaint = max(error.errors(), key=lambda e: (e["type"] == "extra_forbidden", len(e["loc"])))
     keys = [str(part) for part in complaint["loc"] if not str(part).startswith(_BRANCHES)]
     where = ".".join(keys)
+    if complaint["type"] == "value_error":
+        return str(complaint["ctx"]["error"])
     if complaint["type"] == "extra_forbidden":
         known = kind.parts.get(keys[0], kind).model_fields
         return f"unknown key {where!r}; {suggest(keys[-1], known)}"

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..errors import OptionError
 from ..methods import Method
 from ..models import LoadedModel, load_model
-from ..models.load import EMBEDDED
+from ..models.load import EMBEDDED, release
 from ..results.records import (
     CellConfig,
     CellMetrics,
@@ -34,7 +34,7 @@ from ..results.render import render
 from ..results.store import Cell, Store
 from ..results.tables import build
 from . import budget
-from .config import Solve, SweepConfig, nowhere, variants
+from .config import Solve, SweepConfig, nowhere, settled, variants
 from .tasks import Task, check_data, definition, load_tasks, origin_of
 
 if TYPE_CHECKING:
@@ -66,6 +66,10 @@ def plan(config: SweepConfig, *, dense: bool = True, solve: Solve = nowhere) -> 
             raise OptionError(f"limit names task {stray[0]!r}, which is not in the sweep")
     for task in config.tasks:
         definition(task)
+    return [cell for one in config.by_model() for cell in _of_model(one, dense, solve)]
+
+
+def _of_model(config: SweepConfig, dense: bool, solve: Solve) -> list[Plan]:
     checkpoint = fingerprint(config.model)
     cells = []
     for variant in variants(config, dense=dense, solve=solve):
@@ -116,17 +120,31 @@ def sweep(config: SweepConfig, out: Path, console: Console, *, dense: bool = Tru
     """Run what is not done yet, and return all cells of the sweep in their order.
 
     Tasks and methods are built before the model is loaded, so that mistakes show at once. Progress goes to
-    ``console``. A cell that was interrupted runs again from its start.
+    ``console``. A cell that was interrupted runs again from its start. Models come one after the other, each loaded
+    once and gone before the next.
     """
+    store, models = Store(out), config.by_model()
+    for later in models[1:]:
+        geometry = load_model(later.model, weights="meta").geometry
+        for method in settled(later):
+            method.check(geometry)
+    saved = yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+    return [cell for one in models for cell in _sweep_model(one, store, console, dense, saved)]
+
+
+def _sweep_model(config: SweepConfig, store: Store, console: Console, dense: bool, saved: str) -> list[Cell]:
     prepared = Prepared(config, console)
-    cells, store = plan(config, dense=dense, solve=prepared.solve), Store(out)
+    cells = plan(config, dense=dense, solve=prepared.solve)
     pending = [cell for cell in cells if store.done(cell.config) is None]
     if len(pending) < len(cells):
-        console.print(f"{len(cells) - len(pending)} of {len(cells)} cells are done already in {out}", highlight=False)
+        console.print(
+            f"{len(cells) - len(pending)} of {len(cells)} cells are done already in {store.root}", highlight=False
+        )
     if pending:
-        content = config.model_dump(mode="json", exclude_defaults=True)
-        store.save("sweep.yaml", yaml.safe_dump(content, sort_keys=False))
+        store.save("sweep.yaml", saved)
         _run(pending, prepared, store, console)
+    del prepared
+    release()
     return [cell for cell in (store.done(planned.config) for planned in cells) if cell is not None]
 
 
@@ -147,7 +165,8 @@ class Prepared:
     @cached_property
     def loaded(self) -> LoadedModel:
         """The model."""
-        return _load(self.config)
+        config = self.config
+        return load_model(config.model, device=config.device, dtype=config.dtype, attn_implementation=config.attention)
 
     def tasks(self, names: Sequence[str]) -> dict[str, Task]:
         """Tasks by name."""
@@ -196,20 +215,6 @@ def _run(pending: list[Plan], prepared: Prepared, store: Store, console: Console
                 highlight=False,
                 soft_wrap=True,
             )
-
-
-def _load(config: SweepConfig) -> LoadedModel:
-    """Load the model; a local one without transformers' progress bar."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    if fingerprint(config.model):
-        logging.disable_progress_bar()
-    try:
-        return load_model(config.model, device=config.device, dtype=config.dtype, attn_implementation=config.attention)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def run_cell(

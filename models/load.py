@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel
+from transformers.utils import logging
 
 from ..errors import (
     DataError,
@@ -136,13 +140,14 @@ def load_model(
             processor = _processor(source, config, trust_remote_code)
         model: Any
         if weights == "pretrained":
-            model = AutoModelForImageTextToText.from_pretrained(
-                source,
-                dtype=precision,
-                attn_implementation=attn_implementation,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-            )
+            with _without_bar() if Path(source).is_dir() else nullcontext():
+                model = AutoModelForImageTextToText.from_pretrained(
+                    source,
+                    dtype=precision,
+                    attn_implementation=attn_implementation,
+                    trust_remote_code=trust_remote_code,
+                    use_safetensors=True,
+                )
             model.to(place)
         else:
             model = build(config, weights, layers, place, precision, attn_implementation)
@@ -152,6 +157,25 @@ def load_model(
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"cannot load model {name_or_path!r}: {reason}") from error
     return LoadedModel(name_or_path, model.eval(), processor, weights)
+
+
+def release() -> None:
+    """Give back the memory of models that nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """Within: transformers draws no progress bar. Weights on this disk are there in a moment."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _check_family(name: str, config: Any) -> None:

@@ -13,7 +13,8 @@ import yaml
 from rich.console import Console
 from visibench.errors import DataError, OptionError, UnknownNameError
 from visibench.evals import lmms, spec
-from visibench.evals.config import PACKAGED, load_config, parse_config, variants
+from visibench.evals.compose import PACKAGED
+from visibench.evals.config import load_config, parse_config, variants
 from visibench.evals.sweep import fingerprint, plan, sweep
 from visibench.results.store import Store
 from visibench.results.tables import build
