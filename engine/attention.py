@@ -125,7 +125,9 @@ def subset_attention(
     """Causal attention (B, H, n, d) of the ``queries`` over the ``keys`` alone, both as compact tensors."""
     heads = query.shape[1]
     q = queries.pick(query, 2)
-    k, v = (keys.pick(repeat_heads(t, heads), 2) for t in (key, value))
+    k, v = (repeat_heads(keys.pick(t, 2), heads) for t in (key, value))
+    if queries is keys and min(keys.counts) == max(keys.counts):
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
     visible = (keys.index[:, None, :] <= queries.index[:, :, None]) & keys.present[:, None, :]
     # Places past a row's count see something, so that no row of the softmax is empty; they are thrown away later.
     visible = visible | ~queries.present[:, :, None]

@@ -37,12 +37,19 @@ class TokenSet:
         return torch.arange(max(self.counts), device=self.mask.device) < self.total[:, None]
 
     @cached_property
+    def numbers(self) -> Tensor:
+        """Int (B,): the counts, on the host."""
+        return torch.tensor(self.counts)
+
+    @cached_property
     def total(self) -> Tensor:
         """Int (B,): the counts, on the device; summed there, since copying them to it would wait for it."""
         return self.mask.sum(1)
 
     def pick(self, tokens: Tensor, dim: int) -> Tensor:
         """The entries of this set along ``dim`` (length L) of a tensor whose first dimension is the batch."""
+        if min(self.counts) == self.mask.shape[1]:
+            return tokens
         shape = [1] * tokens.ndim
         shape[0], shape[dim] = self.index.shape
         size = list(tokens.shape)
@@ -52,10 +59,12 @@ class TokenSet:
     def place(self, new: Tensor, onto: Tensor, dim: int) -> Tensor:
         """A copy of ``onto`` with the entries of this set along ``dim`` taken from ``new`` (length n there)."""
         width = onto.shape[dim]
+        shape = [1] * onto.ndim
+        shape[0], shape[dim] = self.index.shape
+        if min(self.counts) == max(self.counts):
+            return onto.scatter(dim, self.index.view(shape).expand_as(new), new.to(onto.dtype))
         # Entries past a row's count land in one surplus column.
         index = self.index.masked_fill(~self.present, width)
-        shape = [1] * onto.ndim
-        shape[0], shape[dim] = index.shape
         surplus = torch.cat([onto, onto.narrow(dim, 0, 1)], dim=dim)
         return surplus.scatter(dim, index.view(shape).expand_as(new), new.to(onto.dtype)).narrow(dim, 0, width)
 

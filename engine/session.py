@@ -260,9 +260,9 @@ class PruningSession:
         if self._decoding or max(stage.layout.visual_counts) == 0:
             return kernel(module, q, k, v, mask, **kwargs)
 
-        def dense() -> Tensor:
+        def dense(values: Tensor) -> Tensor:
             with self.watch("model"):
-                return kernel(module, q, k, v, mask, **kwargs)[0]
+                return kernel(module, q, k, values, mask, **kwargs)[0]
 
         view = AttentionView(layer, stage.layout, (q, k, v), kwargs["scaling"], dense, self.trace)
         with self.watch("method"):

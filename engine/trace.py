@@ -50,13 +50,11 @@ class Trace:
 
     def enter(self, layout: TokenLayout) -> None:
         """The next decoder layer starts with this layout, and will attend fully unless it says otherwise."""
-        lengths = torch.tensor(layout.lengths)
-        self._pairs[len(self.layouts)] = lengths * lengths
         self.layouts.append(layout)
 
     def attended(self, layer: int, pairs: Tensor, *, instead: bool = False) -> None:
         """Attention over ``pairs`` int (B,) ran in ``layer``, in addition to or instead of the full one."""
-        self._pairs[layer] = pairs if instead else self._pairs[layer] + pairs
+        self._pairs[layer] = pairs if instead else self._attention(layer) + pairs
 
     def scored(self, layer: int, macs: Tensor) -> None:
         """Scoring work, int (B,) MACs, was done for ``layer``."""
@@ -85,7 +83,11 @@ class Trace:
 
     def attention_pairs(self) -> Tensor:
         """Int (B, layers): query-key pairs a head that attention really computed."""
-        return torch.stack([self._pairs[layer] for layer in range(len(self.layouts))]).T
+        return torch.stack([self._attention(layer) for layer in range(len(self.layouts))]).T
+
+    def _attention(self, layer: int) -> Tensor:
+        full = self.layouts[layer].everything.numbers
+        return self._pairs.get(layer, full * full)
 
     def scoring_macs(self) -> Tensor:
         """Int (B, layers): matrix multiply-adds spent on scoring tokens."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .trace import Trace
     from .vision import VisionTap
 
-Edit = Callable[[Tensor, Tensor], Tensor]
+Edit = Callable[[Tensor], Tensor]
 Norm = Callable[[Tensor], Tensor]
 
 
@@ -56,7 +56,7 @@ class LayerView:
         rows = rows or self.layout.last
         query, key = attention.project(self._module, self.tokens, rows, self._stage.rope)
         attn, heads = self._module.self_attn, query.shape[1] * query.shape[3]
-        macs = attn.q_proj.weight.numel() * _counts(rows) + attn.k_proj.weight.numel() * _counts(self.layout.everything)
+        macs = attn.q_proj.weight.numel() * rows.numbers + attn.k_proj.weight.numel() * self.layout.everything.numbers
         self._trace.scored(self.layer, _with_images(self.layout, macs + _pairs(self.layout, rows) * heads))
         return attention.row_weights(query, key, rows.index, self.layout.valid, self._module.self_attn.scaling)
 
@@ -70,7 +70,7 @@ class AttentionView:
         layout: TokenLayout,
         qkv: tuple[Tensor, Tensor, Tensor],
         scaling: float,
-        dense: Callable[[], Tensor],
+        dense: Callable[[Tensor], Tensor],
         trace: Trace,
     ) -> None:
         self.layer, self.layout = layer, layout
@@ -95,7 +95,7 @@ class AttentionView:
     @cached_property
     def output(self) -> Tensor:
         """The layer's own attention output (B, L, H, d), before the output projection."""
-        return self._dense()
+        return self._dense(self._value)
 
     def weights(self, rows: TokenSet | None = None) -> Tensor:
         """Post-softmax attention weights (B, H, R, L), fp32, of the asked ``rows`` (default: the last token) alone."""
@@ -112,31 +112,34 @@ class AttentionView:
         for index, present in zip(*blocks, strict=True):
             yield self._weights(index), present
 
-    def edit(self, rows: TokenSet, edit: Edit, onto: Tensor | None = None) -> Tensor:
-        """Attention output (B, L, H, d) in which ``rows`` attend with edited weights.
+    def reread(self, edit: Edit, rows: TokenSet | None = None, onto: Tensor | None = None) -> Tensor:
+        """Attention output (B, L, H, d) whose ``rows`` (default: all) read other values with the weights they have.
 
-        ``edit`` gets post-softmax weights (B, H, R, L), fp32, and the columns (B, R) of their rows, and returns the
-        weights to use; they are not normalised again. Rows are taken in blocks, so that no L × L map exists. The
-        other rows are those of ``onto``, or of the layer's own output.
+        ``edit`` gets the layer's values (B, kv heads, L, d) and returns those to read. This edits attention weights
+        behind the softmax, column by column: a value of zero drops a column, the value of another token moves the
+        column's mass there, and no map of weights is needed. All rows run on the layer's own kernel. The rows not
+        named are those of ``onto``, or of the layer's own output.
         """
+        values = edit(self._value)
+        if rows is None:
+            return self._dense(values)
         onto = self.output if onto is None else onto
         if max(rows.counts) == 0:
             return onto
-        blocks = []
-        for index in rows.index.split(attention.BLOCK, dim=1):
-            weights = edit(self._weights(index), index).to(self.values.dtype)
-            blocks.append((weights @ self.values).transpose(1, 2))
+        everything = self.layout.everything
+        part = attention.subset_attention(self._query, self._key, values, rows, everything, self._scaling)
         self._trace.attended(self.layer, _pairs(self.layout, rows))
-        return rows.place(torch.cat(blocks, dim=1), onto, dim=1)
+        return rows.place(part.transpose(1, 2), onto, dim=1)
 
-    def attend(self, *parts: tuple[TokenSet, TokenSet]) -> Tensor:
+    def attend(self, *parts: tuple[TokenSet, TokenSet], onto: Tensor | None = None) -> Tensor:
         """Attention output (B, L, H, d) computed in ``parts`` of (queries, keys), instead of fully.
 
         The queries of each part attend causally to its keys alone (a mask before the softmax): what is left out is
-        not computed. Every valid token must be a query of some part, and have a key.
+        not computed. Every query needs a key. Rows that are in no part are those of ``onto``, such as the layer's own
+        output; without it every valid token must be in some part.
         """
         batch, heads, width, size = self._query.shape
-        out = self._query.new_zeros(batch, width, heads, size)
+        out = self._query.new_zeros(batch, width, heads, size) if onto is None else onto
         pairs = torch.zeros(batch, dtype=torch.int64)
         for queries, keys in parts:
             if max(queries.counts) == 0:
@@ -144,8 +147,8 @@ class AttentionView:
             with self._trace.watch("model"):
                 part = attention.subset_attention(self._query, self._key, self._value, queries, keys, self._scaling)
             out = queries.place(part.transpose(1, 2), out, dim=1)
-            pairs += _counts(queries) * _counts(keys)
-        self._trace.attended(self.layer, pairs, instead=True)
+            pairs += queries.numbers * keys.numbers
+        self._trace.attended(self.layer, pairs, instead=onto is None)
         return out
 
     def _weights(self, index: Tensor) -> Tensor:
@@ -229,14 +232,10 @@ class BlockView:
         self._tap.macs += macs
 
 
-def _counts(tokens: TokenSet) -> Tensor:
-    return torch.tensor(tokens.counts)
-
-
 def _pairs(layout: TokenLayout, rows: TokenSet) -> Tensor:
-    return _counts(rows) * _counts(layout.everything)
+    return rows.numbers * layout.everything.numbers
 
 
 def _with_images(layout: TokenLayout, work: Tensor) -> Tensor:
     """Work on rows that have no visual tokens (left) is the batch's doing; alone they would not be asked."""
-    return work * (_counts(layout.visual) > 0)
+    return work * (layout.visual.numbers > 0)

@@ -15,7 +15,8 @@ Everything happens in prefill. Generated tokens attend to whatever the KV caches
 including the filtering layer, the kept ones until the exit, none after it.
 
 The shallow edits act on weights after the softmax, which are not normalised again; so by default the shallow stage
-saves nothing. ``skip=True`` masks before the softmax instead, and what is masked is not computed.
+saves nothing: the weights stay, and text reads a value of zero, or the sink's, at visual tokens. ``skip=True`` masks
+before the softmax instead, so that text (and in layer 0 each visual token) runs over fewer keys.
 
 Where the paper's text differs from the code, the code is the default and an option gives the text:
 ``consecutive_exit`` (the code's count is never reset), ``visual_self_attention=False`` (the paper also removes
@@ -187,22 +188,21 @@ class VisiPrunerForward(Forward):
         """The attention output of a shallow layer."""
         if self.method.skip:
             return self.skip(layer, view)
-        layout, half = view.layout, layer == 0 and self.method.layer0 == "13b"
-        visual = layout.visual.mask[:, None, None, :]
-        sink = self._sink(layout)[:, None, None, :] if layer == 0 and not half else None
-        hidden = self._first_half(layout)[:, None, None, :] if half else visual
+        layout, first = view.layout, layer == 0
+        visual = layout.visual.mask[:, None, :, None]
+        half, sink = self._first_half(layout)[:, None, :, None], self._sink(layout)[:, None, :, None]
 
-        def drop_text(weights: Tensor, rows: Tensor) -> Tensor:
-            moved = (weights * visual).sum(-1, keepdim=True) * sink if sink is not None else 0
-            return weights * ~hidden + moved
+        def text_reads(values: Tensor) -> Tensor:
+            if first and self.method.layer0 == "13b":
+                return values * ~half
+            return torch.where(visual, (values * sink).sum(2, keepdim=True) * first, values)
 
-        out = view.edit(layout.text, drop_text)
-        if layer == 0 or not self.method.visual_self_attention:
-            out = view.edit(layout.visual, lambda weights, rows: weights * ~visual, onto=out)
-        return out
+        blind = first or not self.method.visual_self_attention
+        out = view.reread(lambda values: values * ~visual) if blind else view.output
+        return view.reread(text_reads, layout.text, onto=out)
 
     def skip(self, layer: int, view: AttentionView) -> Tensor:
-        """The same with masks before the softmax: what is masked is not computed. The sink competes as a key."""
+        """The same with masks before the softmax. The sink competes as a key."""
         layout = view.layout
         text_keys = layout.nonvisual
         if layer == 0 and self.method.layer0 == "7b":
@@ -210,9 +210,9 @@ class VisiPrunerForward(Forward):
         elif layer == 0:
             rest = layout.visual.mask & ~self._first_half(layout)
             text_keys = text_keys.union(rest, [n - n // 2 for n in layout.visual_counts])
-        sees_itself = layer > 0 and self.method.visual_self_attention
-        visual_keys = layout.everything if sees_itself else layout.nonvisual
-        return view.attend((layout.nonvisual, text_keys), (layout.visual, visual_keys))
+        if layer > 0 and self.method.visual_self_attention:
+            return view.attend((layout.nonvisual, text_keys), onto=view.output)
+        return view.attend((layout.nonvisual, text_keys), (layout.visual, layout.nonvisual))
 
     def _sink(self, layout: TokenLayout) -> Tensor:
         index = torch.full_like(self.total, self.method.sink).clamp(max=self.total - 1)

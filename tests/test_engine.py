@@ -97,7 +97,7 @@ def test_attention_rows_are_taken_in_blocks_without_an_l_by_l_map(llava, monkeyp
     monkeypatch.setattr(attention, "row_weights", lambda q, *a: sizes.append(q.shape[2]) or original(q, *a))
     monkeypatch.setattr(attention, "BLOCK", 4)
     batch = collate(make_batch(ROWS))
-    method = visibench.load_method("visipruner", shallow_layers=2)
+    method = visibench.load_method("fitprune", layers="scaled", ratio=60)
     blocked, _ = last_logits(llava, method, batch)
     assert max(sizes) == 4
     monkeypatch.setattr(attention, "BLOCK", 128)
