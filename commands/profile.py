@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from ..errors import OptionError
-from .shared import AsJson, width
+from .shared import AsJson, check_writable, width
 
 if TYPE_CHECKING:
     from ..evals.profile import Profile, Row, Spread
@@ -28,7 +28,7 @@ HEADER = (
     ("realised", "of it"),
     ("tokens", "1/s"),
     ("KV", "MiB"),
-    ("peak", "GiB"),
+    ("peak", "MiB"),
     ("waits", "+ a step"),
 )
 
@@ -82,7 +82,10 @@ def profile(
         raise OptionError("nothing to profile: give a configuration such as profile_cpu, or --model and --methods")
     content, source = read(config) if config else ({}, "visibench profile")
     content |= {key: value for key, value in given.items() if value is not None}
-    result = measure(parse(ProfileConfig, content, str(source)), Console(stderr=True))
+    settings = parse(ProfileConfig, content, str(source))
+    if out is not None:
+        check_writable(out)
+    result = measure(settings, Console(stderr=True))
     if out is not None:
         out.write_text(result.model_dump_json(indent=1), encoding="utf-8")
     if as_json:
@@ -135,7 +138,7 @@ def _cells(row: Row) -> list[str]:
         f"{row.realised:.0%}",
         f"{row.tokens_per_second:.4g}",
         f"{row.kv_bytes / 2**20:.1f}",
-        "n/a" if row.peak_memory is None else f"{row.peak_memory / 2**30:.2f}",
+        f"{row.peak_memory / 2**20:.0f}",
         waits or "n/a",
     ]
 
@@ -153,8 +156,9 @@ def _legend(result: Profile) -> str:
         "Speed-up: median over rounds of dense / method, on the same attention; dense is the model without the engine. "
         "Promised: executed multiply-adds of prefill, dense / method.",
         "Visual tokens T: mean over layers. Overhead: what of prefill goes into scoring, merging and carrying out cuts "
-        "(by a prefill of its own in each round). Tokens: new ones of the whole batch, end to end. KV: keys and values "
-        "after prefill. Waits: of Python for the GPU, in prefill + a step of decoding.",
+        "(by prefills of their own in one of four rounds). Tokens: new ones of the whole batch, end to end. KV: keys and values "
+        "after prefill. Peak: most memory allocated at one time, weights included. Waits: of Python for the GPU, in "
+        "prefill + a step of decoding.",
         f"Model {model['name']}: {model['weights']} weights, {result.weights_bytes / 2**30:.2f} GiB {model['dtype']}, "
         f"{model['attention']} attention, {model['device']} ({model['hardware']}, {model['threads']} threads"
         f"{', ' + clocks if clocks else ''}); "

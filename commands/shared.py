@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from ..errors import DataError
+
 if TYPE_CHECKING:
     from ..results.store import Cell
 
@@ -54,3 +56,14 @@ def finished(folder: Path) -> list[Cell]:
 def width() -> int:
     """Columns to print in: the terminal's, or many where the output goes to a file."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 160
+
+
+def check_writable(file: Path) -> None:
+    """Raise :class:`DataError` if ``file`` cannot be written: before the work whose outcome goes there."""
+    existed = file.exists()
+    try:
+        file.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise DataError(f"cannot write to {file} ({error.strerror}): choose another file") from error
+    if not existed:
+        file.unlink()

@@ -7,7 +7,6 @@ device is None.
 
 from __future__ import annotations
 
-import gc
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,8 +26,11 @@ from ..models.geometry import Weights
 from ..results.records import Environment, Record, environment
 from . import flops, timing
 from .config import Config, Count, Variant, variants
+from .memory import peak_memory
 
 DENSE = "dense"
+OVERHEAD_EVERY = 4
+"""The overhead of methods is measured, by a prefill of its own, in one of so many rounds."""
 
 
 class Lengths(Record):
@@ -73,7 +75,7 @@ class Row(Record):
     ``overhead_ms``: of prefill, what the method itself takes: scoring, merging and carrying out its cuts. ``speedup``:
     over dense, for prefill and end to end; ``promised``: what executed multiply-adds of prefill promise.
     ``tokens_per_second``: generated ones of the whole batch, end to end. ``peak_memory``: most bytes allocated on the
-    device, weights included. ``kv_bytes``: keys and values that the cache holds after prefill. ``host_syncs``: times
+    device at one time, weights included. ``kv_bytes``: keys and values that the cache holds after prefill. ``host_syncs``: times
     that Python waited for the device, in prefill and in one decoding step. ``visual_tokens``: at each layer's input.
     """
 
@@ -87,7 +89,7 @@ class Row(Record):
     promised: float
     executed_macs: float
     tokens_per_second: float
-    peak_memory: int | None
+    peak_memory: int
     kv_bytes: int
     host_syncs: tuple[int, float] | None
     visual_tokens: list[float]
@@ -129,7 +131,7 @@ class Facts:
     executed_macs: float
     visual_tokens: list[float]
     kv_bytes: int
-    peak_memory: int | None
+    peak_memory: int
     host_syncs: tuple[int, float] | None
 
 
@@ -161,7 +163,7 @@ def profile(config: ProfileConfig, console: Console) -> Profile:
         notes=_notes(config, [variant.method for variant in found]),
         warmup=config.warmup,
         repeats=config.repeats,
-        weights_bytes=sum(weight.nbytes for weight in loaded.model.parameters()),
+        weights_bytes=loaded.nbytes,
         environment=environment(loaded.describe()),
     )
 
@@ -212,7 +214,7 @@ def _round_robin(
             contender = contenders[which]
             with contender.under(loaded):
                 measured = timing.time_phases(loaded, inputs, new_tokens)
-            if contender.method is not None:
+            if contender.method is not None and (number - warmup) % OVERHEAD_EVERY == 0:
                 measured["overhead"] = timing.time_method(loaded, contender.method, inputs)
             if number >= warmup:
                 for phase, value in measured.items():
@@ -230,12 +232,8 @@ def _facts(loaded: LoadedModel, contender: Contender, inputs: dict[str, Any], ne
         waits.append(syncs())
         kv_bytes.append(sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers))
 
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.reset_peak_memory_stats(device)
-    with contender.under(loaded), _host_syncs(device) as syncs:
+    with contender.under(loaded), _host_syncs(device) as syncs, peak_memory(device, loaded.nbytes) as peak:
         timing.greedy(loaded.model, inputs, new_tokens, look)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     with prune(loaded.model, contender.method or load_method("none")) as session:
         loaded.model(**inputs, use_cache=True, logits_to_keep=1)
     first, last = waits[0], waits[-1]
@@ -243,7 +241,7 @@ def _facts(loaded: LoadedModel, contender: Contender, inputs: dict[str, Any], ne
         executed_macs=sum(flops.executed(session.trace, loaded.geometry).total()),
         visual_tokens=session.trace.visual_counts().double().mean(0).tolist(),
         kv_bytes=kv_bytes[0],
-        peak_memory=peak,
+        peak_memory=peak(),
         host_syncs=None if first is None else (first, (last - first) / max(new_tokens - 1, 1)),
     )
 

@@ -55,6 +55,11 @@ class LoadedModel:
         """Sizes of the model."""
         return self.adapter.geometry
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights."""
+        return sum(weight.nbytes for weight in self.model.parameters())
+
     def inputs(self, questions: list[str], images: list[list[Image.Image]]) -> BatchFeature:
         """Model inputs for a batch: the checkpoint's chat template, images first, left padded, on the model's device.
 

@@ -1,0 +1,37 @@
+"""Peak memory of a piece of work: what torch's allocators handed out at most, on any device."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+@contextmanager
+def peak_memory(device: torch.device, held: int) -> Iterator[Callable[[], int]]:
+    """Yield a function that, after the block, tells the most bytes that were allocated on ``device`` at one time.
+
+    ``held``: bytes of tensors that stay there throughout, such as weights; a GPU's allocator knows of them itself. On a
+    CPU the profiler's record of torch's allocator is added up, so that scratch space of kernels' own does not count.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: torch.cuda.max_memory_allocated(device)
+        return
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or starting and stopping print a line each
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        yield lambda: held + _highest(record)
+
+
+def _highest(record: profile) -> int:
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    level = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        level += event.nbytes()
+        highest = max(highest, level)
+    return highest
