@@ -156,8 +156,8 @@ def _legend(result: Profile) -> str:
         "Speed-up: median over rounds of dense / method, on the same attention; dense is the model without the engine. "
         "Promised: executed multiply-adds of prefill, dense / method.",
         "Visual tokens T: mean over layers. Overhead: what of prefill goes into scoring, merging and carrying out cuts "
-        "(by prefills of their own in one of four rounds). Tokens: new ones of the whole batch, end to end. KV: keys and values "
-        "after prefill. Peak: most memory allocated at one time, weights included. Waits: of Python for the GPU, in "
+        "(by prefills of their own in one of four rounds). Tokens: new ones of the whole batch, end to end. KV: keys and "
+        "values after prefill. Peak: most memory allocated at one time, weights included. Waits: of Python for the GPU, in "
         "prefill + a step of decoding.",
         f"Model {model['name']}: {model['weights']} weights, {result.weights_bytes / 2**30:.2f} GiB {model['dtype']}, "
         f"{model['attention']} attention, {model['device']} ({model['hardware']}, {model['threads']} threads"

@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -28,7 +29,7 @@ def peak_memory(device: torch.device, held: int) -> Iterator[Callable[[], int]]:
         yield lambda: held + _highest(record)
 
 
-def _highest(record: profile) -> int:
+def _highest(record: Any) -> int:
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     level = highest = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

@@ -75,8 +75,9 @@ class Row(Record):
     ``overhead_ms``: of prefill, what the method itself takes: scoring, merging and carrying out its cuts. ``speedup``:
     over dense, for prefill and end to end; ``promised``: what executed multiply-adds of prefill promise.
     ``tokens_per_second``: generated ones of the whole batch, end to end. ``peak_memory``: most bytes allocated on the
-    device at one time, weights included. ``kv_bytes``: keys and values that the cache holds after prefill. ``host_syncs``: times
-    that Python waited for the device, in prefill and in one decoding step. ``visual_tokens``: at each layer's input.
+    device at one time, weights included. ``kv_bytes``: keys and values that the cache holds after prefill.
+    ``host_syncs``: times that Python waited for the device, in prefill and in one decoding step. ``visual_tokens``: at
+    each layer's input.
     """
 
     method: str
