@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from ..errors import OptionError
+from .forecast import show
 from .shared import AsJson, Limit, finished
 
 if TYPE_CHECKING:
@@ -85,6 +86,10 @@ def sweep(
         list[str] | None, typer.Option(metavar="A,B", help="Only these methods, by name or label, and the dense model.")
     ] = None,
     only_tasks: Annotated[list[str] | None, typer.Option(metavar="A,B", help="Only these tasks.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what is done and what is to do, with compute and time, and stop.")
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run all methods × tasks of a configuration; run again, it skips what is done."""
     from ..evals.config import load_config, select
@@ -94,6 +99,9 @@ def sweep(
     loaded, name = load_config(config, [*(settings or []), *limits])
     chosen = select(loaded, only or [], only_tasks or [])
     folder = out or Path(chosen.out or f"runs/{name}")
+    if dry_run:
+        show(chosen, folder, as_json=as_json)
+        return
     cells = _sweep(chosen, folder)
     save_tables(cells, folder)
     _print_tables(cells, folder)

@@ -65,14 +65,17 @@ class LoadedModel:
 
         ``images[i]`` are the images of ``questions[i]``, possibly none. Token ids are (B, L).
         """
+        return self.encoded(questions, images).to(self.model.device, dtype=self.model.dtype)
+
+    def encoded(self, questions: list[str], images: list[list[Image.Image]]) -> BatchFeature:
+        """The same as the processor gives them: on the host, and of its own precision."""
         if self.processor is None:
             raise InputError(f"{self.name} has no processor here: load a checkpoint, or use synthetic_inputs")
         if len(questions) != len(images):
             raise InputError(f"{len(questions)} questions, but images for {len(images)}")
         texts = [self._prompt(question, len(pictures)) for question, pictures in zip(questions, images, strict=True)]
         flat = [picture.convert("RGB") for pictures in images for picture in pictures]
-        batch = self.processor(text=texts, images=flat or None, padding=True, padding_side="left", return_tensors="pt")
-        return batch.to(self.model.device, dtype=self.model.dtype)
+        return self.processor(text=texts, images=flat or None, padding=True, padding_side="left", return_tensors="pt")
 
     def synthetic_inputs(self, batch: int, prompt: int, visual_tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
         """Random inputs of ``batch`` rows of ``prompt`` text tokens and ``visual_tokens``, for timing."""

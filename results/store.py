@@ -14,7 +14,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,6 +89,13 @@ class Store:
 
     def done(self, config: CellConfig) -> Cell | None:
         """The finished cell of this configuration, or None if it has yet to run, in part or in whole."""
+        cell = self.found(config)
+        if cell:
+            _write(cell.path / CONFIG, config)  # the label may be a new one
+        return cell
+
+    def found(self, config: CellConfig) -> Cell | None:
+        """The same, with nothing written."""
         path = self.path(config)
         try:
             metrics, _ = _read(path / METRICS, CellMetrics)
@@ -96,10 +103,7 @@ class Store:
             cell.samples()
         except DataError:
             return None
-        if metrics.config_hash != config.digest():
-            return None
-        _write(path / CONFIG, config)  # the label may be a new one
-        return cell
+        return cell if metrics.config_hash == config.digest() else None
 
     def begin(self, config: CellConfig) -> Path:
         """Make the cell's folder and write its configuration; leftovers of an interrupted run go."""
@@ -139,6 +143,14 @@ class Store:
             other = paths.setdefault(cell.metrics.config_hash, cell.path)
             if other != cell.path:
                 raise DataError(f"{other} and {cell.path} hold the same cell twice: delete the copy")
+        return found
+
+    def usable(self) -> list[Cell]:
+        """All finished cells that can be read, possibly none."""
+        found = []
+        for folder, files in self._folders() if self.root.is_dir() else []:
+            with suppress(DataError):
+                found += [_open(folder)] if METRICS in files else []
         return found
 
     def unfinished(self) -> list[Path]:

@@ -1,0 +1,92 @@
+"""What a sweep has still to do, in print: ``visibench sweep --dry-run``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from .shared import print_list
+
+if TYPE_CHECKING:
+    from ..evals.config import SweepConfig
+    from ..evals.estimate import Forecast
+
+HEADER = ["method", "task", "seed", "questions", "state", "TFLOPs", "basis", "time"]
+
+
+def show(config: SweepConfig, folder: Path, *, as_json: bool) -> None:
+    """Print the cells of a sweep into ``folder``, what is done, and what the rest will take."""
+    from ..evals.estimate import forecast
+
+    cells = forecast(config, folder, Console(stderr=True))
+    several = len(config.by_model()) > 1
+    header = (["model"] if several else []) + HEADER
+    rows = [([cell.config.model] if several else []) + _row(cell) for cell in cells]
+    print_list(
+        [_json(cell) for cell in cells], header, rows, "\n" + "\n".join(_summary(cells, folder)), as_json=as_json
+    )
+
+
+def _row(cell: Forecast) -> list[str]:
+    return [
+        cell.config.label,
+        cell.config.task,
+        str(cell.config.seed),
+        _upto(cell),
+        "done" if cell.done else "to do",
+        "?" if cell.tflops is None else f"{cell.tflops:.3g}",
+        cell.basis or "",
+        "?" if cell.seconds is None else duration(cell.seconds),
+    ]
+
+
+def _upto(cell: Forecast) -> str:
+    if cell.questions is not None:
+        return str(cell.questions)
+    return "?" if cell.config.limit is None else f"≤ {cell.config.limit}"
+
+
+def _summary(cells: list[Forecast], folder: Path) -> list[str]:
+    rest = [cell for cell in cells if not cell.done]
+    lines = [f"{len(cells)} cells: {len(cells) - len(rest)} done in {folder}, {len(rest)} to do."]
+    if not rest:
+        return lines
+    questions = [cell.questions for cell in rest if cell.questions is not None]
+    tflops = [cell.tflops for cell in rest if cell.tflops is not None]
+    lines.append(f"Questions to ask: {sum(questions)}{_but(rest, len(questions), 'from the hub, not counted before')}.")
+    lines.append(
+        f"Prefills to execute: {sum(tflops):.4g} TFLOPs{_but(rest, len(tflops), 'unknown')}. Measured: by finished "
+        "cells of the same method and task. Planned: by the method's plan of visual tokens on the first questions, "
+        "without its scoring and savings in the vision tower."
+    )
+    known = [cell.seconds for cell in rest if cell.seconds is not None]
+    basis = "by the seconds per question of finished cells in the folder; loading the model not counted"
+    total = f"about {duration(sum(known))} in one process{_but(rest, len(known), 'unknown')}, {basis}"
+    lines.append(f"Time: {total if known else 'unknown, as no cell of this model and batch size is finished here'}.")
+    return lines
+
+
+def _but(cells: list[Forecast], known: int, reason: str) -> str:
+    missing = len(cells) - known
+    return f" ({missing} of {len(cells)} cells {reason})" if missing else ""
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as many as matter."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{seconds / 60:.1f} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _json(cell: Forecast) -> dict[str, Any]:
+    return {
+        "config": cell.config.model_dump(mode="json"),
+        "done": cell.done,
+        "questions": cell.questions,
+        "executed_tflops": cell.tflops,
+        "basis": cell.basis,
+        "seconds": cell.seconds,
+    }
