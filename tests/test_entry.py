@@ -9,6 +9,7 @@ from argparse import Namespace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import datasets
 import pytest
 import visibench
 from loguru import logger
@@ -48,13 +49,13 @@ def expected(tiny, method, name, data, limit=None):
     return evaluate(tiny, parse(method), load_tasks([name], str(data))[0], batch_size=3, limit=limit)
 
 
-def ask(arguments, names, definitions, tmp_path, **options):
+def ask(arguments, tasks, definitions, tmp_path, **options):
     """lmms-eval's ``simple_evaluate`` with its model and tasks by name, as its command line calls it."""
     model = Visibench.create_from_arg_string(arguments, {"batch_size": "3", "max_batch_size": None, "device": None})
     with harness.quiet():
         return harness.simple_evaluate(
             model=model,
-            tasks=[f"local_{name}" for name in names],
+            tasks=tasks,
             task_manager=harness.TaskManager(include_path=str(definitions), include_defaults=False),
             bootstrap_iters=0,
             cli_args=Namespace(process_with_media=False, output_path=str(tmp_path)),
@@ -78,7 +79,7 @@ def test_scores_and_records_are_those_of_visibench_run(method, tiny, definitions
     name, _, options = method.partition(":")
     record = tmp_path / "new" / "record.json"
     arguments = f"pretrained=tiny,method={name},method_args={options.replace(',', ';')},record={record}"
-    found = ask(arguments, ["pope", "mme"], definitions, tmp_path)
+    found = ask(arguments, ["local_pope", "local_mme"], definitions, tmp_path)
     written = json.loads(record.read_text())
     assert (written["method"], written["options"]) == (name, parse(method).hyperparameters())
     macs, tokens = [], []
@@ -98,6 +99,19 @@ def test_scores_and_records_are_those_of_visibench_run(method, tiny, definitions
     assert counts["input_tokens"] == result.samples["prompt_tokens"][found["samples"]["local_pope"][0]["doc_id"]]
 
 
+def test_tasks_of_the_hub_by_their_own_names(checkpoint, hub_data, tmp_path, monkeypatch):
+    """With the hub's data in a folder, lmms-eval's stock task gives what ``visibench run --data hub`` gives."""
+    load = datasets.load_dataset
+
+    def load_dataset(path, *args, token=None, **options):
+        return load(str(hub_data / path.split("/")[-1]), *args, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = ask(f"pretrained={checkpoint},method=fastv:keep=0.5", ["pope"], definition("pope").parent, tmp_path)
+    result = expected(load_model(str(checkpoint)), "fastv:keep=0.5", "pope", "hub")
+    assert same(found["results"]["pope"], found["samples"]["pope"], result)
+
+
 def test_every_spelling_of_a_method_is_the_same(checkpoint):
     for arguments in (
         "method=fastv,method_args=layer=2;keep=0.25",
@@ -112,9 +126,16 @@ def test_every_spelling_of_a_method_is_the_same(checkpoint):
 def test_what_greedy_generation_leaves_out_is_said(checkpoint, definitions, tmp_path):
     said = []
     sink = logger.add(lambda line: said.append(str(line)), level="WARNING", format="{message}")
-    ask(f"pretrained={checkpoint}", ["pope"], definitions, tmp_path, limit=2)
+    ask(f"pretrained={checkpoint}", ["local_pope"], definitions, tmp_path, limit=2)
     assert not any("greedily" in line for line in said)
-    ask(f"pretrained={checkpoint}", ["pope"], definitions, tmp_path, limit=2, gen_kwargs="do_sample=True,num_beams=4")
+    ask(
+        f"pretrained={checkpoint}",
+        ["local_pope"],
+        definitions,
+        tmp_path,
+        limit=2,
+        gen_kwargs="do_sample=True,num_beams=4",
+    )
     logger.remove(sink)
     (line,) = (line for line in said if "greedily" in line)
     assert line.strip() == "local_pope: answers are generated greedily, without its num_beams=4, do_sample=True"
