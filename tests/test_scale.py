@@ -1,0 +1,51 @@
+"""docs/scale.md: its commands are ones that the programs named there take."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+import visibench
+from visibench import cli
+from visibench.evals import entry, harness
+
+PAGE = (Path(visibench.__file__).parent / "docs" / "scale.md").read_text()
+BLOCKS = re.findall(r"(?:^    .+\n)+", PAGE, re.MULTILINE)
+COMMANDS = [
+    line for block in BLOCKS for line in re.sub(r" \\\n +", " ", re.sub("^    ", "", block, flags=re.M)).splitlines()
+]
+
+
+def takes_visibench(words: list[str]) -> None:
+    group = typer.main.get_command(cli.app)
+    group.commands[words[0]].make_context(words[0], words[1:])
+
+
+def takes_lmms_eval(words: list[str]) -> None:
+    from lmms_eval.__main__ import parse_eval_args
+
+    sys.argv = ["lmms-eval", *words]
+    _, parsed = parse_eval_args()
+    given = entry._arguments(entry.Visibench, parsed.model_args, {"batch_size": parsed.batch_size})
+    entry._method(given["method"], given.get("method_args", ""))
+
+
+def takes_torchrun(words: list[str]) -> None:
+    from torch.distributed.run import get_args_parser
+
+    parsed = get_args_parser().parse_args(words)
+    assert (parsed.module, parsed.training_script) == (True, "lmms_eval")
+    takes_lmms_eval(parsed.training_script_args)
+
+
+PROGRAMS = {"visibench": takes_visibench, "lmms-eval": takes_lmms_eval, "torchrun": takes_torchrun}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_is_one_that_its_program_takes(command, monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    assert harness.lmms  # imported first: lmms-eval's import takes over the process
+    program, *words = shlex.split(command, comments=True)
+    PROGRAMS[program](words)
