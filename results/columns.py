@@ -14,22 +14,32 @@ from ..errors import OptionError, suggest
 from .inference import ALPHA, Verdict
 from .records import ScoreRecord
 from .stats import Estimate
-from .tables import Quantity, Row, Table
+from .tables import Row, Table
 
 _UNITS = ((1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs"))
 
 
 @dataclass(frozen=True)
 class Shown:
-    """An entry of a table. ``marks``: ``↑d`` and the like; ``best``: shown to be the best of its budget."""
+    """An entry of a table. ``spread``: what stands behind ±; ``sd``: a standard deviation, over seeds or questions.
+
+    ``marks``: ``↑d`` and the like; ``best``: shown to be the best of its budget.
+    """
 
     value: str
     spread: str = ""
+    sd: str = ""
     marks: tuple[str, ...] = ()
     best: bool = False
 
-    def __str__(self) -> str:
-        return " ".join([f"{self.value} ± {self.spread}" if self.spread else self.value, *self.marks])
+    @property
+    def behind(self) -> list[str]:
+        """What follows the value: its spread, and in brackets its standard deviation."""
+        return [f"± {self.spread}"] * bool(self.spread) + [f"(sd {self.sd})"] * bool(self.sd)
+
+    def text(self, bold: str) -> str:
+        """The entry in one line; ``bold`` with the value in place of {} where it is the best."""
+        return " ".join([bold.format(self.value) if self.best else self.value, *self.behind, *self.marks])
 
 
 @dataclass(frozen=True)
@@ -48,11 +58,11 @@ def columns(table: Table) -> list[Column]:
     found = [Column("method", "method", lambda row: Shown(row.label), _identity)]
     found += [_score_column(task, score) for task, scores in table.columns.items() for score in scores]
     found += [
-        Column("retained", "retained\n%", lambda row: _retained(row.retained), _retained_figures),
+        Column("retained", "retained\n%", _retained, _retained_figures),
         Column("loyalty", "loyalty\n%", lambda row: _estimate(row.evidence.loyalty_mean, 1.0), _loyalty_figures),
-        Column("tokens", "visual\ntokens T", lambda row: Shown(f"{row.tokens.mean:.1f}"), _tokens_figures),
+        Column("tokens", "visual\ntokens T", _tokens, _tokens_figures),
         Column("last", "at the\nlast layer", lambda row: Shown(f"{row.tokens.last:.1f}"), _last_figures),
-        Column("compute", f"compute\n{name}", lambda row: Shown(f"{row.macs / unit:#.3g}"), _compute_figures),
+        Column("compute", f"compute\n{name}", lambda row: _compute(row, unit), _compute_figures),
     ]
     timed = any(row.prefill for row in table.rows)
     return [*found, Column("prefill", "prefill\nms", _prefill, _prefill_figures)] if timed else found
@@ -104,7 +114,8 @@ def _score(row: Row, task: str, score: ScoreRecord) -> Shown:
     shown = _estimate(interval, score.maximum) if interval else Shown(number(quantity.mean, score.maximum))
     marks = [_mark(name, by.get(task, {}).get(score.key)) for name, by in row.evidence.against.items()]
     best = row.evidence.best.get(task, {}).get(score.key, 1.0) < ALPHA
-    return Shown(shown.value, shown.spread, tuple(filter(None, marks)), best)
+    sd = number(quantity.sd, score.maximum) if quantity.sd is not None else ""
+    return Shown(shown.value, shown.spread, sd, tuple(filter(None, marks)), best)
 
 
 def _mark(name: str, verdict: Verdict | None) -> str:
@@ -118,10 +129,22 @@ def _estimate(estimate: Estimate | None, maximum: float | None) -> Shown:
     return Shown(number(estimate.value, maximum), number(estimate.half_width, maximum) if known else "")
 
 
-def _retained(quantity: Quantity | None) -> Shown:
-    if quantity is None:
+def _retained(row: Row) -> Shown:
+    if row.retained is None:
         return Shown("–")
-    return Shown(f"{quantity.mean:.1f}", f"{quantity.sd:.1f}" if quantity.sd is not None else "")
+    interval = row.evidence.retained
+    known = interval is not None and not math.isnan(interval.half_width)
+    spread = f"{100 * interval.half_width:.1f}" if interval and known else ""
+    return Shown(f"{row.retained.mean:.1f}", spread, f"{row.retained.sd:.1f}" if row.retained.sd is not None else "")
+
+
+def _tokens(row: Row) -> Shown:
+    return Shown(f"{row.tokens.mean:.1f}", sd=f"{row.evidence.spread.tokens:.1f}" if row.evidence.spread else "")
+
+
+def _compute(row: Row, unit: float) -> Shown:
+    sd = f"{row.evidence.spread.macs / unit:#.2g}" if row.evidence.spread else ""
+    return Shown(f"{row.macs / unit:#.3g}", sd=sd)
 
 
 def _prefill(row: Row) -> Shown:
@@ -132,7 +155,7 @@ def _prefill(row: Row) -> Shown:
 
 
 def _identity(row: Row) -> dict[str, Any]:
-    return {"method": row.label, "seeds": len(row.seeds)}
+    return {"method": row.label, "budget": row.evidence.budget, "seeds": len(row.seeds)}
 
 
 def _score_figures(row: Row, task: str, key: str) -> dict[str, Any]:
@@ -148,7 +171,13 @@ def _score_figures(row: Row, task: str, key: str) -> dict[str, Any]:
 
 
 def _retained_figures(row: Row) -> dict[str, Any]:
-    return {"retained_percent": row.retained.mean if row.retained else None}
+    interval = row.evidence.retained
+    return {
+        "retained_percent": row.retained.mean if row.retained else None,
+        "retained_percent_sd": row.retained.sd if row.retained else None,
+        "retained_percent_low": 100 * interval.low if interval else None,
+        "retained_percent_high": 100 * interval.high if interval else None,
+    }
 
 
 def _loyalty_figures(row: Row) -> dict[str, Any]:
@@ -161,7 +190,8 @@ def _loyalty_figures(row: Row) -> dict[str, Any]:
 
 
 def _tokens_figures(row: Row) -> dict[str, Any]:
-    return {"visual_tokens_mean": row.tokens.mean}
+    spread = row.evidence.spread
+    return {"visual_tokens_mean": row.tokens.mean, "visual_tokens_mean_sd": spread.tokens if spread else None}
 
 
 def _last_figures(row: Row) -> dict[str, Any]:
@@ -169,7 +199,8 @@ def _last_figures(row: Row) -> dict[str, Any]:
 
 
 def _compute_figures(row: Row) -> dict[str, Any]:
-    return {"executed_tflops": row.macs * 1e-12}
+    spread = row.evidence.spread
+    return {"executed_tflops": row.macs * 1e-12, "executed_tflops_sd": spread.macs * 1e-12 if spread else None}
 
 
 def _prefill_figures(row: Row) -> dict[str, Any]:

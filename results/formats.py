@@ -32,6 +32,22 @@ _LATEX = str.maketrans(
 )
 
 
+STYLE = """\
+.results { font: 14px/1.4 system-ui, sans-serif; color: #1b1b1b; overflow-x: auto; margin-bottom: 2em; }
+.results table { border-collapse: collapse; border-top: 2px solid; border-bottom: 2px solid; }
+.results caption { text-align: left; font-weight: 600; padding-bottom: 0.5em; }
+.results th, .results td { padding: 0.2em 0.7em; text-align: right; white-space: nowrap; font-weight: 400; }
+.results thead th { vertical-align: bottom; font-weight: 600; }
+.results th:first-child { text-align: left; }
+.results tbody { border-top: 1px solid; }
+.results th[scope="rowgroup"] { font-style: italic; }
+.results small { color: #555; }
+.results p { margin: 0.4em 0; max-width: 75em; font-size: 13px; }
+"""
+"""What :func:`html_table` needs of a page's style sheet."""
+_MATHS = {"↑": r"{\uparrow}", "↓": r"{\downarrow}", "=": "{=}"}
+
+
 def grouped(table: Table) -> list[tuple[str, list[Row]]]:
     """The dense row without a title, then the others by budget, the largest first, each group with its title."""
     groups: dict[int, list[Row]] = defaultdict(list)
@@ -41,13 +57,13 @@ def grouped(table: Table) -> list[tuple[str, list[Row]]]:
 
 
 def latex(tables: Sequence[Table], chosen: Sequence[Sequence[Column]]) -> str:
-    """A floating table each, for a document that uses ``booktabs``."""
+    """A floating table each, for a document that uses ``booktabs`` and ``graphicx``; wide ones shrink to the page."""
     count = len(tables)
     parts = [
         _latex_table(table, own, number, count)
         for number, (table, own) in enumerate(zip(tables, chosen, strict=True), 1)
     ]
-    return "\n\n".join([r"% \usepackage{booktabs}", *parts])
+    return "\n\n".join([r"% \usepackage{booktabs,graphicx}", *parts])
 
 
 def _latex_table(table: Table, chosen: Sequence[Column], number: int, count: int) -> str:
@@ -58,29 +74,42 @@ def _latex_table(table: Table, chosen: Sequence[Column], number: int, count: int
             body += [rf"\multicolumn{{{len(chosen)}}}{{l}}{{\emph{{{_escape(title)}}}}} \\"]
         body += [" & ".join(_latex_entry(column.show(row)) for column in chosen) + r" \\" for row in rows]
     titles = zip_longest(*(column.title.split("\n") for column in chosen), fillvalue="")
-    caption = " ".join([*(f"{line}." for line in heading(table, number, count)), *notes(table, bold=True)])
+    lines = [*(f"{line}." for line in heading(table, number, count)), *notes(table, "Bold")]
     return "\n".join(
         [
-            r"\begin{table}",
+            r"\begin{table*}",
             r"\centering",
+            rf"\caption{{{_escape(_caption(table))}}}",
+            rf"\label{{tab:visibench{f'-{number}' if count > 1 else ''}}}",
+            r"\smallskip\setlength{\tabcolsep}{4pt}\renewcommand{\arraystretch}{1.2}",
+            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
             rf"\begin{{tabular}}{{{''.join('l' if column.name == 'method' else 'r' for column in chosen)}}}",
             r"\toprule",
             *(" & ".join(map(_escape, line)) + r" \\" for line in titles),
             *body,
             r"\bottomrule",
-            r"\end{tabular}",
-            rf"\caption{{{_escape(caption)}}}",
-            r"\end{table}",
+            r"\end{tabular}}",
+            r"\begin{flushleft}\footnotesize",
+            _escape(" ".join(lines)),
+            r"\end{flushleft}",
+            r"\end{table*}",
         ]
     )
 
 
 def _latex_entry(shown: Shown) -> str:
+    """The marks stand above what follows the value, so that columns stay narrow."""
     value = _escape(shown.value)
-    parts = [rf"\textbf{{{value}}}" if shown.best else value]
-    parts += [rf"{{\scriptsize $\pm$ {_escape(shown.spread)}}}"] if shown.spread else []
-    parts += [rf"\textsuperscript{{{_escape(' '.join(shown.marks))}}}"] if shown.marks else []
-    return " ".join(parts)
+    above = r"\,".join(rf"{_MATHS[mark[0]]}\mathrm{{{_escape(mark[1:])}}}" for mark in shown.marks)
+    below = "".join(
+        [rf"\pm {shown.spread}"] * bool(shown.spread) + [rf"\,(\mathrm{{sd}}\,{shown.sd})"] * bool(shown.sd)
+    )
+    behind = "".join([f"^{{{above}}}"] * bool(above) + [f"_{{{below}}}"] * bool(below))
+    return (rf"\textbf{{{value}}}" if shown.best else value) + (f"${behind}$" if behind else "")
+
+
+def _caption(table: Table) -> str:
+    return f"Visual-token pruning on {table.facts['model']}: scores, visual tokens and executed compute."
 
 
 def _escape(text: str) -> str:
@@ -88,36 +117,42 @@ def _escape(text: str) -> str:
 
 
 def page(tables: Sequence[Table], chosen: Sequence[Sequence[Column]]) -> str:
-    """A page of plain HTML tables, without style or script."""
+    """A page of HTML that stands alone: no script, nothing to load."""
     body = [
-        part
+        html_table(table, own, number, len(tables))
         for number, (table, own) in enumerate(zip(tables, chosen, strict=True), 1)
-        for part in _html_table(table, own, number, len(tables))
     ]
-    head = '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>visibench</title></head>\n<body>'
-    return "\n".join([head, *body, "</body>\n</html>"])
+    head = f'<meta charset="utf-8">\n<title>visibench</title>\n<style>\n{STYLE}</style>'
+    return "\n".join([f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>', *body, "</body>\n</html>"])
 
 
-def _html_table(table: Table, chosen: Sequence[Column], number: int, count: int) -> list[str]:
+def html_table(table: Table, chosen: Sequence[Column], number: int = 1, count: int = 1) -> str:
+    """One table of ``count`` with its notes as an HTML fragment, for pages that include :data:`STYLE`.
+
+    ``chosen``: the columns to show, as :func:`~visibench.results.columns.columns` gives them.
+    """
     titles = ("<br>".join(map(html.escape, column.title.split("\n"))) for column in chosen)
-    lines = ["<table>", *(f"<caption>{html.escape(line)}</caption>" for line in heading(table, number, count))]
+    caption = " ".join([_caption(table), *(f"{line}." for line in heading(table, number, count))])
+    lines = ['<div class="results">', "<table>", f"<caption>{html.escape(caption)}</caption>"]
     lines += ["<thead>", "<tr>" + "".join(f'<th scope="col">{title}</th>' for title in titles) + "</tr>", "</thead>"]
     for title, rows in grouped(table):
         lines += ["<tbody>"]
         if title:
             lines += [f'<tr><th scope="rowgroup" colspan="{len(chosen)}">{html.escape(title)}</th></tr>']
-        lines += [
-            "<tr>" + "".join(f"<td>{_html_entry(column.show(row))}</td>" for column in chosen) + "</tr>" for row in rows
-        ]
+        lines += ["<tr>" + "".join(_html_entry(column, row) for column in chosen) + "</tr>" for row in rows]
         lines += ["</tbody>"]
-    return [*lines, "</table>", *(f"<p>{html.escape(note)}</p>" for note in notes(table, bold=True))]
+    return "\n".join([*lines, "</table>", *(f"<p>{html.escape(note)}</p>" for note in notes(table, "Bold")), "</div>"])
 
 
-def _html_entry(shown: Shown) -> str:
+def _html_entry(column: Column, row: Row) -> str:
+    shown = column.show(row)
     value = html.escape(shown.value)
     parts = [f"<strong>{value}</strong>" if shown.best else value]
-    parts += [f"± {html.escape(shown.spread)}"] if shown.spread else []
-    return " ".join([*parts, *map(html.escape, shown.marks)])
+    parts += [f"<small>{html.escape(' '.join([*shown.behind, *shown.marks]))}</small>"] * bool(
+        shown.behind or shown.marks
+    )
+    entry = " ".join(parts)
+    return f'<th scope="row">{entry}</th>' if column.name == "method" else f"<td>{entry}</td>"
 
 
 def _title(rows: Sequence[Row]) -> str:

@@ -20,6 +20,7 @@ from ..errors import DataError
 from .store import Cell
 
 Floats = NDArray[np.float64]
+COUNTS = ["prompt_visual_tokens", "visual_tokens"]
 COLUMNS = ["doc_id", "question_id", "image", "category", "prompt", "target", "answer", "score"]
 SAME = ["doc_id", "prompt", "target", "image"]
 MME_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
@@ -125,10 +126,8 @@ def difficulty(dense: pd.DataFrame, small: pd.DataFrame, runs: Sequence[pd.DataF
 def answers(cell: Cell) -> pd.DataFrame:
     """The samples of a cell that statistics need, in the order of the questions."""
     samples = cell.samples()
-    missing = [column for column in COLUMNS if column not in samples]
-    if missing:
-        raise DataError(f"the samples in {cell.path} have no column {missing[0]!r}: delete the folder and run again")
-    return samples[COLUMNS].sort_values("doc_id", ignore_index=True)
+    counts = [column for column in COUNTS if column in samples]
+    return samples[COLUMNS + counts].sort_values("doc_id", ignore_index=True)
 
 
 def check_same_questions(one: pd.DataFrame, other: pd.DataFrame) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 
 from .columns import number
-from .inference import ALPHA
+from .inference import ALPHA, BASELINES, DENSE, DOWNSAMPLE, POOLING, RANDOM
 from .records import ScoreRecord
-from .tables import DENSE, Row, Table
+from .tables import Row, Table
 
 
 def heading(table: Table, place: int, count: int) -> list[str]:
@@ -18,28 +18,25 @@ def heading(table: Table, place: int, count: int) -> list[str]:
     return [f"Table {place} of {count}, not to be compared with the others: {differs}"]
 
 
-def notes(table: Table, *, bold: bool = False) -> list[str]:
-    """Questions, statistics, units, timing and origin. ``bold``: also what bold scores are."""
+def notes(table: Table, bold: str) -> list[str]:
+    """Questions, statistics, units, timing, what was not run, and origin. ``bold``: how the best scores are marked."""
     asked = ", ".join(f"{task} {q.asked} of {q.of} ({q.origin})" for task, q in table.questions.items())
     lines = [f"Questions: {asked}.{' SUBSET: these are no full-set scores.' if table.is_subset else ''}"]
     lines += [f"{task}: {q.note}." for task, q in table.questions.items() if q.note]
     lines += _inference(table)
-    lines += _bold(table) if bold else []
+    lines += _best(table, bold)
+    lines += _retained(table)
     lines.append(
-        f"Retained: mean over tasks of score / dense score{_over_seeds(table)}. Visual tokens: T = mean over "
-        f"decoder-layer inputs, and at the last layer's, of {table.rows[0].tokens.prompt:g} in the prompt. FLOPs: one "
-        "multiply-add = 1, all that a prefill executed, mean over questions."
+        f"Visual tokens: T = mean over decoder-layer inputs, and at the last layer's, of "
+        f"{table.rows[0].tokens.prompt:g} in the prompt. FLOPs: one multiply-add = 1, all that a prefill executed, "
+        "mean over questions."
     )
-    missed = sorted(
-        task for row in table.rows if row.method == DENSE for task in row.scores if not _headline(table, row, task)
-    )
-    if missed:
-        lines.append(f"Retained leaves out {', '.join(missed)}: the dense score is 0.")
+    lines += _deviations(table)
     timing, timed = table.facts["timing"], [row.prefill.n for row in table.rows if row.prefill]
     if timing and timed:
         repeats = f"{timing['repeats']} runs a task and seed after {timing['warmup']} to warm up"
         lines.append(f"Prefill: batch {timing['batch_size']}, median ± interquartile range, {repeats}.")
-    return [*lines, origin(table)]
+    return [*lines, *_baselines(table), origin(table)]
 
 
 def _inference(table: Table) -> list[str]:
@@ -54,13 +51,12 @@ def _inference(table: Table) -> list[str]:
         name: [v for row in rows for by in row.evidence.against[name].values() for v in by.values()]
         for name in ("dense", "random")
     }
-    count = sum(map(len, verdicts.values()))
-    if count:
+    if any(verdicts.values()):
         tests = " or ".join(sorted({v.comparison.test for found in verdicts.values() for v in found}))
         references = " and ".join(f"{name[0]} = {name}" for name, found in verdicts.items() if found)
         lines.append(
             f"↑ higher, ↓ lower, = tied (no difference shown), {references}: same questions, {tests}, p < {ALPHA:g} "
-            f"after Holm over the {count} comparisons of this table."
+            f"after Holm over the {_tests(table)} tests of this table."
         )
     unmatched = [row for row in rows if row.evidence.nearest and not _matched(row)]
     if verdicts["random"]:
@@ -87,12 +83,64 @@ def _inference(table: Table) -> list[str]:
     return lines
 
 
-def _bold(table: Table) -> list[str]:
-    """What the groups are and what bold is, where a group has rows to compare."""
-    count = sum(len(by) for row in table.rows for by in row.evidence.best.values())
-    tested = f"p < {ALPHA:g} against each of them, after Holm over {count} best scores"
-    bold = [f"Bold: higher than all others of its group, same questions, {tested}."] if count else []
-    return ["Groups: rows whose T differ by a quarter at most.", *bold]
+def _best(table: Table, bold: str) -> list[str]:
+    """What the groups are and what marks the best, where a group has rows to compare."""
+    groups = len({row.evidence.budget for row in table.rows} - {None})
+    lines = ["Groups: rows whose T differ by a quarter at most."] if groups > 1 else []
+    if any(row.evidence.best for row in table.rows):
+        tested = f"p < {ALPHA:g} against each of them after Holm over the {_tests(table)} tests of this table"
+        lines.append(f"{bold}: higher than all others of its group, same questions, {tested}.")
+    return lines
+
+
+def _tests(table: Table) -> int:
+    """How many tests are adjusted together: all comparisons, and a lead on a metric in each budget."""
+    shown = [row.evidence.best for row in table.rows]
+    compared = [tasks for row in table.rows for tasks in row.evidence.against.values()]
+    return sum(len(by) for tasks in (*shown, *compared) for by in tasks.values())
+
+
+def _retained(table: Table) -> list[str]:
+    if not any(row.retained for row in table.rows):
+        return []
+    interval = (
+        " ± half of its 95 % interval (bootstrap over the images of each task, the same resamples for both; tasks "
+        "taken as independent)"
+        if any(row.evidence.retained for row in table.rows)
+        else ""
+    )
+    missed = sorted(
+        task for row in table.rows if row.method == DENSE for task in row.scores if not _headline(table, row, task)
+    )
+    left_out = f" It leaves out {', '.join(missed)}: the dense score is 0." if missed else ""
+    return [f"Retained: mean over tasks of score / dense score{interval}.{left_out}"]
+
+
+def _deviations(table: Table) -> list[str]:
+    """What the standard deviations in brackets are about."""
+    seeds = sorted({len(row.seeds) for row in table.rows} - {1})
+    parts = [f"of scores and retained over {' or '.join(map(str, seeds))} seeds"] if seeds else []
+    if any(row.evidence.spread for row in table.rows):
+        parts.append("of visual tokens and compute over the questions of a task, where a method adapts to them")
+    return [f"sd: standard deviation, {'; '.join(parts)}."] if parts else []
+
+
+def _baselines(table: Table) -> list[str]:
+    """Which rows a reader would expect and misses, and what adds them to a sweep."""
+    have = {row.method for row in table.rows}
+    missing = [method for method in BASELINES if method not in have]
+    means = {row.evidence.budget: row.tokens.mean for row in reversed(table.rows) if row.evidence.budget is not None}
+    budgets = ", ".join(f"{{tokens: {mean:.4g}}}" for _, mean in sorted(means.items()))
+    entries = {
+        DENSE: "none",
+        RANDOM: f"{{name: random, budget: [{budgets}], seeds: [0, 1, 2]}}",
+        POOLING: f"{{name: pooling, budget: [{budgets}]}}",
+        DOWNSAMPLE: f"{{name: downsample, budget: [{budgets}]}}",
+    }
+    if not missing or not budgets:
+        return []
+    lines = ", ".join(entries[method] for method in missing)
+    return [f"Not run: {', '.join(missing)}. A sweep adds what the model can carry with methods: [{lines}]."]
 
 
 def _matched(row: Row) -> bool:
@@ -110,11 +158,6 @@ def _lacks(table: Table, task: str, score: ScoreRecord) -> bool:
     return any(task in row.scores and score.key not in row.evidence.scores.get(task, {}) for row in table.rows)
 
 
-def _over_seeds(table: Table) -> str:
-    counts = sorted({row.retained.n for row in table.rows if row.retained} - {1})
-    return f", ± standard deviation over {' or '.join(map(str, counts))} seeds" if counts else ""
-
-
 def _headline(table: Table, row: Row, task: str) -> float:
     return row.scores[task][table.columns[task][0].key].mean
 
@@ -123,7 +166,8 @@ def origin(table: Table) -> str:
     """Model, machine and versions in one line."""
     model, versions = table.facts["environment"]["model"], table.facts["environment"]["versions"]
     named = ("visibench", "lmms-eval", "transformers", "torch")
-    packages = ", ".join(f"{name} {versions[name]}" for name in named if name in versions)
+    commits = {"visibench": f" (commit {' and '.join(table.commits)})" if table.commits else ""}
+    packages = ", ".join(f"{name} {versions[name]}{commits.get(name, '')}" for name in named if name in versions)
     return (
         f"Model {table.facts['model']}: {model.get('dtype')}, {model.get('attention')} attention, "
         f"{model.get('image_processor')}, {model.get('device')} ({model.get('hardware')}, "

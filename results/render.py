@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ..errors import OptionError, suggest
 from .columns import Column, choose
-from .formats import latex, page
+from .formats import grouped, latex, page
 from .notes import heading, notes
 from .tables import Row, Table
 
@@ -46,9 +46,13 @@ def _text(tables: list[Table], chosen: Chosen) -> str:
                 grid.add_column(column.title, max_width=_LABEL, overflow="fold")
             else:
                 grid.add_column(column.title, justify="right", no_wrap=True)
-        for row in table.rows:
-            grid.add_row(*(Text(str(column.show(row))) for column in columns))
-        parts: list[str | RichTable] = [*heading(table, number, len(tables)), grid, *notes(table), ""]
+        for title, rows in grouped(table):
+            if title:
+                grid.add_row()
+                grid.add_row(Text(title))
+            for row in rows:
+                grid.add_row(*(Text(column.show(row).text("{}*")) for column in columns))
+        parts: list[str | RichTable] = [*heading(table, number, len(tables)), grid, *notes(table, "*"), ""]
         for part in parts:
             console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
     stream = console.file
@@ -61,9 +65,12 @@ def _markdown(tables: list[Table], chosen: Chosen) -> str:
     for number, (table, columns) in enumerate(zip(tables, chosen, strict=True), start=1):
         grid = [[column.title for column in columns]]
         grid += [["---" if column.name == "method" else "---:" for column in columns]]
-        grid += [[str(column.show(row)) for column in columns] for row in table.rows]
-        lines = ["| " + " | ".join(line).replace("\n", " ") + " |" for line in grid]
-        parts.append("\n\n".join([*heading(table, number, len(tables)), "\n".join(lines), *notes(table)]))
+        for title, rows in grouped(table):
+            grid += [[f"*{title}*", *[""] * (len(columns) - 1)]] if title else []
+            grid += [[column.show(row).text("**{}**") for column in columns] for row in rows]
+        lines = ["| " + " | ".join(entry.replace("|", r"\|") for entry in line) + " |" for line in grid]
+        lines = [line.replace("\n", " ") for line in lines]
+        parts.append("\n\n".join([*heading(table, number, len(tables)), "\n".join(lines), *notes(table, "Bold")]))
     return "\n\n".join(parts)
 
 
@@ -100,6 +107,7 @@ def as_json(table: Table) -> dict[str, Any]:
     """A table as JSON values: scores in lmms-eval's units, compute in MACs and the papers' TFLOPs, times in ms."""
     return {
         "facts": table.facts,
+        "commits": table.commits,
         "differs": table.differs,
         "questions": {task: asdict(questions) for task, questions in table.questions.items()},
         "metrics": {
@@ -121,16 +129,24 @@ def as_json(table: Table) -> dict[str, Any]:
                         task: {name: asdict(e) for name, e in by.items()} for task, by in row.evidence.groups.items()
                     },
                 },
-                "retained_percent": asdict(row.retained) if row.retained else None,
+                "retained_percent": _retained_json(row),
                 "visual_tokens": row.tokens.model_dump() | {"mean": row.tokens.mean, "last": row.tokens.last},
                 "executed_macs": row.macs,
                 "executed_tflops": row.macs * 1e-12,
                 "executed_macs_by_component": row.components,
+                "sd_over_questions": asdict(row.evidence.spread) if row.evidence.spread else None,
                 "prefill_ms": asdict(row.prefill) if row.prefill else None,
             }
             for row in table.rows
         ],
     }
+
+
+def _retained_json(row: Row) -> dict[str, Any] | None:
+    """Mean and standard deviation over seeds, and limits of the 95 % interval over questions (None: not known)."""
+    interval = row.evidence.retained
+    limits = {"low": 100 * interval.low, "high": 100 * interval.high} if interval else {"low": None, "high": None}
+    return asdict(row.retained) | limits if row.retained else None
 
 
 def _score_json(row: Row, task: str, key: str) -> dict[str, Any]:

@@ -10,6 +10,8 @@ Intervals (95 %)
     Wilson's, at the number of independent questions that the standard error amounts to: it stays in range and covers
     near 0 and 100 %, where percentiles of the bootstrap do not. Scores without a known maximum: value ± t × error.
     Where answers do not vary at all, which does not prove that they never will, as many questions as images.
+Ratios on the same questions
+    Both metrics taken again on the same resamples of the images: ratio ± t × error.
 Differences on the same questions
     Paired: difference ± t × error. The p-value is McNemar's exact one where scores are 0 or 1 and each image has one
     question, else that of the sign-flip test by image: two methods swap all their answers to an image, and the metric
@@ -117,6 +119,23 @@ def compare(first: Measured, second: Measured, flips: int = FLIPS) -> Comparison
         better=better,
         worse=worse,
     )
+
+
+def ratio(first: Measured, second: Measured) -> Estimate:
+    """A metric as a share of another method's on the same questions; NaN limits where one image says nothing."""
+    value, images = first.value / second.value, first.images
+    with np.errstate(divide="ignore", invalid="ignore"):
+        draws = _bootstrap(first) / _bootstrap(second)
+    error = _bootstrap_error(np.where(np.isfinite(draws), draws, np.nan), images)
+    if error > _NOTHING or math.isnan(error):
+        low, high = value - _t(images) * error, value + _t(images) * error
+    elif value == 0:  # nothing is right: what that proves of the metric itself
+        alone = estimate(first)
+        low, high = alone.low / second.value, alone.high / second.value
+    else:  # the two never differ: what that proves of their difference
+        below, above, _ = _difference(first, second)
+        low, high = value + below / second.value, value + above / second.value
+    return Estimate(value, low if math.isnan(low) else max(low, 0.0), high, first.questions, images)
 
 
 def detectable(error: float, images: int) -> float:

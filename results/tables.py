@@ -15,11 +15,12 @@ from itertools import chain
 from typing import Any
 
 from ..errors import DataError
-from .inference import DENSE, RANDOM, Evidence, weigh
+from .inference import BASELINES, DENSE, Evidence, weigh
 from .records import ScoreRecord, VisualTokens
 from .store import Cell
 
 _QUESTIONS = ("limit", "origin")
+_ORDER = {method: place for place, method in enumerate(BASELINES)}
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ class Questions:
 class Table:
     """Rows that can be compared. ``columns``: the metrics of each task; ``facts``: what all cells have in common.
 
-    ``differs``: in what this table differs from the others of the same folder.
+    ``differs``: in what this table differs from the others of the same folder. ``commits``: of visibench, where cells
+    were made from a checkout.
     """
 
     rows: list[Row]
@@ -93,6 +95,7 @@ class Table:
     questions: dict[str, Questions]
     facts: dict[str, Any]
     differs: dict[str, Any]
+    commits: list[str]
 
     @property
     def is_subset(self) -> bool:
@@ -153,9 +156,16 @@ def _table(cells: list[Cell], differs: dict[str, Any]) -> Table:
     dense = {cell.config.task: cell.metrics.scores[0].value for cell in cells if cell.config.method == DENSE}
     groups = _grouped(cells, _method_key)
     rows = [_row(group, dense, evidence) for group, evidence in zip(groups, weigh(groups), strict=True)]
-    order = {DENSE: 0, RANDOM: 1}
-    rows.sort(key=lambda row: (order.get(row.method, 2), row.method, -row.tokens.mean, row.label))
-    return Table(rows, columns, dict(sorted(questions.items())), _facts(cells[0]), differs)
+    rows.sort(key=lambda row: (_ORDER.get(row.method, len(_ORDER)), row.method, -row.tokens.mean, row.label))
+    return Table(rows, columns, dict(sorted(questions.items())), _facts(cells[0]), differs, _commits(cells))
+
+
+def _commits(cells: list[Cell]) -> list[str]:
+    codes = [cell.metrics.environment.code for cell in cells]
+    named = [
+        f"{code['commit'][:9]}{' with changes' if code.get('dirty') else ''}" for code in codes if "commit" in code
+    ]
+    return sorted(set(named))
 
 
 def _method_key(cell: Cell) -> str:

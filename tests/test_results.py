@@ -7,8 +7,10 @@ import statistics
 
 import pandas as pd
 import pytest
+import yaml
 from storing import SAMPLES, config, full, metrics, put
 from visibench.errors import DataError, OptionError
+from visibench.evals.config import parse_config
 from visibench.results.records import ScoreRecord, TimingConfig
 from visibench.results.render import render
 from visibench.results.store import Store
@@ -170,6 +172,34 @@ def test_what_cannot_be_compared_stands_in_tables_of_its_own(changes, outcome, n
     assert named in text
 
 
+def test_commits_are_named_and_keep_no_cells_apart(store):
+    cells = (("tome", {"commit": "0123456789ab", "dirty": True}), ("dart", {"commit": "f" * 40}), ("vtw", {}))
+    for label, code in cells:
+        environment = metrics(config(), versions={"visibench": "1", "torch": "2"}).environment
+        environment = environment.model_copy(update={"code": code, "host": {"cores": len(label)}})
+        put(store, config(label, "gqa"), environment=environment)
+    (table,) = build(store.cells())
+    assert table.commits == ["012345678 with changes", "fffffffff"]
+    assert "visibench 1 (commit 012345678 with changes and fffffffff), torch 2." in render([table])
+
+
+def test_rows_that_were_not_run_are_named_with_what_adds_them(store):
+    put(store, config("none"))
+    put(store, config("fastv"))
+    text = render(build(store.cells()))
+    methods = "{name: random, budget: [{tokens: 12}], seeds: [0, 1, 2]}, {name: pooling, budget: [{tokens: 12}]}, "
+    methods = f"[{methods}{{name: downsample, budget: [{{tokens: 12}}]}}]"
+    assert (
+        f"Not run: random, pooling, downsample. A sweep adds what the model can carry with methods: {methods}." in text
+    )
+    parse_config({"model": "tiny", "tasks": ["gqa"], "methods": yaml.safe_load(methods)}, "the note")
+    for method in ("random", "pooling", "downsample"):
+        put(store, config(method))
+    assert "Not run" not in render(build(store.cells()))
+    without = [cell for cell in store.cells() if cell.config.method != "none"]
+    assert "Not run: none. A sweep adds what the model can carry with methods: [none]." in render(build(without))
+
+
 def test_one_limit_a_task_is_one_table(store):
     for method in ("none", "fastv"):
         put(store, config(method, "gqa", limit=20))
@@ -191,17 +221,19 @@ def test_text_shows_units(store):
     lines = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
     assert "GFLOPs" in text
     assert "score /1000" in text
-    assert " ".join(lines["random"][:6]) == "random 50.0 500.0 62.5 ± 12.5"
-    assert " ".join(lines["random"][-6:]) == "12.0 8.0 1.00 2.0 ± 2.0"
+    assert " ".join(lines["random"][:10]) == "random 50.0 (sd 10.0) 500.0 (sd 100.0) 62.5 (sd 12.5)"
+    assert " ".join(lines["random"][10:]) == "100.0 ± 34.9 12.0 8.0 1.00 2.0 ± 2.0"
     assert lines["none"][:7] == ["none", "80.0", "800.0", "100.0", "–", "12.0", "8.0"]
     assert "SUBSET" not in text
-    assert "± standard deviation over 3 seeds" in text
+    assert "sd: standard deviation, of scores and retained over 3 seeds." in text
 
 
 def test_markdown_has_one_cell_a_column(store):
-    lines = [line for line in render(build(full(store).cells()), "md").splitlines() if line.startswith("|")]
-    assert len(lines) == 5
-    assert {line.count("|") for line in lines} == {10}
+    put(full(store), config("tome", "gqa", label="a|b"), 0.5)
+    lines = [line for line in render(build(store.cells()), "md").splitlines() if line.startswith("|")]
+    assert len(lines) == 7
+    assert {line.replace("\\|", "").count("|") for line in lines} == {10}
+    assert lines[3].startswith("| *T = 12.0 of 16 visual tokens (75 %)* |  |")
 
 
 def test_csv_keeps_full_precision(store):
