@@ -95,9 +95,9 @@ def _best(table: Table, bold: str) -> list[str]:
 
 def _tests(table: Table) -> int:
     """How many tests are adjusted together: all comparisons, and a lead on a metric in each budget."""
-    shown = [row.evidence.best for row in table.rows]
-    compared = [tasks for row in table.rows for tasks in row.evidence.against.values()]
-    return sum(len(by) for tasks in (*shown, *compared) for by in tasks.values())
+    leads = sum(len(by) for row in table.rows for by in row.evidence.best.values())
+    verdicts = (tasks for row in table.rows for tasks in row.evidence.against.values())
+    return leads + sum(len(by) for tasks in verdicts for by in tasks.values())
 
 
 def _retained(table: Table) -> list[str]:
