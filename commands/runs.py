@@ -15,6 +15,7 @@ from .shared import AsJson, Limit, finished
 
 if TYPE_CHECKING:
     from ..evals.config import SweepConfig
+    from ..evals.progress import Reporter
     from ..results.store import Cell
 
 
@@ -89,22 +90,33 @@ def sweep(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what is done and what is to do, with compute and time, and stop.")
     ] = False,
-    as_json: AsJson = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors and the final table only.")] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="Print events as they happen, one JSON object a line, and nothing else on standard output."
+        ),
+    ] = False,
 ) -> None:
     """Run all methods × tasks of a configuration; run again, it skips what is done."""
     from ..evals.config import load_config, select
+    from ..evals.progress import JsonLines, Reporter
     from ..evals.sweep import save_tables
 
     limits = [] if limit is None else [f"limit={limit}"]
     loaded, name = load_config(config, [*(settings or []), *limits])
     chosen = select(loaded, only or [], only_tasks or [])
     folder = out or Path(chosen.out or f"runs/{name}")
+    if quiet and as_json:
+        raise OptionError("--quiet and --json exclude each other: give one")
     if dry_run:
         show(chosen, folder, as_json=as_json)
         return
-    cells = _sweep(chosen, folder)
+    report = JsonLines() if as_json else Reporter() if quiet else None
+    cells = _sweep(chosen, folder, report=report)
     save_tables(cells, folder)
-    _print_tables(cells, folder)
+    if not as_json:
+        _print_tables(cells, folder, quiet=quiet)
 
 
 def table(
@@ -146,18 +158,18 @@ def _against(name: str, folder: Path, form: str) -> str:
     return matching.render(matching.compare(finished(folder)), form)
 
 
-def _sweep(config: SweepConfig, folder: Path, *, dense: bool = True) -> list[Cell]:
+def _sweep(config: SweepConfig, folder: Path, *, dense: bool = True, report: Reporter | None = None) -> list[Cell]:
     from ..evals.sweep import sweep as run_sweep
 
-    return run_sweep(config, folder, Console(stderr=True), dense=dense)
+    return run_sweep(config, folder, Console(stderr=True), dense=dense, report=report)
 
 
-def _print_tables(cells: list[Cell], folder: Path) -> None:
+def _print_tables(cells: list[Cell], folder: Path, *, quiet: bool = False) -> None:
     from ..results.render import render
     from ..results.tables import build
 
     print(render(build(cells)))
-    Console(stderr=True, highlight=False, soft_wrap=True).print(
+    Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet).print(
         f"Stored in {folder}: `visibench table {folder}` prints all that is there."
     )
 

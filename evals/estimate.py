@@ -25,6 +25,7 @@ from ..results.store import Cell, Store
 from .config import SweepConfig
 from .flops import executed
 from .paper_flops import Work, planned
+from .progress import Lines
 from .sweep import Plan, Prepared, plan
 from .tasks import HUB
 
@@ -59,7 +60,7 @@ def forecast(config: SweepConfig, out: Path, console: Console) -> list[Forecast]
 
 
 def _of_model(config: SweepConfig, store: Store, console: Console) -> list[Forecast]:
-    prepared = Prepared(config, console)
+    prepared = Prepared(config, Lines(console))
     cells = plan(config, solve=prepared.solve)
     finished = store.usable()
     prompts = cache(lambda task: _Prompts(config, prepared, task))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..errors import OptionError
 from ..methods import Method
@@ -35,11 +31,22 @@ from ..results.store import Cell, Store
 from ..results.tables import build
 from . import budget
 from .config import Solve, SweepConfig, nowhere, settled, variants
+from .progress import (
+    CellFinished,
+    CellStarted,
+    Counts,
+    ModelStarted,
+    Named,
+    Note,
+    Reporter,
+    Stopwatch,
+    SweepFinished,
+    SweepStarted,
+    reporter,
+)
 from .tasks import Task, check_data, definition, load_tasks, origin_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from .lmms import Evaluation
 
 _WHOLE_FILE = 32 << 20
@@ -116,33 +123,39 @@ def fingerprint(model: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def sweep(config: SweepConfig, out: Path, console: Console, *, dense: bool = True) -> list[Cell]:
+def sweep(
+    config: SweepConfig, out: Path, console: Console, *, dense: bool = True, report: Reporter | None = None
+) -> list[Cell]:
     """Run what is not done yet, and return all cells of the sweep in their order.
 
-    Tasks and methods are built before the model is loaded, so that mistakes show at once. Progress goes to
-    ``console``. A cell that was interrupted runs again from its start. Models come one after the other, each loaded
-    once and gone before the next.
+    Tasks and methods are built before the model is loaded, so that mistakes show at once. Progress goes to ``report``,
+    by default bars or lines on ``console``. A cell that was interrupted runs again from its start. Models come one
+    after the other, each loaded once and gone before the next.
     """
-    store, models = Store(out), config.by_model()
+    store, models, clock = Store(out), config.by_model(), Stopwatch()
     for later in models[1:]:
         geometry = load_model(later.model, weights="meta").geometry
         for method in settled(later):
             method.check(geometry)
     saved = yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
-    return [cell for one in models for cell in _sweep_model(one, store, console, dense, saved)]
+    with report or reporter(console) as tell:
+        tell(SweepStarted(out=str(out), models=[one.model for one in models], tasks=config.tasks))
+        cells = [cell for one in models for cell in _sweep_model(one, store, tell, dense, saved)]
+        tell(SweepFinished(out=str(out), cells=len(cells), seconds=clock()))
+    return cells
 
 
-def _sweep_model(config: SweepConfig, store: Store, console: Console, dense: bool, saved: str) -> list[Cell]:
-    prepared = Prepared(config, console)
+def _sweep_model(config: SweepConfig, store: Store, report: Reporter, dense: bool, saved: str) -> list[Cell]:
+    prepared = Prepared(config, report)
     cells = plan(config, dense=dense, solve=prepared.solve)
     pending = [cell for cell in cells if store.done(cell.config) is None]
-    if len(pending) < len(cells):
-        console.print(
-            f"{len(cells) - len(pending)} of {len(cells)} cells are done already in {store.root}", highlight=False
-        )
+    sizes = prepared.sizes({cell.config.task for cell in pending})
+    questions = sum(sizes[cell.config.task] for cell in pending)
+    done = len(cells) - len(pending)
+    report(ModelStarted(model=config.model, cells=len(cells), done=done, questions=questions))
     if pending:
         store.save("sweep.yaml", saved)
-        _run(pending, prepared, store, console)
+        _run(pending, sizes, prepared, store, report)
     del prepared
     release()
     return [cell for cell in (store.done(planned.config) for planned in cells) if cell is not None]
@@ -158,8 +171,8 @@ def save_tables(cells: list[Cell], out: Path) -> None:
 class Prepared:
     """Model and tasks of a sweep, each loaded when it is first needed."""
 
-    def __init__(self, config: SweepConfig, console: Console) -> None:
-        self.config, self.console = config, console
+    def __init__(self, config: SweepConfig, report: Reporter) -> None:
+        self.config, self.report = config, report
         self._tasks: dict[str, Task] = {}
 
     @cached_property
@@ -174,6 +187,11 @@ class Prepared:
         self._tasks |= {task.name: task for task in (load_tasks(missing, self.config.data) if missing else [])}
         return {name: self._tasks[name] for name in names}
 
+    def sizes(self, names: Collection[str]) -> dict[str, int]:
+        """Questions to ask of each of these tasks."""
+        tasks = self.tasks([name for name in self.config.tasks if name in names])
+        return {name: task.size(self.config.limit_of(name))[0] for name, task in tasks.items()}
+
     @cached_property
     def prompts(self) -> budget.Prompts:
         """What budgets are solved on: the first questions of every task."""
@@ -183,38 +201,21 @@ class Prepared:
     def solve(self, name: str, options: Mapping[str, Any], target: budget.Target) -> Method:
         """The method that meets the target."""
         found = budget.solve(name, options, target, self.prompts)
-        self.console.print(
-            f"{name} {target}: {found.method} gives {target.spell(self.prompts.price(target.kind, found.method))} on "
-            f"{self.prompts.count} prompts",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        price = target.spell(self.prompts.price(target.kind, found.method))
+        self.report(Note(text=f"{name} {target}: {found.method} gives {price} on {self.prompts.count} prompts"))
         return found.method
 
 
-def _run(pending: list[Plan], prepared: Prepared, store: Store, console: Console) -> None:
-    config = prepared.config
-    needed = [name for name in config.tasks if any(cell.config.task == name for cell in pending)]
-    tasks = prepared.tasks(needed)
-    sizes = {name: task.size(config.limit_of(name))[0] for name, task in tasks.items()}
-    loaded = prepared.loaded
+def _run(pending: list[Plan], sizes: Mapping[str, int], prepared: Prepared, store: Store, report: Reporter) -> None:
+    tasks, loaded = prepared.tasks(list(sizes)), prepared.loaded
     for cell in pending:
         cell.method.check(loaded.geometry)
-    total = sum(sizes[cell.config.task] for cell in pending)
-    with _progress(console, total) as (describe, advance):
-        for number, cell in enumerate(pending, start=1):
-            describe(escape(f"{cell.config.label} · {cell.config.task}"))
-            started = time.perf_counter()
-            done = run_cell(loaded, cell.method, tasks[cell.config.task], cell.config, store, advance)
-            score = done.metrics.scores[0]
-            console.print(
-                f"[{number}/{len(pending)}] {cell.config.label} · {cell.config.task} · seed {cell.config.seed}: "
-                f"{score.title} {score.value:.4g} ({time.perf_counter() - started:.1f} s)",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
+    for number, cell in enumerate(pending, start=1):
+        clock, name = Stopwatch(), Named.cell(cell.config, number, len(pending), sizes[cell.config.task])
+        report(CellStarted(cell=name))
+        counts = Counts(name, clock, report)
+        done = run_cell(loaded, cell.method, tasks[cell.config.task], cell.config, store, counts)
+        report(CellFinished.of(name, done.metrics, clock()))
 
 
 def run_cell(
@@ -279,20 +280,3 @@ def _metrics(result: Evaluation, prefill: PrefillTime | None, config: CellConfig
         data_hash=result.data_hash,
         environment=environment(loaded.describe()),
     )
-
-
-@contextmanager
-def _progress(console: Console, total: int) -> Iterator[tuple[Callable[[str], None], Callable[[int], None]]]:
-    """A bar over all questions with the time left; plain lines alone where there is no terminal."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("questions"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=total)
-        yield lambda text: progress.update(bar, description=text), lambda count: progress.advance(bar, count)
