@@ -104,8 +104,8 @@ def _retained(table: Table) -> list[str]:
     if not any(row.retained for row in table.rows):
         return []
     interval = (
-        " ± half of its 95 % interval (bootstrap over the images of each task, the same resamples for both; tasks "
-        "taken as independent)"
+        " ± half of its 95 % interval (paired and clustered by image: delta method, for metrics that are no means a "
+        "bootstrap; tasks taken as independent)"
         if any(row.evidence.retained for row in table.rows)
         else ""
     )

@@ -11,7 +11,8 @@ Intervals (95 %)
     near 0 and 100 %, where percentiles of the bootstrap do not. Scores without a known maximum: value ± t × error.
     Where answers do not vary at all, which does not prove that they never will, as many questions as images.
 Ratios on the same questions
-    Both metrics taken again on the same resamples of the images: ratio ± t × error.
+    Ratio ± t × error. Two means: the delta method, cluster-robust (CR1). Any others: both taken again on the same
+    resamples of the images.
 Differences on the same questions
     Paired: difference ± t × error. The p-value is McNemar's exact one where scores are 0 or 1 and each image has one
     question, else that of the sign-flip test by image: two methods swap all their answers to an image, and the metric
@@ -124,9 +125,12 @@ def compare(first: Measured, second: Measured, flips: int = FLIPS) -> Comparison
 def ratio(first: Measured, second: Measured) -> Estimate:
     """A metric as a share of another method's on the same questions; NaN limits where one image says nothing."""
     value, images = first.value / second.value, first.images
-    with np.errstate(divide="ignore", invalid="ignore"):
-        draws = _bootstrap(first) / _bootstrap(second)
-    error = _bootstrap_error(np.where(np.isfinite(draws), draws, np.nan), images)
+    if first.is_mean and second.is_mean:
+        error = _mean_error(np.stack([first.sums[0, :, 0], second.sums[0, :, 0]], axis=1))
+    else:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            draws = _bootstrap(first) / _bootstrap(second)
+        error = _bootstrap_error(np.where(np.isfinite(draws), draws, np.nan), images)
     if error > _NOTHING or math.isnan(error):
         low, high = value - _t(images) * error, value + _t(images) * error
     elif value == 0:  # nothing is right: what that proves of the metric itself
@@ -194,12 +198,12 @@ def _difference(first: Measured, second: Measured) -> tuple[float, float, float]
 
 
 def _mean_error(sums: Floats) -> float:
-    """Cluster-robust standard error (CR1) of a mean; ``sums`` (images, 2): scores and numbers of questions."""
-    images, (total, questions) = len(sums), sums.sum(0)
+    """Cluster-robust standard error (CR1) of a ratio of sums; ``sums`` (images, 2): scores and numbers of questions."""
+    images, (above, below) = len(sums), sums.sum(0)
     if images < 2:
         return math.nan
-    residual = sums[:, 0] - total / questions * sums[:, 1]
-    return math.sqrt(images / (images - 1) * (residual**2).sum()) / questions
+    residual = sums[:, 0] - above / below * sums[:, 1]
+    return math.sqrt(images / (images - 1) * (residual**2).sum()) / below
 
 
 def _bootstrap_error(draws: Floats, images: int) -> float:

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import t
 from storing import config, frame, put
 from test_stats import assert_covers, clustered, of_scores, quick
 from visibench.results.metrics import measure
@@ -29,13 +30,14 @@ def pairs(rng, images, each=3, base=0.8, lost=0.2):
 # ---- the ratio of two scores --------------------------------------------------------------------------------------
 
 
-def test_error_of_a_ratio_is_the_delta_methods():
-    ours, dense = pairs(np.random.default_rng(0), 400)
+def test_interval_of_a_ratio_is_that_of_a_paired_bootstrap():
+    rng = np.random.default_rng(0)
+    ours, dense = pairs(rng, 400)
     found = ratio(of_scores(ours), of_scores(dense))
-    residual = ours.sum(1) - found.value * dense.sum(1)
-    error = math.sqrt((residual**2).sum()) / dense.sum()
+    drawn = rng.integers(0, 400, (4000, 400))
+    draws = ours.sum(1)[drawn].sum(1) / dense.sum(1)[drawn].sum(1)
     assert found.value == pytest.approx(ours.sum() / dense.sum())
-    assert found.half_width == pytest.approx(1.966 * error, rel=0.06)
+    assert found.half_width == pytest.approx(t.ppf(0.975, 399) * draws.std(), rel=0.05)
     assert (found.questions, found.images) == (1200, 400)
     apart = estimate(of_scores(ours)).half_width / dense.mean()
     assert found.half_width < 0.8 * apart, "the same images on both sides make it narrower"
@@ -118,7 +120,7 @@ def test_retained_is_the_mean_of_the_tasks_ratios_with_its_interval(store):
     assert dense.evidence.retained is None
     tables = build(store.cells())
     assert f"{row.retained.mean:.1f} ± {100 * half:.1f}" in render(tables)
-    assert "bootstrap over the images of each task" in render(tables)
+    assert "clustered by image: delta method" in render(tables)
     found = json.loads(render(tables, "json"))["tables"][0]["rows"][1]["retained_percent"]
     assert found["high"] - found["low"] == pytest.approx(200 * half)
 
