@@ -37,6 +37,7 @@ _UNITS = {
     "visual_tokens": "visual tokens at the input of each decoder layer, in prefill",
     "kv_lengths": "entries of each decoder layer's KV cache after prefill",
     "executed_macs": "executed multiply-adds (MACs) of the prefill",
+    "kept": "bits in base64, one a visual token of the prompt: whether it is at the input of the last decoder layer",
     "pixels": "hash of the decoded images",
 }
 _GREEDY = {"do_sample": False, "temperature": 0, "num_beams": 1}

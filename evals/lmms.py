@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import tempfile
 import time
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import pandas as pd
 import torch
 from PIL.Image import Image
@@ -19,6 +21,7 @@ from tenacity import RetryError
 
 from .. import machine
 from ..engine import prune
+from ..engine.trace import Trace
 from ..errors import OptionError, VisibenchError
 from ..methods import Method
 from ..models import LoadedModel
@@ -78,7 +81,8 @@ def evaluate(
     The samples have the columns task, doc_id, question_id, image (cluster id), category, prompt, target, output (as
     generated), answer (as scored), score (lmms-eval's per-question score of the headline metric), prompt_tokens,
     new_tokens, prompt_visual_tokens, visual_tokens and kv_lengths (a list, one entry a decoder layer: visual tokens at
-    its input, entries of its KV cache after prefill), and executed_macs (of the prefill).
+    its input, entries of its KV cache after prefill), executed_macs (of the prefill), and kept (see :func:`_kept`;
+    older runs lack it).
 
     Raises :class:`VisibenchError` for images that cannot be read, questions without one, and unusable options.
     """
@@ -125,6 +129,7 @@ class Record:
     visual_tokens: list[int]
     kv_lengths: list[int]
     executed_macs: float
+    kept: str
 
 
 class Pictured(Protocol):
@@ -198,6 +203,7 @@ class Bridge(harness.lmms):
             trace.visual_counts().tolist(),
             trace.kv_lengths().tolist(),
             compute.total(),
+            _kept(trace),
             strict=True,
         )
         outputs = []
@@ -254,6 +260,16 @@ def _lengths(new: torch.Tensor, loaded: LoadedModel) -> list[int]:
     return (~torch.isin(new, special)).sum(1).tolist()
 
 
+def _kept(trace: Trace) -> list[str]:
+    """For each row, which visual tokens of the prompt, in their order there, are at the input of the last layer.
+
+    A bit each, packed from the highest bit of a byte down, in base64. Tokens that a merge made do not show.
+    """
+    kept = trace.kept(trace.layers - 1).cpu().numpy()
+    rows = zip(kept, trace.prompt.visual_counts, strict=True)
+    return [base64.b64encode(np.packbits(row[:count]).tobytes()).decode() for row, count in rows]
+
+
 def _pixels(images: list[Image]) -> str:
     """Hash of decoded images, which names an image where the data set does not."""
     digest = hashlib.blake2b(digest_size=8)
@@ -284,6 +300,7 @@ def _sample(task: Task, record: Record, logged: dict[str, Any]) -> dict[str, Any
         "visual_tokens": record.visual_tokens,
         "kv_lengths": record.kv_lengths,
         "executed_macs": record.executed_macs,
+        "kept": record.kept,
         "pixels": record.pixels,
     }
 

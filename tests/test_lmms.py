@@ -1,5 +1,6 @@
 """The bridge: lmms-eval asks and scores, a pruned model answers."""
 
+import base64
 import subprocess
 import sys
 
@@ -112,8 +113,33 @@ def test_samples_say_what_was_kept(loaded, disk_data):
         assert row["prompt_visual_tokens"] == 16
         assert row["visual_tokens"] == [16] * 3 + [8] * 7
         assert row["kv_lengths"] == [row["prompt_tokens"] - 16 + n for n in row["visual_tokens"]]
+        assert sum(_bits(row)) == 8
     assert samples["image"].tolist() == ["n0", "n0", "n1", "n1"]
     assert samples["target"].tolist() == ["red", "yes", "green", "no"]
+
+
+def _bits(row) -> list[bool]:
+    """Which visual tokens the column ``kept`` says are left, read without NumPy."""
+    bits = "".join(f"{byte:08b}" for byte in base64.b64decode(row["kept"]))
+    assert set(bits[row["prompt_visual_tokens"] :]) <= {"0"}
+    return [bit == "1" for bit in bits[: row["prompt_visual_tokens"]]]
+
+
+@pytest.mark.parametrize(("name", "left"), [("none", 16), ("vtw", 0), ("pooling", 0)])
+def test_kept_tokens_are_those_of_the_prompt_alone(name, left, loaded, disk_data):
+    method = visibench.load_method(name, **{"vtw": {"layer": 5}, "pooling": {"tokens": 4}}.get(name, {}))
+    samples = evaluate(loaded, method, task("gqa", disk_data), limit=2).samples.to_dict("records")
+    assert [sum(_bits(row)) for row in samples] == [left, left]
+    assert {row["visual_tokens"][-1] for row in samples} == {4 if name == "pooling" else left}
+
+
+def test_kept_names_the_tokens_that_one_question_alone_keeps(loaded, disk_data):
+    method, gqa = visibench.load_method("fastv", layer=3, keep=0.5), task("gqa", disk_data)
+    samples = evaluate(loaded, method, gqa, limit=4, batch_size=3).samples.to_dict("records")
+    for row in samples:
+        with visibench.prune(loaded.model, method) as session:
+            loaded.model(**loaded.inputs([row["prompt"]], [gqa.images(row["doc_id"])]))
+        assert _bits(row) == session.trace.kept(9)[0].tolist()
 
 
 def test_cap_on_new_tokens_is_the_tasks_own_or_recorded(loaded, disk_data):
