@@ -101,6 +101,15 @@ class CellFinished(Record):
         return cls(cell=cell, scores=metrics.scores, visual_tokens=tokens, executed_macs=macs, seconds=seconds)
 
 
+class CellFailed(Record):
+    """A cell could not be finished; ``problem`` says why. What it has answered is kept for the next time."""
+
+    event: Literal["cell_failed"] = "cell_failed"
+    cell: Named
+    problem: str
+    seconds: float
+
+
 class Note(Record):
     """What a user should know on the way."""
 
@@ -117,7 +126,7 @@ class SweepFinished(Record):
     seconds: float
 
 
-Event = SweepStarted | ModelStarted | CellStarted | Answered | CellFinished | Note | SweepFinished
+Event = SweepStarted | ModelStarted | CellStarted | Answered | CellFinished | CellFailed | Note | SweepFinished
 
 
 class Reporter:
@@ -159,14 +168,17 @@ class Lines(Reporter):
             self._say(f"{event.model}: {event.done} of {event.cells} cells are done already")
 
     def cell_finished(self, event: CellFinished) -> None:
-        cell, score = event.cell, event.scores[0]
-        self._say(
-            f"[{cell.number}/{cell.of}] {cell.label} · {cell.task} · seed {cell.seed}: "
-            f"{score.title} {score.value:.4g} ({event.seconds:.1f} s)"
-        )
+        score = event.scores[0]
+        self._outcome(event.cell, f"{score.title} {score.value:.4g} ({event.seconds:.1f} s)")
+
+    def cell_failed(self, event: CellFailed) -> None:
+        self._outcome(event.cell, event.problem)
 
     def note(self, event: Note) -> None:
         self._say(event.text)
+
+    def _outcome(self, cell: Named, outcome: str) -> None:
+        self._say(f"[{cell.number}/{cell.of}] {cell.label} · {cell.task} · seed {cell.seed}: {outcome}")
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -191,6 +203,7 @@ class Bars(Lines):
         )
         self.total: TaskID | None = None
         self.open: dict[str, TaskID] = {}
+        self.ended = 0
 
     def __enter__(self) -> Reporter:
         self.bars.start()
@@ -203,29 +216,51 @@ class Bars(Lines):
         super().model_started(event)
         if self.total is not None:
             self.bars.remove_task(self.total)
-        cells = event.cells - event.done
+        self.ended, cells = 0, event.cells - event.done
         if cells:
             self.total = self.bars.add_task(f"{cells} cells", total=event.questions, score="")
 
     def cell_started(self, event: CellStarted) -> None:
-        name = escape(f"{event.cell.label} · {event.cell.task}")
-        self.open[event.cell.folder] = self.bars.add_task(name, total=event.cell.questions, score="")
+        cell = event.cell
+        self._close(cell)  # another worker may have begun it
+        self.open[cell.folder] = self.bars.add_task(
+            escape(f"{cell.label} · {cell.task}"), total=cell.questions, score=""
+        )
 
     def progress(self, event: Answered) -> None:
         bar = self.open[event.cell.folder]
-        more = event.answered - self.bars.tasks[self.bars.task_ids.index(bar)].completed
+        self._advance(event.answered - self._answered(bar))
         self.bars.update(bar, completed=event.answered)
-        if self.total is not None:
-            self.bars.advance(self.total, more)
 
     def cell_finished(self, event: CellFinished) -> None:
         super().cell_finished(event)
-        self.bars.remove_task(self.open.pop(event.cell.folder))
         score = event.scores[0]
-        latest = escape(f"latest: {event.cell.task} {score.title} {score.value:.4g}")
+        self._end(event.cell, escape(f"latest: {event.cell.task} {score.title} {score.value:.4g}"))
+
+    def cell_failed(self, event: CellFailed) -> None:
+        super().cell_failed(event)
+        self._end(event.cell, "latest: failed")
+
+    def _end(self, cell: Named, latest: str) -> None:
+        """Close a cell's bar; its questions count as asked, whoever asked them."""
+        self._close(cell)
+        self._advance(cell.questions)
+        self.ended += 1
         if self.total is not None:
-            left = f"{event.cell.of - event.cell.number} of {event.cell.of} cells left"
-            self.bars.update(self.total, description=left, score=latest)
+            self.bars.update(self.total, description=f"{cell.of - self.ended} of {cell.of} cells left", score=latest)
+
+    def _close(self, cell: Named) -> None:
+        bar = self.open.pop(cell.folder, None)
+        if bar is not None:
+            self._advance(-self._answered(bar))
+            self.bars.remove_task(bar)
+
+    def _answered(self, bar: TaskID) -> float:
+        return self.bars.tasks[self.bars.task_ids.index(bar)].completed
+
+    def _advance(self, questions: float) -> None:
+        if self.total is not None and questions:
+            self.bars.advance(self.total, questions)
 
 
 class _Rate(ProgressColumn):

@@ -13,8 +13,10 @@ from unittest.mock import patch
 
 import pytest
 import visibench
+from rich.console import Console
 from visibench.cli import main
 from visibench.evals import progress
+from visibench.results.records import ScoreRecord
 from visibench.results.store import Store
 
 
@@ -24,6 +26,7 @@ class Told(NamedTuple):
     stderr: str
 
 
+SCORES = [ScoreRecord(key="exact_match", title="exact match", value=0.5, maximum=1)]
 DOCS = Path(visibench.__file__).parent / "docs" / "events.md"
 
 
@@ -83,7 +86,7 @@ def test_json_events_say_what_happened_and_nothing_else_is_on_standard_output(fi
 def test_the_schema_is_documented():
     text = DOCS.read_text()
     kinds = [kind for kind in vars(progress).values() if "event" in getattr(kind, "model_fields", {})]
-    assert len(kinds) == 7
+    assert len(kinds) == 8
     for kind in kinds:
         (line,) = [line for line in text.splitlines() if line.startswith(f"| `{kind.model_fields['event'].default}`")]
         assert all(f"`{key}`" in line for key in kind.model_fields if key != "event")
@@ -119,6 +122,26 @@ def test_a_terminal_shows_cells_questions_rate_time_left_and_score(file, ran):
     text = seen.decode()
     for wanted in ("2 of 4 cells are done", "none · pope", "2 cells", "/10", "questions/s", "left", "latest: pope F1"):
         assert wanted in text
+
+
+def test_bars_count_a_cell_once_that_a_second_worker_takes_over():
+    console = Console(file=StringIO(), force_terminal=True, width=200)
+    names = {"model": "m", "method": "none", "label": "none", "task": "gqa", "seed": 0, "of": 2, "questions": 10}
+    first, second = (progress.Named(**names, number=i, folder=f"f{i}") for i in (1, 2))
+    with progress.Bars(console) as tell:
+        tell(progress.ModelStarted(model="m", cells=2, done=0, questions=20))
+        tell(progress.CellStarted(cell=first))
+        tell(progress.Answered(cell=first, answered=6, seconds=1))
+        tell(progress.CellStarted(cell=first))
+        tell(progress.Answered(cell=first, answered=8, seconds=1))
+        (total, bar) = tell.bars.tasks
+        assert (total.completed, bar.completed) == (8, 8)
+        tell(progress.CellFailed(cell=first, problem="no luck", seconds=1))
+        tell(progress.CellStarted(cell=second))
+        tell(progress.CellFinished(cell=second, scores=SCORES, visual_tokens=1, executed_macs=1, seconds=1))
+        (total,) = tell.bars.tasks
+        assert (total.completed, total.description) == (20, "0 of 2 cells left")
+    assert "[1/2] none · gqa · seed 0: no luck" in console.file.getvalue()
 
 
 def test_quiet_and_json_exclude_each_other(file):
