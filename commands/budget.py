@@ -13,10 +13,10 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from ..errors import OptionError
-from .shared import AsJson
+from .shared import AsJson, prompt_lengths
 
 if TYPE_CHECKING:
-    from ..evals.budget import Cost, Solution
+    from ..evals.budget import Cost, Prompts, Solution
     from ..evals.timing import Timing
 
 _LEGEND = (
@@ -26,7 +26,7 @@ _LEGEND = (
 
 
 def budget(
-    model: Annotated[str, typer.Option(help="tiny, a local folder, or a hub name.")],
+    model: Annotated[str, typer.Option(help="See `visibench models`; a local folder, or a hub name.")],
     target: Annotated[
         str,
         typer.Option(
@@ -38,9 +38,17 @@ def budget(
         list[str] | None,
         typer.Option("--methods", "--method", metavar="NAME[:key=value,…],…", help="(default: all, layers scaled)"),
     ] = None,
-    task: Annotated[str, typer.Option(help="The prompts are a task's first questions.")] = "gqa",
-    samples: Annotated[int, typer.Option(min=1, metavar="N", help="Number of prompts.")] = 16,
-    data: Annotated[str, typer.Option(help="embedded, hub, or a folder laid out like the hub.")] = "embedded",
+    task: Annotated[str | None, typer.Option(help="The prompts are a task's first questions. (default: gqa)")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, metavar="N", help="Number of prompts. (default: 16)")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="embedded, hub, or a folder laid out like the hub. (default: embedded)")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="random: sizes count, and the prompt is a random one.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="With --weights: only so many decoder layers.")] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT/VISUAL", help="With --weights: tokens of the prompt. (default: 64/576)"),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once; times are of one.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
@@ -49,16 +57,19 @@ def budget(
     """Solve each method's options for one budget: what to pass to run and sweep, and what it really costs."""
     from ..evals import budget as budgets
     from ..evals import spec
-    from ..evals.tasks import load_tasks
-    from ..models import load_model
 
     wanted = budgets.Target.parse(target)
     asked = _asked(methods)
-    (loaded_task,) = load_tasks([task], data)
-    loaded = load_model(model, device=device, dtype=dtype)
+    if weights in (None, "pretrained"):
+        if layers is not None or lengths is not None:
+            raise OptionError("--layers and --lengths belong to --weights random: add it, or leave them out")
+        prompts, where = _questions(model, device, dtype, task or "gqa", data or "embedded", samples or 16, batch_size)
+    elif any(option is not None for option in (task, samples, data)):
+        raise OptionError("--weights random means a random prompt: give --lengths, not --task, --samples or --data")
+    else:
+        prompts, where = _random(model, device, dtype, str(weights), layers, lengths or "64/576")
     solved, refused = [], {}
     with Console(stderr=True).status("Solving …") as status:
-        prompts = budgets.Prompts.of(loaded, [loaded_task], samples, batch_size)
         for name, options in asked:
             status.update(f"Solving {name} for {wanted} …")
             try:
@@ -69,8 +80,8 @@ def budget(
     if not solved and len(refused) == 1:
         raise OptionError(*refused.values())
     result = {
-        "model": loaded.describe(),
-        "prompts": {"task": task, "origin": loaded_task.origin, "first": prompts.count, "of": len(loaded_task.docs)},
+        "model": prompts.loaded.describe(),
+        "prompts": where,
         "target": {wanted.kind: wanted.value},
         "dense": _cost(prompts.dense, dense),
         "solved": [_solution(one) for one in solved],
@@ -79,6 +90,36 @@ def budget(
     print(json.dumps(result, indent=1)) if as_json else _print(result, str(wanted))
     if not solved:
         raise OptionError(f"{wanted} is out of reach of all {len(refused)} methods: the reasons stand above")
+
+
+def _questions(
+    model: str, device: str, dtype: str, task: str, data: str, samples: int, batch_size: int
+) -> tuple[Prompts, dict[str, Any]]:
+    """The first questions of a task, and what they are."""
+    from ..evals.budget import Prompts
+    from ..evals.tasks import load_tasks
+    from ..models import load_model
+
+    (loaded_task,) = load_tasks([task], data)
+    prompts = Prompts.of(load_model(model, device=device, dtype=dtype), [loaded_task], samples, batch_size)
+    where = {"task": task, "origin": loaded_task.origin, "first": prompts.count, "of": len(loaded_task.docs)}
+    return prompts, where
+
+
+def _random(
+    model: str, device: str, dtype: str, weights: str, layers: int | None, lengths: str
+) -> tuple[Prompts, dict[str, Any]]:
+    """One random prompt on random weights, and what it is."""
+    from ..evals.budget import Prompts
+    from ..models import load_model
+
+    if weights == "meta":
+        raise OptionError("a model on meta cannot run: give weights random")
+    text, visual = prompt_lengths(lengths)
+    loaded = load_model(model, device=device, dtype=dtype, weights=weights, layers=layers)  # type: ignore[arg-type]
+    inputs = loaded.synthetic_inputs(1, text, visual)
+    where = {"weights": weights, "layers": loaded.geometry.layers, "text_tokens": text, "visual_tokens": visual}
+    return Prompts(loaded, [inputs], inputs), where
 
 
 def _asked(methods: list[str] | None) -> list[tuple[str, dict[str, str]]]:
@@ -124,9 +165,12 @@ def _cost(cost: Cost, timing: Timing | None) -> dict[str, Any]:
 def _print(result: dict[str, Any], target: str) -> None:
     prompts, solved = result["prompts"], result["solved"]
     dense = _cells(result["dense"])
+    asked = "first {first} of {of} prompts of {task} ({origin})"
+    if "weights" in prompts:
+        asked = "{weights} weights, {layers} layers, a prompt of {text_tokens} text and {visual_tokens} visual tokens"
     print(
-        f"{result['model']['name']}, first {prompts['first']} of {prompts['of']} prompts of {prompts['task']} "
-        f"({prompts['origin']}). Dense: T={dense[0]}, {dense[2]} TFLOPs{', ' + dense[3] if dense[3:] else ''}.\n"
+        f"{result['model']['name']}, {asked.format(**prompts)}. "
+        f"Dense: T={dense[0]}, {dense[2]} TFLOPs{', ' + dense[3] if dense[3:] else ''}.\n"
     )
     grid = RichTable(box=None, pad_edge=False, header_style="bold")
     for title in ("target", "T", "last layer", "TFLOPs", *["prefill"] * len(dense[3:])):

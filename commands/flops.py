@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError
-from .shared import AsJson, print_list
+from .shared import AsJson, print_list, prompt_lengths
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from ..evals.paper_flops import Reproduction
 
 MARKS = {"rounded": "✓", "cut": "✓ cut off", "differs": "✗"}
@@ -37,17 +39,26 @@ def flops(
         bool, typer.Option("--published", help="Figures in print: recomputed, and what the same settings execute.")
     ] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="With --published: a Markdown table.")] = False,
-    model: Annotated[str | None, typer.Option(help="tiny, a local folder, or a hub name.")] = None,
+    model: Annotated[str | None, typer.Option(help="See `visibench models`; a local folder, or a hub name.")] = None,
     method: Annotated[str | None, typer.Option(metavar="NAME[:key=value,…]", help="E.g. fastv:keep=0.5.")] = None,
     task: Annotated[str | None, typer.Option(help="The prompts are a task's first questions. (default: pope)")] = None,
     data: Annotated[str | None, typer.Option(help="embedded, hub, or a folder. (default: embedded)")] = None,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Number of prompts. (default: 20)")] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="random: run on a random prompt; meta: add up what the options leave, without any memory."),
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="With --weights: only so many decoder layers.")] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT/VISUAL", help="With --weights: tokens of the prompt. (default: 64/576)"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compute in multiply-adds: of figures in print, or of a model under a method."""
-    ours = (model, method, task, data, limit)
-    if published and any(option is not None for option in ours):
-        raise OptionError("--published takes neither model, method, task, data nor limit: leave them out")
+    ours, prompts, sizes = (model, method), (task, data, limit), (weights, layers, lengths)
+    if published and any(option is not None for option in (*ours, *prompts, *sizes)):
+        raise OptionError("--published takes no other option but --markdown and --json: leave the others out")
     if published and markdown and as_json:
         raise OptionError("--markdown and --json exclude each other: give one")
     if published:
@@ -55,7 +66,14 @@ def flops(
         return
     if model is None or method is None or markdown:
         raise OptionError("give --published (alone or with --markdown), or --model with --method")
-    _measured(model, method, task or "pope", data or "embedded", limit or 20, as_json)
+    if weights in (None, "pretrained"):
+        if any(option is not None for option in (layers, lengths)):
+            raise OptionError("--layers and --lengths belong to --weights random or meta: add it, or leave them out")
+        _print(*_asked(model, method, task or "pope", data or "embedded", limit or 20), as_json)
+        return
+    if any(option is not None for option in prompts):
+        raise OptionError("--weights means a random prompt: give --lengths, not --task, --data or --limit")
+    _print(*_sized(model, method, str(weights), layers, lengths or "64/576"), as_json)
 
 
 # ---- figures in print -----------------------------------------------------------------------------------------------
@@ -122,11 +140,12 @@ def _json(one: Reproduction) -> dict[str, Any]:
     }
 
 
-# ---- a model on real prompts ----------------------------------------------------------------------------------------
+# ---- a model under a method -----------------------------------------------------------------------------------------
 
 
-def _measured(model: str, method: str, task_name: str, data: str, limit: int, as_json: bool) -> None:
-    from ..evals.compute import prefills
+def _asked(model: str, method: str, task_name: str, data: str, limit: int) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Prefills of a task's first questions, and what they are."""
+    from ..evals.compute import prefills, prompts
     from ..evals.spec import parse
     from ..evals.tasks import load_tasks
     from ..models import load_model
@@ -136,26 +155,65 @@ def _measured(model: str, method: str, task_name: str, data: str, limit: int, as
     size, note = task.size(limit)
     loaded = load_model(model)
     chosen.check(loaded.geometry)
-    found = prefills(loaded, chosen, task, size)
-    layers = {name: _mean(found.pop(name).tolist()) for name in ("visual_tokens", "kv_lengths")}
-    macs = {name: {"mean": float(column.mean()), "sd": float(column.std(ddof=0))} for name, column in found.items()}
     facts: dict[str, Any] = {"model": model, "method": str(chosen), "task": task.name, "origin": task.origin}
     facts |= {"prompts": size, "of": len(task.docs), "note": note}
+    return prefills(loaded, chosen, prompts(loaded, task, size)), facts
+
+
+def _sized(
+    model: str, method: str, weights: str, layers: int | None, lengths: str
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The prefill of one random prompt, run or planned, and what it is."""
+    from ..evals.compute import plan, prefills
+    from ..evals.spec import parse
+    from ..models import load_model
+
+    chosen, tokens = parse(method), prompt_lengths(lengths)
+    # Sizes alone count: half of the memory will do.
+    loaded = load_model(model, dtype="bfloat16", weights=weights, layers=layers)  # type: ignore[arg-type]  # checked there
+    facts: dict[str, Any] = {
+        "model": model,
+        "method": str(chosen),
+        "weights": weights,
+        "layers": loaded.geometry.layers,
+    }
+    facts |= {"text_tokens": tokens[0], "visual_tokens": tokens[1]}
+    if weights == "random":
+        return prefills(loaded, chosen, [loaded.synthetic_inputs(1, *tokens)]), facts | {"note": ""}
+    note = "Nothing ran: the method's own scoring, merging and edited attention are not counted."
+    return plan(loaded.geometry, chosen, *tokens).drop(columns="scoring"), facts | {"note": note}
+
+
+def _print(found: pd.DataFrame, facts: dict[str, Any], as_json: bool) -> None:
+    layers = {name: _mean(found.pop(name).tolist()) for name in ("visual_tokens", "kv_lengths")}
+    macs = {name: {"mean": float(column.mean()), "sd": float(column.std(ddof=0))} for name, column in found.items()}
     if as_json:
         print(json.dumps(facts | {"macs": macs, "mean_per_layer": layers}, indent=1))
         return
     scale, unit = next((pair for pair in UNITS if macs["executed"]["mean"] >= pair[0]), UNITS[-1])
     rows = [
-        [TITLES.get(name, name.replace("_", " ")), f"{one['mean'] / scale:.4g} ± {one['sd'] / scale:.2g}"]
+        [TITLES.get(str(name), str(name).replace("_", " ")), _spread(one, scale, len(found))]
         for name, one in macs.items()
     ]
-    print(
-        f"{model} under {chosen}: one prefill of each of the first {size} of {len(task.docs)} prompts of {task.name} "
-        f"({task.origin}), mean ± standard deviation over prompts. One multiply-add = 1; LM head for one position."
-    )
+    print(f"{facts['model']} under {facts['method']}: {_spell(facts)}. One multiply-add = 1; LM head for one position.")
     counts = (" ".join(f"{count:.4g}" for count in layers[name]) for name in ("visual_tokens", "kv_lengths"))
     also = "\nVisual tokens at each layer's input, mean: {}\nKV cache of each layer after prefill, mean: {}"
-    print_list([], ["component", unit], rows, "\n".join(filter(None, [also.format(*counts), note])), as_json=False)
+    print_list(
+        [], ["component", unit], rows, "\n".join(filter(None, [also.format(*counts), facts["note"]])), as_json=False
+    )
+
+
+def _spread(macs: dict[str, float], scale: float, prompts: int) -> str:
+    mean = f"{macs['mean'] / scale:.4g}"
+    return f"{mean} ± {macs['sd'] / scale:.2g}" if prompts > 1 else mean
+
+
+def _spell(facts: dict[str, Any]) -> str:
+    if "weights" in facts:
+        prompt = f"{facts['text_tokens']} text and {facts['visual_tokens']} visual tokens"
+        return f"{facts['layers']} decoder layers, {facts['weights']} weights, one prefill of {prompt}"
+    prompts = f"the first {facts['prompts']} of {facts['of']} prompts of {facts['task']} ({facts['origin']})"
+    return f"one prefill of each of {prompts}, mean ± standard deviation over prompts"
 
 
 def _mean(lists: list[list[int]]) -> list[float]:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from ..errors import OptionError
-from .shared import AsJson, check_writable, width
+from .shared import AsJson, check_writable, integers, width
 
 if TYPE_CHECKING:
     from ..evals.profile import Profile, Row, Spread
@@ -70,7 +70,7 @@ def profile(
         "methods": methods,
         "weights": weights,
         "layers": layers,
-        "batch_sizes": batch_sizes and [_integer(part, "--batch-sizes") for part in batch_sizes.split(",")],
+        "batch_sizes": batch_sizes and integers(batch_sizes, ",", "--batch-sizes"),
         "lengths": lengths and [_lengths(part) for part in lengths.split(",")],
         "repeats": repeats,
         "warmup": warmup,
@@ -95,17 +95,10 @@ def profile(
 
 
 def _lengths(text: str) -> dict[str, int]:
-    parts = [_integer(part, "--lengths") for part in text.split("/")]
+    parts = integers(text, "/", "--lengths")
     if len(parts) != 3:
         raise OptionError(f"--lengths: expected PROMPT/VISUAL/NEW such as 64/576/16, not {text!r}")
     return dict(zip(("prompt", "visual_tokens", "new_tokens"), parts, strict=True))
-
-
-def _integer(text: str, option: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise OptionError(f"{option}: expected a number, not {text.strip()!r}") from None
 
 
 def _print(result: Profile) -> None:
@@ -156,9 +149,9 @@ def _legend(result: Profile) -> str:
         "Speed-up: median over rounds of dense / method, on the same attention; dense is the model without the engine. "
         "Promised: executed multiply-adds of prefill, dense / method.",
         "Visual tokens T: mean over layers. Overhead: what of prefill goes into scoring, merging and carrying out cuts "
-        "(by prefills of their own in one of four rounds). Tokens: new ones of the whole batch, end to end. KV: keys and "
-        "values after prefill. Peak: most memory allocated at one time, weights included. Waits: of Python for the GPU, in "
-        "prefill + a step of decoding.",
+        "(by prefills of their own in one of four rounds). Tokens: new ones of the whole batch, end to end. KV: keys "
+        "and values after prefill. Peak: most memory allocated at one time, weights included. Waits: of Python for the "
+        "GPU, in prefill + a step of decoding.",
         f"Model {model['name']}: {model['weights']} weights, {result.weights_bytes / 2**30:.2f} GiB {model['dtype']}, "
         f"{model['attention']} attention, {model['device']} ({model['hardware']}, {model['threads']} threads"
         f"{', ' + clocks if clocks else ''}); "

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from ..errors import DataError
+from ..errors import DataError, OptionError
 
 if TYPE_CHECKING:
     from ..results.store import Cell
@@ -56,6 +56,23 @@ def finished(folder: Path) -> list[Cell]:
 def width() -> int:
     """Columns to print in: the terminal's, or many where the output goes to a file."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 160
+
+
+def integers(text: str, separator: str, option: str) -> list[int]:
+    """The numbers that ``option`` was given. Raises :class:`OptionError` for what is none."""
+    parts = [part.strip() for part in text.split(separator)]
+    wrong = [part for part in parts if not part.isascii() or not part.isdigit()]
+    if wrong:
+        raise OptionError(f"{option}: expected a number, not {wrong[0]!r}")
+    return [int(part) for part in parts]
+
+
+def prompt_lengths(text: str) -> tuple[int, int]:
+    """Text and visual tokens from ``TEXT/VISUAL``. Raises :class:`OptionError` for anything else."""
+    numbers = integers(text, "/", "--lengths")
+    if len(numbers) != 2 or not numbers[0]:
+        raise OptionError(f"--lengths: expected TEXT/VISUAL such as 64/576, not {text!r}")
+    return numbers[0], numbers[1]
 
 
 def check_writable(file: Path) -> None:
