@@ -58,7 +58,7 @@ def flops(
     """Compute in multiply-adds: of figures in print, or of a model under a method."""
     ours, prompts, sizes = (model, method), (task, data, limit), (weights, layers, lengths)
     if published and any(option is not None for option in (*ours, *prompts, *sizes)):
-        raise OptionError("--published takes no other option but --markdown and --json: leave the others out")
+        raise OptionError("--published takes no other option but --markdown and --json: leave them out")
     if published and markdown and as_json:
         raise OptionError("--markdown and --json exclude each other: give one")
     if published:

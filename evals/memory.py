@@ -25,7 +25,7 @@ def peak_memory(device: torch.device, held: int) -> Iterator[Callable[[], int]]:
         yield lambda: torch.cuda.max_memory_allocated(device)
         return
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or starting and stopping print a line each
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         yield lambda: held + _highest(record)
 
 

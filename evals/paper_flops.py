@@ -123,7 +123,7 @@ class Work(_Record):
     ``last_row``: attention weights of the last token. ``text_rows``: of all text behind the image. ``ahead``: weights
     of the last token that the layer would compute on the tokens in front of its cut, with query and keys projected for
     it. ``raters``: products of visual with text states. ``clusters``: (layer, tokens, clusters), distances among tokens
-    and to the centres. ``text_edits``, ``visual_edits``: attention of these queries once more, with edited weights.
+    and to the centres. ``text_edits``: attention of all text behind the image once more, over other values.
     """
 
     last_row: tuple[int, ...] = ()
@@ -132,7 +132,6 @@ class Work(_Record):
     raters: tuple[int, ...] = ()
     clusters: tuple[tuple[int, int, int], ...] = ()
     text_edits: tuple[int, ...] = ()
-    visual_edits: tuple[int, ...] = ()
 
 
 def planned(tokens: Tensor, prompt: int, work: Work, g: Geometry, prefix: int = PREFIX, text: int = QUESTION) -> Trace:
@@ -159,8 +158,6 @@ def planned(tokens: Tensor, prompt: int, work: Work, g: Geometry, prefix: int = 
         trace.scored(layer, torch.full_like(tokens[:, 0], count * (count + clusters) * g.hidden))
     for layer in work.text_edits:
         trace.attended(layer, text * length[:, layer])
-    for layer in work.visual_edits:
-        trace.attended(layer, tokens[:, layer] * length[:, layer])
     return trace
 
 

@@ -11,9 +11,8 @@ from support import IMAGE, collate, make_batch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from visibench.cli import main
 from visibench.errors import OptionError
-from visibench.evals import budget, flops, spec
+from visibench.evals import budget, compute, flops, spec
 from visibench.evals.budget import Prompts, Target, accepted, decided, knobs, solve
-from visibench.evals.compute import prefills, prompts
 from visibench.evals.tasks import load_tasks
 from visibench.evals.timing import Timing
 from visibench.methods import fitprune
@@ -319,7 +318,7 @@ def test_command_gives_what_run_takes(call, loaded, disk_data):
     assert "layers='scaled'" in refused["reason"]
     (task,) = load_tasks(["gqa"], str(disk_data))
     for one in result["solved"]:
-        frame = prefills(loaded, spec.parse(one["spec"]), prompts(loaded, task, 3))
+        frame = compute.prefills(loaded, spec.parse(one["spec"]), compute.prompts(loaded, task, 3))
         counts = torch.tensor(frame["visual_tokens"].tolist()).double()
         assert one["achieved"]["tokens"] == pytest.approx(float(counts.mean()))
         assert one["achieved"]["per_layer"] == pytest.approx(counts.mean(0).tolist())
