@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import typer.main
 from storing import config, frame, put
 from test_cli import assert_refused, cli  # noqa: F401
+from visibench.cli import app
 from visibench.results import baseline as baselines
 from visibench.results.records import ScoreRecord
 from visibench.results.store import Store
@@ -36,6 +38,17 @@ def answered(store, label, n=12, **changes):
     score = ScoreRecord(key="exact_match", title="exact match", value=float(right.mean()), maximum=1)
     settings = {key: changes.pop(key) for key in ("limit",) if key in changes}
     return put(store, config(label, **settings), samples=samples, scores=[score], **changes)
+
+
+@pytest.fixture(scope="module")
+def commands():
+    return typer.main.get_command(app)
+
+
+@pytest.fixture(autouse=True)
+def _commands_are_built_once(commands, monkeypatch):
+    """Building them takes most of the time of a command that only refuses."""
+    monkeypatch.setattr("visibench.cli.app", commands)
 
 
 @pytest.fixture(scope="module")
