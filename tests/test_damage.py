@@ -15,7 +15,7 @@ from storing import config, frame, put
 from test_cli import assert_refused, cli  # noqa: F401
 from visibench.cli import app
 from visibench.results import baseline as baselines
-from visibench.results.records import ScoreRecord
+from visibench.results.records import ScoreRecord, digest
 from visibench.results.store import Store
 
 COMMANDS = {
@@ -243,6 +243,19 @@ def test_what_a_reader_refuses_a_sweep_runs_again(run):
         shutil.rmtree(run.path(config("fastv")))
         spoil(answered(run, "fastv").path)
         assert run.done(config("fastv")) is None
+
+
+def test_runs_of_versions_that_knew_fewer_fields_pass(run, cli):  # noqa: F811
+    """A checksum is over what stands in the file, not over what this version would write."""
+    file = run.path(config("fastv")) / "metrics.json"
+    content = json.loads(file.read_text())
+    del content["note"], content["categories"], content["environment"]["host"], content["environment"]["code"]
+    del content["checksum"]
+    file.write_text(json.dumps(content | {"checksum": digest(content)}))
+    assert cli(*COMMANDS["table"])[0] == 0
+    del content["samples_hash"]
+    file.write_text(json.dumps(content))
+    assert cli(*COMMANDS["table"])[0] == 0
 
 
 def test_intact_runs_pass(run, cli):  # noqa: F811
