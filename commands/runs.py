@@ -127,7 +127,9 @@ def table(
     columns: Annotated[
         str | None,
         typer.Option(
-            metavar="A,B,C", help="Columns in order, such as method,gqa,pope:pope_accuracy,tokens. (default: all)"
+            metavar="A,B,C",
+            help="Columns in order: method, a task such as pope or one score of it such as pope:pope_accuracy, retained, "
+            "loyalty, tokens, last, compute, prefill. (default: all)",
         ),
     ] = None,
     against: Annotated[
