@@ -128,8 +128,8 @@ def table(
         str | None,
         typer.Option(
             metavar="A,B,C",
-            help="Columns in order: method, a task such as pope or one score of it such as pope:pope_accuracy, retained, "
-            "loyalty, tokens, last, compute, prefill. (default: all)",
+            help="Columns in order: method, a task (pope) or one score of it (pope:pope_accuracy), retained, loyalty, "
+            "tokens, last, compute, prefill. (default: all)",
         ),
     ] = None,
     against: Annotated[
