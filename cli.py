@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from typing import Annotated, Any, NoReturn
 
@@ -49,13 +50,14 @@ def main() -> NoReturn:
     try:
         code = app(standalone_mode=False)
     except VisibenchError as error:
-        _fail(str(error))
+        _fail(str(error), error.exit_code)
     except typer.Abort:
         code = 130
     except _UsageProblem as error:
         _fail(f"{error.format_message()} (see `visibench --help`)", error.exit_code)
     if code == 130:  # Ctrl-C: raised or returned, depending on typer's version
-        _fail("interrupted: the same command goes on where this one stopped", 130)
+        again = shlex.join(["visibench", *sys.argv[1:]])
+        _fail(f"interrupted: the same command goes on where this one stopped: {again}", 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 

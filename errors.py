@@ -1,11 +1,17 @@
-"""Errors that a user can mend. Each message is one line that names the fix; the CLI prints it and exits with code 2."""
+"""Errors that a user can mend. Each message is one line that names the fix; the CLI prints it and exits.
+
+The exit code is 2, and 3 where the work was done but for what failed.
+"""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class VisibenchError(Exception):
     """Base of all errors that a user can mend."""
+
+    exit_code = 2
 
 
 class OptionError(VisibenchError, ValueError):
@@ -26,6 +32,20 @@ class InputError(VisibenchError, ValueError):
 
 class DataError(VisibenchError, OSError):
     """Missing, corrupt or incompatible files: data sets, images, checkpoints, results."""
+
+
+class StorageError(DataError):
+    """A file of a run that cannot be written: a full disk, a missing permission."""
+
+
+class IncompleteError(VisibenchError):
+    """Some cells of a sweep failed, in whole or for some questions. ``cells``: those that are done."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, cells: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.cells = list(cells)
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from ..errors import OptionError
+from ..errors import IncompleteError, OptionError
 from .forecast import show
 from .shared import AsJson, Limit, finished
 
@@ -60,14 +62,14 @@ def run(
         "data": data,
     }
     folder = out or Path("runs") / Path(model).name
-    cells = _sweep(parse_config(content, "visibench run"), folder, dense=False)
-    if as_json:
-        print(json.dumps({"out": str(folder), "cells": [_cell_json(cell) for cell in cells]}, indent=1))
-        return
-    _print_tables(cells, folder)
-    for cell in cells:
-        layers = " ".join(f"{count:.4g}" for count in cell.metrics.visual_tokens.per_layer)
-        print(f"Visual tokens at each layer's input, {cell.config.task}: {layers}")
+    with _sweep(parse_config(content, "visibench run"), folder, dense=False) as cells:
+        if as_json:
+            print(json.dumps({"out": str(folder), "cells": [_cell_json(cell) for cell in cells]}, indent=1))
+            return
+        _print_tables(cells, folder)
+        for cell in cells:
+            layers = " ".join(f"{count:.4g}" for count in cell.metrics.visual_tokens.per_layer)
+            print(f"Visual tokens at each layer's input, {cell.config.task}: {layers}")
 
 
 def sweep(
@@ -113,10 +115,10 @@ def sweep(
         show(chosen, folder, as_json=as_json)
         return
     report = JsonLines() if as_json else Reporter() if quiet else None
-    cells = _sweep(chosen, folder, report=report)
-    save_tables(cells, folder)
-    if not as_json:
-        _print_tables(cells, folder, quiet=quiet)
+    with _sweep(chosen, folder, report=report) as cells:
+        save_tables(cells, folder)
+        if not as_json:
+            _print_tables(cells, folder, quiet=quiet)
 
 
 def table(
@@ -160,10 +162,22 @@ def _against(name: str, folder: Path, form: str) -> str:
     return matching.render(matching.compare(finished(folder)), form)
 
 
-def _sweep(config: SweepConfig, folder: Path, *, dense: bool = True, report: Reporter | None = None) -> list[Cell]:
+@contextmanager
+def _sweep(
+    config: SweepConfig, folder: Path, *, dense: bool = True, report: Reporter | None = None
+) -> Iterator[list[Cell]]:
+    """Run a sweep and yield what is done; what failed is raised afterwards, or at once where nothing is done."""
     from ..evals.sweep import sweep as run_sweep
 
-    return run_sweep(config, folder, Console(stderr=True), dense=dense, report=report)
+    try:
+        cells, problem = run_sweep(config, folder, Console(stderr=True), dense=dense, report=report), None
+    except IncompleteError as error:
+        if not error.cells:
+            raise
+        cells, problem = error.cells, error
+    yield cells
+    if problem is not None:
+        raise problem
 
 
 def _print_tables(cells: list[Cell], folder: Path, *, quiet: bool = False) -> None:

@@ -115,6 +115,17 @@ class PrefillTime(Record):
     device: str
 
 
+class Failure(Record):
+    """What went wrong with a question; ``doc_id`` None: with the cell as a whole.
+
+    ``error`` in one line, ``traceback`` as Python prints it.
+    """
+
+    doc_id: int | None
+    error: str
+    traceback: str
+
+
 class Environment(Record):
     """Where the numbers were made: facts about the loaded model, package versions, the machine.
 
@@ -134,6 +145,8 @@ class CellMetrics(Record):
 
     ``config_hash`` ties it to its configuration. ``size`` questions of ``total`` were asked. ``metrics`` are
     lmms-eval's by its own keys; ``categories`` the mean per-question score by category; ``seconds`` wall times.
+    ``remarks``: what a reader must know of this cell beside the numbers. ``nonfinite``: questions for which some step
+    gave logits that are NaN or infinite.
     ``data_hash`` covers the questions, targets and pixels used, ``samples_hash`` the file of samples, ``checksum`` all
     the rest of this record; both are empty in files of early versions.
     """
@@ -143,6 +156,8 @@ class CellMetrics(Record):
     size: int
     total: int
     note: str = ""
+    remarks: list[str] = []
+    nonfinite: int = 0
     scores: list[ScoreRecord]
     metrics: dict[str, float]
     categories: dict[str, float] = {}

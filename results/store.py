@@ -4,29 +4,34 @@
 <root>/cells/<task>-<method>-s<seed>-<hash>/config.json      what was asked
                                             samples.parquet  one row a question
                                             metrics.json     the outcome; its presence means done
+                                            answers*.jsonl   until then: the batches answered so far
+                                            failures.jsonl   what failed in its last run; such a cell is not done
+                                            lock             held by the process that works on the cell
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
 import pyarrow as pa
+from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from ..errors import DataError
-from .records import SCHEMA, CellConfig, CellMetrics, Record, digest
+from . import disk
+from .records import SCHEMA, CellConfig, CellMetrics, Failure, Record, digest
 
 CONFIG, SAMPLES, METRICS = "config.json", "samples.parquet", "metrics.json"
+ANSWERS, FAILURES, LOCK = "answers", "failures.jsonl", "lock"
 # Columns that statistics need and the kinds of NumPy that they may have; None: text, or nothing at all.
 KINDS = {
     "doc_id": "iu",
@@ -91,8 +96,16 @@ class Store:
         """The finished cell of this configuration, or None if it has yet to run, in part or in whole."""
         cell = self.found(config)
         if cell:
-            _write(cell.path / CONFIG, config)  # the label may be a new one
+            self._relabel(config)
         return cell
+
+    def _relabel(self, config: CellConfig) -> None:
+        file = self.path(config) / CONFIG
+        with suppress(DataError):
+            if _read(file, CellConfig)[0] == config:
+                return
+        with disk.writing(file):
+            _write(file, config)
 
     def found(self, config: CellConfig) -> Cell | None:
         """The same, with nothing written."""
@@ -106,32 +119,75 @@ class Store:
         return cell if metrics.config_hash == config.digest() else None
 
     def begin(self, config: CellConfig) -> Path:
-        """Make the cell's folder and write its configuration; leftovers of an interrupted run go."""
+        """Make the cell's folder and write its configuration; leftovers go, but for the answers given so far."""
         path = self.path(config)
-        with _writing(path):
-            _make(path)
-            (path / METRICS).unlink(missing_ok=True)
-            (path / SAMPLES).unlink(missing_ok=True)
+        with disk.writing(path):
+            disk.make(path)
+            for name in (METRICS, SAMPLES, FAILURES):
+                (path / name).unlink(missing_ok=True)
+            self.tidy(config)
             _write(path / CONFIG, config)
         return path
 
     def finish(self, config: CellConfig, samples: pd.DataFrame, metrics: CellMetrics) -> Cell:
         """Write samples, then metrics; after this, and only then, the cell is done."""
         path = self.path(config)
-        partial = _partial(path / SAMPLES)
-        with _writing(path):
-            samples.to_parquet(partial, index=False)
-            metrics = metrics.sealed(_hash(partial.read_bytes()))
-            _publish(partial, path / SAMPLES)
+        with disk.writing(path):
+            with disk.whole(path / SAMPLES) as partial:
+                samples.to_parquet(partial, index=False)
+                metrics = metrics.sealed(_hash(partial.read_bytes()))
             _write(path / METRICS, metrics)
+            self.tidy(config, f"{ANSWERS}*.jsonl")
         return Cell(path, config, metrics)
+
+    def fail(self, config: CellConfig, failures: Sequence[Failure]) -> Path:
+        """Write what went wrong in a cell, which stays unfinished; the file is removed when it begins again."""
+        file = self.path(config) / FAILURES
+        with disk.writing(file):
+            disk.make(file.parent)
+            disk.write(file, "".join(failure.model_dump_json() + "\n" for failure in failures))
+        return file
+
+    def failures(self, config: CellConfig, since: float) -> list[Failure]:
+        """What went wrong in a cell, if that was written at or after ``since``, in seconds since the epoch."""
+        file = self.path(config) / FAILURES
+        try:
+            if file.stat().st_mtime < since:
+                return []
+            return [Failure.model_validate_json(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValidationError):
+            return []
+
+    def tidy(self, config: CellConfig, *patterns: str) -> None:
+        """Remove what crashed writers have left in a cell's folder, and what else has one of these names."""
+        for pattern in (f"*{disk.PARTIAL}", *patterns):
+            for file in self.path(config).glob(pattern):
+                file.unlink(missing_ok=True)
+
+    @contextmanager
+    def claim(self, config: CellConfig, *, wait: float = 0) -> Iterator[bool]:
+        """Within: whether this process alone works on the cell; if not, another one has for ``wait`` seconds.
+
+        The lock is the operating system's (``flock``) and ends with its process, however that ends. Processes on
+        several machines see each other's where the file system carries locks over, as NFS from version 4 does; where
+        it does not, two may do the same cell, with the same outcome.
+        """
+        path = self.path(config)
+        with disk.writing(path), ExitStack() as held:
+            disk.make(path)
+            lock, mine = FileLock(path / LOCK), False
+            with suppress(Timeout):
+                held.enter_context(lock.acquire(timeout=wait))
+                mine = True
+            release = held.pop_all()
+        with release:
+            yield mine
 
     def save(self, name: str, text: str) -> None:
         """Write a file of the run as a whole, such as its configuration or a table."""
-        with _writing(self.root):
-            _make(self.root)
-            _partial(self.root / name).write_text(text, encoding="utf-8")
-            _publish(_partial(self.root / name), self.root / name)
+        with disk.writing(self.root):
+            disk.make(self.root)
+            disk.write(self.root / name, text)
 
     def cells(self) -> list[Cell]:
         """All finished cells. Raises :class:`DataError` if there are none, or one is damaged."""
@@ -222,53 +278,8 @@ def _read(file: Path, kind: type[AnyRecord]) -> tuple[AnyRecord, dict[str, Any]]
         raise DataError(f"{file} is damaged ({where}: {first['msg']}): {remedy}") from error
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"cannot write to {path} ({error.strerror or error}): make room, or choose another --out"
-        ) from error
-
-
 def _write(file: Path, record: Record) -> None:
-    _partial(file).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    _publish(_partial(file), file)
-
-
-def _partial(file: Path) -> Path:
-    return file.with_name(file.name + ".partial")
-
-
-def _publish(partial: Path, file: Path) -> None:
-    """Put a written file in its place so that what stands there is always complete, also after a power cut."""
-    with partial.open("rb+") as stream:
-        os.fsync(stream.fileno())
-    os.replace(partial, file)
-    _sync(file.parent)
-
-
-def _make(folder: Path) -> None:
-    """Make a folder, and those that it lies in, so that they are there after a power cut."""
-    if not folder.is_dir():
-        _make(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _sync(folder.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Force the names in a folder to disk: a renamed file is there only when its folder is."""
-    if os.name == "nt":  # cannot open folders
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems know no such thing
-            raise
-    finally:
-        os.close(handle)
+    disk.write(file, record.model_dump_json(indent=1) + "\n")
 
 
 def _hash(content: bytes) -> str:

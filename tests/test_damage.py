@@ -280,5 +280,5 @@ def test_every_rename_is_synced(run, monkeypatch):
     run.save("sweep.yaml", "model: tiny\n")
     for file in (folder / "config.json", folder / "samples.parquet", folder / "metrics.json", run.root / "sweep.yaml"):
         at = done.index(file)
-        assert done[at - 1 : at + 2] == [file.with_name(file.name + ".partial"), file, file.parent]
+        assert done[at - 1 : at + 2] == [file.with_name(f"{file.name}.{os.getpid()}.partial"), file, file.parent]
     assert done.index(folder.parent) < done.index(folder / "config.json"), "the new folder's own name comes first"

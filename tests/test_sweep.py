@@ -12,7 +12,7 @@ import pytest
 import yaml
 from rich.console import Console
 from visibench.errors import DataError, OptionError, UnknownNameError
-from visibench.evals import lmms, spec
+from visibench.evals import answering, spec
 from visibench.evals.compose import PACKAGED
 from visibench.evals.config import load_config, parse_config, variants
 from visibench.evals.sweep import fingerprint, plan, sweep
@@ -204,19 +204,19 @@ def test_a_sweep_stores_every_cell_and_is_skipped_the_second_time(settings, tmp_
     assert (fastv.size, fastv.total) == (6, 8)
     assert len(cells[0].samples()) == 6
     assert not cells[4].samples()["output"].equals(cells[6].samples()["output"]), "seeds must differ"
-    monkeypatch.setattr(lmms, "evaluate", lambda *args, **options: pytest.fail("ran again"))
+    monkeypatch.setattr(answering, "answer", lambda *args, **options: pytest.fail("ran again"))
     assert sweep(config, tmp_path, QUIET) == cells
 
 
 def test_only_new_cells_run(settings, tmp_path, monkeypatch):
     sweep(parse_config(settings | {"methods": ["none"]}, "test"), tmp_path, QUIET)
-    asked, evaluate = [], lmms.evaluate
+    asked, answer = [], answering.answer
 
-    def spy(loaded, method, task, **options):
+    def spy(loaded, method, task, *args, **options):
         asked.append((method.name, task.name))
-        return evaluate(loaded, method, task, **options)
+        return answer(loaded, method, task, *args, **options)
 
-    monkeypatch.setattr(lmms, "evaluate", spy)
+    monkeypatch.setattr(answering, "answer", spy)
     sweep(parse_config(settings | {"methods": ["fastv:keep=0.5"]}, "test"), tmp_path, QUIET)
     assert asked == [("fastv", "gqa"), ("fastv", "mme")]
 
@@ -251,8 +251,8 @@ def outcome(cell) -> dict:
 def test_a_killed_sweep_goes_on_and_ends_the_same(settings, tmp_path):
     file, killed = tmp_path / "sweep.yaml", tmp_path / "killed"
     file.write_text(yaml.safe_dump(settings | {"batch_size": 1}))
-    code = "import time, visibench.evals.lmms as lmms; generate = lmms.Bridge._generate\n"
-    code += "lmms.Bridge._generate = lambda *args: time.sleep(0.05) or generate(*args)\n"  # time to hit a cell's middle
+    code = "import time; from visibench.evals.answering import Bridge; generate = Bridge._generate\n"
+    code += "Bridge._generate = lambda *args: time.sleep(0.05) or generate(*args)\n"  # time to hit a cell's middle
     code += "import sys; from visibench.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "sweep", str(file), "--out", str(killed)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)

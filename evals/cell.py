@@ -1,0 +1,155 @@
+"""One cell: answered, scored, timed and stored, or its failures written down."""
+
+from __future__ import annotations
+
+import errno
+import statistics
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import IncompleteError, StorageError
+from ..methods import Method
+from ..models import LoadedModel
+from ..results.records import CellConfig, CellMetrics, Compute, Failure, PrefillTime, VisualTokens, environment
+from ..results.store import FAILURES, Cell, Store
+from .plan import Plan
+from .tasks import Task
+
+if TYPE_CHECKING:
+    from .lmms import Evaluation
+
+
+def claimed(
+    cells: Sequence[Plan], store: Store, say: Callable[[str], Any], check: Callable[[], None]
+) -> Generator[Plan, None, None]:
+    """Cells one after the other, each while this process holds its claim; those of other processes when they let go.
+
+    ``check`` is called now and then, also while this waits, and may raise.
+    """
+    todo, wait = list(cells), 0.0
+    while todo:
+        later = []
+        for cell in todo:
+            check()
+            with store.claim(cell.config, wait=wait) as mine:
+                if mine:
+                    yield cell
+                else:
+                    later.append(cell)
+        stuck = len(later) == len(todo)
+        if stuck and not wait:
+            say(f"Waiting for {len(later)} cells of {store.root} that another process works on.")
+        todo, wait = later, 1.0 if stuck else 0.0
+
+
+def others(config: CellConfig, size: int, store: Store, since: float) -> Cell | None:
+    """The cell if another process has finished it by now; :class:`IncompleteError` if it has failed there.
+
+    ``since``: when this process began, in seconds since the epoch; older failures are to be tried again.
+    """
+    failures = store.failures(config, since)
+    if failures:
+        raise IncompleteError(_described(failures, size, store.path(config)))
+    return store.done(config)
+
+
+def run_cell(
+    loaded: LoadedModel,
+    method: Method,
+    task: Task,
+    config: CellConfig,
+    store: Store,
+    on_batch: Callable[[int], Any] | None = None,
+) -> Cell:
+    """Answer what is not answered yet, score, time and store a cell. The caller holds its claim.
+
+    Raises :class:`IncompleteError` if some questions or the scoring failed: then the failures lie in the cell's folder,
+    the cell is not done, and its good batches are kept for the next time. Raises :class:`StorageError` if the folder
+    cannot be written.
+    """
+    from .answering import answer, failure
+    from .lmms import score
+
+    folder = store.begin(config)
+    try:
+        answers = answer(loaded, method, task, config, folder, on_batch=on_batch)
+        failures = answers.failures
+        if not failures:
+            evaluation = score(
+                task,
+                answers,
+                limit=config.limit,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                output_dir=folder,
+            )
+            prefill = _time(loaded, method, task, config)
+            return store.finish(config, evaluation.samples, _metrics(evaluation, prefill, config, loaded))
+    except StorageError:
+        raise
+    except Exception as error:
+        if _no_room(error):
+            raise StorageError(f"no room left on the disk ({error}): make room; what is finished is kept") from error
+        failures = [failure(error)]
+    store.fail(config, failures)
+    raise IncompleteError(_described(failures, task.size(config.limit)[0], folder))
+
+
+def _described(failures: list[Failure], size: int, folder: Path) -> str:
+    """What failed, and where it is written down."""
+    first, count = failures[0], len(failures)
+    where = f"see {folder / FAILURES}"
+    if first.doc_id is None:
+        return f"failed, {first.error}: {where}"
+    which = f"question {first.doc_id}" if count == 1 else f"first question {first.doc_id}"
+    return f"{count} of {size} questions failed, {which}, {first.error}: {where}"
+
+
+def _no_room(error: BaseException | None) -> bool:
+    """Whether a full disk lies behind an exception."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _time(loaded: LoadedModel, method: Method, task: Task, config: CellConfig) -> PrefillTime | None:
+    if config.timing is None:
+        return None
+    from .timing import time_prefill
+
+    wanted = config.timing
+    questions = [task.question(i) for i in range(min(wanted.batch_size, len(task.docs)))]
+    inputs = loaded.inputs([prompt for prompt, _ in questions], [images for _, images in questions])
+    timing = time_prefill(loaded, method, inputs, warmup=wanted.warmup, repeats=wanted.repeats)
+    return PrefillTime(
+        times_ms=list(timing.times_ms), warmup=timing.warmup, batch_size=timing.batch_size, device=timing.device
+    )
+
+
+def _metrics(result: Evaluation, prefill: PrefillTime | None, config: CellConfig, loaded: LoadedModel) -> CellMetrics:
+    samples = result.samples
+    tokens = list(zip(*samples["visual_tokens"], strict=True))
+    macs = samples["executed_macs"].tolist()
+    return CellMetrics(
+        config_hash=config.digest(),
+        size=result.size,
+        total=result.total,
+        note=result.note,
+        remarks=result.remarks,
+        nonfinite=result.nonfinite,
+        scores=result.scores,
+        metrics=result.metrics,
+        categories=result.categories,
+        visual_tokens=VisualTokens(
+            prompt=statistics.fmean(samples["prompt_visual_tokens"]), per_layer=[statistics.fmean(t) for t in tokens]
+        ),
+        compute=Compute(macs=statistics.fmean(macs), macs_sd=statistics.pstdev(macs), components=result.components),
+        prefill=prefill,
+        generation=result.generation,
+        seconds=result.seconds,
+        data_hash=result.data_hash,
+        environment=environment(loaded.describe()),
+    )

@@ -1,0 +1,88 @@
+"""What a sweep's configuration comes to: its cells."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import OptionError
+from ..methods import Method
+from ..models.load import EMBEDDED
+from ..results.records import CellConfig
+from .config import Solve, SweepConfig, nowhere, variants
+from .tasks import check_data, definition, origin_of
+
+_WHOLE_FILE = 32 << 20
+_EDGE = 64 << 10
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One cell to be: its configuration, and the method and task that it names."""
+
+    config: CellConfig
+    method: Method
+
+
+def plan(config: SweepConfig, *, dense: bool = True, solve: Solve = nowhere) -> list[Plan]:
+    """All cells of a sweep, the dense model first. Names and options are checked; nothing is loaded.
+
+    ``solve`` is asked, after all checks, for the methods that have a budget.
+    """
+    check_data(config.data)
+    if isinstance(config.limit, dict):
+        stray = sorted(set(config.limit) - set(config.tasks))
+        if stray:
+            raise OptionError(f"limit names task {stray[0]!r}, which is not in the sweep")
+    for task in config.tasks:
+        definition(task)
+    return [cell for one in config.by_model() for cell in _of_model(one, dense, solve)]
+
+
+def _of_model(config: SweepConfig, dense: bool, solve: Solve) -> list[Plan]:
+    checkpoint = fingerprint(config.model)
+    cells = []
+    for variant in variants(config, dense=dense, solve=solve):
+        for task in config.tasks:
+            cell = CellConfig(
+                model=config.model,
+                checkpoint=checkpoint,
+                device=config.device,
+                dtype=config.dtype,
+                attention=config.attention,
+                method=variant.method.name,
+                options=variant.method.hyperparameters(),
+                label=variant.label,
+                seed=variant.seed,
+                task=task,
+                origin=origin_of(task, config.data),
+                limit=config.limit_of(task),
+                batch_size=config.batch_size,
+                timing=config.timing,
+            )
+            cells.append(Plan(cell, variant.method))
+    return cells
+
+
+def fingerprint(model: str) -> str:
+    """Hash of a local checkpoint, so that results of other weights are not taken for its own; empty for a hub name.
+
+    Of files above 32 MiB only the size and both ends are read.
+    """
+    folder = EMBEDDED.get(model, Path(model))
+    if not folder.is_dir():
+        return ""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder)}:{size}".encode())
+        with file.open("rb") as stream:
+            if size <= _WHOLE_FILE:
+                digest.update(stream.read())
+            else:
+                digest.update(stream.read(_EDGE))
+                stream.seek(-_EDGE, os.SEEK_END)
+                digest.update(stream.read())
+    return digest.hexdigest()[:16]
