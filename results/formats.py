@@ -74,7 +74,7 @@ def _latex_table(table: Table, chosen: Sequence[Column], number: int, count: int
             body += [rf"\multicolumn{{{len(chosen)}}}{{l}}{{\emph{{{_escape(title)}}}}} \\"]
         body += [" & ".join(_latex_entry(column.show(row)) for column in chosen) + r" \\" for row in rows]
     titles = zip_longest(*(column.title.split("\n") for column in chosen), fillvalue="")
-    lines = [*(f"{line}." for line in heading(table, number, count)), *notes(table, "Bold")]
+    lines = [*(f"{line}." for line in heading(table, number, count)), *notes(table, chosen, "Bold")]
     return "\n".join(
         [
             r"\begin{table*}",
@@ -141,7 +141,9 @@ def html_table(table: Table, chosen: Sequence[Column], number: int = 1, count: i
             lines += [f'<tr><th scope="rowgroup" colspan="{len(chosen)}">{html.escape(title)}</th></tr>']
         lines += ["<tr>" + "".join(_html_entry(column, row) for column in chosen) + "</tr>" for row in rows]
         lines += ["</tbody>"]
-    return "\n".join([*lines, "</table>", *(f"<p>{html.escape(note)}</p>" for note in notes(table, "Bold")), "</div>"])
+    return "\n".join(
+        [*lines, "</table>", *(f"<p>{html.escape(note)}</p>" for note in notes(table, chosen, "Bold")), "</div>"]
+    )
 
 
 def _html_entry(column: Column, row: Row) -> str:

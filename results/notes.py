@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 
-from .columns import number
+from .columns import Column, number
 from .inference import ALPHA, BASELINES, DENSE, DOWNSAMPLE, POOLING, RANDOM
 from .records import ScoreRecord
 from .tables import Row, Table
@@ -18,25 +19,38 @@ def heading(table: Table, place: int, count: int) -> list[str]:
     return [f"Table {place} of {count}, not to be compared with the others: {differs}"]
 
 
-def notes(table: Table, bold: str) -> list[str]:
-    """Questions, statistics, units, timing, what was not run, and origin. ``bold``: how the best scores are marked."""
+def notes(table: Table, chosen: Sequence[Column], bold: str) -> list[str]:
+    """Questions, statistics, units, timing, what was not run, and origin, as far as the ``chosen`` columns need them.
+
+    ``bold``: how the best scores are marked.
+    """
+    names = {column.name for column in chosen}
     asked = ", ".join(f"{task} {q.asked} of {q.of} ({q.origin})" for task, q in table.questions.items())
     lines = [f"Questions: {asked}.{' SUBSET: these are no full-set scores.' if table.is_subset else ''}"]
     lines += [f"{task}: {q.note}." for task, q in table.questions.items() if q.note]
     lines += _inference(table)
     lines += _best(table, bold)
-    lines += _retained(table)
-    lines.append(
-        f"Visual tokens: T = mean over decoder-layer inputs, and at the last layer's, of "
-        f"{table.rows[0].tokens.prompt:g} in the prompt. FLOPs: one multiply-add = 1, all that a prefill executed, "
-        "mean over questions."
-    )
+    if "loyalty" in names and any(row.evidence.loyalty for row in table.rows):
+        lines.append("Loyalty: mean over tasks of the share of answers that equal the dense model's.")
+    lines += _retained(table) if "retained" in names else []
+    if names & {"tokens", "last"}:
+        prompt = table.rows[0].tokens.prompt
+        lines.append(
+            f"Visual tokens: T = mean over decoder-layer inputs, and at the last layer's, of {prompt:g} in the prompt."
+        )
+    if "compute" in names:
+        lines.append("FLOPs: one multiply-add = 1, all that a prefill executed, mean over questions.")
     lines += _deviations(table)
-    timing, timed = table.facts["timing"], [row.prefill.n for row in table.rows if row.prefill]
-    if timing and timed:
-        repeats = f"{timing['repeats']} runs a task and seed after {timing['warmup']} to warm up"
-        lines.append(f"Prefill: batch {timing['batch_size']}, median ± interquartile range, {repeats}.")
+    lines += _timing(table) if "prefill" in names else []
     return [*lines, *_baselines(table), origin(table)]
+
+
+def _timing(table: Table) -> list[str]:
+    timing = table.facts["timing"]
+    if not timing:
+        return []
+    repeats = f"{timing['repeats']} runs a task and seed after {timing['warmup']} to warm up"
+    return [f"Prefill: batch {timing['batch_size']}, median ± interquartile range, {repeats}."]
 
 
 def _inference(table: Table) -> list[str]:
@@ -68,8 +82,6 @@ def _inference(table: Table) -> list[str]:
             f"Smallest difference from dense found with 80 % power (one test at α = {ALPHA:g}, before Holm; median "
             f"over rows): {', '.join(floors)}."
         )
-    if any(row.evidence.loyalty for row in rows):
-        lines.append("Loyalty: mean over tasks of the share of answers that equal the dense model's.")
     lacking = sorted(
         {
             f"{task} {score.title}"

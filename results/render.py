@@ -52,7 +52,7 @@ def _text(tables: list[Table], chosen: Chosen) -> str:
                 grid.add_row(Text(title))
             for row in rows:
                 grid.add_row(*(Text(column.show(row).text("{}*")) for column in columns))
-        parts: list[str | RichTable] = [*heading(table, number, len(tables)), grid, *notes(table, "*"), ""]
+        parts: list[str | RichTable] = [*heading(table, number, len(tables)), grid, *notes(table, columns, "*"), ""]
         for part in parts:
             console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
     stream = console.file
@@ -70,7 +70,9 @@ def _markdown(tables: list[Table], chosen: Chosen) -> str:
             grid += [[column.show(row).text("**{}**") for column in columns] for row in rows]
         lines = ["| " + " | ".join(entry.replace("|", r"\|") for entry in line) + " |" for line in grid]
         lines = [line.replace("\n", " ") for line in lines]
-        parts.append("\n\n".join([*heading(table, number, len(tables)), "\n".join(lines), *notes(table, "Bold")]))
+        parts.append(
+            "\n\n".join([*heading(table, number, len(tables)), "\n".join(lines), *notes(table, columns, "Bold")])
+        )
     return "\n\n".join(parts)
 
 

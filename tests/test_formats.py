@@ -273,6 +273,15 @@ def test_columns_stand_in_the_order_asked_for(store):
     assert "visual" in render(tables, "text", ["tokens", "method"]).splitlines()[1]
 
 
+def test_notes_are_about_the_columns_shown(store):
+    tables = build(full(store).cells())
+    told = ("Retained:", "Loyalty:", "Visual tokens:", "FLOPs:", "Prefill:")
+    assert all(start in render(tables) for start in told)
+    assert [start for start in told if start in render(tables, "md", ["method", "gqa", "retained"])] == ["Retained:"]
+    found = [start for start in told if start in render(tables, "latex", ["method", "tokens", "prefill"])]
+    assert found == ["Visual tokens:", "Prefill:"]
+
+
 def test_a_task_names_all_its_scores(store):
     scores = [ScoreRecord(key=key, title=key, value=0.5, maximum=1) for key in ("f1", "accuracy")]
     put(store, config("tome", "pope"), scores=scores)
