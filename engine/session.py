@@ -24,6 +24,7 @@ from ..errors import InputError, UnsupportedModelError, VisibenchError
 from ..methods.base import Forward, Keep, Merge, Method
 from ..models.adapters import Adapter
 from .attention import Interception, attention_mask, implementation_of
+from .features import FeatureStore
 from .layout import TokenLayout, cut
 from .trace import Trace, Watch, unwatched
 from .views import AttentionView, LayerView
@@ -51,7 +52,12 @@ class PruningSession:
     """A model under a pruning method; use :func:`prune`. ``trace`` is the record of the latest prefill."""
 
     def __init__(
-        self, model: PreTrainedModel, method: Method, layout: TokenLayout | None = None, watch: Watch = unwatched
+        self,
+        model: PreTrainedModel,
+        method: Method,
+        layout: TokenLayout | None = None,
+        watch: Watch = unwatched,
+        features: FeatureStore | None = None,
     ) -> None:
         if not isinstance(method, Method):
             raise VisibenchError(
@@ -60,7 +66,7 @@ class PruningSession:
         self.model, self.method, self.layout, self.watch = model, method, layout, watch
         self.adapter = Adapter(model)
         self.geometry = self.adapter.geometry
-        self._tap = VisionTap(self.adapter, method, watch)
+        self._tap = VisionTap(self.adapter, method, watch, features)
         method.check(self.geometry)
         self._trace: Trace | None = None
         self._stages: list[Stage] = []  # of each decoder layer
@@ -320,7 +326,12 @@ def _check_cache(cache: Any) -> None:
 
 
 def prune(
-    model: PreTrainedModel, method: Method, layout: TokenLayout | None = None, *, watch: Watch = unwatched
+    model: PreTrainedModel,
+    method: Method,
+    layout: TokenLayout | None = None,
+    *,
+    watch: Watch = unwatched,
+    features: FeatureStore | None = None,
 ) -> PruningSession:
     """Context manager: inside, ``model(...)`` and ``model.generate(...)`` run under ``method``.
 
@@ -336,10 +347,12 @@ def prune(
     watch
         For timing: called with ``"method"`` around the work of the method in prefill, and inside that with ``"model"``
         around the attention that the model computes in any case; returns a context manager.
+    features
+        Where to share outputs of the vision tower between sessions on this model. Methods that change the tower run it.
 
     The session's ``trace`` records the latest prefill. Pruned prefills return logits for the tokens that are left; the
     text after the image stands at the end. On exit, also after an exception, the model is exactly as it was.
     Raises :class:`~visibench.errors.VisibenchError` for nested use, an unsupported model or cache, and options that
     cannot act on this model.
     """
-    return PruningSession(model, method, layout, watch)
+    return PruningSession(model, method, layout, watch, features)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -15,12 +15,15 @@ from ..errors import InputError, UnsupportedModelError
 from ..methods.base import Forward, Keep, Merge, Method
 from ..models.adapters import Adapter
 from .attention import Interception
+from .features import Entry, FeatureStore, SharedTower
 from .layout import TokenLayout, TokenSet
 from .tower import Tower
 from .trace import Trace, Watch
 from .views import VisionView
 
 SIDE = {"image", "tower", "vision", "projector"}
+# Of these stages a method changes what the tower is given or computes, so that nobody else can use it.
+CHANGING = {"image", "tower"}
 
 
 class VisionTap:
@@ -28,11 +31,13 @@ class VisionTap:
 
     Features that a method drops in front of the projector are not projected; zeros take their places until the cut
     at decoder layer 0. The same holds where the tower itself puts out fewer of them. ``generate`` encodes the images
-    before it calls the model, so nothing here may need the prompt.
+    before it calls the model, so nothing here may need the prompt. ``features``: where to share the tower's outputs,
+    for methods that leave the tower as it is.
     """
 
-    def __init__(self, adapter: Adapter, method: Method, watch: Watch) -> None:
+    def __init__(self, adapter: Adapter, method: Method, watch: Watch, features: FeatureStore | None = None) -> None:
         self.adapter, self.method, self.watch = adapter, method, watch
+        self.features = None if CHANGING & set(method.stage) else features
         self.pixels: Tensor | None = None
         self.cls: Tensor | None = None
         self.macs = 0
@@ -76,6 +81,10 @@ class VisionTap:
                 asked = {name: blocks[vision.feature_block + 1 + name] for name in self.method.vision_blocks}
                 observers = {block.self_attn: partial(self._observe, name) for name, block in asked.items()}
                 stack.enter_context(Interception(observers))
+            if self.features is not None and self.adapter.vision_tower is not None:
+                stack.enter_context(
+                    SharedTower(self.adapter.vision_tower, self.features, self._parts, self._seen, self._recall)
+                )
             self._exit = stack.pop_all()
         return self
 
@@ -128,6 +137,35 @@ class VisionTap:
     ) -> Any:
         self._blocks[name] = (q, k, kwargs["scaling"])
         return kernel(module, q, k, v, mask, **kwargs)
+
+    @property
+    def _parts(self) -> tuple[str, ...]:
+        """What the method reads of the tower's inside, by name."""
+        if not self._asked:
+            return ()
+        return *(f"block{name}" for name in self.method.vision_blocks), *(("cls",) if self.method.vision_cls else ())
+
+    def _seen(self) -> dict[str, Entry]:
+        # Tokens first, as the block lays them out; of the queries CLS's alone can be read.
+        found: dict[str, Entry] = {
+            f"block{name}": {
+                "query": q[:, :, :1].transpose(1, 2),
+                "key": k.transpose(1, 2),
+                "scaling": torch.tensor([scaling], dtype=torch.float64),
+            }
+            for name, (q, k, scaling) in self._blocks.items()
+        }
+        return found if self.cls is None else found | {"cls": {"cls": self.cls}}
+
+    def _recall(self, found: Mapping[str, Entry]) -> None:
+        if not self._asked:
+            return
+        for name in self.method.vision_blocks:
+            part = found[f"block{name}"]
+            query, key = part["query"].transpose(1, 2), part["key"].transpose(1, 2)
+            self._blocks[name] = (query, key, float(part["scaling"][0]))
+        if self.method.vision_cls:
+            self.cls = found["cls"]["cls"]
 
     def _on_features(self, module: nn.Module, args: tuple[Tensor]) -> Tensor | None:
         self._view = VisionView(args[0], self._blocks, self)
