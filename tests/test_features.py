@@ -168,7 +168,8 @@ def test_least_recently_used_leaves_memory_first(tmp_path):
         assert len(files(tmp_path)) == 2
         for number in (0, 1, 2, 3, 4):
             found = store.get(f"k{number}")
-            assert found is not None and torch.equal(found["x"], entry(number)["x"])
+            assert found is not None
+            assert torch.equal(found["x"], entry(number)["x"])
             assert store.used <= store.limit
     assert not list((tmp_path / "features").iterdir())
 
