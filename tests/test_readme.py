@@ -23,6 +23,6 @@ def test_every_method_of_other_authors_has_vectors_from_their_code():
 
 def test_readme_names_the_commands_that_ci_runs():
     ci = (Path(visibench.__file__).parent / ".ci" / "run").read_text()
-    assert "\npytest\n" in ci
-    assert 'pip install -c constraints.txt -e ".[dev]"     &&  pytest' in README
+    assert "\nmake test\n" in ci
+    assert 'pip install -c constraints.txt -e ".[dev]"     &&  make test' in README
     assert "pip install -c constraints.txt -e .            &&  visibench sweep configs/quick.yaml" in README
