@@ -24,7 +24,7 @@ READS = {
 
 
 class Reads(TorchFunctionMode):
-    """Counts reads inside spans called ``method``. Numbers made on the host, and what follows from them alone, are free.
+    """Counts reads inside spans called ``method``. Numbers made on the host, and what follows from them, are free.
 
     Indexing with a boolean mask reads as well: it asks how many there are.
     """
