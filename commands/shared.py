@@ -41,14 +41,16 @@ def print_list(
 
 def finished(folder: Path) -> list[Cell]:
     """The finished cells of a run folder; a line on standard error says if there are others."""
-    from ..results.store import Store
+    from ..results.store import FAILURES, Store
 
     store = Store(folder)
     cells, others = store.cells(), store.unfinished()
     if others:
+        failed = [path / FAILURES for path in others if (path / FAILURES).exists()]
+        told = f"{len(failed)} failed: see {failed[0]}" if failed else f"first: {others[0].name}"
         Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(
-            f"Left out: {len(others)} of {len(cells) + len(others)} cells of {folder} are not finished (first: "
-            f"{others[0].name}); the command that began them finishes them."
+            f"Left out: {len(others)} of {len(cells) + len(others)} cells of {folder} are not finished ({told}); the "
+            "command that began them goes on with them."
         )
     return cells
 

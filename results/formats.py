@@ -26,6 +26,7 @@ _LATEX = str.maketrans(
         "α": r"$\alpha$",
         "×": r"$\times$",
         "–": "--",
+        "·": r"$\cdot$",
         "…": r"\dots{}",
         "\n": " ",
     }

@@ -42,6 +42,7 @@ def notes(table: Table, chosen: Sequence[Column], bold: str) -> list[str]:
         lines.append("FLOPs: one multiply-add = 1, all that a prefill executed, mean over questions.")
     lines += _deviations(table)
     lines += _timing(table) if "prefill" in names else []
+    lines += [f"Remarks: {'; '.join(table.remarks)}."] if table.remarks else []
     return [*lines, *_baselines(table), origin(table)]
 
 

@@ -110,6 +110,7 @@ def as_json(table: Table) -> dict[str, Any]:
     return {
         "facts": table.facts,
         "commits": table.commits,
+        "remarks": table.remarks,
         "differs": table.differs,
         "questions": {task: asdict(questions) for task, questions in table.questions.items()},
         "metrics": {

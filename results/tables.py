@@ -87,7 +87,7 @@ class Table:
     """Rows that can be compared. ``columns``: the metrics of each task; ``facts``: what all cells have in common.
 
     ``differs``: in what this table differs from the others of the same folder. ``commits``: of visibench, where cells
-    were made from a checkout.
+    were made from a checkout. ``remarks``: what a reader must know of single cells.
     """
 
     rows: list[Row]
@@ -96,6 +96,7 @@ class Table:
     facts: dict[str, Any]
     differs: dict[str, Any]
     commits: list[str]
+    remarks: list[str]
 
     @property
     def is_subset(self) -> bool:
@@ -157,7 +158,19 @@ def _table(cells: list[Cell], differs: dict[str, Any]) -> Table:
     groups = _grouped(cells, _method_key)
     rows = [_row(group, dense, evidence) for group, evidence in zip(groups, weigh(groups), strict=True)]
     rows.sort(key=lambda row: (_ORDER.get(row.method, len(_ORDER)), row.method, -row.tokens.mean, row.label))
-    return Table(rows, columns, dict(sorted(questions.items())), _facts(cells[0]), differs, _commits(cells))
+    return Table(
+        rows=rows,
+        columns=columns,
+        questions=dict(sorted(questions.items())),
+        facts=_facts(cells[0]),
+        differs=differs,
+        commits=_commits(cells),
+        remarks=[f"{_name(cell)}: {remark}" for cell in cells for remark in cell.metrics.remarks],
+    )
+
+
+def _name(cell: Cell) -> str:
+    return f"{cell.config.label} · {cell.config.task} · seed {cell.config.seed}"
 
 
 def _commits(cells: list[Cell]) -> list[str]:

@@ -15,7 +15,7 @@ from storing import config, frame, put
 from test_cli import assert_refused, cli  # noqa: F401
 from visibench.cli import app
 from visibench.results import baseline as baselines
-from visibench.results.records import ScoreRecord, digest
+from visibench.results.records import Failure, ScoreRecord, digest
 from visibench.results.store import Store
 
 COMMANDS = {
@@ -235,6 +235,10 @@ def test_cells_that_are_not_finished_are_named(command, run, cli):  # noqa: F811
     assert (code, err.count("\n")) == (0, 1)
     assert "1 of 2 cells of run are not finished (first: gqa-fastv-s0" in err
     assert "fastv" not in out
+    run.fail(config("fastv"), [Failure(doc_id=3, error="no image", traceback="")])
+    code, _, err = cli(*COMMANDS[command])
+    assert (code, err.count("\n")) == (0, 1)
+    assert "1 failed: see run/cells/gqa-fastv-s0" in err
 
 
 def test_what_a_reader_refuses_a_sweep_runs_again(run):

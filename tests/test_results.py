@@ -183,6 +183,13 @@ def test_commits_are_named_and_keep_no_cells_apart(store):
     assert "visibench 1 (commit 012345678 with changes and fffffffff), torch 2." in render([table])
 
 
+def test_remarks_on_cells_are_told(store):
+    put(full(store), config("tome", "gqa"), remarks=["2 of 50 with NaN or infinite logits"])
+    tables = build(store.cells())
+    assert "Remarks: tome · gqa · seed 0: 2 of 50 with NaN or infinite logits." in render(tables)
+    assert render(tables, "latex").isascii()
+
+
 def test_rows_that_were_not_run_are_named_with_what_adds_them(store):
     put(store, config("none"))
     put(store, config("fastv"))
