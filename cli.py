@@ -41,6 +41,9 @@ COMMANDS = (
     fit.fit,
 )
 
+TOGETHER = ("run", "sweep")
+"""Commands that several ranks can run."""
+
 
 def main() -> NoReturn:
     """Entry point: what a user can mend ends as one line on standard error and exit code 2."""
@@ -67,12 +70,26 @@ def _fail(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
+def _meet(context: typer.Context) -> None:
+    """Go on as the first rank, which the others serve until the command ends; they end here."""
+    from .evals import ranks
+
+    here = ranks.join()
+    if here.rank == 0:
+        context.call_on_close(lambda: here.send(None))
+        return
+    ranks.serve(here)
+    raise typer.Exit
+
+
 @app.callback(invoke_without_command=True)
 def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     """Compare visual-token pruning methods for multimodal LLMs: accuracy against compute."""
+    if machine.ranks() > 1 and context.invoked_subcommand in TOGETHER:
+        _meet(context)
     machine.one_process()
     if version:
         print(f"visibench {__version__}")

@@ -34,14 +34,20 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def ranks() -> int:
+    """How many processes ``torchrun`` has started; 1 without it."""
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not given.isdecimal():
+        raise OptionError(f"WORLD_SIZE={given} is no number of processes: unset it, or use torchrun")
+    return int(given)
+
+
 def one_process() -> None:
-    """Raise :class:`OptionError` under ``torchrun`` and the like, where each rank would run everything."""
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    if ranks != "1":
+    """Raise :class:`OptionError` on several ranks, each of which would do everything."""
+    if ranks() > 1:
         raise OptionError(
-            f"started on several ranks (WORLD_SIZE={ranks}), each of which would run everything: use --workers or "
-            "--executor ray instead, or share out the questions of a task with torchrun -m lmms_eval --model visibench "
-            "(docs/scale.md)"
+            f"started on {ranks()} ranks, each of which would do the same: with torchrun, visibench can run and sweep, "
+            "and lmms-eval can run --model visibench (docs/scale.md)"
         )
 
 

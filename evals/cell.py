@@ -68,8 +68,9 @@ def run_cell(
     the cell is not done, and its good batches are kept for the next time. Raises :class:`StorageError` if the folder
     cannot be written.
     """
-    from .answering import answer, failure
+    from .answering import failure
     from .lmms import score
+    from .ranks import answer
 
     folder = store.begin(config)
     try:

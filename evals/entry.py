@@ -24,6 +24,7 @@ from ..engine import prune
 from ..errors import OptionError, VisibenchError, suggest
 from ..methods import Method
 from ..models import LoadedModel, load_model
+from ..models.load import of_rank
 from ..results.records import environment
 from . import harness
 from .lmms import Bridge, Record
@@ -87,7 +88,7 @@ class Visibench(harness.lmms):
         self.batch_size, self.record = _batch_size(batch_size), _fresh(record)
         self.loaded: LoadedModel | None = load_model(
             str(pretrained),
-            device=_of_rank(str(device)),
+            device=_own(str(device)),
             dtype=str(dtype),
             attn_implementation=str(attn_implementation),
             trust_remote_code=bool(trust_remote_code),
@@ -240,13 +241,10 @@ def _fresh(record: str | None) -> Path | None:
     return path
 
 
-def _of_rank(device: str) -> str:
-    """The GPU of this rank where there are several ranks and GPUs, else ``device``."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not torch.cuda.is_available() or device == "cpu":
-        return device
-    if device not in ("auto", "cuda"):
-        raise OptionError(f"device={device} would put all ranks on one GPU: leave it out, each takes its own")
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+def _own(device: str) -> str:
+    """``device``, or that of this rank if there are several."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return of_rank(device, int(os.environ.get("LOCAL_RANK", 0))) if several else device
 
 
 # ---- running ------------------------------------------------------------------------------------------------------

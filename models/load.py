@@ -167,6 +167,15 @@ def load_model(
     return LoadedModel(name_or_path, model.eval(), processor, weights)
 
 
+def of_rank(device: str, local_rank: int) -> str:
+    """The device of one of several ranks on a machine: the GPU of its local rank, or the CPU."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return device
+    if device not in ("auto", "cuda"):
+        raise OptionError(f"device {device} would put all ranks on one GPU: leave it out, each takes its own")
+    return f"cuda:{local_rank}"
+
+
 def release() -> None:
     """Give back the memory of models that nothing refers to any more."""
     gc.collect()

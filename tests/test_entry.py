@@ -13,7 +13,6 @@ import datasets
 import pytest
 import visibench
 from loguru import logger
-from visibench import cli
 from visibench.errors import OptionError, VisibenchError
 from visibench.evals import entry, harness
 from visibench.evals.entry import Visibench
@@ -172,12 +171,12 @@ def test_mistakes_end_in_one_line(arguments, options, message, capsys):
 
 def test_each_rank_takes_its_own_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert entry._of_rank("auto") == "auto"  # one rank: as load_model decides
+    assert entry._own("auto") == "auto"  # one rank: as load_model decides
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert [entry._of_rank(device) for device in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
+    assert [entry._own(device) for device in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
     with pytest.raises(OptionError, match="one GPU"):
-        entry._of_rank("cuda:0")
+        entry._own("cuda:0")
 
 
 def test_mistakes_raise_in_python():
@@ -257,20 +256,6 @@ def test_two_ranks_give_what_one_gives(site, tiny, definitions, hub_data, tmp_pa
         assert [row[column] for row in rows] == result.samples[column].tolist()
     assert [row["executed_macs"] for row in rows] == pytest.approx(result.samples["executed_macs"].tolist())
     assert results["throughput"]["avg_executed_macs"] == pytest.approx(result.samples["executed_macs"].mean())
-
-
-def test_other_commands_refuse_several_ranks(tiny, disk_data, monkeypatch, capsys):
-    """Each rank would run everything, and lmms-eval would hand the first one half of the answers."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(sys, "argv", ["visibench", "sweep", "quick"])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert caught.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "WORLD_SIZE=2" in line
-    assert "--workers" in line
-    with pytest.raises(OptionError, match="several ranks"):
-        evaluate(tiny, parse("none"), load_tasks(["pope"], str(disk_data))[0])
 
 
 @pytest.mark.slow

@@ -1,0 +1,165 @@
+"""Ranks of ``torchrun``: the first runs a command, the others answer their share of the questions of each cell.
+
+Answers go through the run folder, where the first rank finds them all, as if one process had stopped before it scored.
+Only messages pass between the ranks, through the key-value store that ``torchrun`` keeps. There is no process group:
+lmms-eval would take it for its own, and share out the questions once more.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import machine
+from ..errors import OptionError, VisibenchError
+from ..methods import Method
+from ..results.records import CellConfig
+
+if TYPE_CHECKING:
+    from ..models import LoadedModel
+    from .answers import Answers
+    from .tasks import Task
+
+POLL = 0.05
+"""Seconds between two looks for a message: a wait inside the store itself would not hear Ctrl-C."""
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
+
+
+@dataclass(frozen=True)
+class Share:
+    """A cell of whose questions each rank answers a share."""
+
+    method: Method
+    config: CellConfig
+    folder: Path
+
+
+@dataclass
+class Ranks:
+    """This process as number ``rank`` of ``count``, ``local_rank`` on its machine; ``store`` carries messages."""
+
+    store: Any
+    rank: int
+    local_rank: int
+    count: int
+    shares: int = 0
+
+    def send(self, share: Share | None) -> None:
+        """From the first rank to all others: a share, or None at the end."""
+        self.shares += 1
+        self.store.set(f"share/{self.shares}", pickle.dumps(share))
+
+    def receive(self) -> Share | None:
+        """On the other ranks: the next share."""
+        self.shares += 1
+        return pickle.loads(self._get(f"share/{self.shares}"))
+
+    def done(self) -> None:
+        """On the other ranks: the latest share is answered."""
+        self.store.set(f"done/{self.shares}/{self.rank}", b"1")
+
+    def wait(self) -> None:
+        """On the first rank: until all others have answered the latest share."""
+        for rank in range(1, self.count):
+            self._get(f"done/{self.shares}/{rank}")
+
+    def _get(self, key: str) -> bytes:
+        try:
+            while not self.store.check([key]):
+                time.sleep(POLL)
+            return self.store.get(key)
+        except RuntimeError as error:
+            raise VisibenchError("the connection to the other ranks is lost: their errors say why") from error
+
+
+_first: Ranks | None = None
+
+
+def join() -> Ranks:
+    """This process as one of those that ``torchrun`` has started.
+
+    Its variables are taken out of the environment, where lmms-eval would find them. Raises :class:`OptionError` where
+    there are none.
+    """
+    global _first
+    from torch.distributed import rendezvous
+
+    try:
+        local_rank = int(os.environ.get("LOCAL_RANK", "no LOCAL_RANK"))
+        store, rank, count = next(rendezvous("env://"))
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise OptionError(
+            f"WORLD_SIZE={machine.ranks()}, but the other ranks cannot be met ({reason}): start them with torchrun, or "
+            "unset WORLD_SIZE for one process"
+        ) from error
+    for name in _VARIABLES:
+        os.environ.pop(name, None)
+    ranks = Ranks(store, rank, local_rank, count)
+    _first = ranks if rank == 0 else None
+    return ranks
+
+
+def answer(
+    loaded: LoadedModel,
+    method: Method,
+    task: Task,
+    config: CellConfig,
+    folder: Path,
+    *,
+    on_batch: Callable[[int], Any] | None = None,
+) -> Answers:
+    """As :func:`visibench.evals.answering.answer`, the questions shared out over the ranks, if there are several.
+
+    The batches are those of one process, and so are the answers.
+    """
+    from . import answering
+
+    report = on_batch or (lambda answered: None)
+    if _first is None:
+        return answering.answer(loaded, method, task, config, folder, on_batch=report)
+    count, said, size = _first.count, 0, task.size(config.limit)[0]
+
+    def estimate(answered: int) -> None:
+        """A batch here stands for one on every rank."""
+        nonlocal said
+        new = min(answered * count, size - said)
+        said += new
+        report(new)
+
+    _first.send(Share(method, config, folder))
+    answering.answer(loaded, method, task, config, folder, shard=(0, count), on_batch=estimate)
+    _first.wait()
+    found = answering.answer(loaded, method, task, config, folder, on_batch=lambda answered: report(0))
+    report(size - said)
+    return found
+
+
+def serve(ranks: Ranks) -> None:
+    """On all ranks but the first: answer shares until there are no more."""
+    from ..models import load_model
+    from ..models.load import of_rank, release
+    from . import answering
+    from .tasks import load_tasks
+
+    loaded, model = None, None
+    tasks: dict[tuple[str, str], Task] = {}
+    while (share := ranks.receive()) is not None:
+        config = share.config
+        wanted = (config.model, config.device, config.dtype, config.attention)
+        if loaded is None or wanted != model:
+            loaded, model = None, wanted
+            release()
+            device = of_rank(config.device, ranks.local_rank)
+            loaded = load_model(config.model, device=device, dtype=config.dtype, attn_implementation=config.attention)
+        key = config.task, config.origin
+        if key not in tasks:
+            tasks[key] = load_tasks([config.task], config.origin)[0]
+        shard = ranks.rank, ranks.count
+        answering.answer(loaded, share.method, tasks[key], config, share.folder, shard=shard)
+        ranks.done()

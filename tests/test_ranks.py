@@ -1,0 +1,160 @@
+"""Several ranks answer the questions of a cell together: what one process would answer, bit for bit."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+import visibench
+from visibench import cli, machine
+from visibench.errors import OptionError, VisibenchError
+from visibench.evals import answering, ranks
+from visibench.evals.lmms import evaluate
+from visibench.evals.spec import parse
+from visibench.evals.tasks import load_tasks
+from visibench.models import load_model
+from visibench.results.records import CellConfig
+from visibench.results.store import Store
+
+ROOT = Path(visibench.__file__).parent
+
+
+@pytest.fixture
+def two(monkeypatch):
+    """The first of two ranks; the other one works while the first waits for it."""
+    store = dist.HashStore()
+    first, other = (ranks.Ranks(store, rank, rank, 2) for rank in range(2))
+    wait = first.wait
+
+    def serve_and_wait() -> None:
+        store.set("share/2", ranks.pickle.dumps(None))  # the end, so that it serves once
+        ranks.serve(other)
+        wait()
+
+    first.wait = serve_and_wait
+    monkeypatch.setattr(ranks, "_first", first)
+    return first
+
+
+def test_each_rank_answers_its_share_and_all_are_found(two, checkpoint, disk_data, tmp_path, monkeypatch):
+    asked, run = [], answering.Bridge._run
+
+    def spy(bridge, chunk):
+        asked.append((id(bridge.loaded), [arguments[3] for arguments in chunk]))
+        return run(bridge, chunk)
+
+    method = parse("random:keep=0.25,seed=3")
+    config = CellConfig(
+        model=str(checkpoint),
+        method=method.name,
+        options=method.hyperparameters(),
+        label="random",
+        task="pope",
+        origin=str(disk_data),
+        batch_size=3,
+    )
+    loaded, task, reported = load_model(str(checkpoint)), load_tasks(["pope"], str(disk_data))[0], []
+    monkeypatch.setattr(answering.Bridge, "_run", spy)
+    folder = Store(tmp_path).begin(config)
+    found = ranks.answer(loaded, method, task, config, folder, on_batch=reported.append)
+    (first, a), (_, b), (second, c) = asked
+    assert first != second
+    assert {first, second} == {model for model, _ in asked}
+    assert sorted(a + b + c) == list(range(8))
+    assert [len(part) for part in (a, b, c)] == [3, 2, 3]  # batches 0 and 2 here, batch 1 there
+    assert sum(reported) == 8
+
+    alone = evaluate(load_model(str(checkpoint)), method, task, batch_size=3).samples
+    records = {doc_id: record for batch in found.batches.values() for doc_id, record in batch.records.items()}
+    for column in ("output", "prompt_tokens", "new_tokens", "visual_tokens", "kv_lengths", "executed_macs"):
+        assert [getattr(records[i], column) for i in range(8)] == alone[column].tolist()
+
+
+def test_what_a_rank_could_not_answer_runs_on_the_first(two, checkpoint, disk_data, tmp_path, monkeypatch):
+    real, failing = answering.answer, []
+
+    def answer(*arguments, shard=(0, 1), **options):
+        if shard[0] == 1:
+            failing.append(shard)
+            return None  # as when every question fails there: nothing is kept
+        return real(*arguments, shard=shard, **options)
+
+    monkeypatch.setattr(answering, "answer", answer)
+    method = parse("none")
+    config = CellConfig(
+        model=str(checkpoint),
+        method="none",
+        options=method.hyperparameters(),
+        label="none",
+        task="pope",
+        origin=str(disk_data),
+        batch_size=3,
+    )
+    loaded, task = load_model(str(checkpoint)), load_tasks(["pope"], str(disk_data))[0]
+    found = ranks.answer(loaded, method, task, config, Store(tmp_path).begin(config))
+    assert failing == [(1, 2)]
+    assert sum(len(batch.records) for batch in found.batches.values()) == 8
+
+
+def test_a_lost_connection_is_one_line():
+    class Gone:
+        def check(self, keys):
+            raise dist.DistNetworkError("Broken pipe")
+
+    with pytest.raises(VisibenchError, match="connection to the other ranks is lost"):
+        ranks.Ranks(Gone(), 1, 1, 2).receive()
+
+
+@pytest.mark.parametrize(
+    ("command", "environment", "message"),
+    [
+        (["check", "runs/x"], {"WORLD_SIZE": "2"}, "started on 2 ranks"),
+        (["sweep", "quick"], {"WORLD_SIZE": "2"}, "no LOCAL_RANK"),
+        (["sweep", "quick"], {"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK"),
+        (["sweep", "quick"], {"WORLD_SIZE": "two"}, "WORLD_SIZE=two is no number"),
+    ],
+)
+def test_ranks_that_cannot_work_together_are_refused(command, environment, message, monkeypatch, capsys):
+    for name in ranks._VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["visibench", *command])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_evaluate_refuses_several_ranks(loaded, disk_data, monkeypatch):
+    """lmms-eval would hand the first of them a part of the answers."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert machine.ranks() == 2
+    with pytest.raises(OptionError, match="2 ranks"):
+        evaluate(loaded, parse("none"), load_tasks(["pope"], str(disk_data))[0])
+
+
+@pytest.mark.slow
+def test_torchrun_stores_what_one_process_stores(tmp_path):
+    arguments = ["run", "--model", "tiny", "--method", "fastv:keep=0.25", "--tasks", "pope,mme", "--limit", "20"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "visibench"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT.parent)}
+    call = partial(subprocess.run, capture_output=True, text=True, timeout=280, env=environment, cwd=tmp_path)
+    for folder, start in (("one", ["-m", "visibench"]), ("two", torchrun)):
+        done = call([sys.executable, *start, *arguments, "--out", folder])
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Visual tokens at each layer's input, pope") == 1  # said by the first rank alone
+    one, two = (Store(tmp_path / folder).cells() for folder in ("one", "two"))
+    assert len(one) == len(two) == 2
+    for a, b in zip(one, two, strict=True):
+        assert a.config == b.config
+        assert a.samples().equals(b.samples())
+        assert (a.metrics.scores, a.metrics.compute, a.metrics.data_hash) == (
+            b.metrics.scores,
+            b.metrics.compute,
+            b.metrics.data_hash,
+        )
