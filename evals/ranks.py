@@ -113,16 +113,17 @@ def answer(
     folder: Path,
     *,
     on_batch: Callable[[int], Any] | None = None,
+    **options: Any,
 ) -> Answers:
     """As :func:`visibench.evals.answering.answer`, the questions shared out over the ranks, if there are several.
 
-    The batches are those of one process, and so are the answers.
+    The batches are those of one process, and so are the answers. ``options`` are for this rank alone.
     """
     from . import answering
 
     report = on_batch or (lambda answered: None)
     if _first is None:
-        return answering.answer(loaded, method, task, config, folder, on_batch=report)
+        return answering.answer(loaded, method, task, config, folder, on_batch=report, **options)
     count, said, size = _first.count, 0, task.size(config.limit)[0]
 
     def estimate(answered: int) -> None:
@@ -133,9 +134,9 @@ def answer(
         report(new)
 
     _first.send(Share(method, config, folder))
-    answering.answer(loaded, method, task, config, folder, shard=(0, count), on_batch=estimate)
+    answering.answer(loaded, method, task, config, folder, shard=(0, count), on_batch=estimate, **options)
     _first.wait()
-    found = answering.answer(loaded, method, task, config, folder, on_batch=lambda answered: report(0))
+    found = answering.answer(loaded, method, task, config, folder, on_batch=lambda answered: report(0), **options)
     report(size - said)
     return found
 

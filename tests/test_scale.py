@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,9 +13,13 @@ from visibench import cli
 from visibench.evals import entry, harness
 
 PAGE = (Path(visibench.__file__).parent / "docs" / "scale.md").read_text()
-BLOCKS = re.findall(r"(?:^    .+\n)+", PAGE, re.MULTILINE)
+SCRIPTS = re.findall(r"^```bash\n(.+?)^```", PAGE, re.MULTILINE | re.DOTALL)
+BLOCKS = [re.sub("^    ", "", block, flags=re.M) for block in re.findall(r"(?:^    .+\n)+", PAGE, re.MULTILINE)]
 COMMANDS = [
-    line for block in BLOCKS for line in re.sub(r" \\\n +", " ", re.sub("^    ", "", block, flags=re.M)).splitlines()
+    line
+    for block in BLOCKS + SCRIPTS
+    for line in re.sub(r" \\\n +", " ", block).splitlines()
+    if line and not line.startswith("#")
 ]
 
 
@@ -36,8 +41,9 @@ def takes_torchrun(words: list[str]) -> None:
     from torch.distributed.run import get_args_parser
 
     parsed = get_args_parser().parse_args(words)
-    assert (parsed.module, parsed.training_script) == (True, "lmms_eval")
-    takes_lmms_eval(parsed.training_script_args)
+    assert parsed.module
+    programs = {"lmms_eval": takes_lmms_eval, "visibench": takes_visibench}
+    programs[parsed.training_script](parsed.training_script_args)
 
 
 PROGRAMS = {"visibench": takes_visibench, "lmms-eval": takes_lmms_eval, "torchrun": takes_torchrun}
@@ -47,5 +53,14 @@ PROGRAMS = {"visibench": takes_visibench, "lmms-eval": takes_lmms_eval, "torchru
 def test_command_is_one_that_its_program_takes(command, monkeypatch):
     monkeypatch.setattr(sys, "argv", sys.argv)
     assert harness.lmms  # imported first: lmms-eval's import takes over the process
-    program, *words = shlex.split(command, comments=True)
-    PROGRAMS[program](words)
+    words = shlex.split(command, comments=True)
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):  # a variable of the environment
+        words = words[1:]
+    PROGRAMS[words[0]](words[1:])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_is_one_that_bash_takes(script):
+    assert script.startswith("#!/bin/bash\n#SBATCH ")
+    done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, "")
