@@ -128,13 +128,13 @@ class Answers:
 
 
 def bound_to(config: CellConfig, model: dict) -> str:
-    """Hash of what a cell's answers depend on: its configuration, the loaded model, and versions of code.
+    """Hash of what a cell's answers depend on: its configuration, the loaded model, and versions of packages.
 
     ``model``: :meth:`visibench.models.LoadedModel.describe`. Hardware is left out, so that a job that moves to another
     machine keeps its answers; each batch says where it ran.
     """
     made = environment({key: value for key, value in model.items() if key not in ("hardware", "threads")})
-    return digest({"cell": config.digest(), "model": made.model, "versions": made.versions, "code": made.code})
+    return digest({"cell": config.digest(), "model": made.model, "versions": made.versions})
 
 
 def _parse(line: bytes) -> Batch | None:

@@ -93,10 +93,15 @@ class Store:
         return self.root / "cells" / config.folder
 
     def done(self, config: CellConfig) -> Cell | None:
-        """The finished cell of this configuration, or None if it has yet to run, in part or in whole."""
+        """The finished cell of this configuration, or None if it has yet to run, in part or in whole.
+
+        Of a finished cell, what a crash has left behind goes, and the lock: whoever takes that anew finds the cell done.
+        """
         cell = self.found(config)
         if cell:
             self._relabel(config)
+            with disk.writing(cell.path):
+                self.tidy(config, f"{ANSWERS}*.jsonl", FAILURES, LOCK)
         return cell
 
     def _relabel(self, config: CellConfig) -> None:
