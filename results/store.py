@@ -95,7 +95,7 @@ class Store:
     def done(self, config: CellConfig) -> Cell | None:
         """The finished cell of this configuration, or None if it has yet to run, in part or in whole.
 
-        Of a finished cell, what a crash has left behind goes, and the lock: whoever takes that anew finds the cell done.
+        What a crash has left behind in it goes, and its lock: whoever takes that anew finds the cell done.
         """
         cell = self.found(config)
         if cell:
