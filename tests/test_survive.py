@@ -23,8 +23,8 @@ from visibench.evals.config import parse_config
 from visibench.evals.sweep import sweep
 from visibench.evals.tasks import load_tasks
 from visibench.methods.base import Budgeted, Forward, Keep, top
-from visibench.results.notes import notes
 from visibench.results.records import CellConfig
+from visibench.results.render import render
 from visibench.results.store import Store
 from visibench.results.tables import build
 
@@ -200,8 +200,7 @@ def test_batches_without_room_run_in_halves_and_tables_say_so(loaded, pope, tmp_
     assert ran == [2, 2, 2, 2]
     assert done.metrics.remarks == ["8 of 8 answered in batches smaller than 4 (out of memory)"]
     assert done.samples()["output"].equals(straight.samples()["output"])
-    (table,) = build([done])
-    assert any(done.metrics.remarks[0] in line for line in notes(table, "Bold"))
+    assert done.metrics.remarks[0] in render(build([done]), "md")
     assert straight.metrics.remarks == []
 
 
