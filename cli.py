@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from . import __version__, machine
-from .commands import budget, check, compare, fit, flops, lists, plot, profile, published, runs
+from .commands import budget, check, compare, fit, flops, lists, plot, profile, published, report, runs
 from .errors import VisibenchError
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ COMMANDS = (
     runs.sweep,
     runs.table,
     plot.plot,
+    report.report,
     compare.compare,
     check.check,
     profile.profile,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,13 @@ def draw(table: Table, kind: str) -> Figure:
     """The figure ``kind`` (one of :data:`KINDS`). Raises :class:`DataError` if the table does not hold its numbers."""
     if kind not in KINDS:
         raise OptionError(f"unknown kind of plot {kind!r}; {suggest(kind, KINDS)}")
-    with matplotlib.style.context(["default", _STYLE]):
+    with styled():
         return KINDS[kind](table)
+
+
+def styled() -> AbstractContextManager[None]:
+    """Within: figures are drawn and written in the style of this module."""
+    return matplotlib.style.context(["default", _STYLE])
 
 
 def save(figure: Figure, file: Path) -> None:
@@ -94,7 +100,7 @@ def save(figure: Figure, file: Path) -> None:
         raise OptionError(f"cannot write {str(file)!r}: its name must end in .png or .svg")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with matplotlib.style.context(["default", _STYLE]):
+        with styled():
             figure.savefig(file, format=form, dpi=200, metadata={"Date": None} if form == "svg" else None)
     except OSError as error:
         raise DataError(f"cannot write {file}: {error.strerror or error}") from error

@@ -56,7 +56,8 @@ class Row:
     """One method. ``scores``: by task and metric, lmms-eval's units. Tokens and MACs are means over tasks and seeds.
 
     ``components``: the MACs by what spent them (:class:`~visibench.results.records.Compute`).
-    ``evidence``: intervals, comparisons and loyalty from the answers to single questions.
+    ``evidence``: intervals, comparisons and loyalty from the answers to single questions. ``cells``: what it is made
+    of, by task and seed.
     """
 
     label: str
@@ -70,6 +71,7 @@ class Row:
     components: dict[str, float]
     prefill: Prefill | None
     evidence: Evidence
+    cells: tuple[Cell, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,7 @@ def _row(cells: list[Cell], dense: dict[str, float], evidence: Evidence) -> Row:
         components=_components(cells),
         prefill=_prefill(cells),
         evidence=evidence,
+        cells=tuple(sorted(cells, key=lambda cell: (cell.config.task, cell.config.seed))),
     )
 
 

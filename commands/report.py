@@ -1,0 +1,66 @@
+"""Write the report of a run folder."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import DataError
+from .shared import check_writable, finished
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run or sweep.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="The page. (default: DIR/report.html)")
+    ] = None,
+    questions: Annotated[
+        int, typer.Option(min=0, max=200, metavar="N", help="How many questions to show with all answers.")
+    ] = 24,
+    images: Annotated[bool, typer.Option(help="Show the questions' images, from the data of the run.")] = True,
+) -> None:
+    """Write one HTML page of a run: what it shows, tables, figures, methods, questions with all answers, environment.
+
+    The page is one file that loads nothing. Images that cannot be loaded any more are left out with the reason.
+    """
+    from ..results.report import no_pictures
+    from ..results.report import report as page_of
+    from ..results.tables import build
+
+    cells = finished(folder)
+    file = out or folder / "report.html"
+    check_writable(file)
+    page = page_of(
+        build(cells),
+        folder.resolve().name,
+        questions=questions,
+        pictures=_pictures() if images and questions else no_pictures,
+        about=_about(),
+    )
+    try:
+        file.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot write to {file} ({error.strerror}): choose another file") from error
+    print(f"{file} ({len(page.encode()) / 1e6:.1f} MB)")
+
+
+def _pictures() -> Any:
+    from ..evals.pictures import Pictures
+
+    return Pictures()
+
+
+def _about() -> dict[str, dict[str, Any]]:
+    """Facts about all methods by name, with the description of the file that each is written in."""
+    from ..evals.spec import describe_methods
+    from ..methods import list_methods
+
+    modules = {name: sys.modules[cls.__module__] for name, cls in list_methods().items()}
+    return {
+        facts["name"]: facts | {"algorithm": inspect.getdoc(modules[facts["name"]]) or ""}
+        for facts in describe_methods()
+    }

@@ -1,0 +1,104 @@
+"""Images of questions for reports: loaded again from where the run had them, and shown as its model saw them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from ..errors import VisibenchError
+from ..models import LoadedModel, load_model
+from ..results.records import CellConfig
+from ..results.report import Picture
+from .tasks import Task, load_tasks
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+LONGEST = 336
+"""Pixels of the longer side of an image in a report, at most."""
+_LOSSLESS = 40_000  # bytes up to which an image is stored as PNG
+
+
+class Pictures:
+    """Callable as :data:`visibench.results.report.Pictures`; keeps the processor of each model."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, LoadedModel | str] = {}
+
+    def __call__(self, config: CellConfig, prompts: Mapping[int, str]) -> dict[int, Picture | str]:
+        """The images of the questions ``prompts`` (by doc_id) of a cell, or why one cannot be shown."""
+        try:
+            (task,) = load_tasks([config.task], config.origin)
+        except VisibenchError as error:
+            return dict.fromkeys(prompts, str(error))
+        return {doc_id: self._picture(config.model, task, doc_id, prompt) for doc_id, prompt in prompts.items()}
+
+    def _picture(self, model: str, task: Task, doc_id: int, prompt: str) -> Picture | str:
+        if not 0 <= doc_id < len(task.docs):
+            return f"the data have changed since the run: there is no question {doc_id}"
+        try:
+            now, images = task.question(doc_id)
+        except VisibenchError as error:
+            return str(error)
+        if now != prompt:
+            return "the data have changed since the run: this question is another one now"
+        if len(images) > 1:
+            return stored(images[0], f"the first of {len(images)} images, as in the data")
+        loaded = self._model(model)
+        if isinstance(loaded, str):
+            return stored(images[0], f"as in the data (what the model saw is not known: {loaded})")
+        return _as_seen(loaded, images[0])
+
+    def _model(self, name: str) -> LoadedModel | str:
+        """The model without weights, for its sizes and its processor; or why there is none."""
+        if name not in self._models:
+            try:
+                self._models[name] = load_model(name, device="cpu", weights="meta")
+            except VisibenchError as error:
+                self._models[name] = str(error)
+        return self._models[name]
+
+
+def _as_seen(loaded: LoadedModel, image: Image.Image) -> Picture:
+    """The image behind resizing and cropping, before its values are scaled; as it is where it is cut into tiles."""
+    vision = loaded.geometry.vision
+    pixels = None if loaded.processor is None or loaded.adapter.kind != "llava" else seen(loaded.processor, image)
+    if pixels is None or vision is None:
+        return stored(image, "as in the data (this model does not see it as one square image)")
+    side = math.isqrt(vision.tokens)
+    about = f"as the model saw it, {pixels.shape[1]} × {pixels.shape[0]} pixels"
+    square = side**2 == vision.tokens and pixels.shape[0] == pixels.shape[1]
+    return stored(Image.fromarray(pixels), about, side if square else 0)
+
+
+def seen(processor: Any, image: Image.Image) -> NDArray[np.uint8] | None:
+    """What the image processor makes of an image, uint8 (height, width, 3); None if it makes several images of it."""
+    made = processor.image_processor(
+        images=[image.convert("RGB")], do_rescale=False, do_normalize=False, return_tensors="pt"
+    )["pixel_values"]
+    if made.ndim != 4 or len(made) != 1:
+        return None
+    return made[0].float().round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+
+
+def stored(image: Image.Image, about: str, grid: int = 0) -> Picture:
+    """The image in a page, at most :data:`LONGEST` pixels wide and high: PNG, or JPEG where that is large."""
+    small = image.convert("RGB")
+    small.thumbnail((LONGEST, LONGEST))
+    data, kind = _encoded(small, "PNG"), "png"
+    if len(data) > _LOSSLESS:
+        data, kind = _encoded(small, "JPEG", quality=85), "jpeg"
+    uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return Picture(uri, small.width, small.height, grid, about)
+
+
+def _encoded(image: Image.Image, form: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, form, optimize=True, **options)
+    return stream.getvalue()
