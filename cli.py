@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from . import __version__, machine
-from .commands import budget, check, compare, fit, flops, lists, plot, profile, published, report, runs
+from .commands import budget, check, compare, fit, flops, lists, plot, profile, published, report, runs, wandb
 from .errors import VisibenchError
 
 app = typer.Typer(
@@ -101,3 +101,4 @@ def root(
 
 for command in COMMANDS:
     app.command()(command)
+app.add_typer(wandb.app, name="wandb")

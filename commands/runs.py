@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from ..errors import IncompleteError, OptionError
+from . import live
 from .forecast import show
 from .shared import AsJson, Limit, finished
 
@@ -42,6 +43,11 @@ def run(
     ] = "embedded",
     out: Annotated[Path | None, typer.Option(help="Run folder. (default: runs/MODEL)")] = None,
     as_json: AsJson = False,
+    wandb: live.Mode = "off",
+    wandb_project: live.Project = None,
+    wandb_entity: live.Entity = None,
+    wandb_group: live.Group = None,
+    wandb_tags: live.Tags = None,
 ) -> None:
     """Run one method on some tasks: scores, visual tokens by layer, compute and prefill time."""
     from ..evals.config import parse_config
@@ -62,7 +68,11 @@ def run(
         "data": data,
     }
     folder = out or Path("runs") / Path(model).name
-    with _sweep(parse_config(content, "visibench run"), folder, dense=False) as cells:
+    parsed = parse_config(content, "visibench run")
+    with (
+        live.sending(folder, wandb, wandb_project, wandb_entity, wandb_group, wandb_tags) as sink,
+        _sweep(parsed, folder, dense=False, report=live.listening(None, sink)) as cells,
+    ):
         if as_json:
             print(json.dumps({"out": str(folder), "cells": [_cell_json(cell) for cell in cells]}, indent=1))
             return
@@ -99,6 +109,11 @@ def sweep(
             "--json", help="Print events as they happen, one JSON object a line, and nothing else on standard output."
         ),
     ] = False,
+    wandb: live.Mode = "off",
+    wandb_project: live.Project = None,
+    wandb_entity: live.Entity = None,
+    wandb_group: live.Group = None,
+    wandb_tags: live.Tags = None,
 ) -> None:
     """Run all methods × tasks of a configuration; run again, it skips what is done."""
     from ..evals.config import load_config, select
@@ -115,7 +130,10 @@ def sweep(
         show(chosen, folder, as_json=as_json)
         return
     report = JsonLines() if as_json else Reporter() if quiet else None
-    with _sweep(chosen, folder, report=report) as cells:
+    with (
+        live.sending(folder, wandb, wandb_project, wandb_entity, wandb_group, wandb_tags) as sink,
+        _sweep(chosen, folder, report=live.listening(report, sink)) as cells,
+    ):
         save_tables(cells, folder)
         if not as_json:
             _print_tables(cells, folder, quiet=quiet)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -274,6 +275,25 @@ class _Rate(ProgressColumn):
 def reporter(console: Console) -> Reporter:
     """Bars where there is a terminal, plain lines elsewhere."""
     return Bars(console) if console.is_terminal else Lines(console)
+
+
+class Listening(Reporter):
+    """Passes events on to ``report``, and calls ``listener`` after each finished cell."""
+
+    def __init__(self, report: Reporter, listener: Callable[[], None]) -> None:
+        self.report, self.listener = report, listener
+
+    def __enter__(self) -> Reporter:
+        self.report.__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self.report.__exit__(*raised)
+
+    def __call__(self, event: Event) -> None:
+        self.report(event)
+        if isinstance(event, CellFinished):
+            self.listener()
 
 
 class Stopwatch:

@@ -1,0 +1,122 @@
+"""Sending to Weights & Biases while a sweep runs: by a process of its own, which the sweep never waits for.
+
+The sweep only says that a cell is done: a byte into a pipe that never blocks. What has not arrived in the end, for
+whatever reason, is one line of warning; the run folder has it all, and ``visibench wandb sync`` sends the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from ..errors import DataError, OptionError, suggest
+from .wandb import destination
+
+if TYPE_CHECKING:
+    from ..evals.progress import Reporter
+    from ..results.wandb import Target
+
+WAIT, INTERRUPTED = 120.0, 5.0
+"""Seconds that the end of a sweep waits for what is still to be sent, and after Ctrl-C."""
+
+Mode = Annotated[
+    str, typer.Option("--wandb", metavar="off|offline|online", help="Send cells to W&B as they finish. (default: off)")
+]
+Project = Annotated[str | None, typer.Option("--wandb-project", metavar="NAME", help="(default: visibench)")]
+Entity = Annotated[str | None, typer.Option("--wandb-entity", metavar="NAME", help="(default: the account's)")]
+Group = Annotated[str | None, typer.Option("--wandb-group", metavar="NAME", help="(default: the run folder's name)")]
+Tags = Annotated[str | None, typer.Option("--wandb-tags", metavar="A,B", help="Tags of every run.")]
+
+
+class Live:
+    """A process that sends the finished cells of ``folder``, each time it is told that there is a new one."""
+
+    def __init__(self, folder: Path, target: Target) -> None:
+        self.folder = folder
+        self.log = folder / "wandb" / "sync.log"
+        command = [sys.executable, "-m", "visibench", "wandb", "sync", str(folder), "--follow", *target.options()]
+        try:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("w") as log:
+                # Of its own session: Ctrl-C goes to the sweep alone.
+                self.process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+                )
+        except OSError as error:
+            raise DataError(
+                f"cannot write to {folder} ({error.strerror}): make room, or choose another --out"
+            ) from error
+        assert self.process.stdin is not None
+        self.pipe = self.process.stdin
+        os.set_blocking(self.pipe.fileno(), False)
+
+    def __call__(self) -> None:
+        """There is a new cell."""
+        with suppress(OSError):  # gone or stuck: the end will tell
+            os.write(self.pipe.fileno(), b"\n")
+
+    def close(self, seconds: float) -> str:
+        """Let it finish, for so many seconds at most. Returns why it did not, or nothing."""
+        with suppress(OSError):
+            self.pipe.close()
+        try:
+            code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            return f"not finished {seconds:g} s after the sweep"
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        return "" if code == 0 else lines[-1].removeprefix("error: ") if lines else f"exit code {code}"
+
+
+@contextmanager
+def sending(
+    folder: Path, mode: str, project: str | None, entity: str | None, group: str | None, tags: str | None
+) -> Iterator[Live | None]:
+    """A process that sends what is stored meanwhile, or None if ``mode`` is ``off``.
+
+    Raises :class:`OptionError`, before anything runs, for options that cannot be and where a key is missing.
+    """
+    if mode == "off":
+        given = {"project": project, "entity": entity, "group": group, "tags": tags}
+        stray = [name for name, value in given.items() if value is not None]
+        if stray:
+            raise OptionError(f"--wandb-{stray[0]} needs --wandb online or --wandb offline")
+        yield None
+        return
+    if mode not in ("online", "offline"):
+        raise OptionError(f"--wandb: {suggest(mode, ('off', 'offline', 'online'))}")
+    target = destination(folder, mode, project, entity, group, tags)
+    target.check()
+    live, wait = Live(folder, target), WAIT
+    try:
+        yield live
+    except KeyboardInterrupt:
+        wait = INTERRUPTED
+        raise
+    finally:
+        problem = live.close(wait)
+        if problem:
+            Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(
+                f"warning: not all is in W&B ({problem}); results are complete in {folder}, and "
+                f"`visibench wandb sync {folder}` sends the rest"
+            )
+
+
+def listening(report: Reporter | None, live: Live | None) -> Reporter | None:
+    """``report``, or what a sweep reports with by itself, that tells ``live`` of finished cells as well."""
+    if live is None:
+        return report
+    from ..evals.progress import Listening, reporter
+
+    return Listening(report or reporter(Console(stderr=True)), live)

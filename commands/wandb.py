@@ -1,0 +1,82 @@
+"""Weights & Biases: send the results of a run folder, at any time, and make a report of them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from ..errors import OptionError, suggest
+from .shared import finished
+
+if TYPE_CHECKING:
+    from ..results.store import Cell
+    from ..results.wandb import Target
+
+app = typer.Typer(no_args_is_help=True, help="Send results to Weights & Biases, and make reports there.")
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run or sweep.")]
+Project = Annotated[str | None, typer.Option(help="(default: visibench)")]
+Entity = Annotated[str | None, typer.Option(help="User or team. (default: the account's)")]
+Group = Annotated[str | None, typer.Option(help="What runs belong together. (default: the folder's name)")]
+Tags = Annotated[str | None, typer.Option(metavar="A,B", help="Tags of every run.")]
+
+
+@app.command()
+def sync(
+    folder: Folder,
+    project: Project = None,
+    entity: Entity = None,
+    group: Group = None,
+    tags: Tags = None,
+    mode: Annotated[
+        str,
+        typer.Option(metavar="online|offline", help="offline writes to DIR/wandb, for a machine without a network."),
+    ] = "online",
+    samples: Annotated[int, typer.Option(min=0, help="Answers of each cell in its table.")] = 32,
+    follow: Annotated[bool, typer.Option("--follow", hidden=True)] = False,
+) -> None:
+    """Send what is new in a run folder, finished or not: a run for each cell, and one with tables and figures."""
+    from ..results.store import Store
+    from ..results.wandb import Sink
+
+    target = destination(folder, mode, project, entity, group, tags, samples)
+    if follow:
+        os.nice(10)  # cells that are being timed should not notice
+        rounds: Iterator[list[Cell]] = (Store(folder).usable() for _ in chain([""], sys.stdin))
+    else:
+        rounds = iter([finished(folder)])
+    sink, cells, new = Sink(folder, target), [], 0
+    for cells in rounds:
+        new += sum(sink.send(cell, cells) for cell in cells)
+    tables = bool(cells) and sink.finish(cells)
+    Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(
+        f"{'Sent' if mode == 'online' else f'Written to {folder}/wandb'}: {new} of {len(cells)} cells"
+        f"{' and their tables' if tables else ''} in group {target.group!r} of project {target.project!r}."
+        f"{'' if new == len(cells) else ' The others had gone before.'}"
+    )
+
+
+def destination(
+    folder: Path,
+    mode: str,
+    project: str | None,
+    entity: str | None,
+    group: str | None,
+    tags: str | None,
+    samples: int = 32,
+) -> Target:
+    """Where results go. Raises :class:`OptionError` for names that cannot be."""
+    from ..results.wandb import MODES, PROJECT, Target
+
+    if mode not in MODES:
+        raise OptionError(f"unknown mode {mode!r}; {suggest(mode, MODES)}")
+    named = tuple(tag.strip() for tag in (tags or "").split(",") if tag.strip())
+    chosen = project or os.environ.get("WANDB_PROJECT") or PROJECT
+    return Target(group or folder.resolve().name, mode, chosen, entity, named, samples)

@@ -1,0 +1,313 @@
+"""Weights & Biases: what wandb's own reader finds in what was written, and what happens when nobody answers."""
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+import pytest
+from storing import config, frame, put
+from visibench.cli import main
+from visibench.commands.live import sending
+from visibench.errors import OptionError
+from visibench.evals.progress import CellFinished, Listening, Named, Reporter
+from visibench.results import plots
+from visibench.results.records import ScoreRecord
+from visibench.results.store import Store
+from visibench.results.tables import build
+from visibench.results.wandb import Target
+from visibench.results.wandb_content import BEHIND, summary
+
+KEY = "0123456789abcdef" * 3
+IMAGES = [f"i{n // 2}" for n in range(40)]
+QUICK = {f"WANDB__GRAPHQL_RETRY_{name}": "1" for name in ("MAX", "WAIT_MIN_SECONDS", "WAIT_MAX_SECONDS")}
+
+
+def answered(store, method, right, keep=1.0):
+    options = {} if method == "none" else {"keep": keep}
+    score = [float(n % 10 < 10 * right) for n in range(40)]
+    samples = frame(IMAGES, score, output="a word", kv_lengths=[[30, 20 if keep < 1 else 30]] * 40)
+    samples["visual_tokens"] = [[16, round(16 * keep)]] * 40
+    samples["executed_macs"] = 2e9
+    value = ScoreRecord(key="exact_match", title="exact match", value=statistics.fmean(score), maximum=1)
+    return put(store, config(method, options=options), samples=samples, scores=[value])
+
+
+def full(folder: Path) -> Store:
+    store = Store(folder)
+    answered(store, "none", 0.9)
+    answered(store, "fastv", 0.6, 0.5)
+    store.save("sweep.yaml", "model: tiny\n")
+    return store
+
+
+def environment(home: Path, **changes: str) -> dict[str, str]:
+    """This process's, without an account."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_") and k != "NETRC"}
+    return clean | {"HOME": str(home), "MPLCONFIGDIR": matplotlib.get_configdir(), **changes}
+
+
+def dead_server() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+def records(file: Path):
+    """The records of a run, by kind, read with wandb's own reader."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    reader, found = DataStore(), defaultdict(list)
+    reader.open_for_scan(str(file))
+    while (data := reader.scan_data()) is not None:
+        record = Record.FromString(data)
+        kind = record.WhichOneof("record_type")
+        found[kind].append(getattr(record, kind))
+    return found
+
+
+def values(items) -> dict:
+    """Items of a summary or history by their (joined) keys."""
+    return {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A folder synced offline, twice: (its path, standard error, where HOME was, runs by name)."""
+    base = tmp_path_factory.mktemp("wandb")
+    (base / "home").mkdir()
+    (base / "cwd").mkdir()
+    full(base / "run")
+    code = "import sys; from visibench.cli import app; a = sys.argv[1:]; [app(a, standalone_mode=False) for _ in '12']"
+    arguments = ["wandb", "sync", str(base / "run"), "--mode", "offline", "--tags", "a,b", "--samples", "5"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=base / "cwd",
+        env=environment(base / "home", WANDB_API_KEY=KEY),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [records(file) for file in sorted((base / "run" / "wandb").glob("offline-run-*/*.wandb"))]
+    return base, done.stderr, {run["run"][0].display_name: run for run in found}
+
+
+FASTV = "fastv · gqa · seed 0"
+
+
+def test_one_run_for_each_cell_and_one_for_the_sweep(written):
+    _, said, runs = written
+    assert set(runs) == {"none · gqa · seed 0", FASTV, "run"}
+    for run in runs.values():
+        (told,) = {(r.project, r.run_group, tuple(r.tags)) for r in run["run"]}
+        assert told == ("visibench", "run", ("a", "b"))
+        assert [exit.exit_code for exit in run["exit"]] == [0]
+    assert [run["run"][0].job_type for run in runs.values()].count("cell") == 2
+    assert "2 of 2 cells and their tables" in said
+
+
+def test_syncing_again_writes_nothing(written):
+    base, said, _ = written
+    assert len(list((base / "run" / "wandb").glob("offline-run-*"))) == 3
+    assert "0 of 2 cells in group 'run'" in said
+
+
+def test_config_is_the_cells_with_its_environment(written):
+    base, _, runs = written
+    (cell,) = (cell for cell in Store(base / "run").cells() if cell.config.method == "fastv")
+    found = {item.key: json.loads(item.value_json) for item in runs[FASTV]["run"][0].config.update}
+    assert cell.config.model_dump(mode="json").items() <= found.items()
+    assert found["environment"] == cell.metrics.environment.model_dump(mode="json")
+
+
+def test_summary_holds_scores_with_intervals_and_costs(written):
+    base, _, runs = written
+    found = {key: value for part in runs[FASTV]["summary"] for key, value in values(part.update).items()}
+    (table,) = build(Store(base / "run").cells())
+    interval = next(row for row in table.rows if row.method == "fastv").evidence.scores["gqa"]["exact_match"]
+    expected = {
+        "gqa/exact_match": 0.6,
+        "gqa/exact_match/ci_low": interval.low,
+        "gqa/exact_match/ci_high": interval.high,
+        "score_percent": 60,
+        "retained_percent": 100 * 0.6 / 0.9,
+        "visual_tokens/prompt": 16,
+        "visual_tokens/T": 12,
+        "visual_tokens/last": 8,
+        "compute/gflops": 2,
+        "compute/ffn_gflops": 2,
+        "kv_cache/entries": 25,
+        "prefill_ms/median": 2,
+        "prefill_ms/iqr": 1,
+    }
+    assert {key: found.get(key) for key in expected} == pytest.approx(expected)
+    assert interval.low < 0.6 < interval.high
+
+
+def test_table_of_answers_is_bounded(written):
+    base, _, runs = written
+    (step,) = runs[FASTV]["history"]
+    path = values(step.item)["samples.path"]
+    (file,) = (base / "run" / "wandb").glob(f"offline-run-*/files/{path}")
+    table = json.loads(file.read_text())
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert [row["doc_id"] for row in rows] == list(range(5))
+    assert {row["output"] for row in rows} == {"a word"}
+    assert {row["visual_tokens_mean"] for row in rows} == {12}
+    assert {row["executed_gflops"] for row in rows} == {2}
+
+
+def test_artifacts_hold_the_cells_files_and_the_tables(written):
+    base, _, runs = written
+    manifests = {
+        (artifact.type, artifact.name): {file.path: file for file in artifact.manifest.contents}
+        for run in runs.values()
+        for artifact in run["artifact"]
+    }
+    (cell,) = (cell for cell in Store(base / "run").cells() if cell.config.method == "fastv")
+    sent = manifests["cell", cell.path.name]
+    assert set(sent) == {"config.json", "metrics.json", "samples.parquet"}
+    for name, file in sent.items():
+        assert Path(file.local_path).read_bytes() == (cell.path / name).read_bytes()
+    assert set(manifests["sweep", "run-tables"]) == {"table.md", "table.csv", "table.json", "sweep.yaml"}
+
+
+def test_sweep_run_holds_the_table_and_every_figure_with_its_data(written):
+    base, _, runs = written
+    (step,) = runs["run"]["history"]
+    found = values(step.item)
+    media = base / "run" / "wandb"
+    for kind in plots.KINDS:
+        (image,) = media.glob(f"offline-run-*/files/{found[f'plots/{kind}.path']}")
+        assert image.read_bytes().startswith(b"\x89PNG")
+        (data,) = media.glob(f"offline-run-*/files/{found[f'plots/{kind}_data.path']}")
+        assert json.loads(data.read_text())["data"]
+    (file,) = media.glob(f"offline-run-*/files/{found['table.path']}")
+    table = json.loads(file.read_text())
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert [(row["method"], row["gqa:exact_match"]) for row in rows] == [("none", 0.9), ("fastv", 0.6)]
+    assert set(BEHIND) == set(plots.KINDS)
+
+
+def test_nothing_private_and_nothing_elsewhere(written):
+    base, _, runs = written
+    assert list((base / "cwd").iterdir()) == []
+    assert [path for path in (base / "home").rglob("*") if path.is_file()] == []
+    for run in runs.values():
+        record = run["run"][0]
+        assert not record.host
+        assert not record.git.remote_url
+        assert not {"stats", "output", "output_raw", "environment"} & set(run)
+    for file in (base / "run").rglob("*"):
+        assert not file.is_file() or KEY.encode() not in file.read_bytes(), file
+        assert file.name not in ("requirements.txt", "wandb-metadata.json", "output.log")
+
+
+def test_retained_needs_a_dense_cell_on_the_same_questions(tmp_path):
+    store = full(tmp_path)
+    cells = {cell.config.method: cell for cell in store.cells()}
+    assert "retained_percent" not in summary(cells["fastv"], [])
+    assert summary(cells["none"], [])["gqa/exact_match"] == 0.9
+
+
+def test_the_same_cell_has_the_same_run_and_other_groups_have_others():
+    assert Target("a").run_id("x") == Target("a", mode="offline", rows=3).run_id("x")
+    assert Target("a").run_id("x") != Target("b").run_id("x")
+
+
+@pytest.mark.slow
+def test_a_dead_server_costs_one_warning(tmp_path, monkeypatch, capsys):
+    (tmp_path / "home").mkdir()
+    for name, value in environment(tmp_path / "home", **QUICK, WANDB_BASE_URL=dead_server()).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    folder = tmp_path / "run"
+    with sending(folder, "online", None, None, None, None) as live:
+        full(folder)
+        live()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("warning: not all is in W&B")
+    assert f"visibench wandb sync {folder}" in said
+    assert KEY not in said
+    assert len(Store(folder).cells()) == 2
+    for file in tmp_path.rglob("*"):
+        assert not file.is_file() or KEY.encode() not in file.read_bytes(), file
+
+
+def test_a_process_that_hangs_or_dies_is_not_waited_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("visibench.commands.live.WAIT", 0.2)
+    for number, does in enumerate(("sleep 60", "exit 3")):
+        stand_in = tmp_path / f"stand-in-{number}"
+        stand_in.write_text(f"#!/bin/sh\n{does}\n")
+        stand_in.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(stand_in))
+        with sending(tmp_path / "run", "offline", None, None, None, None) as live:
+            for _ in range(100_000):  # more than a pipe holds
+                live()
+        assert live.process.poll() is not None
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert ("not finished 0.2 s after" if number == 0 else "exit code 3") in said
+
+
+def test_listeners_hear_of_finished_cells_alone():
+    told, heard = [], []
+    report = Reporter()
+    report.cell_finished = told.append
+    cell = Named.cell(config(), 1, 1, 1)
+    finished = CellFinished(cell=cell, scores=[], visual_tokens=1, executed_macs=1, seconds=1)
+    with Listening(report, lambda: heard.append(len(told))) as tell:
+        from visibench.evals.progress import Note
+
+        tell(Note(text="a"))
+        tell(finished)
+    assert told == [finished]
+    assert heard == [1], "after the event was told"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--wandb", "onlin"], "did you mean 'online'"),
+        (["--wandb-project", "x"], "needs --wandb online"),
+        (["--wandb", "online"], "no W&B API key"),
+    ],
+)
+@pytest.mark.parametrize("command", ["sweep quick", "run --model tiny --method none --tasks gqa"])
+def test_refused_before_anything_runs(command, options, says, tmp_path, monkeypatch, capsys):
+    for name, value in environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["visibench", *command.split(), *options])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    said = capsys.readouterr()
+    assert (stopped.value.code, said.out, said.err.count("\n")) == (2, "", 1)
+    assert says in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_key_that_cannot_be_one_is_refused_unprinted(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_API_KEY", "short-secret")
+    with pytest.raises(OptionError, match="40") as refused:
+        Target("a").check()
+    assert "short-secret" not in str(refused.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["flops --model tiny --method none", "methods"])
+def test_other_commands_do_not_load_wandb(command):
+    code = "import sys\nfrom visibench.cli import app\napp(sys.argv[1:], standalone_mode=False)\n"
+    code += "print('wandb' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *command.split()], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
