@@ -157,8 +157,8 @@ class Bridge:
             why = "out of memory" if no_room else reason(error)
             if len(chunk) == 1:
                 self._fail(chunk[0][3], error, no_room, batch)
-        # Outside the clause above: what the failed run holds goes with its traceback.
-        release()
+        if no_room:  # outside the clause above: what the failed run holds goes with its traceback
+            release()
         if len(chunk) > 1:
             batch.smaller = batch.smaller or why
             for part in (chunk[: len(chunk) // 2], chunk[len(chunk) // 2 :]):

@@ -248,6 +248,7 @@ def outcome(cell) -> dict:
     return {"config": cell.config.model_dump(), "metrics": metrics, "samples": cell.samples().to_json()}
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_ends_the_same(settings, tmp_path):
     file, killed = tmp_path / "sweep.yaml", tmp_path / "killed"
     file.write_text(yaml.safe_dump(settings | {"batch_size": 1}))
