@@ -24,6 +24,7 @@ FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
     "--disable-sync", "--no-first-run", "--disable-dev-shm-usage",
 )  # fmt: skip
+INTERNAL = ("data:", "chrome:")  # the browser's own first page is of the second kind
 EVENTS = ("requestWillBeSent", "loadingFailed")
 
 
@@ -74,7 +75,7 @@ class Browser:
         params = {name: [m["params"] for m in messages if m["method"] == f"Network.{name}"] for name in EVENTS}
         sent = {one["requestId"]: one["request"]["url"] for one in params["requestWillBeSent"]}
         stopped = {one["requestId"]: one.get("blockedReason") for one in params["loadingFailed"]}
-        return {url: stopped.get(request) for request, url in sent.items() if not url.startswith("data:")}
+        return {url: stopped.get(request) for request, url in sent.items() if not url.startswith(INTERNAL)}
 
 
 @pytest.fixture(scope="module")
