@@ -12,12 +12,13 @@ import typer
 from rich.console import Console
 
 from ..errors import IncompleteError, OptionError
-from . import live
+from . import live, scale
 from .forecast import show
 from .shared import AsJson, Limit, finished
 
 if TYPE_CHECKING:
     from ..evals.config import SweepConfig
+    from ..evals.executors import Executor
     from ..evals.progress import Reporter
     from ..results.store import Cell
 
@@ -102,6 +103,10 @@ def sweep(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what is done and what is to do, with compute and time, and stop.")
     ] = False,
+    executor: scale.Named = "local",
+    workers: scale.Workers = None,
+    address: scale.Address = None,
+    shard: scale.Shard = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors and the final table only.")] = False,
     as_json: Annotated[
         bool,
@@ -130,9 +135,10 @@ def sweep(
         show(chosen, folder, as_json=as_json)
         return
     report = JsonLines() if as_json else Reporter() if quiet else None
+    runs = scale.choose(executor, workers, address, shard)
     with (
         live.sending(folder, wandb, wandb_project, wandb_entity, wandb_group, wandb_tags) as sink,
-        _sweep(chosen, folder, report=live.listening(report, sink)) as cells,
+        _sweep(chosen, folder, report=live.listening(report, sink), executor=runs) as cells,
     ):
         save_tables(cells, folder)
         if not as_json:
@@ -182,13 +188,19 @@ def _against(name: str, folder: Path, form: str) -> str:
 
 @contextmanager
 def _sweep(
-    config: SweepConfig, folder: Path, *, dense: bool = True, report: Reporter | None = None
+    config: SweepConfig,
+    folder: Path,
+    *,
+    dense: bool = True,
+    report: Reporter | None = None,
+    executor: Executor | None = None,
 ) -> Iterator[list[Cell]]:
     """Run a sweep and yield what is done; what failed is raised afterwards, or at once where nothing is done."""
     from ..evals.sweep import sweep as run_sweep
 
     try:
-        cells, problem = run_sweep(config, folder, Console(stderr=True), dense=dense, report=report), None
+        cells = run_sweep(config, folder, Console(stderr=True), dense=dense, report=report, executor=executor)
+        problem = None
     except IncompleteError as error:
         if not error.cells:
             raise

@@ -22,6 +22,7 @@ from ..results.tables import build
 from . import budget
 from .cell import claimed, others, run_cell
 from .config import SweepConfig, settled
+from .executors import Executor, Job
 from .interrupt import stoppable
 from .plan import Plan, fingerprint, plan
 from .progress import (
@@ -40,21 +41,28 @@ from .progress import (
 )
 from .tasks import Task, load_tasks
 
-__all__ = ["Plan", "Prepared", "fingerprint", "plan", "run_cell", "save_tables", "sweep"]
+__all__ = ["Plan", "Prepared", "fingerprint", "local", "plan", "run_cell", "save_tables", "sweep"]
 
 SHOWN = 3
 """Failed cells named in the last line."""
 
 
 def sweep(
-    config: SweepConfig, out: Path, console: Console, *, dense: bool = True, report: Reporter | None = None
+    config: SweepConfig,
+    out: Path,
+    console: Console,
+    *,
+    dense: bool = True,
+    report: Reporter | None = None,
+    executor: Executor | None = None,
 ) -> list[Cell]:
     """Run what is not done yet, and return all cells of the sweep in their order.
 
     Tasks and methods are built before the model is loaded, so that mistakes show at once. Progress goes to ``report``,
     by default bars or lines on ``console``. Interrupted cells go on behind their last batch. Several processes may run
     the same sweep on the same folder: each takes cells that nobody else works on, and waits for the others' at the end.
-    Models come one after the other, each loaded once and gone before the next.
+    Models come one after the other, each loaded once and gone before the next. ``executor`` runs the cells of a model,
+    by default :func:`local`.
 
     Raises :class:`IncompleteError`, which holds the finished cells, if some failed; all others have run by then.
     """
@@ -69,7 +77,7 @@ def sweep(
         cells: list[Cell] = []
         failed: list[str] = []
         for one in models:
-            finished, problems = _sweep_model(one, store, tell, dense, saved)
+            finished, problems = _sweep_model(one, store, tell, dense, saved, executor or local)
             cells, failed = cells + finished, failed + problems
         tell(SweepFinished(out=str(out), cells=len(cells), seconds=clock()))
     if failed:
@@ -86,7 +94,7 @@ def _summary(failed: list[str], done: int) -> str:
 
 
 def _sweep_model(
-    config: SweepConfig, store: Store, report: Reporter, dense: bool, saved: str
+    config: SweepConfig, store: Store, report: Reporter, dense: bool, saved: str, executor: Executor
 ) -> tuple[list[Cell], list[str]]:
     """The finished cells of a model, and what is to be said of the others."""
     failed: list[str] = []
@@ -99,9 +107,8 @@ def _sweep_model(
     report(ModelStarted(model=config.model, cells=len(cells), done=done, questions=questions))
     if pending:
         store.save("sweep.yaml", saved)
-        failed = _run(pending, sizes, prepared, store, report)
-    del prepared
-    release()
+        failed = executor(Job(config, pending, sizes, store, time.time()), prepared, report)
+    prepared.forget()
     return [cell for cell in (store.done(planned.config) for planned in cells) if cell is not None], failed
 
 
@@ -124,6 +131,12 @@ class Prepared:
         """The model."""
         config = self.config
         return load_model(config.model, device=config.device, dtype=config.dtype, attn_implementation=config.attention)
+
+    def forget(self) -> None:
+        """Free the model's memory."""
+        for name in ("prompts", "loaded"):
+            self.__dict__.pop(name, None)
+        release()
 
     def tasks(self, names: Sequence[str]) -> dict[str, Task]:
         """Tasks by name."""
@@ -150,21 +163,19 @@ class Prepared:
         return found.method
 
 
-def _run(
-    pending: list[Plan], sizes: Mapping[str, int], prepared: Prepared, store: Store, report: Reporter
-) -> list[str]:
-    """Run cells, and tell which of them failed. Processes on one folder share the cells out by their claims."""
-    tasks, loaded, began = prepared.tasks(list(sizes)), prepared.loaded, time.time()
+def local(job: Job, prepared: Prepared, report: Reporter) -> list[str]:
+    """Run cells in this process, and tell which failed. Processes on one folder share the cells out by their claims."""
+    tasks, loaded, store = prepared.tasks(list(job.sizes)), prepared.loaded, job.store
     failed = []
-    for cell in pending:
+    for cell in job.cells:
         cell.method.check(loaded.geometry)
 
     def say(text: str) -> None:
         report(Note(text=text))
 
-    with stoppable(say) as check, closing(claimed(pending, store, say, check)) as mine:
+    with stoppable(say) as check, closing(claimed(job.cells, store, say, check)) as mine:
         for number, cell in enumerate(mine, start=1):
-            clock, name = Stopwatch(), Named.cell(cell.config, number, len(pending), sizes[cell.config.task])
+            clock, name = Stopwatch(), Named.cell(cell.config, number, len(job.cells), job.sizes[cell.config.task])
             report(CellStarted(cell=name))
             counts = Counts(name, clock, report)
 
@@ -173,7 +184,7 @@ def _run(
                 check()
 
             try:
-                done = others(cell.config, name.questions, store, began) or run_cell(
+                done = others(cell.config, name.questions, store, job.began) or run_cell(
                     loaded, cell.method, tasks[cell.config.task], cell.config, store, on_batch
                 )
                 report(CellFinished.of(name, done.metrics, clock()))

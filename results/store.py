@@ -15,7 +15,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +144,17 @@ class Store:
             _write(path / METRICS, metrics)
             self.tidy(config, f"{ANSWERS}*.jsonl")
         return Cell(path, config, metrics)
+
+    def take(self, config: CellConfig, files: Mapping[str, bytes]) -> None:
+        """Write files of a cell that were made elsewhere, the metrics last."""
+        path = self.path(config)
+        with disk.writing(path):
+            disk.make(path)
+            for name in sorted(files, key=lambda name: name == METRICS):
+                with disk.whole(path / name) as partial:
+                    partial.write_bytes(files[name])
+            if METRICS in files:
+                self.tidy(config, f"{ANSWERS}*.jsonl", FAILURES)
 
     def fail(self, config: CellConfig, failures: Sequence[Failure]) -> Path:
         """Write what went wrong in a cell, which stays unfinished; the file is removed when it begins again."""

@@ -1,0 +1,213 @@
+"""Sweeps by several processes and on a Ray cluster: the same results, also when a worker is killed."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+from rich.console import Console
+from visibench.commands.scale import choose
+from visibench.errors import OptionError, VisibenchError
+from visibench.evals import executors
+from visibench.evals.config import parse_config
+from visibench.evals.executors import Processes
+from visibench.evals.progress import Reporter
+from visibench.evals.ray import Ray, _needs
+from visibench.evals.sweep import sweep
+from visibench.results.store import Store
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def config(checkpoint, disk_data):
+    methods = ["fastv:keep=0.5", {"name": "random", "keep": 0.25, "seeds": [0, 1]}]
+    content = {"model": str(checkpoint), "data": str(disk_data), "tasks": ["gqa", "mme"], "methods": methods}
+    return parse_config(content | {"limit": 7, "batch_size": 2, "timing": {"repeats": 2, "warmup": 0}}, "test")
+
+
+@pytest.fixture(scope="module")
+def straight(config, tmp_path_factory) -> list:
+    return outcomes(sweep(config, tmp_path_factory.mktemp("straight"), QUIET))
+
+
+def outcomes(cells) -> list:
+    """What must be the same whoever runs a cell: all but times, and what says that files are whole."""
+    times = {"prefill": {"times_ms"}, "seconds": True, "checksum": True}
+    found = []
+    for cell in cells:
+        assert len(cell.metrics.prefill.times_ms) == 2
+        found.append((cell.config, cell.metrics.model_dump(exclude=times), cell.samples().to_json()))
+    return found
+
+
+class Heard(Reporter):
+    """Keeps all events; calls ``act`` at the first of a kind."""
+
+    def __init__(self, kind: str = "", act=None) -> None:
+        self.events, self.kind, self.act = [], kind, act
+
+    def __call__(self, event) -> None:
+        self.events.append(event)
+        if self.act and event.event == self.kind:
+            act, self.act = self.act, None
+            act()
+
+    def of(self, *kinds: str) -> list:
+        return [event for event in self.events if event.event in kinds]
+
+
+def check_events(heard: Heard, cells: int) -> None:
+    """Every cell ends once, and the numbers count through."""
+    assert sorted(event.cell.number for event in heard.of("cell_finished")) == list(range(1, cells + 1))
+    assert len({event.cell.folder for event in heard.of("cell_finished")}) == cells
+
+
+# ---- processes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_does_also_if_one_is_killed(config, straight, tmp_path):
+    killed = []
+
+    def kill() -> None:
+        victim = multiprocessing.active_children()[0]
+        os.kill(victim.pid, signal.SIGKILL)
+        victim.join()
+        killed.append(victim.exitcode)
+
+    heard = Heard("progress", kill)
+    assert outcomes(sweep(config, tmp_path, QUIET, report=heard, executor=Processes(2))) == straight
+    assert killed == [-signal.SIGKILL]
+    assert not list(tmp_path.glob("cells/*/answers*"))
+    assert any("was killed (SIGKILL): its cell goes to the others" in note.text for note in heard.of("note"))
+    check_events(heard, len(straight))
+
+
+@pytest.mark.slow
+def test_when_no_process_is_left_the_sweep_says_so_and_goes_on_later(config, straight, tmp_path):
+    def kill() -> None:
+        for victim in multiprocessing.active_children():
+            os.kill(victim.pid, signal.SIGKILL)
+
+    with pytest.raises(VisibenchError, match=r"was killed \(SIGKILL\): run the same command again"):
+        sweep(config, tmp_path, QUIET, report=Heard("cell_finished", kill), executor=Processes(2))
+    assert 1 <= len(Store(tmp_path).cells()) < len(straight)
+    assert outcomes(sweep(config, tmp_path, QUIET)) == straight
+
+
+def test_what_a_worker_cannot_load_is_said_once(config, tmp_path, monkeypatch):
+    broken = config.model_copy(update={"methods": ["fastv:layer=11,keep=0.5"]})
+    monkeypatch.setattr(executors, "_start", lambda *args: pytest.fail("a worker was started"))
+    with pytest.raises(OptionError, match="10 layers"):
+        sweep(broken, tmp_path, QUIET, executor=Processes(2))
+
+
+def test_each_worker_has_a_device_of_its_own(monkeypatch):
+    monkeypatch.setattr(executors.torch, "get_num_threads", lambda: 8)
+    assert executors._environment(1, 3, "cpu") == {"OMP_NUM_THREADS": "2"}
+    assert executors._environment(8, 9, "auto") == {"OMP_NUM_THREADS": "1"}
+    monkeypatch.setattr(executors.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(executors.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [executors._environment(i, 2, "auto") for i in (0, 1)] == [{"CUDA_VISIBLE_DEVICES": str(i)} for i in (0, 1)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert executors._environment(1, 2, "cuda") == {"CUDA_VISIBLE_DEVICES": "7"}
+    with pytest.raises(OptionError, match="2 CUDA devices"):
+        executors._environment(0, 3, "cuda")
+    with pytest.raises(OptionError, match="give device cuda, not cuda:1"):
+        executors._environment(0, 2, "cuda:1")
+
+
+# ---- Ray ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _ray(monkeypatch):
+    """Workers as quick as this process; by itself Ray gives way to everything else on the machine."""
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_ray")
+def test_a_ray_cluster_gives_what_one_process_does_and_a_killed_worker_changes_nothing(
+    config, straight, tmp_path, capsys
+):
+    """Cells of seven questions in shards of four; one worker is killed in the middle of its work."""
+    killed = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 60
+        while not killed and time.monotonic() < deadline:
+            for process in psutil.Process().children(recursive=True):
+                if process.name().startswith("ray::Worker.run"):
+                    process.kill()
+                    killed.append(process.pid)
+                    return
+            time.sleep(0.002)
+
+    killer = threading.Thread(target=kill)
+    heard = Heard("cell_finished", killer.start)
+    cells = sweep(config, tmp_path, QUIET, report=heard, executor=Ray(workers=2, shard=4))
+    killer.join()
+    assert len(killed) == 1
+    assert capsys.readouterr().out == ""
+    assert outcomes(cells) == straight
+    check_events(heard, len(straight))
+    counts = [event.answered for event in heard.of("progress") if event.cell.number == 1]
+    assert counts in ([3, 7], [4, 7]), "shards of batches of two: 2 + 2 and 2 + 1 questions, in any order"
+    assert not list(tmp_path.glob("cells/*/answers*"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_ray")
+def test_an_error_of_a_ray_worker_is_one_line(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("visibench.evals.plan.fingerprint", lambda model: "0123456789abcdef")
+    with pytest.raises(VisibenchError, match=r"^model '.*' is another one on .*: copy the folder there$"):
+        sweep(config, tmp_path, QUIET, executor=Ray(workers=1))
+
+
+def test_what_a_worker_needs_of_the_cluster():
+    assert _needs("auto", {"CPU": 64, "GPU": 8}) == ({"num_gpus": 1}, 8)
+    assert _needs("cuda", {"CPU": 64, "GPU": 2}) == ({"num_gpus": 1}, 2)
+    assert _needs("cpu", {"CPU": 64, "GPU": 8}) == ({"num_cpus": 1}, 64)
+    assert _needs("auto", {"CPU": 4}) == ({"num_cpus": 1}, 4)
+    with pytest.raises(OptionError, match="has no GPU"):
+        _needs("cuda", {"CPU": 4})
+    with pytest.raises(OptionError, match="not cuda:1"):
+        _needs("cuda:1", {"CPU": 4, "GPU": 4})
+
+
+def test_without_ray_there_is_one_line_that_names_the_fix(config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(OptionError, match=r"^--executor ray needs Ray: pip install visibench\[ray\]$"):
+        sweep(config, tmp_path, QUIET, executor=Ray())
+
+
+# ---- options ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("loca", None, None, None), "did you mean 'local'"),
+        (("local", None, "auto", None), "--address is for --executor ray"),
+        (("local", 2, None, 100), "--shard is for --executor ray"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options, message):
+    with pytest.raises(OptionError, match=message):
+        choose(*options)
+
+
+def test_options_choose_who_runs_the_cells():
+    assert choose("local", None, None, None) is None
+    assert choose("local", 1, None, None) is None
+    assert choose("local", 3, None, None) == Processes(3)
+    assert choose("ray", None, None, None) == Ray(None, None, 1000)
+    assert choose("ray", 4, "auto", 50) == Ray("auto", 4, 50)
