@@ -12,6 +12,8 @@ from visibench.evals.sweep import plan
 from visibench.results.store import Store
 
 KILLS = 12
+# Of a cell's metrics, what two runs need not have in common: times, and whether code was just edited.
+TIMES = {"prefill": True, "seconds": True, "checksum": True, "environment": {"code"}}
 
 
 @pytest.fixture
@@ -35,10 +37,7 @@ def crash(checkpoint, disk_data, tmp_path):
 
     def outcomes(folder):
         found = [Store(folder).found(cell.config) for cell in plan(load_config(str(tmp_path / "sweep.yaml"))[0])]
-        return [
-            (cell.metrics.model_dump(exclude={"prefill", "seconds", "checksum"}), cell.samples().to_json())
-            for cell in found
-        ]
+        return [(cell.metrics.model_dump(exclude=TIMES), cell.samples().to_json()) for cell in found]
 
     return call
 

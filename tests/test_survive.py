@@ -29,6 +29,7 @@ from visibench.results.store import Store
 from visibench.results.tables import build
 
 DENSE = visibench.load_method("none")
+TIMES = {"prefill": True, "seconds": True, "checksum": True, "environment": {"code"}}
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ def asked(method=DENSE, root="data", **changes) -> CellConfig:
 
 
 def outcome(cell) -> dict:
-    """What must be the same in two runs: all but times, and the checksum over them."""
-    metrics = cell.metrics.model_dump(exclude={"prefill", "seconds", "checksum"})
+    """What must be the same in two runs: all but times, the checksum over them, and whether code was just edited."""
+    metrics = cell.metrics.model_dump(exclude=TIMES)
     return {"metrics": metrics, "samples": cell.samples().to_json()}
 
 
@@ -227,9 +228,8 @@ def test_a_question_that_fails_leaves_the_cell_unfinished(loaded, disk_data, tmp
 
 @pytest.fixture
 def settings(checkpoint, disk_data) -> dict:
-    methods = ["none", "fastv:keep=0.5"]
-    shared = {"model": str(checkpoint), "data": str(disk_data), "tasks": ["pope", "gqa"], "timing": None}
-    return shared | {"methods": methods, "batch_size": 1, "limit": 6}
+    where = {"model": str(checkpoint), "data": str(disk_data), "tasks": ["pope", "gqa"], "timing": None}
+    return where | {"methods": ["none", "fastv:keep=0.5"], "batch_size": 1, "limit": 6}
 
 
 def test_a_failing_method_does_not_stop_the_others(settings, tmp_path, monkeypatch):
@@ -382,15 +382,12 @@ def test_a_second_ctrl_c_stops_at_once(settings, tmp_path, monkeypatch):
 def test_cells_of_others_come_last_and_only_when_they_let_go(tmp_path):
     store, said, checks = Store(tmp_path), [], []
     plans = [cell.Plan(asked(label=str(seed), seed=seed), DENSE) for seed in range(3)]
-    code = (
-        "import sys, time; from pathlib import Path; from filelock import FileLock\n"
-        "lock = FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); sys.stdin.read()"
-    )
+    code = "import sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); "
+    code += "print('held', flush=True); sys.stdin.read()"
     path = store.path(plans[0].config)
     path.mkdir(parents=True)
-    held = subprocess.Popen(
-        [sys.executable, "-c", code, str(path / "lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    command = [sys.executable, "-c", code, str(path / "lock")]
+    held = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert held.stdout.readline() == b"held\n"
 
     def check():

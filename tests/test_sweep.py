@@ -20,6 +20,7 @@ from visibench.results.store import Store
 from visibench.results.tables import build
 
 QUIET = Console(quiet=True)
+TIMES = {"prefill": True, "seconds": True, "checksum": True, "environment": {"code"}}
 
 
 def configured(**changes):
@@ -244,7 +245,7 @@ def test_methods_are_checked_against_the_model_before_the_first_cell(settings, t
 
 def outcome(cell) -> dict:
     """What must be the same in two runs: all but times, and the checksum over them."""
-    metrics = cell.metrics.model_dump(exclude={"prefill", "seconds", "checksum"})
+    metrics = cell.metrics.model_dump(exclude=TIMES)
     return {"config": cell.config.model_dump(), "metrics": metrics, "samples": cell.samples().to_json()}
 
 
