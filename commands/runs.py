@@ -14,7 +14,7 @@ from rich.console import Console
 from ..errors import IncompleteError, OptionError
 from . import live, scale
 from .forecast import show
-from .shared import AsJson, Limit, finished
+from .shared import AsJson, FeatureCache, Limit, finished
 
 if TYPE_CHECKING:
     from ..evals.config import SweepConfig
@@ -43,6 +43,7 @@ def run(
         ),
     ] = "embedded",
     out: Annotated[Path | None, typer.Option(help="Run folder. (default: runs/MODEL)")] = None,
+    feature_cache_gb: FeatureCache = None,
     as_json: AsJson = False,
     wandb: live.Mode = "off",
     wandb_project: live.Project = None,
@@ -68,6 +69,8 @@ def run(
         "seeds": [seed or 0],
         "data": data,
     }
+    if feature_cache_gb is not None:
+        content["feature_cache_gb"] = feature_cache_gb
     folder = out or Path("runs") / Path(model).name
     parsed = parse_config(content, "visibench run")
     with (
@@ -100,6 +103,7 @@ def sweep(
         list[str] | None, typer.Option(metavar="A,B", help="Only these methods, by name or label, and the dense model.")
     ] = None,
     only_tasks: Annotated[list[str] | None, typer.Option(metavar="A,B", help="Only these tasks.")] = None,
+    feature_cache_gb: FeatureCache = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what is done and what is to do, with compute and time, and stop.")
     ] = False,
@@ -126,7 +130,8 @@ def sweep(
     from ..evals.sweep import save_tables
 
     limits = [] if limit is None else [f"limit={limit}"]
-    loaded, name = load_config(config, [*(settings or []), *limits])
+    caches = [] if feature_cache_gb is None else [f"feature_cache_gb={feature_cache_gb}"]
+    loaded, name = load_config(config, [*(settings or []), *limits, *caches])
     chosen = select(loaded, only or [], only_tasks or [])
     folder = out or Path(chosen.out or f"runs/{name}")
     if quiet and as_json:

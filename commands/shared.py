@@ -19,6 +19,16 @@ if TYPE_CHECKING:
     from ..results.store import Cell
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
+FeatureCache = Annotated[
+    float | None,
+    typer.Option(
+        "--feature-cache-gb",
+        min=0,
+        metavar="GIB",
+        help="Memory for vision features that questions and methods share, and four times as much on disk; 0: none. "
+        "Results are the same. (default: 1)",
+    ),
+]
 Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Ask only the first N questions of each task.")]
 
 

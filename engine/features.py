@@ -86,6 +86,11 @@ class FeatureStore:
         self._files.clear()
         self._folder, self.used, self.on_disk = None, 0, 0
 
+    @property
+    def reused(self) -> int:
+        """Images, of all that were asked for, whose features were there already."""
+        return self.asked - self.computed
+
     def key(self, *parts: str | bytes) -> str:
         """Name of what ``parts``, with the identity, decide."""
         digest = hashlib.sha256(self.identity.encode())

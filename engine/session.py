@@ -64,6 +64,7 @@ class PruningSession:
                 f"expected a method, got {type(method).__name__}: create one with visibench.load_method(name, …)"
             )
         self.model, self.method, self.layout, self.watch = model, method, layout, watch
+        self.features = features
         self.adapter = Adapter(model)
         self.geometry = self.adapter.geometry
         self._tap = VisionTap(self.adapter, method, watch, features)

@@ -19,6 +19,7 @@ from PIL.Image import Image
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..engine import prune
+from ..engine.features import FeatureStore
 from ..engine.trace import Trace
 from ..errors import VisibenchError
 from ..methods import Method
@@ -44,6 +45,7 @@ def answer(
     *,
     shard: tuple[int, int] = (0, 1),
     on_batch: Callable[[int], Any] | None = None,
+    features: FeatureStore | None = None,
 ) -> Answers:
     """Answer the questions of a cell, or a share of them, and keep the answers in ``folder``.
 
@@ -55,10 +57,11 @@ def answer(
     A batch that does not fit into memory, or fails otherwise, runs again in halves, down to single questions; those
     that fail even so are in ``failures`` of what is returned, and their batch is not kept, so that it runs again next
     time. After ``HOPELESS`` failures in a row the rest is left. ``on_batch`` is called with the number of questions
-    after each batch, kept ones included; what it raises stops the work with nothing lost.
+    after each batch, kept ones included; what it raises stops the work with nothing lost. ``features``: where cells
+    share what the vision tower computes; without one, or with another one, the answers are the same.
     """
     answers = Answers(folder, bound_to(config, loaded.describe()), shard)
-    with harness.quiet(), prune(loaded.model, method) as session:
+    with harness.quiet(), prune(loaded.model, method, features=features or FeatureStore(0)) as session:
         bridge = Bridge(loaded, session, task, config.batch_size, on_batch, answers, config.seed, forgiving=True)
         bridge.answer(requests(task, task.size(config.limit)[0]), shard)
     return answers
@@ -177,7 +180,7 @@ class Bridge:
         prompts, ids, wanted = [a[0] for a in chunk], [a[3] for a in chunk], chunk[0][1]
         images = [self.task.images(doc_id) for doc_id in ids]
         inputs = self.loaded.inputs(prompts, images)
-        watch = Nonfinite()
+        watch, reused = Nonfinite(), self._reused
         started = time.perf_counter()
         new = self._generate(inputs, generation(wanted), watch)
         seconds = time.perf_counter() - started
@@ -202,7 +205,13 @@ class Bridge:
             records={doc_id: Record(*row) for doc_id, row in zip(ids, rows, strict=True)},
             components={component: sum(macs) for component, macs in compute.components().items()},
             seconds={"generate": seconds},
+            reused=self._reused - reused,
         )
+
+    @property
+    def _reused(self) -> int:
+        features = self.session.features
+        return 0 if features is None else features.reused
 
     def _generate(self, inputs: Any, options: dict[str, Any], watch: Nonfinite) -> torch.Tensor:
         """New token ids (B, n), on the host."""

@@ -45,6 +45,7 @@ class Batch:
 
     ``asked``: hash of questions, prompts and way of generating. ``components``: executed MACs of the prefill by
     component, summed over the questions. ``seconds``: ``generate``, and ``answer`` with the preparation of inputs.
+    ``reused``: images whose vision features had been computed before, for another question or cell.
     ``smaller``: why it ran in parts, empty if it ran whole. ``hardware``: what it ran on. ``failures``: what could not
     be answered; a batch with failures is not stored.
     """
@@ -53,6 +54,7 @@ class Batch:
     records: dict[int, Record] = field(default_factory=dict)
     components: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: {"answer": 0.0, "generate": 0.0})
+    reused: int = 0
     smaller: str = ""
     hardware: str = ""
     failures: list[Failure] = field(default_factory=list)
@@ -61,6 +63,7 @@ class Batch:
         """Take in a part of this batch that ran by itself."""
         self.records |= part.records
         self.failures += part.failures
+        self.reused += part.reused
         self.smaller = self.smaller or part.smaller
         for sums, more in ((self.components, part.components), (self.seconds, part.seconds)):
             for key, value in more.items():

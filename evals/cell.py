@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..engine.features import FeatureStore
 from ..errors import IncompleteError, StorageError
 from ..methods import Method
 from ..models import LoadedModel
@@ -61,8 +62,11 @@ def run_cell(
     config: CellConfig,
     store: Store,
     on_batch: Callable[[int], Any] | None = None,
+    features: FeatureStore | None = None,
 ) -> Cell:
     """Answer what is not answered yet, score, time and store a cell. The caller holds its claim.
+
+    ``features``: where cells share what the vision tower computes for an image. Prefill is timed without it.
 
     Raises :class:`IncompleteError` if some questions or the scoring failed: then the failures lie in the cell's folder,
     the cell is not done, and its good batches are kept for the next time. Raises :class:`StorageError` if the folder
@@ -74,7 +78,7 @@ def run_cell(
 
     folder = store.begin(config)
     try:
-        answers = answer(loaded, method, task, config, folder, on_batch=on_batch)
+        answers = answer(loaded, method, task, config, folder, on_batch=on_batch, features=features)
         failures = answers.failures
         if not failures:
             evaluation = score(
@@ -141,6 +145,7 @@ def _metrics(result: Evaluation, prefill: PrefillTime | None, config: CellConfig
         note=result.note,
         remarks=result.remarks,
         nonfinite=result.nonfinite,
+        reused_images=result.reused_images,
         scores=result.scores,
         metrics=result.metrics,
         categories=result.categories,

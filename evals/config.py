@@ -66,7 +66,8 @@ class SweepConfig(Config):
 
     ``model``, or ``models`` for several, which run one after the other. ``limit``: the first so many questions of every
     task, or a number by task. ``timing``: how prefill is timed; null: not at all. ``out``: the run folder,
-    ``runs/<name of the file>`` by default.
+    ``runs/<name of the file>`` by default. ``feature_cache_gb``: memory for vision features that cells share, in GiB,
+    and four times as much on disk; 0: none is kept. ``keep_features``: leave them on disk for the next sweep.
     """
 
     parts = {"timing": TimingConfig}
@@ -78,6 +79,8 @@ class SweepConfig(Config):
     limit: Count | dict[str, Count] | None = None
     batch_size: Count = 8
     timing: TimingConfig | None = TimingConfig()
+    feature_cache_gb: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    keep_features: bool = False
     out: str | None = None
 
     @model_validator(mode="after")

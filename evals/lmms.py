@@ -39,7 +39,8 @@ class Evaluation:
     category, for tasks that have categories. ``samples``: one row a question (see :func:`evaluate`). ``components``:
     executed MACs of a prefill by component, mean over questions. ``generation``: how answers were generated.
     ``seconds``: ``answer`` for preparing inputs and generating, ``generate`` for generating alone, ``total`` with
-    lmms-eval's scoring. ``data_hash``: of the questions, targets and pixels that were really used.
+    lmms-eval's scoring. ``reused_images``: see :class:`CellMetrics`.
+    ``data_hash``: of the questions, targets and pixels that were really used.
     """
 
     task: str
@@ -49,6 +50,7 @@ class Evaluation:
     note: str
     remarks: list[str]
     nonfinite: int
+    reused_images: int
     scores: list[ScoreRecord]
     metrics: dict[str, float]
     categories: dict[str, float]
@@ -126,6 +128,7 @@ def score(
         note=note,
         remarks=_remarks(asked, batch_size),
         nonfinite=int(samples["nonfinite"].sum()),
+        reused_images=sum(batch.reused for batch in asked),
         scores=[_score(metric, metrics, samples) for metric in task.info.metrics],
         metrics=metrics,
         categories={

@@ -39,6 +39,7 @@ from .progress import (
     SweepStarted,
     reporter,
 )
+from .sharing import feature_store
 from .tasks import Task, load_tasks
 
 __all__ = ["Plan", "Prepared", "fingerprint", "local", "plan", "run_cell", "save_tables", "sweep"]
@@ -173,7 +174,11 @@ def local(job: Job, prepared: Prepared, report: Reporter) -> list[str]:
     def say(text: str) -> None:
         report(Note(text=text))
 
-    with stoppable(say) as check, closing(claimed(job.cells, store, say, check)) as mine:
+    with (
+        feature_store(loaded, prepared.config, say) as features,
+        stoppable(say) as check,
+        closing(claimed(job.cells, store, say, check)) as mine,
+    ):
         for number, cell in enumerate(mine, start=1):
             clock, name = Stopwatch(), Named.cell(cell.config, number, len(job.cells), job.sizes[cell.config.task])
             report(CellStarted(cell=name))
@@ -185,7 +190,7 @@ def local(job: Job, prepared: Prepared, report: Reporter) -> list[str]:
 
             try:
                 done = others(cell.config, name.questions, store, job.began) or run_cell(
-                    loaded, cell.method, tasks[cell.config.task], cell.config, store, on_batch
+                    loaded, cell.method, tasks[cell.config.task], cell.config, store, on_batch, features
                 )
                 report(CellFinished.of(name, done.metrics, clock()))
             except IncompleteError as error:

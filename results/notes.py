@@ -43,7 +43,14 @@ def notes(table: Table, chosen: Sequence[Column], bold: str) -> list[str]:
     lines += _deviations(table)
     lines += _timing(table) if "prefill" in names else []
     lines += [f"Remarks: {'; '.join(table.remarks)}."] if table.remarks else []
+    lines += _sharing(table)
     return [*lines, *_baselines(table), origin(table)]
+
+
+def _sharing(table: Table) -> list[str]:
+    reused, cells = table.sharing
+    counted = "FLOPs and prefill times count the vision tower in full"
+    return [f"Vision features of an image were reused in {reused} of {cells} cells; {counted}."] if reused else []
 
 
 def _timing(table: Table) -> list[str]:

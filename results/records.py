@@ -146,7 +146,8 @@ class CellMetrics(Record):
     ``config_hash`` ties it to its configuration. ``size`` questions of ``total`` were asked. ``metrics`` are
     lmms-eval's by its own keys; ``categories`` the mean per-question score by category; ``seconds`` wall times.
     ``remarks``: what a reader must know of this cell beside the numbers. ``nonfinite``: questions for which some step
-    gave logits that are NaN or infinite.
+    gave logits that are NaN or infinite. ``reused_images``: images whose vision features had been computed before, for
+    another question or cell: ``seconds`` leave out that work, ``compute`` and ``prefill`` do not.
     ``data_hash`` covers the questions, targets and pixels used, ``samples_hash`` the file of samples, ``checksum`` all
     the rest of this record; both are empty in files of early versions.
     """
@@ -158,6 +159,7 @@ class CellMetrics(Record):
     note: str = ""
     remarks: list[str] = []
     nonfinite: int = 0
+    reused_images: int = 0
     scores: list[ScoreRecord]
     metrics: dict[str, float]
     categories: dict[str, float] = {}

@@ -89,7 +89,8 @@ class Table:
     """Rows that can be compared. ``columns``: the metrics of each task; ``facts``: what all cells have in common.
 
     ``differs``: in what this table differs from the others of the same folder. ``commits``: of visibench, where cells
-    were made from a checkout. ``remarks``: what a reader must know of single cells.
+    were made from a checkout. ``remarks``: what a reader must know of single cells. ``sharing``: cells, of how many,
+    that reused vision features.
     """
 
     rows: list[Row]
@@ -99,6 +100,7 @@ class Table:
     differs: dict[str, Any]
     commits: list[str]
     remarks: list[str]
+    sharing: tuple[int, int] = (0, 0)
 
     @property
     def is_subset(self) -> bool:
@@ -167,6 +169,7 @@ def _table(cells: list[Cell], differs: dict[str, Any]) -> Table:
         facts=_facts(cells[0]),
         differs=differs,
         commits=_commits(cells),
+        sharing=(sum(cell.metrics.reused_images > 0 for cell in cells), len(cells)),
         remarks=[f"{_name(cell)}: {remark}" for cell in cells for remark in cell.metrics.remarks],
     )
 

@@ -9,11 +9,17 @@ import test_families as families
 import torch
 import visibench
 from cases import METHODS
+from rich.console import Console
 from support import IMAGE, collate, make_batch, state
 from visibench.engine.features import DISK, FeatureStore
 from visibench.engine.vision import CHANGING
+from visibench.evals import timing
+from visibench.evals.config import parse_config
 from visibench.evals.spec import parse, spell
+from visibench.evals.sweep import sweep
 from visibench.models.adapters import Adapter
+from visibench.results.render import render
+from visibench.results.tables import build
 
 # Each registered method, by the plainest of its examples.
 EACH = pytest.mark.parametrize("method", [parse(spell(cls, cls.examples[0])) for cls in METHODS.values()], ids=str)
@@ -247,3 +253,50 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
             store.put(f"k{number}", entry(number))
     assert [folder.exists() for folder in (dead, alive, other)] == [False, True, True]
     assert len(files(tmp_path)) == 2
+
+
+# ---- sweeps -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_sweep_gives_the_same_with_and_without(checkpoint, disk_data, tmp_path, monkeypatch):
+    """Answers, scores and compute; each cell says what it reused, and prefill is timed with the tower."""
+    timed = []
+
+    def counting(loaded, method, inputs, **options):
+        with Towers(loaded.model) as towers:
+            found = real(loaded, method, inputs, **options)
+        timed.append(towers.images)
+        return found
+
+    def run_sweep(name, **changes):
+        monkeypatch.setenv("VISIBENCH_CACHE", str(tmp_path / name / "cache"))
+        content = {
+            "model": str(checkpoint),
+            "tasks": ["pope"],
+            "data": str(disk_data),
+            "methods": ["fastv:layer=1,keep=0.5", "fastervlm:keep=0.5", "tome:keep=0.5"],
+            "timing": {"repeats": 2, "warmup": 1},
+        }
+        return sweep(parse_config(content | changes, "test.yaml"), tmp_path / name, Console(quiet=True))
+
+    real = timing.time_prefill
+    monkeypatch.setattr(timing, "time_prefill", counting)
+    on = run_sweep("on")
+    off = run_sweep("off", feature_cache_gb=0)
+    spilled = run_sweep("disk", feature_cache_gb=3e-5, keep_features=True)
+    assert files(tmp_path / "disk" / "cache" / "features")
+    assert not files(tmp_path / "on" / "cache")
+    assert timed == [3] * 12
+    own = {"seconds", "prefill", "reused_images", "samples_hash", "checksum"}
+    for a, b, c in zip(on, off, spilled, strict=True):
+        for other in (b, c):
+            assert a.samples().equals(other.samples())
+            assert a.metrics.model_dump(exclude=own) == other.metrics.model_dump(exclude=own)
+    reused = {cell.config.method: cell.metrics.reused_images for cell in on}
+    images = on[0].metrics.size
+    assert (reused["fastv"], reused["tome"]) == (images, 0)
+    assert reused["none"] < images
+    told = "Vision features of an image were reused in"
+    assert told in render(build(on), "text")
+    assert told not in render(build([cell for cell in on if cell.config.method == "tome"]), "text")

@@ -1,0 +1,35 @@
+"""Where the vision features of a sweep are kept between its cells."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..engine.features import FeatureStore
+from ..models import LoadedModel
+from ..results.records import digest
+from .config import SweepConfig
+from .plan import fingerprint
+
+GIB = 2**30
+
+
+def feature_store(loaded: LoadedModel, config: SweepConfig, say: Callable[[str], Any]) -> FeatureStore:
+    """The store of a sweep, with files under ``$VISIBENCH_CACHE`` or ``~/.cache/visibench``.
+
+    Features belong to a checkpoint, its vision settings, dtype, device and machine, and versions of the libraries.
+    """
+    model: Any = loaded.model
+    identity = digest(
+        {
+            "checkpoint": fingerprint(config.model),
+            "revision": getattr(model.config, "_commit_hash", None),
+            "vision": model.config.vision_config.to_dict(),
+            "model": {key: str(value) for key, value in loaded.describe().items()},
+        }
+    )
+    root = Path(os.environ.get("VISIBENCH_CACHE") or Path.home() / ".cache" / "visibench")
+    limit = int(config.feature_cache_gb * GIB)
+    return FeatureStore(limit, root / "features", identity=identity, keep=config.keep_features, say=say)
