@@ -1,4 +1,4 @@
-.PHONY: install test lint quick
+.PHONY: install test lint quick bench-sweep
 
 install:
 	pip install -c constraints.txt -e ".[dev]"
@@ -13,3 +13,6 @@ lint:
 
 quick:
 	visibench sweep configs/quick.yaml
+
+bench-sweep:
+	python benchmarks/sweep.py

@@ -58,7 +58,7 @@ def run(
     _, options = split(method)
     if seed is not None and options.get("seed", str(seed)) != str(seed):
         raise OptionError(f"seed is given twice: {options['seed']} in --method and {seed} in --seed")
-    content = {
+    content: dict[str, Any] = {
         "model": model,
         "methods": [method],
         "tasks": [task.strip() for task in task_list.split(",") if task.strip()],
