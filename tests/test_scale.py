@@ -15,17 +15,16 @@ from visibench.evals import entry, harness
 PAGE = (Path(visibench.__file__).parent / "docs" / "scale.md").read_text()
 SCRIPTS = re.findall(r"^```bash\n(.+?)^```", PAGE, re.MULTILINE | re.DOTALL)
 BLOCKS = [re.sub("^    ", "", block, flags=re.M) for block in re.findall(r"(?:^    .+\n)+", PAGE, re.MULTILINE)]
-COMMANDS = [
-    line
-    for block in BLOCKS + SCRIPTS
-    for line in re.sub(r" \\\n +", " ", block).splitlines()
-    if line and not line.startswith("#")
-]
+LINES = [line for block in BLOCKS + SCRIPTS for line in re.sub(r" \\\n +", " ", block).splitlines()]
+PROGRAM = re.compile(r"\b(?:visibench|lmms-eval|torchrun|ray) [^&|>]+")
+COMMANDS = [found[0] for line in LINES if not line.startswith(("#", "pip ")) and (found := PROGRAM.search(line))]
 
 
 def takes_visibench(words: list[str]) -> None:
-    group = typer.main.get_command(cli.app)
-    group.commands[words[0]].make_context(words[0], words[1:])
+    command = typer.main.get_command(cli.app)
+    while hasattr(command, "commands"):
+        command, words = command.commands[words[0]], words[1:]
+    command.make_context(command.name, words)
 
 
 def takes_lmms_eval(words: list[str]) -> None:
@@ -46,17 +45,25 @@ def takes_torchrun(words: list[str]) -> None:
     programs[parsed.training_script](parsed.training_script_args)
 
 
-PROGRAMS = {"visibench": takes_visibench, "lmms-eval": takes_lmms_eval, "torchrun": takes_torchrun}
+def takes_ray(words: list[str]) -> None:
+    scripts = pytest.importorskip("ray.scripts.scripts")
+    scripts.cli.commands[words[0]].make_context(words[0], words[1:])
+
+
+PROGRAMS = {
+    "visibench": takes_visibench,
+    "lmms-eval": takes_lmms_eval,
+    "torchrun": takes_torchrun,
+    "ray": takes_ray,
+}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_is_one_that_its_program_takes(command, monkeypatch):
     monkeypatch.setattr(sys, "argv", sys.argv)
     assert harness.lmms  # imported first: lmms-eval's import takes over the process
-    words = shlex.split(command, comments=True)
-    while re.fullmatch(r"[A-Z_]+=.*", words[0]):  # a variable of the environment
-        words = words[1:]
-    PROGRAMS[words[0]](words[1:])
+    program, *words = shlex.split(re.sub(r"\$\w+", "8", command), comments=True)
+    PROGRAMS[program](words)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
