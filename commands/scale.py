@@ -35,8 +35,12 @@ Shard = Annotated[
 
 def choose(executor: str, workers: int | None, address: str | None, shard: int | None) -> Executor | None:
     """What runs the cells; None: this process."""
+    from ..evals.ranks import together
+
     if executor not in KNOWN:
         raise OptionError(f"unknown executor {executor!r}; {suggest(executor, KNOWN)}")
+    if together() and (executor == "ray" or (workers or 1) > 1):
+        raise OptionError("torchrun shares out the questions of each cell already: leave out --workers and --executor")
     given: dict[str, Any] = {"address": address, "shard": shard}
     given = {name: value for name, value in given.items() if value is not None}
     if executor == "ray":

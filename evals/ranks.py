@@ -105,6 +105,11 @@ def join() -> Ranks:
     return ranks
 
 
+def together() -> bool:
+    """Whether this is the first of several ranks."""
+    return _first is not None
+
+
 def answer(
     loaded: LoadedModel,
     method: Method,

@@ -10,6 +10,7 @@ import pytest
 import torch.distributed as dist
 import visibench
 from visibench import cli, machine
+from visibench.commands import scale
 from visibench.errors import OptionError, VisibenchError
 from visibench.evals import answering, ranks
 from visibench.evals.lmms import evaluate
@@ -97,6 +98,13 @@ def test_what_a_rank_could_not_answer_runs_on_the_first(two, checkpoint, disk_da
     found = ranks.answer(loaded, method, task, config, Store(tmp_path).begin(config))
     assert failing == [(1, 2)]
     assert sum(len(batch.records) for batch in found.batches.values()) == 8
+
+
+def test_executors_are_refused_on_several_ranks(two):
+    assert scale.choose("local", 1, None, None) is None
+    for executor, workers in (("local", 2), ("ray", None)):
+        with pytest.raises(OptionError, match="leave out --workers"):
+            scale.choose(executor, workers, None, None)
 
 
 def test_a_lost_connection_is_one_line():
