@@ -13,7 +13,7 @@ from visibench.results.store import Store
 
 KILLS = 12
 # Of a cell's metrics, what two runs need not have in common: times, and whether code was just edited.
-TIMES = {"prefill": True, "seconds": True, "checksum": True, "environment": {"code"}}
+TIMES = {"prefill": True, "seconds": True, "reused_images": True, "checksum": True, "environment": {"code"}}
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def straight(config, tmp_path_factory) -> list:
 
 def outcomes(cells) -> list:
     """What must be the same whoever runs a cell: all but times, and what says that files are whole."""
-    times = {"prefill": {"times_ms"}, "seconds": True, "checksum": True}
+    times = {"prefill": {"times_ms"}, "seconds": True, "reused_images": True, "checksum": True}
     found = []
     for cell in cells:
         assert len(cell.metrics.prefill.times_ms) == 2

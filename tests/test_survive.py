@@ -29,7 +29,7 @@ from visibench.results.store import Store
 from visibench.results.tables import build
 
 DENSE = visibench.load_method("none")
-TIMES = {"prefill": True, "seconds": True, "checksum": True, "environment": {"code"}}
+TIMES = {"prefill": True, "seconds": True, "reused_images": True, "checksum": True, "environment": {"code"}}
 
 
 @dataclass(frozen=True)
