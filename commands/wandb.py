@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import typer
 from rich.console import Console
 
 from ..errors import OptionError, suggest
-from .shared import finished
+from .shared import check_writable, finished
 
 if TYPE_CHECKING:
     from ..results.store import Cell
@@ -80,3 +81,34 @@ def destination(
     named = tuple(tag.strip() for tag in (tags or "").split(",") if tag.strip())
     chosen = project or os.environ.get("WANDB_PROJECT") or PROJECT
     return Target(group or folder.resolve().name, mode, chosen, entity, named, samples)
+
+
+@app.command()
+def report(
+    folder: Folder,
+    project: Project = None,
+    entity: Entity = None,
+    group: Group = None,
+    dry_run: Annotated[
+        Path | None, typer.Option("--dry-run", metavar="FILE.json", help="Write what would be saved, and save nothing.")
+    ] = None,
+) -> None:
+    """Save a report in W&B: words, plots of the runs that sync made, tables, and where each method comes from."""
+    try:
+        import wandb_workspaces  # noqa: F401
+    except ImportError as error:
+        raise OptionError("reports need wandb-workspaces: pip install 'visibench[report]'") from error
+    from ..results.tables import build
+    from ..results.wandb import prepare
+    from ..results.wandb_report import as_json, document, save
+
+    target = destination(folder, "offline" if dry_run else "online", project, entity, group, None)
+    tables = build(finished(folder))
+    if dry_run is not None:
+        check_writable(dry_run)
+        dry_run.write_text(json.dumps(as_json(document(tables, target)), indent=1) + "\n", encoding="utf-8")
+        print(dry_run)
+        return
+    prepare(folder)
+    target.check()
+    print(save(tables, target))

@@ -156,7 +156,7 @@ class Sink:
         except VisibenchError:
             raise
         except Exception as error:  # an outage, a refusal, or a fault of wandb itself: results are on disk
-            raise DataError(f"W&B did not take {run.name!r}: {_reason(error)}") from error
+            raise DataError(f"W&B did not take {run.name!r}: {reason(error)}") from error
         self.sent.put(place, mark)
         return True
 
@@ -264,7 +264,7 @@ def _artifact(run: Run) -> wandb.Artifact:
     return artifact
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """One line, without the key."""
     lines = str(error).strip().splitlines()
     line = textwrap.shorten(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__, 200)
