@@ -29,7 +29,6 @@ from .questions import KINDS, RULE, Answer, Question, choose
 from .records import CellConfig
 from .tables import Row, Table
 
-MOST_QUESTIONS = 200
 _TEXT = 2000  # characters shown of a question, a target or an answer
 _SIZE = "@@size@@"
 _FIGURES = {
