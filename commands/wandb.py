@@ -18,7 +18,7 @@ from .shared import check_writable, finished
 
 if TYPE_CHECKING:
     from ..results.store import Cell
-    from ..results.wandb import Target
+    from ..results.wandb import Pictures, Target
 
 app = typer.Typer(no_args_is_help=True, help="Send results to Weights & Biases, and make reports there.")
 
@@ -41,6 +41,9 @@ def sync(
         typer.Option(metavar="online|offline", help="offline writes to DIR/wandb, for a machine without a network."),
     ] = "online",
     samples: Annotated[int, typer.Option(min=0, help="Answers of each cell in its table.")] = 32,
+    images: Annotated[
+        bool, typer.Option(help="Their images, with the tokens that stayed, from the run's data.")
+    ] = True,
     follow: Annotated[bool, typer.Option("--follow", hidden=True)] = False,
 ) -> None:
     """Send what is new in a run folder, finished or not: a run for each cell, and one with tables and figures."""
@@ -53,7 +56,7 @@ def sync(
         rounds: Iterator[list[Cell]] = (Store(folder).usable() for _ in chain([""], sys.stdin))
     else:
         rounds = iter([finished(folder)])
-    sink, cells, new = Sink(folder, target), [], 0
+    sink, cells, new = Sink(folder, target, _overlaid() if images and samples else None), [], 0
     for cells in rounds:
         new += sum(sink.send(cell, cells) for cell in cells)
     tables = bool(cells) and sink.finish(cells)
@@ -62,6 +65,12 @@ def sync(
         f"{' and their tables' if tables else ''} in group {target.group!r} of project {target.project!r}."
         f"{'' if new == len(cells) else ' The others had gone before.'}"
     )
+
+
+def _overlaid() -> Pictures:
+    from ..evals.pictures import Pictures
+
+    return Pictures().overlaid
 
 
 def destination(

@@ -148,7 +148,8 @@ class AttentionView:
                 part = attention.subset_attention(self._query, self._key, self._value, queries, keys, self._scaling)
             out = queries.place(part.transpose(1, 2), out, dim=1)
             pairs += queries.numbers * keys.numbers
-        self._trace.attended(self.layer, pairs, instead=onto is None)
+        more = onto is not None
+        self._trace.attended(self.layer, _with_images(self.layout, pairs) if more else pairs, instead=not more)
         return out
 
     def _weights(self, index: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,8 +13,10 @@ from PIL import Image
 
 from ..errors import VisibenchError
 from ..models import LoadedModel, load_model
+from ..results.questions import kept_tokens
 from ..results.records import CellConfig
 from ..results.report import Picture
+from ..results.store import Cell
 from .tasks import Task, load_tasks
 
 if TYPE_CHECKING:
@@ -22,22 +24,52 @@ if TYPE_CHECKING:
 
 LONGEST = 336
 """Pixels of the longer side of an image in a report, at most."""
+DIMMED = 0.25
+"""Brightness of patches whose tokens did not stay, of their own."""
 _LOSSLESS = 40_000  # bytes up to which an image is stored as PNG
 
 
 class Pictures:
-    """Callable as :data:`visibench.results.report.Pictures`; keeps the processor of each model."""
+    """Callable as :data:`visibench.results.report.Pictures`; keeps tasks, and the processor of each model."""
 
     def __init__(self) -> None:
         self._models: dict[str, LoadedModel | str] = {}
+        self._tasks: dict[tuple[str, str], Task | str] = {}
 
     def __call__(self, config: CellConfig, prompts: Mapping[int, str]) -> dict[int, Picture | str]:
         """The images of the questions ``prompts`` (by doc_id) of a cell, or why one cannot be shown."""
-        try:
-            (task,) = load_tasks([config.task], config.origin)
-        except VisibenchError as error:
-            return dict.fromkeys(prompts, str(error))
+        task = self._task(config.task, config.origin)
+        if isinstance(task, str):
+            return dict.fromkeys(prompts, task)
         return {doc_id: self._picture(config.model, task, doc_id, prompt) for doc_id, prompt in prompts.items()}
+
+    def overlaid(self, cell: Cell, doc_ids: Sequence[int]) -> dict[int, dict[str, Image.Image]]:
+        """Images of questions of a cell: ``image``, and ``kept``, where patches are dim whose tokens did not stay.
+
+        Callable as :data:`visibench.results.wandb.Pictures`. What cannot be shown is missing.
+        """
+        rows = cell.samples().set_index("doc_id").loc[list(doc_ids)]
+        found = {}
+        for doc_id, picture in self(cell.config, rows["prompt"].to_dict()).items():
+            if isinstance(picture, str):
+                continue
+            row = rows.loc[doc_id]
+            image = Image.open(io.BytesIO(base64.b64decode(picture.uri.partition(",")[2]))).convert("RGB")
+            kept = kept_tokens(row.get("kept"), int(row.get("prompt_visual_tokens", 0)))
+            found[doc_id] = {"image": image}
+            # Where merging left none of the prompt's own tokens, a dark image would say that nothing was seen.
+            if kept and len(kept) == picture.grid**2 and (any(kept) or not row["visual_tokens"][-1]):
+                found[doc_id]["kept"] = dimmed(image, kept, picture.grid)
+        return found
+
+    def _task(self, name: str, origin: str) -> Task | str:
+        """A task; or why its data cannot be had."""
+        if (name, origin) not in self._tasks:
+            try:
+                (self._tasks[name, origin],) = load_tasks([name], origin)
+            except VisibenchError as error:
+                self._tasks[name, origin] = str(error)
+        return self._tasks[name, origin]
 
     def _picture(self, model: str, task: Task, doc_id: int, prompt: str) -> Picture | str:
         if not 0 <= doc_id < len(task.docs):
@@ -75,6 +107,13 @@ def _as_seen(loaded: LoadedModel, image: Image.Image) -> Picture:
     about = f"as the model saw it, {pixels.shape[1]} × {pixels.shape[0]} pixels"
     square = side**2 == vision.tokens and pixels.shape[0] == pixels.shape[1]
     return stored(Image.fromarray(pixels), about, side if square else 0)
+
+
+def dimmed(image: Image.Image, kept: Sequence[bool], side: int) -> Image.Image:
+    """The image with all cells of a grid of ``side`` × ``side`` dark but those that are ``kept``, row by row."""
+    cells = np.where(np.reshape(kept, (side, side)), 255, round(255 * DIMMED)).astype(np.uint8)
+    mask = Image.fromarray(cells).resize(image.size, Image.Resampling.NEAREST)
+    return Image.composite(image, Image.new("RGB", image.size), mask)
 
 
 def seen(processor: Any, image: Image.Image) -> NDArray[np.uint8] | None:

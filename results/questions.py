@@ -119,7 +119,7 @@ class Asked:
             right=right if right or wrong else None,
             parts=parts,
             left=int(samples[0]["visual_tokens"][-1]),
-            kept=_kept(samples[0].get("kept"), int(samples[0].get("prompt_visual_tokens", 0))),
+            kept=kept_tokens(samples[0].get("kept"), int(samples[0].get("prompt_visual_tokens", 0))),
         )
 
 
@@ -172,7 +172,7 @@ def _candidates(asked: Asked, kind: Kind) -> list[_Candidate]:
     ]
 
 
-def _kept(packed: Any, count: int) -> list[bool] | None:
+def kept_tokens(packed: Any, count: int) -> list[bool] | None:
     """The column ``kept`` of :func:`visibench.evals.lmms.evaluate` as one bool a visual token of the prompt."""
     if not isinstance(packed, str):
         return None

@@ -370,8 +370,13 @@ def test_a_second_ctrl_c_stops_at_once(settings, tmp_path, monkeypatch):
         went_on.append(2)
 
     monkeypatch.setattr(Bridge, "_generate", pressed)
-    with pytest.raises(KeyboardInterrupt):
-        sweep(parse_config(settings, "test"), tmp_path, Console(quiet=True))
+    # A shell's background jobs are told to ignore it; then there is nothing to go back to.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            sweep(parse_config(settings, "test"), tmp_path, Console(quiet=True))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert went_on == [1]
 
 

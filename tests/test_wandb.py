@@ -1,5 +1,6 @@
 """Weights & Biases: what wandb's own reader finds in what was written, and what happens when nobody answers."""
 
+import base64
 import json
 import os
 import socket
@@ -10,11 +11,14 @@ from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pytest
+from PIL import Image
 from storing import config, frame, put
 from visibench.cli import main
 from visibench.commands.live import sending
 from visibench.errors import OptionError
+from visibench.evals.pictures import DIMMED, Pictures
 from visibench.evals.progress import CellFinished, Listening, Named, Reporter
 from visibench.results import plots
 from visibench.results.records import ScoreRecord
@@ -311,3 +315,50 @@ def test_other_commands_do_not_load_wandb(command):
     code += "print('wandb' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, *command.split()], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def asked(folder: Path) -> Store:
+    """Two real questions, of which half of the image stayed in the first, and merged tokens alone in the second."""
+    from visibench.evals.tasks import load_tasks
+
+    (task,) = load_tasks(["gqa"])
+    samples = frame(["a", "b"], [1.0, 0.0], output="a word", prompt_visual_tokens=144)
+    samples["prompt"] = [task.question(i)[0] for i in range(2)]
+    samples["visual_tokens"] = [[144, 72], [144, 5]]
+    samples["kept"] = [base64.b64encode(np.packbits(np.arange(144) < n).tobytes()).decode() for n in (72, 0)]
+    value = ScoreRecord(key="exact_match", title="exact match", value=0.5, maximum=1)
+    store = Store(folder)
+    put(store, config("fastv", options={"keep": 0.5}), samples=samples, scores=[value])
+    return store
+
+
+def test_images_show_which_tokens_stayed(tmp_path):
+    (cell,) = asked(tmp_path).cells()
+    found = Pictures().overlaid(cell, [0, 1])
+    assert [set(images) for images in found.values()] == [{"image", "kept"}, {"image"}]
+    image, kept = (np.asarray(found[0][name], dtype=float) for name in ("image", "kept"))
+    half = len(image) // 2
+    assert (kept[:half] == image[:half]).all()
+    assert np.abs(kept[half:] - DIMMED * image[half:]).max() <= 1
+
+
+@pytest.mark.slow
+def test_tables_hold_the_images(tmp_path):
+    asked(tmp_path / "run")
+    (tmp_path / "home").mkdir()
+    arguments = ["wandb", "sync", str(tmp_path / "run"), "--mode", "offline"]
+    code = "import sys; from visibench.cli import app; app(sys.argv[1:], standalone_mode=False)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=environment(tmp_path / "home"), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    files = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    tables = [a for file in files for a in records(file)["artifact"] if a.type == "run_table" and "samples" in a.name]
+    (entries,) = ({entry.path: Path(entry.local_path) for entry in table.manifest.contents} for table in tables)
+    content = json.loads(entries.pop("samples.table.json").read_text())
+    rows = [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]
+    shown = [row[name]["path"] for row in rows for name in ("image", "kept") if row[name]]
+    assert len(shown) == 3, "the second question has no picture of what stayed"
+    assert set(shown) == set(entries)
+    (size,) = {Image.open(entries[path]).size for path in shown}
+    assert size[0] == size[1]
