@@ -4,8 +4,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import datasets
@@ -15,7 +13,7 @@ import torch
 import visibench
 from rich.console import Console
 from visibench.errors import IncompleteError, StorageError
-from visibench.evals import answering, cell
+from visibench.evals import answering
 from visibench.evals.answering import HOPELESS, Bridge, Nonfinite, answer
 from visibench.evals.answers import Answers, Batch, Record
 from visibench.evals.cell import run_cell
@@ -360,7 +358,10 @@ def test_ctrl_c_finishes_the_batch_that_runs(settings, tmp_path, monkeypatch, ra
     assert len(ran) == 6
 
 
-def test_a_second_ctrl_c_stops_at_once(settings, tmp_path, monkeypatch):
+def test_a_second_ctrl_c_stops_at_once(settings, tmp_path, monkeypatch, request):
+    # A shell's background jobs are told to ignore it; then there would be nothing to go back to.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     went_on = []
 
     def pressed(self, *arguments):
@@ -370,36 +371,6 @@ def test_a_second_ctrl_c_stops_at_once(settings, tmp_path, monkeypatch):
         went_on.append(2)
 
     monkeypatch.setattr(Bridge, "_generate", pressed)
-    # A shell's background jobs are told to ignore it; then there is nothing to go back to.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            sweep(parse_config(settings, "test"), tmp_path, Console(quiet=True))
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(parse_config(settings, "test"), tmp_path, Console(quiet=True))
     assert went_on == [1]
-
-
-# ---- claims -------------------------------------------------------------------------------------------------------
-
-
-def test_cells_of_others_come_last_and_only_when_they_let_go(tmp_path):
-    store, said, checks = Store(tmp_path), [], []
-    plans = [cell.Plan(asked(label=str(seed), seed=seed), DENSE) for seed in range(3)]
-    code = "import sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); "
-    code += "print('held', flush=True); sys.stdin.read()"
-    path = store.path(plans[0].config)
-    path.mkdir(parents=True)
-    command = [sys.executable, "-c", code, str(path / "lock")]
-    held = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert held.stdout.readline() == b"held\n"
-
-    def check():
-        checks.append(1)
-        if said:
-            held.kill()  # a crash, not a release
-
-    seeds = [plan.config.seed for plan in cell.claimed(plans, store, said.append, check)]
-    held.wait()
-    assert seeds == [1, 2, 0]
-    assert said == [f"Waiting for 1 cells of {tmp_path} that another process works on."]
