@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..errors import VisibenchError
 from ..models import LoadedModel, load_model
-from ..results.questions import kept_tokens
+from ..results.questions import drawable, kept_tokens
 from ..results.records import CellConfig
 from ..results.report import Picture
 from ..results.store import Cell
@@ -57,8 +57,7 @@ class Pictures:
             image = Image.open(io.BytesIO(base64.b64decode(picture.uri.partition(",")[2]))).convert("RGB")
             kept = kept_tokens(row.get("kept"), int(row.get("prompt_visual_tokens", 0)))
             found[doc_id] = {"image": image}
-            # Where merging left none of the prompt's own tokens, a dark image would say that nothing was seen.
-            if kept and len(kept) == picture.grid**2 and (any(kept) or not row["visual_tokens"][-1]):
+            if kept and drawable(kept, row["visual_tokens"][-1], picture.grid):
                 found[doc_id]["kept"] = dimmed(image, kept, picture.grid)
         return found
 

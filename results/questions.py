@@ -172,6 +172,14 @@ def _candidates(asked: Asked, kind: Kind) -> list[_Candidate]:
     ]
 
 
+def drawable(kept: Sequence[bool] | None, left: int, grid: int) -> bool:
+    """Whether tokens ``kept``, of ``left`` at the last layer, can be shown on an image of ``grid`` × ``grid`` tokens.
+
+    Where merging left none of the prompt's own tokens, a dark image would say that nothing was seen.
+    """
+    return bool(grid) and kept is not None and len(kept) == grid**2 and (any(kept) or not left)
+
+
 def kept_tokens(packed: Any, count: int) -> list[bool] | None:
     """The column ``kept`` of :func:`visibench.evals.lmms.evaluate` as one bool a visual token of the prompt."""
     if not isinstance(packed, str):

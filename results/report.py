@@ -25,7 +25,7 @@ from .columns import Column, columns
 from .formats import grouped
 from .inline import inline, veil
 from .notes import heading, notes
-from .questions import KINDS, RULE, Answer, Question, choose
+from .questions import KINDS, RULE, Answer, Question, choose, drawable
 from .records import CellConfig
 from .tables import Row, Table
 
@@ -262,8 +262,7 @@ def _overlay(question: Question, grid: int) -> str:
 
 def _answer(answer: Answer, grid: int, place: int) -> dict[str, Any]:
     kept = sum(answer.kept) if answer.kept is not None else None
-    # Where merging left none of the prompt's own tokens, a dark image would say that nothing was seen.
-    shows = grid and answer.kept is not None and (kept or not answer.left)
+    shows = drawable(answer.kept, answer.left, grid)
     return {
         "place": place,
         "label": answer.row.label,
