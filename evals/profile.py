@@ -26,7 +26,7 @@ from ..models.geometry import Weights
 from ..results.records import Environment, Record, environment
 from . import flops, timing
 from .config import Config, Count, Variant, variants
-from .memory import peak_memory
+from .memory import keep_freed_memory, peak_memory
 
 DENSE = "dense"
 OVERHEAD_EVERY = 4
@@ -151,6 +151,7 @@ def profile(config: ProfileConfig, console: Console) -> Profile:
     )
     for variant in found:
         prune(loaded.model, variant.method)
+    keep_freed_memory()
     for lengths in config.lengths:
         loaded.synthetic_inputs(1, lengths.prompt, lengths.visual_tokens)
     contenders = [Contender(DENSE, None), *(Contender(_label(v, found), v.method) for v in found)]
