@@ -1,4 +1,4 @@
-.PHONY: install test lint quick bench-sweep
+.PHONY: install test lint quick bench-sweep bench-none
 
 install:
 	pip install -c constraints.txt -e ".[dev]"
@@ -16,3 +16,6 @@ quick:
 
 bench-sweep:
 	python benchmarks/sweep.py
+
+bench-none:
+	python benchmarks/generate.py

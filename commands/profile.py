@@ -54,6 +54,7 @@ def profile(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.")] = None,
     attention: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2 …")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch on a CPU. (default: all cores)")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the JSON to this file as well.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -77,6 +78,7 @@ def profile(
         "device": device,
         "dtype": dtype,
         "attention": attention,
+        "threads": threads,
     }
     if config is None and not (model and methods):
         raise OptionError("nothing to profile: give a configuration such as profile_cpu, or --model and --methods")
@@ -141,6 +143,8 @@ def _time(spread: Spread | None) -> str:
 
 
 def _legend(result: Profile) -> str:
+    from ..evals.profile import OVERHEAD_EVERY
+
     model, versions, machine = (getattr(result.environment, part) for part in ("model", "versions", "machine"))
     clocks = ", ".join(f"{name} {rate:.0f} MHz" for name, rate in result.rows[-1].clocks_mhz.items())
     lines = [
@@ -149,9 +153,9 @@ def _legend(result: Profile) -> str:
         "Speed-up: median over rounds of dense / method, on the same attention; dense is the model without the engine. "
         "Promised: executed multiply-adds of prefill, dense / method.",
         "Visual tokens T: mean over layers. Overhead: what of prefill goes into scoring, merging and carrying out cuts "
-        "(by prefills of their own in one of four rounds). Tokens: new ones of the whole batch, end to end. KV: keys "
-        "and values after prefill. Peak: most memory allocated at one time, weights included. Waits: of Python for the "
-        "GPU, in prefill + a step of decoding.",
+        f"(by prefills of their own in one of {OVERHEAD_EVERY} rounds). Tokens: new ones of the whole batch, end to "
+        "end. KV: keys and values after prefill. Peak: most memory allocated at one time, weights included. Waits: of "
+        "Python for the GPU, in prefill + a step of decoding.",
         f"Model {model['name']}: {model['weights']} weights, {result.weights_bytes / 2**30:.2f} GiB {model['dtype']}, "
         f"{model['attention']} attention, {model['device']} ({model['hardware']}, {model['threads']} threads"
         f"{', ' + clocks if clocks else ''}); "

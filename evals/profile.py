@@ -29,7 +29,7 @@ from .config import Config, Count, Variant, variants
 from .memory import keep_freed_memory, peak_memory
 
 DENSE = "dense"
-OVERHEAD_EVERY = 4
+OVERHEAD_EVERY = 7
 """The overhead of methods is measured, by a prefill of its own, in one of so many rounds."""
 
 
@@ -42,12 +42,16 @@ class Lengths(Record):
 
 
 class ProfileConfig(Config):
-    """Methods × batch sizes × lengths on one model. ``layers``: keep only so many decoder layers."""
+    """Methods × batch sizes × lengths on one model.
+
+    ``layers``: keep only so many decoder layers. ``threads``: of torch on a CPU; None leaves them as they are.
+    """
 
     parts: ClassVar = {"lengths": Lengths}
 
     weights: Weights = "pretrained"
     layers: Count | None = None
+    threads: Count | None = None
     batch_sizes: list[Count] = Field(default=[1], min_length=1)
     lengths: list[Lengths] = Field(default=[Lengths()], min_length=1)
     warmup: Annotated[int, Field(ge=0, strict=True)] = 3
@@ -151,23 +155,35 @@ def profile(config: ProfileConfig, console: Console) -> Profile:
     )
     for variant in found:
         prune(loaded.model, variant.method)
-    keep_freed_memory()
     for lengths in config.lengths:
         loaded.synthetic_inputs(1, lengths.prompt, lengths.visual_tokens)
     contenders = [Contender(DENSE, None), *(Contender(_label(v, found), v.method) for v in found)]
     rows: list[Row] = []
-    for lengths in config.lengths:
-        for batch in config.batch_sizes:
-            console.print(f"batch {batch}, {_spell(lengths)}: {len(contenders)} rows", highlight=False)
-            rows += compare(loaded, contenders, batch, lengths, warmup=config.warmup, repeats=config.repeats)
-    return Profile(
-        rows=rows,
-        notes=_notes(config, [variant.method for variant in found]),
-        warmup=config.warmup,
-        repeats=config.repeats,
-        weights_bytes=loaded.nbytes,
-        environment=environment(loaded.describe()),
-    )
+    with _cpu(config.threads):
+        for lengths in config.lengths:
+            for batch in config.batch_sizes:
+                console.print(f"batch {batch}, {_spell(lengths)}: {len(contenders)} rows", highlight=False)
+                rows += compare(loaded, contenders, batch, lengths, warmup=config.warmup, repeats=config.repeats)
+        return Profile(
+            rows=rows,
+            notes=_notes(config, [variant.method for variant in found]),
+            warmup=config.warmup,
+            repeats=config.repeats,
+            weights_bytes=loaded.nbytes,
+            environment=environment(loaded.describe()),
+        )
+
+
+@contextmanager
+def _cpu(threads: int | None) -> Iterator[None]:
+    """So many threads of torch inside, and memory that stays with the process, then and later."""
+    keep_freed_memory()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def compare(

@@ -96,6 +96,13 @@ def test_tokens_and_cache_follow_the_plan(result):
         assert row.host_syncs is None
 
 
+def test_threads_are_those_asked_for_and_come_back():
+    before = torch.get_num_threads()
+    inside = profile(config(threads=before + 1, repeats=1), Console(quiet=True))
+    assert inside.environment.model["threads"] == before + 1
+    assert torch.get_num_threads() == before
+
+
 def test_promise_is_that_of_an_independent_counter():
     """torch's counter of what it dispatched, on eager attention, whose products it sees."""
     model = visibench.load_model("tiny", weights="random", layers=4, device="cpu", attn_implementation="eager")
