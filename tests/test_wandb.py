@@ -53,7 +53,8 @@ def full(folder: Path) -> Store:
 def environment(home: Path, **changes: str) -> dict[str, str]:
     """This process's, without an account."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_") and k != "NETRC"}
-    return clean | {"HOME": str(home), "MPLCONFIGDIR": matplotlib.get_configdir(), **changes}
+    cache = os.environ.get("VISIBENCH_CACHE") or str(Path.home() / ".cache" / "visibench")
+    return clean | {"HOME": str(home), "VISIBENCH_CACHE": cache, "MPLCONFIGDIR": matplotlib.get_configdir(), **changes}
 
 
 def dead_server() -> str:
