@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True)
 class DART(Budgeted, Layered):
-    """Keep a few pivots and the visual tokens least like them, once, at the input of layer ``layer`` (K)."""
+    """Keep a few pivots and the visual tokens least like them, once, at the input of layer K (option ``layer``)."""
 
     name = "dart"
     title = "DART"

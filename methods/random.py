@@ -26,7 +26,7 @@ _GOLDEN = -7046029254386353131  # 2^64 / golden ratio as a signed 64-bit integer
 @register
 @dataclass(frozen=True)
 class Random(Budgeted):
-    """Keep a random set of visual tokens at the input of decoder layer ``layer``."""
+    """Keep a random set of visual tokens at the input of one decoder layer (option ``layer``)."""
 
     name = "random"
     title = "Random tokens"

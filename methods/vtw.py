@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True)
 class VTW(Layered):
-    """Drop all visual tokens at the input of layer ``layer`` (K)."""
+    """Drop all visual tokens at the input of layer K (option ``layer``)."""
 
     name = "vtw"
     title = "VTW"
