@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True)
 class FastV(Layered, Budgeted):
-    """Drop the visual tokens that the last prompt token attends to least, at the input of layer K (option ``layer``)."""
+    """Drop the visual tokens that the last prompt token attends to least, at the input of layer K (its ``layer``)."""
 
     name = "fastv"
     title = "FastV"
