@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -49,6 +50,15 @@ def one_process() -> None:
             f"started on {ranks()} ranks, each of which would do the same: with torchrun, visibench can run and sweep, "
             "and lmms-eval can run --model visibench (docs/scale.md)"
         )
+
+
+@lru_cache
+def version(package: str) -> str | None:
+    """Version of an installed package; None if it is not there."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @lru_cache(maxsize=1)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..evals.executors import Executor
     from ..evals.progress import Reporter
     from ..results.store import Cell
+    from ..results.tables import Table
 
 
 def run(
@@ -54,6 +55,7 @@ def run(
     """Run one method on some tasks: scores, visual tokens by layer, compute and prefill time."""
     from ..evals.config import parse_config
     from ..evals.spec import split
+    from ..results.tables import build
 
     _, options = split(method)
     if seed is not None and options.get("seed", str(seed)) != str(seed):
@@ -80,7 +82,7 @@ def run(
         if as_json:
             print(json.dumps({"out": str(folder), "cells": [_cell_json(cell) for cell in cells]}, indent=1))
             return
-        _print_tables(cells, folder)
+        _print_tables(build(cells), folder)
         for cell in cells:
             layers = " ".join(f"{count:.4g}" for count in cell.metrics.visual_tokens.per_layer)
             print(f"Visual tokens at each layer's input, {cell.config.task}: {layers}")
@@ -145,9 +147,9 @@ def sweep(
         live.sending(folder, wandb, wandb_project, wandb_entity, wandb_group, wandb_tags) as sink,
         _sweep(chosen, folder, report=live.listening(report, sink), executor=runs) as cells,
     ):
-        save_tables(cells, folder)
+        tables = save_tables(cells, folder)
         if not as_json:
-            _print_tables(cells, folder, quiet=quiet)
+            _print_tables(tables, folder, quiet=quiet)
 
 
 def table(
@@ -215,11 +217,10 @@ def _sweep(
         raise problem
 
 
-def _print_tables(cells: list[Cell], folder: Path, *, quiet: bool = False) -> None:
+def _print_tables(tables: list[Table], folder: Path, *, quiet: bool = False) -> None:
     from ..results.render import render
-    from ..results.tables import build
 
-    print(render(build(cells)))
+    print(render(tables))
     Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet).print(
         f"Stored in {folder}: `visibench table {folder}` prints all that is there."
     )

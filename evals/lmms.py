@@ -154,6 +154,9 @@ class Replay(harness.lmms):
         self.records = records
         self.generation: dict[str, Any] = {}
 
+    def clean(self) -> None:
+        """Nothing to free: there is no model here. lmms-eval's own collects garbage twice, in each cell of a sweep."""
+
     def loglikelihood(self, requests: list) -> list:
         raise OptionError("tasks scored by log-likelihood cannot run here: choose one of kind generate_until")
 

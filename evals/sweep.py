@@ -18,7 +18,7 @@ from ..models import LoadedModel, load_model
 from ..models.load import release
 from ..results.render import render
 from ..results.store import Cell, Store
-from ..results.tables import build
+from ..results.tables import Table, build
 from . import budget
 from .cell import claimed, others, run_cell
 from .config import SweepConfig, settled
@@ -113,11 +113,12 @@ def _sweep_model(
     return [cell for cell in (store.done(planned.config) for planned in cells) if cell is not None], failed
 
 
-def save_tables(cells: list[Cell], out: Path) -> None:
-    """Write the tables of ``cells`` to ``out`` as ``table.md``, ``table.csv`` and ``table.json``."""
+def save_tables(cells: list[Cell], out: Path) -> list[Table]:
+    """Write the tables of ``cells`` to ``out`` as ``table.md``, ``table.csv`` and ``table.json``, and return them."""
     tables = build(cells)
     for form in ("md", "csv", "json"):
         Store(out).save(f"table.{form}", render(tables, form) + "\n")
+    return tables
 
 
 class Prepared:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from ..errors import (
     VisibenchError,
     suggest,
 )
-from ..machine import processor
+from ..machine import processor, version
 from .adapters import FAMILIES, Adapter, Geometry
 from .geometry import Weights, about, build, check_weights, configuration, published, synthetic_inputs
 
@@ -100,7 +99,7 @@ class LoadedModel:
             "image_processor": self.processor and type(self.processor.image_processor).__name__,
             "image_backend": self.processor and getattr(self.processor.image_processor, "backend", None),
             "weights": self.weights,
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "visibench")},
+            "versions": {name: version(name) for name in ("torch", "transformers", "visibench")},
         }
 
     def _prompt(self, question: str, images: int) -> str:

@@ -7,10 +7,8 @@ written last and carry that hash, the numbers with their units, and the environm
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import platform
-from contextlib import suppress
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -181,13 +179,10 @@ class CellMetrics(Record):
 
 def environment(model: dict[str, Any]) -> Environment:
     """This machine and its packages, with the facts ``model`` about the loaded model."""
-    versions = {}
-    for name in PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
+    found = {name: machine.version(name) for name in PACKAGES}
     return Environment(
         model={key: value for key, value in model.items() if key != "versions"},
-        versions=versions,
+        versions={name: version for name, version in found.items() if version is not None},
         machine={"python": platform.python_version(), "system": platform.system(), "architecture": platform.machine()},
         host=machine.host(),
         code=machine.code(),
