@@ -1,6 +1,8 @@
 """The report in a real browser, headless Chromium: it sorts, filters, fits a phone, asks the network for nothing."""
 
+import base64
 import json
+import re
 import shutil
 
 import numpy as np
@@ -192,6 +194,33 @@ def test_it_reads_without_script(page, browser):
     assert [element.is_displayed() for element in browser.find(".question")] == [True] * 24
     assert not any(element.is_displayed() for element in browser.find(".tools, .filters, th button"))
     assert browser.find("#t1-grid td")[0].is_displayed()
+
+
+PRINTED = """
+const style = (selector) => [...document.querySelectorAll(selector)].map((element) => getComputedStyle(element));
+return {
+  shown: style("nav, .filters, .tools, .skip").filter((one) => one.display !== "none").length,
+  grounds: [...new Set(style("body, .card, .parts, .group th, .figures th").map((one) => one.backgroundColor))],
+  closed: [...document.querySelectorAll("details > :not(summary)")].filter((e) => !e.clientHeight).length,
+  wide: Math.max(...[...document.querySelectorAll("table, svg, pre")].map((e) => e.getBoundingClientRect().right)),
+};
+"""
+
+
+def test_it_prints_whole_and_on_white(page, browser):
+    browser.open(page, 1031)  # what the margins leave of a landscape A4 page, in CSS pixels
+    assert browser("return [...document.querySelectorAll('details:not([open])')].length") > 0
+    dark = {"name": "prefers-color-scheme", "value": "dark"}
+    browser.command("Emulation.setEmulatedMedia", media="print", features=[dark])
+    found = browser(PRINTED)
+    browser.command("Emulation.setEmulatedMedia", media="", features=[])
+    assert found["shown"] == found["closed"] == 0
+    assert set(found["grounds"]) <= {"rgb(255, 255, 255)", "rgba(0, 0, 0, 0)"}
+    assert found["wide"] <= 1031
+    made = base64.b64decode(browser.command("Page.printToPDF", preferCSSPageSize=True)["data"])
+    sizes = [tuple(map(float, size)) for size in re.findall(rb"/MediaBox \[0 0 ([\d.]+) ([\d.]+)\]", made)]
+    assert {width > height for width, height in sizes} == {True, False}, "the table lies, the rest stands"
+    assert {(round(min(size)), round(max(size))) for size in sizes} <= {(595, 842), (596, 842)}
 
 
 def test_nothing_hostile_runs(tmp_path, browser):
