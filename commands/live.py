@@ -29,7 +29,13 @@ WAIT, INTERRUPTED = 120.0, 5.0
 """Seconds that the end of a sweep waits for what is still to be sent, and after Ctrl-C."""
 
 Mode = Annotated[
-    str, typer.Option("--wandb", metavar="off|offline|online", help="Send cells to W&B as they finish. (default: off)")
+    str,
+    typer.Option(
+        "--wandb",
+        metavar="off|offline|online",
+        show_default=False,
+        help="Send cells to W&B as they finish. (default: off)",
+    ),
 ]
 Project = Annotated[str | None, typer.Option("--wandb-project", metavar="NAME", help="(default: visibench)")]
 Entity = Annotated[str | None, typer.Option("--wandb-entity", metavar="NAME", help="(default: the account's)")]

@@ -55,7 +55,6 @@ def run(
     """Run one method on some tasks: scores, visual tokens by layer, compute and prefill time."""
     from ..evals.config import parse_config
     from ..evals.spec import split
-    from ..results.tables import build
 
     _, options = split(method)
     if seed is not None and options.get("seed", str(seed)) != str(seed):
@@ -79,13 +78,7 @@ def run(
         live.sending(folder, wandb, wandb_project, wandb_entity, wandb_group, wandb_tags) as sink,
         _sweep(parsed, folder, dense=False, report=live.listening(None, sink)) as cells,
     ):
-        if as_json:
-            print(json.dumps({"out": str(folder), "cells": [_cell_json(cell) for cell in cells]}, indent=1))
-            return
-        _print_tables(build(cells), folder)
-        for cell in cells:
-            layers = " ".join(f"{count:.4g}" for count in cell.metrics.visual_tokens.per_layer)
-            print(f"Visual tokens at each layer's input, {cell.config.task}: {layers}")
+        _print_run(cells, folder, as_json=as_json)
 
 
 def sweep(
@@ -131,9 +124,7 @@ def sweep(
     from ..evals.progress import JsonLines, Reporter
     from ..evals.sweep import save_tables
 
-    limits = [] if limit is None else [f"limit={limit}"]
-    caches = [] if feature_cache_gb is None else [f"feature_cache_gb={feature_cache_gb}"]
-    loaded, name = load_config(config, [*(settings or []), *limits, *caches])
+    loaded, name = load_config(config, [*(settings or []), *_set(limit=limit, feature_cache_gb=feature_cache_gb)])
     chosen = select(loaded, only or [], only_tasks or [])
     folder = out or Path(chosen.out or f"runs/{name}")
     if quiet and as_json:
@@ -215,6 +206,23 @@ def _sweep(
     yield cells
     if problem is not None:
         raise problem
+
+
+def _set(**given: float | None) -> list[str]:
+    """Options that stand for values of the configuration, as ``--set`` takes them."""
+    return [f"{name}={value}" for name, value in given.items() if value is not None]
+
+
+def _print_run(cells: list[Cell], folder: Path, *, as_json: bool) -> None:
+    from ..results.tables import build
+
+    if as_json:
+        print(json.dumps({"out": str(folder), "cells": [_cell_json(cell) for cell in cells]}, indent=1))
+        return
+    _print_tables(build(cells), folder)
+    for cell in cells:
+        layers = " ".join(f"{count:.4g}" for count in cell.metrics.visual_tokens.per_layer)
+        print(f"Visual tokens at each layer's input, {cell.config.task}: {layers}")
 
 
 def _print_tables(tables: list[Table], folder: Path, *, quiet: bool = False) -> None:

@@ -13,7 +13,12 @@ if TYPE_CHECKING:
 
 KNOWN = ("local", "ray")
 
-Named = Annotated[str, typer.Option("--executor", metavar="local|ray", help="This machine, or a Ray cluster.")]
+Named = Annotated[
+    str,
+    typer.Option(
+        "--executor", metavar="local|ray", show_default=False, help="This machine, or a Ray cluster. (default: local)"
+    ),
+]
 Workers = Annotated[
     int | None,
     typer.Option(
