@@ -114,9 +114,16 @@ class Task:
         """Prompt and images of a question, before the model's chat template."""
         return self.harness.fewshot_context(self.docs[doc_id], 0), self.images(doc_id)
 
+    @cached_property
+    def _album(self) -> Album:
+        return Album()
+
     def images(self, doc_id: int) -> list[Image]:
-        """The decoded images of a question; see :func:`decoded`."""
-        return decoded(self.name, doc_id, lambda: self.harness.doc_to_visual(self.harness.task_docs[doc_id]))
+        """The decoded images of a question, not to be changed; see :func:`decoded`."""
+        return self._album.get(
+            doc_id,
+            lambda: decoded(self.name, doc_id, lambda: self.harness.doc_to_visual(self.harness.task_docs[doc_id])),
+        )
 
     def size(self, limit: int | None) -> tuple[int, str]:
         """How many questions a limit means, and a note where that differs from what was asked.
@@ -131,6 +138,29 @@ class Task:
             return wanted, ""
         size = _whole_pairs(self.docs, wanted)
         return size, f"limit {wanted} raised to {size}: MME scores pairs of questions" if size != wanted else ""
+
+
+class Album:
+    """Decoded images of questions, for the cells of a sweep, which go over the same questions one after the other.
+
+    What fits into ``limit`` bytes stays, the rest is decoded each time: making room for it would throw out just what
+    the next round starts with.
+    """
+
+    def __init__(self, limit: int = 2**30) -> None:
+        self.room = limit
+        self._kept: dict[int, list[Image]] = {}
+
+    def get(self, doc_id: int, decode: Callable[[], list[Image]]) -> list[Image]:
+        """The images of a question, decoded now or before."""
+        found = self._kept.get(doc_id)
+        if found is None:
+            found = decode()
+            size = sum(image.width * image.height * len(image.getbands()) for image in found)
+            if size <= self.room:
+                self.room -= size
+                self._kept[doc_id] = found
+        return found
 
 
 def decoded(task: str, doc_id: int, look: Callable[[], list[Image]]) -> list[Image]:
