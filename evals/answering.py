@@ -29,6 +29,7 @@ from ..results.records import CellConfig, Failure, digest
 from . import flops, harness
 from .answers import Answers, Batch, Record, bound_to
 from .tasks import Task, reason
+from .timing import clock_of
 
 DEFAULT_MAX_NEW_TOKENS = 32
 """Cap on new tokens for tasks that set none (TextVQA): lmms-eval asks for a word or phrase there."""
@@ -107,6 +108,7 @@ class Bridge:
         self.answers = answers if answers is not None else Answers()
         self.seed, self.forgiving = seed, forgiving
         self.hardware = loaded.describe()["hardware"]
+        self.clock = clock_of(loaded.model.device)
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.records: dict[int, Record] = {}
         self._in_a_row = 0
@@ -181,11 +183,13 @@ class Bridge:
         images = [self.task.images(doc_id) for doc_id in ids]
         inputs = self.loaded.inputs(prompts, images)
         watch, reused = Nonfinite(), self._reused
-        started = time.perf_counter()
+        start = self.clock.mark()
         new = self._generate(inputs, generation(wanted), watch)
-        seconds = time.perf_counter() - started
+        end = self.clock.mark()
         trace = self.session.trace
         compute = flops.executed(trace, self.loaded.geometry)
+        nonfinite = watch.rows()  # read from the device behind ``end``, which therefore lies in the past
+        latency = self.clock.between(start, end)
         rows = zip(
             prompts,
             self.loaded.decode(new),
@@ -197,14 +201,16 @@ class Bridge:
             trace.kv_lengths().tolist(),
             compute.total(),
             _kept(trace),
-            watch.rows(),
+            nonfinite,
+            [latency] * len(ids),
+            [len(ids)] * len(ids),
             strict=True,
         )
         return Batch(
             asked="",
             records={doc_id: Record(*row) for doc_id, row in zip(ids, rows, strict=True)},
             components={component: sum(macs) for component, macs in compute.components().items()},
-            seconds={"generate": seconds},
+            seconds={"generate": latency / 1e3},
             reused=self._reused - reused,
         )
 

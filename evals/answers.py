@@ -19,12 +19,15 @@ from ..results import disk
 from ..results.records import CellConfig, Failure, digest, environment
 from ..results.store import ANSWERS
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass
 class Record:
-    """What the bridge saw of one question. ``nonfinite``: some step gave logits that are NaN or infinite."""
+    """What the bridge saw of one question. ``nonfinite``: some step gave logits that are NaN or infinite.
+
+    ``latency_ms``: milliseconds of generating for its batch of ``batch_questions`` questions, of which it was one.
+    """
 
     prompt: str
     output: str
@@ -37,6 +40,8 @@ class Record:
     executed_macs: float
     kept: str
     nonfinite: bool
+    latency_ms: float
+    batch_questions: int
 
 
 @dataclass

@@ -8,10 +8,13 @@ from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from ..engine.features import FeatureStore
 from ..errors import IncompleteError, StorageError
 from ..methods import Method
 from ..models import LoadedModel
+from ..results.metrics import agreement
 from ..results.records import CellConfig, CellMetrics, Compute, Failure, PrefillTime, VisualTokens, environment
 from ..results.store import FAILURES, Cell, Store
 from .plan import Plan
@@ -26,21 +29,28 @@ def claimed(
 ) -> Generator[Plan, None, None]:
     """Cells one after the other, each while this process holds its claim; those of other processes when they let go.
 
-    ``check`` is called now and then, also while this waits, and may raise.
+    ``cells`` hold the dense ones first. A cell comes only behind its dense one, so that it can be compared with it:
+    while another process works on that, all cells that do not depend on it come first. ``check`` is called now and
+    then, also while this waits, and may raise.
     """
     todo, wait = list(cells), 0.0
     while todo:
-        later = []
+        later: list[Plan] = []
+        held: set[str] = set()
         for cell in todo:
             check()
+            if cell.dense is not None and cell.dense.folder in held:
+                later.append(cell)
+                continue
             with store.claim(cell.config, wait=wait) as mine:
                 if mine:
                     yield cell
                 else:
                     later.append(cell)
+                    held.add(cell.config.folder)
         stuck = len(later) == len(todo)
         if stuck and not wait:
-            say(f"Waiting for {len(later)} cells of {store.root} that another process works on.")
+            say(f"Waiting for {len(held)} cells of {store.root} that another process works on.")
         todo, wait = later, 1.0 if stuck else 0.0
 
 
@@ -63,10 +73,15 @@ def run_cell(
     store: Store,
     on_batch: Callable[[int], Any] | None = None,
     features: FeatureStore | None = None,
+    *,
+    dense: CellConfig | None = None,
 ) -> Cell:
     """Answer what is not answered yet, score, time and store a cell. The caller holds its claim.
 
     ``features``: where cells share what the vision tower computes for an image. Prefill is timed without it.
+    ``dense``: the dense model's cell on the same questions. The samples get a column ``dense_agreement``: whether an
+    answer is that cell's (see :func:`visibench.results.metrics.agreement`); null where that cell is not done by now,
+    or was asked other questions.
 
     Raises :class:`IncompleteError` if some questions or the scoring failed: then the failures lie in the cell's folder,
     the cell is not done, and its good batches are kept for the next time. Raises :class:`StorageError` if the folder
@@ -90,7 +105,8 @@ def run_cell(
                 output_dir=folder,
             )
             prefill = _time(loaded, method, task, config)
-            return store.finish(config, evaluation.samples, _metrics(evaluation, prefill, config, loaded))
+            samples = evaluation.samples.assign(dense_agreement=_agreement(evaluation, config, store, dense))
+            return store.finish(config, samples, _metrics(evaluation, prefill, config, loaded))
     except StorageError:
         raise
     except Exception as error:
@@ -118,6 +134,16 @@ def _no_room(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _agreement(result: Evaluation, config: CellConfig, store: Store, dense: CellConfig | None) -> pd.Series:
+    """Whether the answers are the dense model's, bool or null; the dense cell agrees with itself."""
+    if config == dense:
+        return agreement(result.samples, result.samples)
+    reference = store.found(dense) if dense is not None else None
+    if reference is None or reference.metrics.data_hash != result.data_hash:
+        return pd.Series(pd.NA, result.samples.index, dtype="boolean")
+    return agreement(reference.samples(), result.samples)
 
 
 def _time(loaded: LoadedModel, method: Method, task: Task, config: CellConfig) -> PrefillTime | None:

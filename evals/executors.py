@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from .sweep import Prepared
 
 
+UNFINISHED = "not finished"
+
+
 @dataclass(frozen=True)
 class Job:
     """Cells of one model to run: all of ``cells`` with ``sizes`` questions by task, since ``began`` (epoch seconds)."""
@@ -54,7 +57,7 @@ class Job:
             done = others(cell.config, self.sizes[cell.config.task], self.store, self.began)
         except IncompleteError as error:
             return str(error)
-        return "" if done else "not finished"
+        return "" if done else UNFINISHED
 
     def failed(self) -> list[str]:
         """What is to be said of the cells that are not done, a line each."""

@@ -82,8 +82,13 @@ def evaluate(
     generated), answer (as scored), score (lmms-eval's per-question score of the headline metric), prompt_tokens,
     new_tokens, prompt_visual_tokens, visual_tokens and kv_lengths (a list, one entry a decoder layer: visual tokens at
     its input, entries of its KV cache after prefill), executed_macs (of the prefill), kept (see
-    :func:`visibench.evals.answering._kept`; older runs lack it), and nonfinite (whether some step gave logits that are
-    NaN or infinite).
+    :func:`visibench.evals.answering._kept`; older runs lack it), nonfinite (whether some step gave logits that are NaN
+    or infinite), latency_ms and batch_questions. The latency is the measured time of ``generate`` for the whole batch
+    that the question was answered in, with ``batch_questions`` questions: from inputs on the device to the tokens of
+    all its answers on the host, so with vision tower, projector, prefill, the method, and decoding up to the longest
+    answer; without the decoding and processing of images, and without the tower for images whose features are reused
+    (``--feature-cache-gb``). It is what a request in such a batch waits; ``latency_ms / batch_questions``, summed over
+    the questions, is the time of all batches. Cells (see :func:`visibench.evals.cell.run_cell`) add dense_agreement.
 
     Raises :class:`VisibenchError` for images that cannot be read, questions without one, and unusable options.
     """
@@ -230,6 +235,8 @@ def _sample(task: Task, record: Record, logged: dict[str, Any]) -> dict[str, Any
         "executed_macs": record.executed_macs,
         "kept": record.kept,
         "nonfinite": record.nonfinite,
+        "latency_ms": record.latency_ms,
+        "batch_questions": record.batch_questions,
         "pixels": record.pixels,
     }
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import OptionError
-from ..methods import Method
+from ..methods import Method, load_method
 from ..models.load import EMBEDDED
 from ..results.records import CellConfig
-from .config import Solve, SweepConfig, nowhere, variants
+from .config import DENSE, Solve, SweepConfig, Variant, nowhere, variants
 from .tasks import check_data, definition, origin_of
 
 _WHOLE_FILE = 32 << 20
@@ -20,10 +20,14 @@ _EDGE = 64 << 10
 
 @dataclass(frozen=True)
 class Plan:
-    """One cell to be: its configuration, and the method and task that it names."""
+    """One cell to be: its configuration, and the method and task that it names.
+
+    ``dense``: the cell of the dense model on the same questions, which its answers are compared with.
+    """
 
     config: CellConfig
     method: Method
+    dense: CellConfig | None = None
 
 
 def plan(config: SweepConfig, *, dense: bool = True, solve: Solve = nowhere) -> list[Plan]:
@@ -43,27 +47,36 @@ def plan(config: SweepConfig, *, dense: bool = True, solve: Solve = nowhere) -> 
 
 def _of_model(config: SweepConfig, dense: bool, solve: Solve) -> list[Plan]:
     checkpoint = fingerprint(config.model)
+    found = variants(config, dense=dense, solve=solve)
+    reference = next(
+        (one for one in found if one.method.name == DENSE), Variant(load_method(DENSE), DENSE, found[0].seed)
+    )
     cells = []
-    for variant in variants(config, dense=dense, solve=solve):
+    for variant in found:
         for task in config.tasks:
-            cell = CellConfig(
-                model=config.model,
-                checkpoint=checkpoint,
-                device=config.device,
-                dtype=config.dtype,
-                attention=config.attention,
-                method=variant.method.name,
-                options=variant.method.hyperparameters(),
-                label=variant.label,
-                seed=variant.seed,
-                task=task,
-                origin=origin_of(task, config.data),
-                limit=config.limit_of(task),
-                batch_size=config.batch_size,
-                timing=config.timing,
-            )
-            cells.append(Plan(cell, variant.method))
+            cell = _cell(config, checkpoint, variant, task)
+            own = cell if cell.method == DENSE else _cell(config, checkpoint, reference, task)
+            cells.append(Plan(cell, variant.method, own))
     return cells
+
+
+def _cell(config: SweepConfig, checkpoint: str, variant: Variant, task: str) -> CellConfig:
+    return CellConfig(
+        model=config.model,
+        checkpoint=checkpoint,
+        device=config.device,
+        dtype=config.dtype,
+        attention=config.attention,
+        method=variant.method.name,
+        options=variant.method.hyperparameters(),
+        label=variant.label,
+        seed=variant.seed,
+        task=task,
+        origin=origin_of(task, config.data),
+        limit=config.limit_of(task),
+        batch_size=config.batch_size,
+        timing=config.timing,
+    )
 
 
 def fingerprint(model: str) -> str:

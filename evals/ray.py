@@ -15,6 +15,7 @@ import os
 import platform
 import sys
 import tempfile
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
@@ -23,11 +24,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, IncompleteError, OptionError, VisibenchError
 from ..results.records import CellConfig, Failure
-from ..results.store import ANSWERS, Store
+from ..results.store import ANSWERS, DONE, Store
 from .answering import answer
 from .cell import run_cell
 from .config import SweepConfig
-from .executors import Job
+from .executors import UNFINISHED, Job
 from .plan import Plan, fingerprint
 from .progress import Answered, CellFailed, CellFinished, CellStarted, Named, Note, Reporter, Stopwatch
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 RETRIES = 3
 """How often a task runs again whose worker was lost."""
+LOOK = 1.0
+"""Seconds between two looks at what other processes have finished."""
 SHARD = 1000
 """Questions of a task at most, unless asked for otherwise."""
 Shard = tuple[int, int]
@@ -120,21 +123,26 @@ class Worker:
 
         self.prepared = Prepared(SweepConfig.model_validate_json(config), Reporter())
 
-    def run(self, cell: Plan, shard: Shard | None, files: dict[str, bytes]) -> Outcome:
-        """Answer a shard, or with all that is answered in ``files`` what is left, and score and time the cell."""
+    def run(self, cell: Plan, shard: Shard | None, files: dict[str, bytes], dense: dict[str, bytes]) -> Outcome:
+        """Answer a shard, or with all that is answered in ``files`` what is left, and score and time the cell.
+
+        ``dense``: files of its dense cell, if that is done.
+        """
         config, prepared = cell.config, self.prepared
         if fingerprint(config.model) != config.checkpoint:
             raise DataError(f"model {config.model!r} is another one on {platform.node()}: copy the folder there")
         task = prepared.tasks([config.task])[config.task]
         with tempfile.TemporaryDirectory() as scratch:
             store = Store(scratch)
+            if cell.dense is not None:
+                store.take(cell.dense, dense)
             folder = store.begin(config)
             for name, content in files.items():
                 (folder / name).write_bytes(content)
             answered: list[int] = []
             if shard is None:
                 with suppress(IncompleteError):  # its file of failures says the same
-                    run_cell(prepared.loaded, cell.method, task, config, store)
+                    run_cell(prepared.loaded, cell.method, task, config, store, dense=cell.dense)
             else:
                 answer(prepared.loaded, cell.method, task, config, folder, shard=shard, on_batch=answered.append)
             found = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
@@ -165,46 +173,70 @@ class _Driver:
         self.idle, self.cells = list(team), deque(job.cells)
         self.tasks: deque[tuple[_Open, Shard | None]] = deque()
         self.running: dict[Any, tuple[Any, _Open, Shard | None]] = {}
-        self.opened = 0
+        self.opened, self.waiting = 0, False
+        self.unsettled = {cell.config.folder for cell in job.cells}
 
     def drive(self) -> None:
         """Run all cells."""
         try:
             while self.cells or self.tasks or self.running:
-                while self.idle and (self.tasks or self.cells):
-                    self._hand_out()
+                while self.idle and (self.tasks or self._open_next()):
+                    if self.tasks:
+                        self._hand_out()
                 if self.running:
-                    (ready, *_), _ = self.ray.wait(list(self.running))
-                    worker, state, shard = self.running.pop(ready)
-                    self.idle.append(worker)
-                    self._take(state, shard, ready)
+                    # Idle workers wait for cells: of other processes, or for dense ones.
+                    ready, _ = self.ray.wait(list(self.running), timeout=LOOK if self.idle and self.cells else None)
+                    for task in ready:
+                        worker, state, shard = self.running.pop(task)
+                        self.idle.append(worker)
+                        self._take(state, shard, task)
+                elif self.cells:
+                    self._wait()
         finally:
             for state in {id(state): state for _, state, _ in self.running.values()}.values():
                 state.claim.close()
 
     def _hand_out(self) -> None:
-        """Give the next task to an idle worker, or open the next cell for it."""
-        if not self.tasks:
-            self._open(self.cells.popleft())
-            return
+        """Give the next task to an idle worker."""
         state, shard = self.tasks.popleft()
-        worker = self.idle.pop()
-        folder = self.job.store.path(state.cell.config)
+        worker, store, cell = self.idle.pop(), self.job.store, state.cell
+        folder = store.path(cell.config)
         files = {file.name: file.read_bytes() for file in folder.glob(f"{ANSWERS}*.jsonl")}
-        self.running[worker.run.remote(state.cell, shard, files)] = worker, state, shard
+        dense = store.found(cell.dense) if cell.dense is not None and shard is None else None
+        reference = {file.name: file.read_bytes() for file in map(dense.path.joinpath, DONE)} if dense else {}
+        self.running[worker.run.remote(cell, shard, files, reference)] = worker, state, shard
 
-    def _open(self, cell: Plan) -> None:
-        store, claim = self.job.store, ExitStack()
-        if not claim.enter_context(store.claim(cell.config)):
-            self.report(Note(text=f"{cell.config.folder} is left to another process that works on it"))
-            return
-        store.begin(cell.config)
+    def _open_next(self) -> bool:
+        """Open the first cell that no other process works on, and whose dense cell is over."""
+        for cell in self.cells:
+            if cell.dense not in (None, cell.config) and cell.dense.folder in self.unsettled:
+                continue
+            claim = ExitStack()
+            if claim.enter_context(self.job.store.claim(cell.config)):
+                self.cells.remove(cell)
+                self._open(cell, claim)
+                return True
+            claim.close()
+        return False
+
+    def _wait(self) -> None:
+        """For other processes, which have all that is left."""
+        if not self.waiting:
+            self.waiting = True
+            self.report(Note(text=f"Waiting for cells of {self.job.store.root} that another process works on."))
+        time.sleep(LOOK)
+
+    def _open(self, cell: Plan, claim: ExitStack) -> None:
+        store, size = self.job.store, self.job.sizes[cell.config.task]
         self.opened += 1
-        size = self.job.sizes[cell.config.task]
         parts = min(math.ceil(size / self.shard), math.ceil(size / cell.config.batch_size))
         name = Named.cell(cell.config, self.opened, len(self.job.cells), size)
         state = _Open(cell, name, claim, parts if parts > 1 else 0)
         self.report(CellStarted(cell=name))
+        if self.job.problem(cell) != UNFINISHED:  # another process has been at it meanwhile
+            self._end(state)
+            return
+        store.begin(cell.config)
         self.tasks.extend((state, (part, parts)) for part in range(state.left))
         if not state.left:
             self.tasks.append((state, None))
@@ -220,12 +252,16 @@ class _Driver:
             if not state.left:
                 self.tasks.appendleft((state, None))
             return
-        found = store.done(config)
+        self._end(state)
+
+    def _end(self, state: _Open) -> None:
+        found = self.job.store.done(state.cell.config)
         if found:
             self.report(CellFinished.of(state.name, found.metrics, state.clock()))
         else:
             self.report(CellFailed(cell=state.name, problem=self.job.problem(state.cell), seconds=state.clock()))
         state.claim.close()
+        self.unsettled.discard(state.cell.config.folder)
 
     def _outcome(self, config: CellConfig, ready: Any) -> Outcome:
         """What a task returned. One whose worker was lost time and again returns a failure."""

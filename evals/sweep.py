@@ -191,7 +191,14 @@ def local(job: Job, prepared: Prepared, report: Reporter) -> list[str]:
 
             try:
                 done = others(cell.config, name.questions, store, job.began) or run_cell(
-                    loaded, cell.method, tasks[cell.config.task], cell.config, store, on_batch, features
+                    loaded,
+                    cell.method,
+                    tasks[cell.config.task],
+                    cell.config,
+                    store,
+                    on_batch,
+                    features,
+                    dense=cell.dense,
                 )
                 report(CellFinished.of(name, done.metrics, clock()))
             except IncompleteError as error:

@@ -106,9 +106,12 @@ def loyalty(dense: pd.DataFrame, runs: Sequence[pd.DataFrame]) -> Measured:
     """Share of questions answered as the dense model answers them: lower case, without punctuation and extra spaces."""
     for run in runs:
         check_same_questions(dense, run)
-    wanted = dense["answer"].map(normalised)
-    agree = [(run["answer"].map(normalised) == wanted).astype(float) for run in runs]
-    return measure("loyalty", [run.assign(score=same) for run, same in zip(runs, agree, strict=True)])
+    return measure("loyalty", [run.assign(score=agreement(dense, run).astype(float)) for run in runs])
+
+
+def agreement(dense: pd.DataFrame, run: pd.DataFrame) -> pd.Series:
+    """Whether each answer is the dense model's to the same question, as :func:`normalised` reads them."""
+    return (run["answer"].map(normalised) == dense["answer"].map(normalised)).astype("boolean")
 
 
 def difficulty(dense: pd.DataFrame, small: pd.DataFrame, runs: Sequence[pd.DataFrame]) -> dict[str, Measured]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from .. import machine
 
-SCHEMA: Literal[1] = 1
+CONFIG_SCHEMA: Literal[1] = 1
+METRICS_SCHEMA: Literal[2] = 2
 PACKAGES = ("visibench", "torch", "torchvision", "transformers", "lmms-eval", "datasets", "pillow", "numpy")
 
 
@@ -44,7 +45,9 @@ class CellConfig(Record):
     the method. ``origin``: ``embedded``, ``hub``, or the folder of the data. ``timing`` None: prefill is not timed.
     """
 
-    schema_version: Literal[1] = SCHEMA
+    schemas: ClassVar[tuple[int, ...]] = (CONFIG_SCHEMA,)
+
+    schema_version: Literal[1] = CONFIG_SCHEMA
     model: str
     checkpoint: str = ""
     device: str = "auto"
@@ -147,10 +150,13 @@ class CellMetrics(Record):
     gave logits that are NaN or infinite. ``reused_images``: images whose vision features had been computed before, for
     another question or cell: ``seconds`` leave out that work, ``compute`` and ``prefill`` do not.
     ``data_hash`` covers the questions, targets and pixels used, ``samples_hash`` the file of samples, ``checksum`` all
-    the rest of this record; both are empty in files of early versions.
+    the rest of this record; both are empty in files of early versions. Schema 1 is read too: its samples lack latency
+    and dense agreement, which are null then.
     """
 
-    schema_version: Literal[1] = SCHEMA
+    schemas: ClassVar[tuple[int, ...]] = (1, METRICS_SCHEMA)
+
+    schema_version: Literal[1, 2] = METRICS_SCHEMA
     config_hash: str
     size: int
     total: int

@@ -28,10 +28,11 @@ from pydantic import ValidationError
 
 from ..errors import DataError
 from . import disk
-from .records import SCHEMA, CellConfig, CellMetrics, Failure, Record, digest
+from .records import CellConfig, CellMetrics, Failure, Record, digest
 
 CONFIG, SAMPLES, METRICS = "config.json", "samples.parquet", "metrics.json"
 ANSWERS, FAILURES, LOCK = "answers", "failures.jsonl", "lock"
+DONE = CONFIG, SAMPLES, METRICS
 # Columns that statistics need and the kinds of NumPy that they may have; None: text, or nothing at all.
 KINDS = {
     "doc_id": "iu",
@@ -43,7 +44,9 @@ KINDS = {
     "answer": None,
     "score": "fiub",
 }
-AnyRecord = TypeVar("AnyRecord", bound=Record)
+# Columns that cells of schema 1 lack: the type in which they hold nulls, and the kinds that they may have.
+LATER = {"latency_ms": ("float64", "f"), "batch_questions": ("Int64", "iu"), "dense_agreement": ("boolean", "b")}
+AnyRecord = TypeVar("AnyRecord", CellConfig, CellMetrics)
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,10 @@ class Cell:
             raise DataError(f"{file} is damaged (no whole Parquet file): {remedy}") from error
         if len(samples) != metrics.size:
             raise DataError(f"{file} holds {len(samples)} questions, but its metrics {metrics.size}: {remedy}")
-        for column, kinds in KINDS.items():
+        for column, (kind, _) in LATER.items():
+            if column not in samples:
+                samples[column] = pd.Series(None, samples.index, dtype=kind)
+        for column, kinds in (KINDS | {column: kinds for column, (_, kinds) in LATER.items()}).items():
             if column not in samples:
                 raise DataError(f"{file} has no column {column!r}: {remedy}")
             kind = samples[column].dtype.kind
@@ -281,9 +287,10 @@ def _read(file: Path, kind: type[AnyRecord]) -> tuple[AnyRecord, dict[str, Any]]
     except ValueError as error:
         raise DataError(f"{file} is damaged (no whole JSON file): {remedy}") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
-    if version != SCHEMA:
+    if version not in kind.schemas:
+        known = " and ".join(map(str, kind.schemas))
         raise DataError(
-            f"{file} has schema version {version}, this visibench knows {SCHEMA}: read it with the visibench that "
+            f"{file} has schema version {version}, this visibench knows {known}: read it with the visibench that "
             "wrote it, or run again into another folder (--out)"
         )
     try:
