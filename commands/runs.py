@@ -153,7 +153,7 @@ def table(
         typer.Option(
             metavar="A,B,C",
             help="Columns in order: method, a task (pope) or one score of it (pope:pope_accuracy), retained, loyalty, "
-            "tokens, last, compute, prefill. (default: all)",
+            "tokens, last, compute, prefill, latency. (default: all but latency)",
         ),
     ] = None,
     against: Annotated[

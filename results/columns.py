@@ -44,16 +44,25 @@ class Shown:
 
 @dataclass(frozen=True)
 class Column:
-    """``title``: one or two lines. ``figures``: a row's figures with full precision, by their names in CSV."""
+    """``title``: one or two lines. ``figures``: a row's figures with full precision, by their names in CSV.
+
+    ``asked``: shown only where it is named.
+    """
 
     name: str
     title: str
     show: Callable[[Row], Shown]
     figures: Callable[[Row], dict[str, Any]]
+    asked: bool = False
 
 
 def columns(table: Table) -> list[Column]:
-    """All columns of the table, those of time only where something was timed."""
+    """The columns that a table has by itself, those of time only where something was timed."""
+    return [column for column in every(table) if not column.asked]
+
+
+def every(table: Table) -> list[Column]:
+    """All columns that can be shown."""
     unit, name = compute_unit(table)
     found = [Column("method", "method", lambda row: Shown(row.label), _identity)]
     found += [_score_column(task, score) for task, scores in table.columns.items() for score in scores]
@@ -64,15 +73,19 @@ def columns(table: Table) -> list[Column]:
         Column("last", "at the\nlast layer", lambda row: Shown(f"{row.tokens.last:.1f}"), _last_figures),
         Column("compute", f"compute\n{name}", lambda row: _compute(row, unit), _compute_figures),
     ]
-    timed = any(row.prefill for row in table.rows)
-    return [*found, Column("prefill", "prefill\nms", _prefill, _prefill_figures)] if timed else found
+    if any(row.prefill for row in table.rows):
+        found.append(Column("prefill", "prefill\nms", _prefill, _prefill_figures))
+    return [*found, Column("latency", "latency\nms (questions)", _latency, _latency_figures, asked=True)]
 
 
 def choose(tables: Sequence[Table], names: Sequence[str] | None) -> list[list[Column]]:
-    """The columns ``names`` of each table, in this order (None: all). Raises :class:`OptionError` for unknown ones."""
-    found = [columns(table) for table in tables]
+    """The columns ``names`` of each table, in this order, by default those that it has by itself.
+
+    Raises :class:`OptionError` for unknown ones.
+    """
     if names is None:
-        return found
+        return [columns(table) for table in tables]
+    found = [every(table) for table in tables]
     known = {alias for each in found for column in each for alias in _aliases(column)}
     for name in names:
         if name not in known:
@@ -151,6 +164,11 @@ def _prefill(row: Row) -> Shown:
     return Shown(f"{row.prefill.median:.1f}", f"{row.prefill.iqr:.1f}") if row.prefill else Shown("–")
 
 
+def _latency(row: Row) -> Shown:
+    found = row.latency
+    return Shown(f"{found.median:.1f} ({found.questions})") if found else Shown("–")
+
+
 # ---- figures for CSV ----------------------------------------------------------------------------------------------
 
 
@@ -207,4 +225,13 @@ def _prefill_figures(row: Row) -> dict[str, Any]:
     return {
         "prefill_ms_median": row.prefill.median if row.prefill else None,
         "prefill_ms_iqr": row.prefill.iqr if row.prefill else None,
+    }
+
+
+def _latency_figures(row: Row) -> dict[str, Any]:
+    found = row.latency
+    return {
+        "latency_ms_median": found.median if found else None,
+        "latency_questions": found.questions if found else None,
+        "latency_batch_questions_median": found.batch if found else None,
     }

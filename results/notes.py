@@ -42,6 +42,7 @@ def notes(table: Table, chosen: Sequence[Column], bold: str) -> list[str]:
         lines.append("FLOPs: one multiply-add = 1, all that a prefill executed, mean over questions.")
     lines += _deviations(table)
     lines += _timing(table) if "prefill" in names else []
+    lines += _latency(table) if "latency" in names else []
     lines += [f"Remarks: {'; '.join(table.remarks)}."] if table.remarks else []
     lines += _sharing(table)
     return [*lines, *_baselines(table), origin(table)]
@@ -59,6 +60,21 @@ def _timing(table: Table) -> list[str]:
         return []
     repeats = f"{timing['repeats']} runs a task and seed after {timing['warmup']} to warm up"
     return [f"Prefill: batch {timing['batch_size']}, median ± interquartile range, {repeats}."]
+
+
+def _latency(table: Table) -> list[str]:
+    """What the time of a question is, and what is not in it."""
+    found = [row.latency for row in table.rows if row.latency]
+    if not found:
+        return ["Latency: not recorded by the visibench that made these cells."]
+    batches = ", ".join(f"{size:g}" for size in sorted({one.batch for one in found}))
+    reused = sum(one.reused for one in found)
+    left_out = f"; {reused} are of cells that reused vision features, which leaves out the tower" if reused else ""
+    return [
+        "Latency: median over questions, their number in brackets, of the time in which the batch of a question was "
+        f"answered, from inputs on the device to its last token, measured once, without warm-up{left_out}. Questions in "
+        f"such a batch: {batches} (median)."
+    ]
 
 
 def _inference(table: Table) -> list[str]:

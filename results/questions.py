@@ -36,7 +36,8 @@ class Answer:
     """What one method said: ``answers`` and ``score`` by seed, the mean score. ``parts``: not as the dense model.
 
     ``left``: visual tokens at the last layer's input, and ``kept``, which of the prompt's they are (None: not
-    recorded); both of the first seed.
+    recorded). ``latency_ms``: time in which its batch of ``batch`` questions was answered (None: not recorded), in a
+    cell that ``reused`` vision features or not. All these are of the first seed.
     """
 
     row: Row
@@ -46,6 +47,9 @@ class Answer:
     parts: bool
     left: int
     kept: list[bool] | None
+    latency_ms: float | None = None
+    batch: int | None = None
+    reused: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,8 @@ class Asked:
 
     def _answer(self, number: int, place: int, parts: bool) -> Answer:
         samples = [run.iloc[place] for run in self.runs[number]]
+        first = samples[0]
+        timed = pd.notna(first["latency_ms"])
         right, wrong = bool(self.right[number, place]), bool(self.wrong[number, place])
         return Answer(
             row=self.rows[number],
@@ -118,8 +124,11 @@ class Asked:
             score=float(self.scores[number, place]),
             right=right if right or wrong else None,
             parts=parts,
-            left=int(samples[0]["visual_tokens"][-1]),
-            kept=kept_tokens(samples[0].get("kept"), int(samples[0].get("prompt_visual_tokens", 0))),
+            left=int(first["visual_tokens"][-1]),
+            kept=kept_tokens(first.get("kept"), int(first.get("prompt_visual_tokens", 0))),
+            latency_ms=float(first["latency_ms"]) if timed else None,
+            batch=int(first["batch_questions"]) if timed else None,
+            reused=self.cells[number][0].metrics.reused_images > 0,
         )
 
 

@@ -273,6 +273,9 @@ def _answer(answer: Answer, grid: int, place: int) -> dict[str, Any]:
         "parts": answer.parts,
         "left": answer.left,
         "kept": kept,
+        "latency": "–" if answer.latency_ms is None else f"{answer.latency_ms:.3g} ms",
+        "batch": answer.batch,
+        "reused": answer.reused,
         "made": answer.left - kept if kept is not None else 0,
         "veil": veil(answer.kept, grid) if shows and answer.kept is not None else None,
     }

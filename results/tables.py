@@ -11,8 +11,11 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any
+
+import pandas as pd
 
 from ..errors import DataError
 from .inference import BASELINES, DENSE, Evidence, weigh
@@ -52,6 +55,20 @@ class Prefill:
 
 
 @dataclass(frozen=True)
+class Latency:
+    """Median over ``questions`` of all tasks and seeds of the milliseconds in which their batches were answered.
+
+    ``batch``: the median number of questions in such a batch. ``reused``: questions of cells in which vision features
+    were reused, so that some of these times leave out the vision tower.
+    """
+
+    median: float
+    questions: int
+    batch: float
+    reused: int
+
+
+@dataclass(frozen=True)
 class Row:
     """One method. ``scores``: by task and metric, lmms-eval's units. Tokens and MACs are means over tasks and seeds.
 
@@ -72,6 +89,16 @@ class Row:
     prefill: Prefill | None
     evidence: Evidence
     cells: tuple[Cell, ...] = ()
+
+    @cached_property
+    def latency(self) -> Latency | None:
+        """What the cells' samples say of the time of each question; None where they say nothing."""
+        samples = [cell.samples().assign(reused=cell.metrics.reused_images > 0) for cell in self.cells]
+        found = pd.concat(samples)[["latency_ms", "batch_questions", "reused"]].dropna() if samples else pd.DataFrame()
+        if found.empty:
+            return None
+        median = found[["latency_ms", "batch_questions"]].astype(float).median()
+        return Latency(median["latency_ms"], len(found), median["batch_questions"], int(found["reused"].sum()))
 
 
 @dataclass(frozen=True)

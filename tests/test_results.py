@@ -31,7 +31,16 @@ def test_a_cell_comes_back_as_it_was_stored(store):
     assert back.config == stored.config
     assert back.metrics.model_dump_json() == stored.metrics.model_dump_json()
     samples = back.samples()
-    pd.testing.assert_frame_equal(samples.assign(visual_tokens=samples["visual_tokens"].map(list)), SAMPLES)
+    samples = samples.assign(visual_tokens=samples["visual_tokens"].map(list))
+    pd.testing.assert_frame_equal(samples[SAMPLES.columns], SAMPLES)
+
+
+def test_cells_of_schema_1_are_read_with_nulls(store):
+    cell = put(store, config(), samples=SAMPLES, schema_version=1)
+    samples = store.cells()[0].samples()
+    assert "latency_ms" not in pd.read_parquet(cell.path / "samples.parquet")
+    assert samples[["latency_ms", "batch_questions", "dense_agreement"]].isna().all(axis=None)
+    assert [samples[name].dtype.kind for name in ("latency_ms", "batch_questions", "dense_agreement")] == list("fib")
 
 
 def test_everything_but_the_label_counts_for_the_hash():

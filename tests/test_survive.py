@@ -12,6 +12,7 @@ import pytest
 import torch
 import visibench
 from rich.console import Console
+from storing import untimed
 from visibench.errors import IncompleteError, StorageError
 from visibench.evals import answering
 from visibench.evals.answering import HOPELESS, Bridge, Nonfinite, answer
@@ -27,7 +28,14 @@ from visibench.results.store import Store
 from visibench.results.tables import build
 
 DENSE = visibench.load_method("none")
-TIMES = {"prefill": True, "seconds": True, "reused_images": True, "checksum": True, "environment": {"code"}}
+TIMES = {
+    "prefill": True,
+    "seconds": True,
+    "reused_images": True,
+    "samples_hash": True,
+    "checksum": True,
+    "environment": {"code"},
+}
 
 
 @dataclass(frozen=True)
@@ -59,9 +67,9 @@ def asked(method=DENSE, root="data", **changes) -> CellConfig:
 
 
 def outcome(cell) -> dict:
-    """What must be the same in two runs: all but times, the checksum over them, and whether code was just edited."""
+    """What must be the same in two runs: all but times, the hashes over them, and whether code was just edited."""
     metrics = cell.metrics.model_dump(exclude=TIMES)
-    return {"metrics": metrics, "samples": cell.samples().to_json()}
+    return {"metrics": metrics, "samples": untimed(cell)}
 
 
 @pytest.fixture
@@ -144,7 +152,9 @@ def test_changed_images_never_mix(loaded, pope, tmp_path, ran):
 
 
 def made(number) -> Batch:
-    record = Record(f"is it {number}?", "ja\u2028nein\r\n", "p", 9, 1, 4, [4, 2], [9, 7], 0.1 + number, "8A==", False)
+    record = Record(
+        f"is it {number}?", "ja\u2028nein\r\n", "p", 9, 1, 4, [4, 2], [9, 7], 0.1 + number, "8A==", False, 7.5, 1
+    )
     return Batch(f"key{number}", {number: record}, {"ffn": 0.1 + number}, hardware="cpu")
 
 
@@ -199,6 +209,7 @@ def test_batches_without_room_run_in_halves_and_tables_say_so(loaded, pope, tmp_
     assert ran == [2, 2, 2, 2]
     assert done.metrics.remarks == ["8 of 8 answered in batches smaller than 4 (out of memory)"]
     assert done.samples()["output"].equals(straight.samples()["output"])
+    assert [cell.samples()["batch_questions"].unique().tolist() for cell in (done, straight)] == [[2], [4]]
     assert done.metrics.remarks[0] in render(build([done]), "md")
     assert straight.metrics.remarks == []
 
