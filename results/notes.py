@@ -72,8 +72,8 @@ def _latency(table: Table) -> list[str]:
     left_out = f"; {reused} are of cells that reused vision features, which leaves out the tower" if reused else ""
     return [
         "Latency: median over questions, their number in brackets, of the time in which the batch of a question was "
-        f"answered, from inputs on the device to its last token, measured once, without warm-up{left_out}. Questions in "
-        f"such a batch: {batches} (median)."
+        f"answered, from inputs on the device to its last token, measured once, without warm-up{left_out}. Questions "
+        f"in such a batch: {batches} (median)."
     ]
 
 
