@@ -96,8 +96,8 @@ def share() -> dict:
     log = out.with_suffix(".cells")
     run = sweeping.run_cell
 
-    def noted(loaded, method, task, cell, store, *arguments):
-        done = run(loaded, method, task, cell, store, *arguments)
+    def noted(loaded, method, task, cell, store, *arguments, **options):
+        done = run(loaded, method, task, cell, store, *arguments, **options)
         with log.open("a") as stream:
             stream.write(cell.folder + "\n")
         return done

@@ -21,7 +21,14 @@ from visibench.results.store import Store
 from visibench.results.tables import build
 
 QUIET = Console(quiet=True)
-TIMES = {"prefill": True, "seconds": True, "reused_images": True, "checksum": True, "environment": {"code"}}
+TIMES = {
+    "prefill": True,
+    "seconds": True,
+    "reused_images": True,
+    "samples_hash": True,
+    "checksum": True,
+    "environment": {"code"},
+}
 
 
 def configured(**changes):
