@@ -49,7 +49,7 @@ def asked(method=DENSE, **changes) -> CellConfig:
 def settings(checkpoint, disk_data) -> dict:
     methods = ["fastv:layer=8,keep=0.9", {"name": "random", "keep": 0.1, "seeds": [0, 1]}]
     where = {"model": str(checkpoint), "data": str(disk_data), "tasks": ["gqa", "pope"], "methods": methods}
-    return where | {"timing": None, "batch_size": 4, "limit": 5}
+    return where | {"timing": None, "batch_size": 4, "limit": 4}
 
 
 @pytest.fixture
@@ -224,11 +224,12 @@ def test_without_a_dense_cell_agreement_is_null(loaded, pope, tmp_path):
 
 def test_where_dense_fails_agreement_is_null(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(type(DENSE), "begin", lambda *arguments: 1 / 0)
-    with pytest.raises(IncompleteError, match="2 of 4 cells are incomplete"):
-        sweep(parse_config(settings | {"methods": ["fastv:layer=1,keep=0.1"]}, "test"), tmp_path, QUIET)
+    changes = {"methods": ["fastv:layer=1,keep=0.1"], "tasks": ["pope"]}
+    with pytest.raises(IncompleteError, match="1 of 2 cells are incomplete"):
+        sweep(parse_config(settings | changes, "test"), tmp_path, QUIET)
     done = Store(tmp_path).cells()
-    assert [one.config.method for one in done] == ["fastv", "fastv"]
-    assert all(one.samples()["dense_agreement"].isna().all() for one in done)
+    assert [one.config.method for one in done] == ["fastv"]
+    assert done[0].samples()["dense_agreement"].isna().all()
 
 
 def test_every_cell_knows_its_dense_cell(settings):
@@ -292,7 +293,9 @@ def test_a_sweep_waits_for_dense_cells_of_others_at_its_end(ray, settings, tmp_p
     order, cells = held_up(settings, tmp_path, hold, Ray(workers=1) if ray else None)
     assert order == [("none", "pope"), (label, "pope"), "waits", ("none", "gqa"), (label, "gqa")]
     assert all(one.samples()["dense_agreement"].notna().all() for one in cells)
+    assert not any(math.isnan(latency) for one in cells for latency in one.samples()["latency_ms"])
+    if not ray:  # who runs them one after the other changes nothing but their order
+        return
     config = parse_config(settings | {"methods": [label]}, "test")
     straight = sweep(config, tmp_path / "straight", QUIET)
     assert [untimed(one) for one in cells] == [untimed(one) for one in straight]
-    assert not any(math.isnan(latency) for one in cells for latency in one.samples()["latency_ms"])
