@@ -8,6 +8,7 @@ End to end, the two in turn, first one and then the other in front; both must gi
 import argparse
 import statistics
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import visibench
@@ -25,14 +26,15 @@ def compare(
     """Milliseconds of each repeat, plain and under the engine."""
     inputs = loaded.synthetic_inputs(1, PROMPT, visual_tokens)
     method = visibench.load_method("none")
-    clock = clock_of(loaded.model.device)
+    model: Any = loaded.model
+    clock = clock_of(model.device)
     times: list[list[float]] = [[], []]
     for number in range(warmup + repeats):
         outputs = {}
         for side in (0, 1) if number % 2 else (1, 0):
-            with visibench.prune(loaded.model, method) if side else nullcontext(), undisturbed(clock):
+            with visibench.prune(model, method) if side else nullcontext(), undisturbed(clock):
                 start = clock.mark()
-                outputs[side] = loaded.model.generate(
+                outputs[side] = model.generate(
                     **inputs, do_sample=False, min_new_tokens=new_tokens, max_new_tokens=new_tokens
                 )
                 end = clock.mark()

@@ -21,12 +21,13 @@ def show(config: SweepConfig, folder: Path, *, as_json: bool) -> None:
     from ..evals.estimate import forecast
 
     cells = forecast(config, folder, Console(stderr=True))
+    lines = _summary(cells, folder)
+    if config.references:
+        lines.append("Not among them: references, whose budgets are known once the other cells have run.")
     several = len(config.by_model()) > 1
     header = (["model"] if several else []) + HEADER
     rows = [([cell.config.model] if several else []) + _row(cell) for cell in cells]
-    print_list(
-        [_json(cell) for cell in cells], header, rows, "\n" + "\n".join(_summary(cells, folder)), as_json=as_json
-    )
+    print_list([_json(cell) for cell in cells], header, rows, "\n" + "\n".join(lines), as_json=as_json)
 
 
 def _row(cell: Forecast) -> list[str]:

@@ -68,6 +68,7 @@ class SweepConfig(Config):
     task, or a number by task. ``timing``: how prefill is timed; null: not at all. ``out``: the run folder,
     ``runs/<name of the file>`` by default. ``feature_cache_gb``: memory for vision features that cells share, in GiB,
     and four times as much on disk; 0: none is kept. ``keep_features``: leave them on disk for the next sweep.
+    ``references``: add random, pooling and downsample at the budgets of the other methods, once those have run.
     """
 
     parts = {"timing": TimingConfig}
@@ -81,6 +82,7 @@ class SweepConfig(Config):
     timing: TimingConfig | None = TimingConfig()
     feature_cache_gb: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     keep_features: bool = False
+    references: bool = False
     out: str | None = None
 
     @model_validator(mode="after")

@@ -39,6 +39,7 @@ from .progress import (
     SweepStarted,
     reporter,
 )
+from .references import references
 from .sharing import feature_store
 from .tasks import Task, load_tasks
 
@@ -98,19 +99,28 @@ def _sweep_model(
     config: SweepConfig, store: Store, report: Reporter, dense: bool, saved: str, executor: Executor
 ) -> tuple[list[Cell], list[str]]:
     """The finished cells of a model, and what is to be said of the others."""
-    failed: list[str] = []
     prepared = Prepared(config, report)
-    cells = plan(config, dense=dense, solve=prepared.solve)
-    pending = [cell for cell in cells if store.done(cell.config) is None]
-    sizes = prepared.sizes({cell.config.task for cell in pending})
-    questions = sum(sizes[cell.config.task] for cell in pending)
-    done = len(cells) - len(pending)
-    report(ModelStarted(model=config.model, cells=len(cells), done=done, questions=questions))
-    if pending:
-        store.save("sweep.yaml", saved)
-        failed = executor(Job(config, pending, sizes, store, time.time()), prepared, report)
+
+    def run(cells: list[Plan]) -> tuple[list[Cell], list[str]]:
+        failed: list[str] = []
+        pending = [cell for cell in cells if store.done(cell.config) is None]
+        sizes = prepared.sizes({cell.config.task for cell in pending})
+        questions = sum(sizes[cell.config.task] for cell in pending)
+        done = len(cells) - len(pending)
+        report(ModelStarted(model=config.model, cells=len(cells), done=done, questions=questions))
+        if pending:
+            store.save("sweep.yaml", saved)
+            failed = executor(Job(config, pending, sizes, store, time.time()), prepared, report)
+        return [cell for cell in (store.done(planned.config) for planned in cells) if cell is not None], failed
+
+    finished, failed = run(plan(config, dense=dense, solve=prepared.solve))
+    if config.references and not failed:
+        more = references(config, finished, prepared.solve, lambda text: report(Note(text=text)))
+        report(Note(text=f"{len(more)} cells of references (references: false leaves them out)"))
+        added, failed = run(more)
+        finished += added
     prepared.forget()
-    return [cell for cell in (store.done(planned.config) for planned in cells) if cell is not None], failed
+    return finished, failed
 
 
 def save_tables(cells: list[Cell], out: Path) -> list[Table]:

@@ -176,7 +176,8 @@ def _baselines(table: Table) -> list[str]:
     if not missing or not budgets:
         return []
     lines = ", ".join(entries[method] for method in missing)
-    return [f"Not run: {', '.join(missing)}. A sweep adds what the model can carry with methods: [{lines}]."]
+    itself = "references: true, or " if set(missing) - {DENSE} else ""
+    return [f"Not run: {', '.join(missing)}. A sweep adds what the model can carry with {itself}methods: [{lines}]."]
 
 
 def _matched(row: Row) -> bool:

@@ -206,7 +206,8 @@ def test_rows_that_were_not_run_are_named_with_what_adds_them(store):
     methods = "{name: random, budget: [{tokens: 12}], seeds: [0, 1, 2]}, {name: pooling, budget: [{tokens: 12}]}, "
     methods = f"[{methods}{{name: downsample, budget: [{{tokens: 12}}]}}]"
     assert (
-        f"Not run: random, pooling, downsample. A sweep adds what the model can carry with methods: {methods}." in text
+        "Not run: random, pooling, downsample. A sweep adds what the model can carry with references: true, "
+        f"or methods: {methods}." in text
     )
     parse_config({"model": "tiny", "tasks": ["gqa"], "methods": yaml.safe_load(methods)}, "the note")
     for method in ("random", "pooling", "downsample"):
