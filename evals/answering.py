@@ -25,6 +25,7 @@ from ..errors import VisibenchError
 from ..methods import Method
 from ..models import LoadedModel
 from ..models.load import release
+from ..results.places import Places, size
 from ..results.records import CellConfig, Failure, digest
 from . import flops, harness
 from .answers import Answers, Batch, Record, bound_to
@@ -204,6 +205,7 @@ class Bridge:
             nonfinite,
             [latency] * len(ids),
             [len(ids)] * len(ids),
+            _places(self.loaded, inputs, images, trace),
             strict=True,
         )
         return Batch(
@@ -307,6 +309,21 @@ def _kept(trace: Trace) -> list[str]:
     kept = trace.kept(trace.layers - 1).cpu().numpy()
     rows = zip(kept, trace.prompt.visual_counts, strict=True)
     return [base64.b64encode(np.packbits(row[:count]).tobytes()).decode() for row, count in rows]
+
+
+def _places(loaded: LoadedModel, inputs: Any, images: list[list[Image]], trace: Trace) -> list[Places]:
+    """Where the visual tokens of each row lie; empty for a row whose tokens are not those that its images say."""
+    views, number, rows = loaded.adapter.family.views, 0, []
+    for pictures, count in zip(images, trace.prompt.visual_counts, strict=True):
+        own: Places = []
+        for picture in pictures:
+            if views is None:
+                break
+            processor = getattr(loaded.processor, "image_processor", None)
+            own.append(views(loaded.model.config, processor, inputs, number, picture.size))
+            number += 1
+        rows.append(own if size(own) == count else [])
+    return rows
 
 
 def _pixels(images: list[Image]) -> str:

@@ -27,6 +27,7 @@ class Record:
     """What the bridge saw of one question. ``nonfinite``: some step gave logits that are NaN or infinite.
 
     ``latency_ms``: milliseconds of generating for its batch of ``batch_questions`` questions, of which it was one.
+    ``places``: where its visual tokens lie, see :mod:`visibench.results.places`; empty where that is not known.
     """
 
     prompt: str
@@ -42,6 +43,7 @@ class Record:
     nonfinite: bool
     latency_ms: float
     batch_questions: int
+    places: list[list[list[int]]] = field(default_factory=list)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 import time
 from argparse import Namespace
@@ -89,6 +90,7 @@ def evaluate(
     answer; without the decoding and processing of images, and without the tower for images whose features are reused
     (``--feature-cache-gb``). It is what a request in such a batch waits; ``latency_ms / batch_questions``, summed over
     the questions, is the time of all batches. Cells (see :func:`visibench.evals.cell.run_cell`) add dense_agreement.
+    ``places``: where visual tokens lie, JSON, see :mod:`visibench.results.places`; older runs lack it.
 
     Raises :class:`VisibenchError` for images that cannot be read, questions without one, and unusable options.
     """
@@ -237,6 +239,7 @@ def _sample(task: Task, record: Record, logged: dict[str, Any]) -> dict[str, Any
         "nonfinite": record.nonfinite,
         "latency_ms": record.latency_ms,
         "batch_questions": record.batch_questions,
+        "places": json.dumps(record.places, separators=(",", ":")),
         "pixels": record.pixels,
     }
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 from ..errors import VisibenchError
 from ..models import LoadedModel, load_model
-from ..results.questions import drawable, kept_tokens
+from ..results.places import read, views
+from ..results.questions import drawable, kept_tokens, placed
 from ..results.records import CellConfig
 from ..results.report import Picture
 from ..results.store import Cell
@@ -36,29 +37,34 @@ class Pictures:
         self._models: dict[str, LoadedModel | str] = {}
         self._tasks: dict[tuple[str, str], Task | str] = {}
 
-    def __call__(self, config: CellConfig, prompts: Mapping[int, str]) -> dict[int, Picture | str]:
+    def __call__(self, config: CellConfig, prompts: Mapping[int, str]) -> dict[int, list[Picture] | str]:
         """The images of the questions ``prompts`` (by doc_id) of a cell, or why one cannot be shown."""
         task = self._task(config.task, config.origin)
         if isinstance(task, str):
             return dict.fromkeys(prompts, task)
-        return {doc_id: self._picture(config.model, task, doc_id, prompt) for doc_id, prompt in prompts.items()}
+        return {doc_id: self._pictures(config.model, task, doc_id, prompt) for doc_id, prompt in prompts.items()}
 
     def overlaid(self, cell: Cell, doc_ids: Sequence[int]) -> dict[int, dict[str, Image.Image]]:
         """Images of questions of a cell: ``image``, and ``kept``, where patches are dim whose tokens did not stay.
+
+        More images, and more views of one, are numbered: ``image_2``, ``kept_2`` …
 
         Callable as :data:`visibench.results.wandb.Pictures`. What cannot be shown is missing.
         """
         rows = cell.samples().set_index("doc_id").loc[list(doc_ids)]
         found = {}
-        for doc_id, picture in self(cell.config, rows["prompt"].to_dict()).items():
-            if isinstance(picture, str):
+        for doc_id, pictures in self(cell.config, rows["prompt"].to_dict()).items():
+            if isinstance(pictures, str):
                 continue
-            row = rows.loc[doc_id]
-            image = Image.open(io.BytesIO(base64.b64decode(picture.uri.partition(",")[2]))).convert("RGB")
-            kept = kept_tokens(row.get("kept"), int(row.get("prompt_visual_tokens", 0)))
-            found[doc_id] = {"image": image}
-            if kept and drawable(kept, row["visual_tokens"][-1], picture.grid):
-                found[doc_id]["kept"] = dimmed(image, kept, picture.grid)
+            row, tokens = rows.loc[doc_id], int(rows.loc[doc_id].get("prompt_visual_tokens", 0))
+            images = [_decoded(picture) for picture in pictures]
+            kept = kept_tokens(row.get("kept"), tokens)
+            grids, whole = [picture.grid for picture in pictures], all(picture.whole for picture in pictures)
+            places = placed(read(row.get("places")), tokens, grids, whole)
+            found[doc_id] = {numbered("image", number): image for number, image in enumerate(images)}
+            if kept and drawable(kept, row["visual_tokens"][-1], places):
+                for number, view in enumerate(views(kept, places)):
+                    found[doc_id][numbered("kept", number)] = dimmed(images[view.image], view.cells)
         return found
 
     def _task(self, name: str, origin: str) -> Task | str:
@@ -70,7 +76,7 @@ class Pictures:
                 self._tasks[name, origin] = str(error)
         return self._tasks[name, origin]
 
-    def _picture(self, model: str, task: Task, doc_id: int, prompt: str) -> Picture | str:
+    def _pictures(self, model: str, task: Task, doc_id: int, prompt: str) -> list[Picture] | str:
         if not 0 <= doc_id < len(task.docs):
             return f"the data have changed since the run: there is no question {doc_id}"
         try:
@@ -79,12 +85,11 @@ class Pictures:
             return str(error)
         if now != prompt:
             return "the data have changed since the run: this question is another one now"
-        if len(images) > 1:
-            return stored(images[0], f"the first of {len(images)} images, as in the data")
         loaded = self._model(model)
         if isinstance(loaded, str):
-            return stored(images[0], f"as in the data (what the model saw is not known: {loaded})")
-        return _as_seen(loaded, images[0])
+            about = f"as in the data (what the model saw is not known: {loaded})"
+            return [stored(image, about, whole=False) for image in images]
+        return [_as_seen(loaded, image) for image in images]
 
     def _model(self, name: str) -> LoadedModel | str:
         """The model without weights, for its sizes and its processor; or why there is none."""
@@ -101,16 +106,29 @@ def _as_seen(loaded: LoadedModel, image: Image.Image) -> Picture:
     vision = loaded.geometry.vision
     pixels = None if loaded.processor is None or loaded.adapter.kind != "llava" else seen(loaded.processor, image)
     if pixels is None or vision is None:
-        return stored(image, "as in the data (this model does not see it as one square image)")
+        return stored(
+            image,
+            "as in the data (the model sees it in other sizes, or as tiles)",
+            whole=loaded.adapter.kind != "llava",
+        )
     side = math.isqrt(vision.tokens)
     about = f"as the model saw it, {pixels.shape[1]} × {pixels.shape[0]} pixels"
     square = side**2 == vision.tokens and pixels.shape[0] == pixels.shape[1]
     return stored(Image.fromarray(pixels), about, side if square else 0)
 
 
-def dimmed(image: Image.Image, kept: Sequence[bool], side: int) -> Image.Image:
-    """The image with all cells of a grid of ``side`` × ``side`` dark but those that are ``kept``, row by row."""
-    cells = np.where(np.reshape(kept, (side, side)), 255, round(255 * DIMMED)).astype(np.uint8)
+def numbered(name: str, number: int) -> str:
+    """The name, with a number from the second on."""
+    return f"{name}_{number + 1}" if number else name
+
+
+def _decoded(picture: Picture) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(picture.uri.partition(",")[2]))).convert("RGB")
+
+
+def dimmed(image: Image.Image, kept: NDArray[np.bool_]) -> Image.Image:
+    """The image with all cells of a grid dark but those that are ``kept``, bool (rows, columns)."""
+    cells = np.where(kept, 255, round(255 * DIMMED)).astype(np.uint8)
     mask = Image.fromarray(cells).resize(image.size, Image.Resampling.NEAREST)
     return Image.composite(image, Image.new("RGB", image.size), mask)
 
@@ -125,7 +143,7 @@ def seen(processor: Any, image: Image.Image) -> NDArray[np.uint8] | None:
     return made[0].float().round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
 
 
-def stored(image: Image.Image, about: str, grid: int = 0) -> Picture:
+def stored(image: Image.Image, about: str, grid: int = 0, *, whole: bool = True) -> Picture:
     """The image in a page, at most :data:`LONGEST` pixels wide and high: PNG, or JPEG where that is large."""
     small = image.convert("RGB")
     small.thumbnail((LONGEST, LONGEST))
@@ -133,7 +151,7 @@ def stored(image: Image.Image, about: str, grid: int = 0) -> Picture:
     if len(data) > _LOSSLESS:
         data, kind = _encoded(small, "JPEG", quality=85), "jpeg"
     uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    return Picture(uri, small.width, small.height, grid, about)
+    return Picture(uri, small.width, small.height, grid, about, whole)
 
 
 def _encoded(image: Image.Image, form: str, **options: Any) -> bytes:

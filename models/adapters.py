@@ -132,13 +132,56 @@ def _grids(vision: VisionGeometry, args: tuple, kwargs: Mapping[str, Any]) -> Te
     return kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
 
 
+# Where the tokens of one image lie in it: see visibench.results.places. Arguments: the model's configuration, its image
+# processor, the inputs of the batch, and the image's number and size (width, height) there.
+Views = Callable[[Any, Any, Mapping[str, Any], int, tuple[int, int]], list[list[int]]]
+
+
+def _square(config: Any, processor: Any, inputs: Mapping[str, Any], number: int, size: tuple[int, int]) -> list:
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    return [[side, side, 1, 1, 0]]
+
+
+def _base_and_tiles(config: Any, processor: Any, inputs: Mapping[str, Any], number: int, size: tuple[int, int]) -> list:
+    """The whole image, then all tiles as one grid without the rows or columns of padding, a newline behind each row."""
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    tall, wide = size[::-1]
+    down, across = get_anyres_image_grid_shape(
+        (tall, wide), config.image_grid_pinpoints, config.vision_config.image_size
+    )
+    rows, columns = unpad_image(torch.empty(1, down * side, across * side), (tall, wide)).shape[1:]
+    return [[side, side, 1, 1, 0], [rows, columns, 1, 1, 1]]
+
+
+def _canvas(config: Any, processor: Any, inputs: Mapping[str, Any], number: int, size: tuple[int, int]) -> list:
+    """Tiles of the stretched image, then the whole of it once more if there are several."""
+    from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
+
+    vision, merge = config.vision_config, round(1 / config.downsample_ratio)
+    rows, columns = (side // patch // merge for side, patch in zip(vision.image_size, vision.patch_size, strict=True))
+    across = down = 1
+    if processor.crop_to_patches and processor.max_patches > 1:
+        tile = (processor.size["height"], processor.size["width"])
+        across, down = get_optimal_tiled_canvas(size[::-1], tile, processor.min_patches, processor.max_patches)
+    return [[rows, columns, down, across, 0], *([[rows, columns, 1, 1, 0]] if down * across > 1 else [])]
+
+
+def _merged(config: Any, processor: Any, inputs: Mapping[str, Any], number: int, size: tuple[int, int]) -> list:
+    _, rows, columns = inputs["image_grid_thw"][number].tolist()
+    merge = config.vision_config.spatial_merge_size
+    return [[rows // merge, columns // merge, 1, 1, 0]]
+
+
 @dataclass(frozen=True)
 class Family:
     """Attribute paths, from the top-level model, of the parts of one architecture (``config.model_type``).
 
     ``vision``: sizes of its vision side, from the configuration and the projector's MACs for a token. ``sides``: stages
     of methods that may act on that side. ``grids``: frames and patches (N, 3) of each image or tile, from the arguments
-    of the vision tower; None where every image has ``VisionGeometry.tokens``.
+    of the vision tower; None where every image has ``VisionGeometry.tokens``. ``views``: where the tokens of
+    an image lie in it.
     """
 
     decoder: str
@@ -152,6 +195,7 @@ class Family:
     vision: Callable[[Any, int], VisionGeometry] | None = None
     sides: tuple[str, ...] = ()
     grids: Callable[[Any, tuple, Mapping[str, Any]], Tensor] | None = None
+    views: Views | None = None
 
 
 _DECODER_ONLY = Family(decoder="model")
@@ -167,6 +211,7 @@ FAMILIES: dict[str, Family] = {
         projector="model.multi_modal_projector",
         vision=_clip,
         sides=("image", "tower", "vision", "projector"),
+        views=_square,
     ),
     "llava_next": Family(
         decoder="model.language_model",
@@ -175,6 +220,7 @@ FAMILIES: dict[str, Family] = {
         projector="model.multi_modal_projector",
         vision=_clip,
         grids=_tiles,
+        views=_base_and_tiles,
     ),
     "internvl": Family(
         decoder="model.language_model",
@@ -183,6 +229,7 @@ FAMILIES: dict[str, Family] = {
         projector="model.multi_modal_projector",
         vision=_intern_vit,
         sides=("projector",),
+        views=_canvas,
     ),
     "qwen2_5_vl": Family(
         decoder="model.language_model",
@@ -191,6 +238,7 @@ FAMILIES: dict[str, Family] = {
         projector="model.visual.merger",
         vision=_qwen_vit,
         grids=_grids,
+        views=_merged,
     ),
 }
 

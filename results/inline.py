@@ -64,12 +64,12 @@ def _name(element: ElementTree.Element) -> str:
     return element.tag.rpartition("}")[2]
 
 
-def veil(kept: Sequence[bool], side: int) -> str:
-    """SVG path over a square grid of ``side`` × ``side`` cells of size 1, row by row: the cells that are not kept."""
+def veil(kept: Sequence[bool], columns: int) -> str:
+    """SVG path over a grid of rows of ``columns`` cells of size 1, row by row: the cells that are not kept."""
     path = []
-    for y in range(side):
+    for y in range(len(kept) // columns):
         x = 0
-        for stays, cells in groupby(kept[y * side : (y + 1) * side]):
+        for stays, cells in groupby(kept[y * columns : (y + 1) * columns]):
             width = len(list(cells))
             if not stays:
                 path.append(f"M{x} {y}h{width}v1h-{width}z")

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from .inference import DENSE
 from .metrics import RIGHT
+from .places import Places, read, size
 from .records import CellConfig
 from .tables import Row, Table
 
@@ -65,6 +66,7 @@ class Question:
     target: str
     kind: Kind
     visual_tokens: int
+    places: Places
     answers: list[Answer]
 
 
@@ -110,6 +112,7 @@ class Asked:
             target=str(sample["target"]),
             kind=kind,
             visual_tokens=int(sample.get("prompt_visual_tokens", 0)),
+            places=read(sample.get("places")),
             answers=[self._answer(number, place, bool(parts)) for number, parts in enumerate(parting)],
         )
 
@@ -181,12 +184,21 @@ def _candidates(asked: Asked, kind: Kind) -> list[_Candidate]:
     ]
 
 
-def drawable(kept: Sequence[bool] | None, left: int, grid: int) -> bool:
-    """Whether tokens ``kept``, of ``left`` at the last layer, can be shown on an image of ``grid`` × ``grid`` tokens.
+def drawable(kept: Sequence[bool] | None, left: int, places: Places) -> bool:
+    """Whether tokens ``kept``, of ``left`` at the last layer, can be shown at ``places``.
 
     Where merging left none of the prompt's own tokens, a dark image would say that nothing was seen.
     """
-    return bool(grid) and kept is not None and len(kept) == grid**2 and (any(kept) or not left)
+    return bool(places) and kept is not None and len(kept) == size(places) and (any(kept) or not left)
+
+
+def placed(places: Places, tokens: int, grids: Sequence[int], whole: bool) -> Places:
+    """Where ``tokens`` can be drawn on pictures: as recorded, or in a run of old on its only square ``grids``."""
+    if not whole:
+        return []
+    if not places and len(grids) == 1 and grids[0] and grids[0] ** 2 == tokens:
+        return [[[grids[0], grids[0], 1, 1, 0]]]
+    return places if len(places) == len(grids) and size(places) == tokens else []
 
 
 def kept_tokens(packed: Any, count: int) -> list[bool] | None:

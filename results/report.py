@@ -25,7 +25,8 @@ from .columns import Column, columns
 from .formats import grouped
 from .inline import inline, veil
 from .notes import heading, notes
-from .questions import KINDS, RULE, Answer, Question, choose, drawable
+from .places import Places, View, views
+from .questions import KINDS, RULE, Answer, Question, choose, drawable, placed
 from .records import CellConfig
 from .tables import Row, Table
 
@@ -43,20 +44,24 @@ _REFERENCES = {"d": "dense", "r": "random tokens"}
 
 @dataclass(frozen=True)
 class Picture:
-    """An image to show. ``uri``: a data URI. ``grid``: patches a side, 0 where the place of a token is not known."""
+    """An image to show. ``uri``: a data URI. ``grid``: patches a side, 0 where they are no square.
+
+    ``whole``: whether it shows what the model saw, all of it and nothing else.
+    """
 
     uri: str
     width: int
     height: int
     grid: int
     about: str
+    whole: bool = True
 
 
-Pictures = Callable[[CellConfig, Mapping[int, str]], Mapping[int, Picture | str]]
+Pictures = Callable[[CellConfig, Mapping[int, str]], Mapping[int, Sequence[Picture] | str]]
 """The images of some questions (prompt by doc_id) that a cell asked, or for each the reason why there is none."""
 
 
-def no_pictures(config: CellConfig, prompts: Mapping[int, str]) -> dict[int, Picture | str]:
+def no_pictures(config: CellConfig, prompts: Mapping[int, str]) -> dict[int, Sequence[Picture] | str]:
     """Pictures for reports without any."""
     return dict.fromkeys(prompts, "left out")
 
@@ -223,11 +228,13 @@ def _questions(chosen: Sequence[Question], table: Table, pictures: Pictures) -> 
     for question in chosen:
         by_cell.setdefault(question.config.task, {})[question.doc_id] = question.prompt
     found = {task: pictures(configs[task], prompts) for task, prompts in by_cell.items()}
-    places = {id(row): place for place, row in enumerate(table.rows)}
+    order = {id(row): place for place, row in enumerate(table.rows)}
     cards = []
     for number, question in enumerate(chosen, start=1):
-        picture = found[question.config.task][question.doc_id]
-        grid = picture.grid if isinstance(picture, Picture) and picture.grid**2 == question.visual_tokens else 0
+        shown = found[question.config.task][question.doc_id]
+        images = [] if isinstance(shown, str) else shown
+        grids, whole = [picture.grid for picture in images], all(picture.whole for picture in images)
+        places = placed(question.places, question.visual_tokens, grids, whole)
         parting = sum(answer.parts for answer in question.answers)
         cards.append(
             {
@@ -241,28 +248,27 @@ def _questions(chosen: Sequence[Question], table: Table, pictures: Pictures) -> 
                 "category": question.category,
                 "prompt": _short(question.prompt),
                 "target": _short(_target(question.target)),
-                "picture": picture if isinstance(picture, Picture) else None,
-                "reason": "" if isinstance(picture, Picture) else picture,
-                "grid": grid,
-                "overlay": _overlay(question, grid),
+                "pictures": images,
+                "reason": shown if isinstance(shown, str) else "",
+                "overlay": _overlay(question, places),
                 "tokens": question.visual_tokens,
-                "answers": [_answer(answer, grid, places[id(answer.row)]) for answer in question.answers],
-                "methods": " ".join(str(places[id(answer.row)]) for answer in question.answers if answer.parts),
+                "answers": [_answer(answer, places, order[id(answer.row)], images) for answer in question.answers],
+                "methods": " ".join(str(order[id(answer.row)]) for answer in question.answers if answer.parts),
             }
         )
     return cards
 
 
-def _overlay(question: Question, grid: int) -> str:
+def _overlay(question: Question, places: Places) -> str:
     """Why there is no picture of the tokens that stayed; empty where there is one."""
     if all(answer.kept is None for answer in question.answers):
         return "this run did not record which tokens stayed"
-    return "" if grid else "the place of each token in the image is not known here"
+    return "" if places else "the place of each token in the image is not known here"
 
 
-def _answer(answer: Answer, grid: int, place: int) -> dict[str, Any]:
+def _answer(answer: Answer, places: Places, place: int, pictures: Sequence[Picture]) -> dict[str, Any]:
     kept = sum(answer.kept) if answer.kept is not None else None
-    shows = drawable(answer.kept, answer.left, grid)
+    shows = drawable(answer.kept, answer.left, places)
     return {
         "place": place,
         "label": answer.row.label,
@@ -277,7 +283,21 @@ def _answer(answer: Answer, grid: int, place: int) -> dict[str, Any]:
         "batch": answer.batch,
         "reused": answer.reused,
         "made": answer.left - kept if kept is not None else 0,
-        "veil": veil(answer.kept, grid) if shows and answer.kept is not None else None,
+        "views": [_view(view, pictures[view.image]) for view in views(answer.kept or (), places)] if shows else [],
+    }
+
+
+def _view(view: View, picture: Picture) -> dict[str, Any]:
+    """A small copy of an image of the question, the patches dark whose tokens did not stay."""
+    rows, columns = view.cells.shape
+    return {
+        "image": view.image + 1,
+        "about": view.about,
+        "loose": view.loose,
+        "width": picture.width,
+        "height": picture.height,
+        "scale": f"{picture.width / columns} {picture.height / rows}",
+        "veil": veil(view.cells.ravel().tolist(), columns),
     }
 
 

@@ -206,8 +206,8 @@ def test_pictures_are_bounded_and_come_with_the_reason_where_there_is_none(tmp_p
     (gqa,) = load_tasks(["gqa"], str(disk_data))
     prompt = gqa.question(0)[0]
     asked = Pictures()(config(origin=str(disk_data)), {0: prompt, 1: "another question", 999: prompt})
-    assert isinstance(asked[0], Picture)
-    assert asked[0].grid == 12
+    assert isinstance(asked[0][0], Picture)
+    assert asked[0][0].grid == 12
     assert "data have changed" in asked[1]
     assert "no question 999" in asked[999]
 
@@ -290,7 +290,7 @@ def test_page_shows_every_row_with_full_precision_to_sort_by(table):
 
 def test_overlays_show_where_recorded_and_old_runs_say_so(tmp_path):
     picture = Picture("data:image/png;base64,", 144, 144, 4, "as seen")
-    show = lambda config, prompts: dict.fromkeys(prompts, picture)  # noqa: E731
+    show = lambda config, prompts: {key: [picture] for key in prompts}  # noqa: E731
     kept = np.arange(16) % 3 == 0
     new, old = Store(tmp_path / "new"), Store(tmp_path / "old")
     for store, bits in ((new, kept), (old, None)):
@@ -311,7 +311,7 @@ def test_a_grid_that_is_not_the_prompts_draws_no_overlay(tmp_path):
     cell(store, "none", RIGHT, kept=np.ones(16))
     cell(store, "fastv", HALF, 6, kept=np.ones(16))
     picture = Picture("data:image/png;base64,", 144, 144, 12, "as seen")
-    page = report(build(store.cells()), "x", pictures=lambda config, prompts: dict.fromkeys(prompts, picture))
+    page = report(build(store.cells()), "x", pictures=lambda config, prompts: {key: [picture] for key in prompts})
     assert 'class="veil"' not in page
     assert "the place of each token in the image is not known here" in page
 

@@ -99,7 +99,7 @@ def page(tmp_path_factory):
         cell(store, "dart", np.where(np.arange(N) < 30, 1 - dense, dense), 4, task=task, kept=some)
         cell(store, "random", WRONG, 12, task=task, kept=some, label="a " + "very long label " * 9)
     picture = Picture(PIXEL, 144, 144, 4, "as the model saw it")
-    text = report(build(store.cells()), "run", pictures=lambda config, prompts: dict.fromkeys(prompts, picture))
+    text = report(build(store.cells()), "run", pictures=lambda config, prompts: {key: [picture] for key in prompts})
     file = folder / "report.html"
     file.write_text(text, encoding="utf-8")
     return file

@@ -1,0 +1,82 @@
+"""Where visual tokens lie in images: closed forms of each family, and pixels of the pictures."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_families import model_of
+from visibench.evals.pictures import DIMMED, dimmed
+from visibench.models.adapters import FAMILIES
+from visibench.results.places import size, views
+from visibench.results.questions import placed
+
+TILED = SimpleNamespace(
+    crop_to_patches=True, min_patches=1, max_patches=12, size={"height": 48, "width": 48}
+)  # as the processor of InternVL
+
+
+def places_of(kind, sizes, inputs=None):
+    config = model_of(kind).config
+    return [FAMILIES[kind].views(config, TILED, inputs or {}, number, one) for number, one in enumerate(sizes)]
+
+
+def only(token, places):
+    """The views in which the token alone stays, as (view, row, column) of what is drawn, and loose tokens kept."""
+    kept = np.arange(size(places)) == token
+    found = [(k, *map(int, cell)) for k, view in enumerate(views(kept, places)) for cell in np.argwhere(view.cells)]
+    return found, sum(view.loose_kept for view in views(kept, places))
+
+
+def test_tiles_lie_where_the_canvas_has_them():
+    places = places_of("internvl", [(96, 48)])  # twice as wide as high: two tiles side by side, and the whole again
+    assert size(places) == 3 * 16
+    assert only(5, places) == ([(0, 1, 1)], 0)
+    assert only(16 + 6, places) == ([(0, 1, 4 + 2)], 0)
+    assert only(32 + 7, places) == ([(1, 1, 3)], 0)
+
+
+def test_newlines_are_no_patch():
+    places = places_of(
+        "llava_next", [(96, 48)]
+    )  # wide: a canvas of 24 × 48 pixels, 4 × 8 patches, and the base of 4 × 4
+    assert size(places) == 16 + 4 * 9
+    assert only(6, places) == ([(0, 1, 2)], 0)
+    assert only(16 + 9 + 7, places) == ([(1, 1, 7)], 0)
+    assert only(16 + 8, places) == ([], 1)
+    assert list(views([True] * 52, places))[1].about == "4 × 8 tokens; of 4 that are no patch 4 stayed"
+
+
+@pytest.mark.parametrize("original", [(96, 48), (48, 96), (40, 40), (100, 31), (31, 100)])
+def test_views_hold_as_many_tokens_as_the_model_makes(original):
+    model, (places,) = model_of("llava_next"), places_of("llava_next", [original])
+    down, across = (2, 2) if original == (40, 40) else (1, 2) if original[0] > original[1] else (2, 1)
+    features = model.get_image_features(
+        torch.zeros(1, 1 + down * across, 3, 24, 24), torch.tensor([original[::-1]])
+    ).pooler_output
+    assert len(features[0]) == size([places])
+
+
+def test_several_rectangles_one_after_the_other():
+    grids = {"image_grid_thw": torch.tensor([[1, 6, 10], [1, 4, 2]])}
+    places = places_of("qwen2_5_vl", [(60, 36), (12, 24)], grids)
+    assert places == [[[3, 5, 1, 1, 0]], [[2, 1, 1, 1, 0]]]
+    assert only(7, places) == ([(0, 1, 2)], 0)
+    assert only(16, places) == ([(1, 1, 0)], 0)
+    kept = np.arange(17) == 7
+    view, second = views(kept, places)
+    assert (view.image, second.image) == (0, 1)
+    assert not second.cells.any()
+    picture = np.asarray(dimmed(Image.new("RGB", (50, 30), (200, 200, 200)), view.cells))
+    expected = np.full((30, 50, 3), round(200 * DIMMED))
+    expected[10:20, 20:30] = 200
+    assert np.abs(picture.astype(int) - expected).max() <= 1
+
+
+def test_places_that_do_not_fit_are_not_drawn():
+    assert placed([[[2, 3, 1, 1, 0]]], 6, [0], whole=True) == [[[2, 3, 1, 1, 0]]]
+    assert placed([[[2, 3, 1, 1, 0]]], 7, [0], whole=True) == []
+    assert placed([[[2, 3, 1, 1, 0]]], 6, [0, 0], whole=True) == []
+    assert placed([[[2, 3, 1, 1, 0]]], 6, [0], whole=False) == []
+    assert placed([], 16, [4], whole=True) == [[[4, 4, 1, 1, 0]]]
