@@ -107,7 +107,10 @@ def share() -> dict:
         if dies:
             disk.append = nth(disk.append, 6, tear, [])
 
-    processes = [child(lambda number=number: prepare(number == 0)) for number in range(count)]
+    processes = [child(lambda: prepare(dies=True))]
+    while not list(out.glob("cells/*/config.json")):  # else the others might leave it no second cell
+        time.sleep(0.01)
+    processes += [child(prepare) for _ in range(count - 1)]
     statuses = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
     said = [out.with_suffix(f".{process}.log").read_text() for process in processes]
     return {"statuses": statuses, "cells": log.read_text().split(), "said": said}
