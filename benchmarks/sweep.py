@@ -7,8 +7,10 @@ A side's CPU time (user and system, of all its processes) says more than its wal
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
+import platform
 import resource
 import statistics
 import subprocess
@@ -73,6 +75,8 @@ def compare(options: dict, repeats: int) -> None:
             raise SystemExit("the two sides answered differently")
     timing = options.get("timing", "as by default")
     print(f"{len(METHODS)} methods × {len(TASKS)} tasks, {options['limit']} questions a task, timing: {timing}")
+    versions = (f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "lmms-eval"))
+    print(f"{platform.machine()}, {os.environ['OMP_NUM_THREADS']} threads, {', '.join(versions)}")
     for place, kind in enumerate(("wall", "CPU")):
         values = {side: [times[place] for times in all_] for side, all_ in found.items()}
         ratios = [b / a for a, b in zip(values["separate runs"], values["sweep"], strict=True)]

@@ -20,6 +20,7 @@ from visibench.evals.lmms import evaluate
 from visibench.evals.spec import parse
 from visibench.evals.tasks import definition, load_tasks
 from visibench.models import load_model
+from visibench.results.places import read
 
 FOLDERS = {"pope": "POPE", "mme": "MME", "textvqa_val": "textvqa"}
 METHODS = ("none", "visipruner", "random:keep=0.25,seed=3")
@@ -87,7 +88,8 @@ def test_scores_and_records_are_those_of_visibench_run(method, tiny, definitions
         local = f"local_{task}"
         assert same(found["results"][local], sorted(found["samples"][local], key=lambda s: s["doc_id"]), result)
         rows = [row for row in written["samples"] if row["task"] == local]
-        for column in set(rows[0]) & set(result.samples) - {"task", "latency_ms"}:
+        assert [row["places"] for row in rows] == result.samples["places"].map(read).tolist()
+        for column in set(rows[0]) & set(result.samples) - {"task", "latency_ms", "places"}:
             assert [row[column] for row in rows] == result.samples[column].tolist()
         assert {"visual_tokens", "kv_lengths", "executed_macs"} <= set(rows[0]) & set(result.samples)
         macs += result.samples["executed_macs"].tolist()
