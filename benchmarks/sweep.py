@@ -1,4 +1,4 @@
-"""What a sweep saves: 8 methods × 4 tasks in one process, against a process for each method.
+"""What a sweep saves: 8 methods × 4 tasks in one `visibench sweep`, against a `visibench run` for each method.
 
     python benchmarks/sweep.py [--limit 100] [--repeats 3] [--timed]
 
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
 
 METHODS = [
@@ -32,22 +33,26 @@ METHODS = [
 TASKS = ["gqa", "mme", "textvqa_val", "pope"]
 
 
-def run(content: str, out: str) -> None:
-    """What `visibench run` does, also without timing of prefill."""
-    from rich.console import Console
-    from visibench.evals.config import parse_config
-    from visibench.evals.sweep import save_tables, sweep
+def commands(options: Namespace, folder: Path) -> dict[str, list[list[str]]]:
+    """The commands of each side, and where they store what they find."""
+    run = ["run", "--model", "tiny", "--tasks", ",".join(TASKS), "--limit", str(options.limit)]
+    config = {"model": "tiny", "tasks": TASKS, "methods": METHODS, "limit": options.limit}
+    if not options.timed:
+        run.append("--no-timing")
+        config["timing"] = None
+    file = folder / "sweep.yaml"
+    file.write_text(json.dumps(config))
+    return {
+        "separate runs": [[*run, "--method", method, "--out", str(folder / "separate runs")] for method in METHODS],
+        "sweep": [["sweep", str(file), "--quiet", "--out", str(folder / "sweep")]],
+    }
 
-    cells = sweep(parse_config(json.loads(content), "benchmark"), Path(out), Console(quiet=True), dense=False)
-    save_tables(cells, Path(out))
 
-
-def measure(parts: list[list[str]], options: dict, folder: Path) -> tuple[float, float]:
-    """Wall and CPU seconds of one process for each of ``parts``, lists of methods."""
+def measure(calls: list[list[str]]) -> tuple[float, float]:
+    """Wall and CPU seconds of calls of ``visibench``, one behind the other."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    for methods in parts:
-        content = json.dumps({"model": "tiny", "tasks": TASKS, "methods": methods} | options)
-        subprocess.run([sys.executable, __file__, "--run", content, str(folder)], check=True)
+    for call in calls:
+        subprocess.run([sys.executable, "-m", "visibench", *call], check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.perf_counter() - started, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -60,21 +65,21 @@ def answers(folder: Path) -> dict[str, list]:
     return {cell.config.folder: cell.samples()[columns].to_numpy().tolist() for cell in Store(folder).cells()}
 
 
-def compare(options: dict, repeats: int) -> None:
+def compare(options: Namespace) -> None:
     """Measure both sides in turn, and print them."""
-    sides = {"separate runs": [[method] for method in METHODS], "sweep": [METHODS]}
-    found: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
-    for _ in range(repeats):
+    found: dict[str, list[tuple[float, float]]] = {"separate runs": [], "sweep": []}
+    for _ in range(options.repeats):
         given = {}
-        for side, parts in sides.items():
-            with tempfile.TemporaryDirectory() as folder:
-                found[side].append(measure(parts, options, Path(folder)))
-                given[side] = repr(sorted(answers(Path(folder)).items()))
-            print(f"{side}: wall {found[side][-1][0]:.1f} s, CPU {found[side][-1][1]:.1f} s", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            for side, calls in commands(options, Path(folder)).items():
+                found[side].append(measure(calls))
+                given[side] = repr(sorted(answers(Path(folder, side)).items()))
+                print(f"{side}: wall {found[side][-1][0]:.1f} s, CPU {found[side][-1][1]:.1f} s", flush=True)
         if given["sweep"] != given["separate runs"]:
             raise SystemExit("the two sides answered differently")
-    timing = options.get("timing", "as by default")
-    print(f"{len(METHODS)} methods × {len(TASKS)} tasks, {options['limit']} questions a task, timing: {timing}")
+    print(
+        f"{len(METHODS)} methods × {len(TASKS)} tasks, {options.limit} questions a task, prefill {'' if options.timed else 'not '}timed"
+    )
     versions = (f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "lmms-eval"))
     print(f"{platform.machine()}, {os.environ['OMP_NUM_THREADS']} threads, {', '.join(versions)}")
     for place, kind in enumerate(("wall", "CPU")):
@@ -89,17 +94,14 @@ def compare(options: dict, repeats: int) -> None:
 
 
 def main() -> None:
-    """Measure, or be one of the processes that are measured."""
-    if sys.argv[1:2] == ["--run"]:
-        run(*sys.argv[2:4])
-        return
+    """Measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=100, help="questions a task")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--timed", action="store_true", help="time prefill too, 20 times a cell, as sweeps do")
     given = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    compare({"limit": given.limit} | ({} if given.timed else {"timing": None}), given.repeats)
+    compare(given)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def run(
         ),
     ] = "embedded",
     out: Annotated[Path | None, typer.Option(help="Run folder. (default: runs/MODEL)")] = None,
+    timing: Annotated[bool, typer.Option(help="Time prefill, 20 times a task.")] = True,
     feature_cache_gb: FeatureCache = None,
     as_json: AsJson = False,
     wandb: live.Mode = "off",
@@ -70,6 +71,8 @@ def run(
         "seeds": [seed or 0],
         "data": data,
     }
+    if not timing:
+        content["timing"] = None
     if feature_cache_gb is not None:
         content["feature_cache_gb"] = feature_cache_gb
     folder = out or Path("runs") / Path(model).name
