@@ -77,9 +77,8 @@ def compare(options: Namespace) -> None:
                 print(f"{side}: wall {found[side][-1][0]:.1f} s, CPU {found[side][-1][1]:.1f} s", flush=True)
         if given["sweep"] != given["separate runs"]:
             raise SystemExit("the two sides answered differently")
-    print(
-        f"{len(METHODS)} methods × {len(TASKS)} tasks, {options.limit} questions a task, prefill {'' if options.timed else 'not '}timed"
-    )
+    timed = "prefill timed" if options.timed else "prefill not timed"
+    print(f"{len(METHODS)} methods × {len(TASKS)} tasks, {options.limit} questions a task, {timed}")
     versions = (f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "lmms-eval"))
     print(f"{platform.machine()}, {os.environ['OMP_NUM_THREADS']} threads, {', '.join(versions)}")
     for place, kind in enumerate(("wall", "CPU")):
@@ -89,7 +88,7 @@ def compare(options: Namespace) -> None:
             print(f"{kind} s, {side}: median {statistics.median(seconds):.1f} ({min(seconds):.1f}–{max(seconds):.1f})")
         print(
             f"{kind} ratio, sweep / separate runs: median {statistics.median(ratios):.3f} "
-            f"({min(ratios):.3f}–{max(ratios):.3f}, n = {repeats})"
+            f"({min(ratios):.3f}–{max(ratios):.3f}, n = {len(ratios)})"
         )
 
 
