@@ -27,6 +27,7 @@ from .inference import DENSE, RANDOM
 from .notes import origin
 from .records import ScoreRecord
 from .series import Series, series
+from .stats import Estimate
 from .tables import Row, Table
 
 FORMATS = ("png", "svg")
@@ -163,12 +164,16 @@ def panels_of(table: Table, cost: Callable[[Row], float]) -> list[Panel]:
     """The points of each task's headline metric, then those of the mean retained if there are several tasks."""
     panels = []
     for task, (score, *_) in table.columns.items():
-        points = [_point(row, task, score, cost(row)) for row in table.rows if score.key in row.scores.get(task, {})]
+        scale = 100 if score.maximum == 1 else 1
+        points = [
+            _point(row, cost(row), scale * row.scores[task][score.key].mean, _interval(row, task, score), scale)
+            for row in table.rows
+            if score.key in row.scores.get(task, {})
+        ]
         panels.append(Panel(task, f"{score.title}, {_unit(score)}", _finite(points)))
     if len(panels) > 1:
         kept = [(row, row.retained) for row in table.rows if row.retained]
-        spread = [(row, q.mean, q.sd if q.sd is not None else math.nan) for row, q in kept]
-        points = [Point(row, cost(row), mean, mean - sd, mean + sd) for row, mean, sd in spread]
+        points = [_point(row, cost(row), quantity.mean, row.evidence.retained, 100) for row, quantity in kept]
         panels.append(Panel(f"mean over {len(panels)} tasks", "score retained, % of dense", _finite(points)))
     return panels
 
@@ -182,14 +187,14 @@ def front(points: Iterable[Point]) -> list[Point]:
     return best
 
 
-def _point(row: Row, task: str, score: ScoreRecord, x: float) -> Point:
-    """Mean ± standard deviation over seeds where there are several, or the 95 % interval over questions."""
-    quantity, interval = row.scores[task][score.key], row.evidence.scores.get(task, {}).get(score.key)
+def _interval(row: Row, task: str, score: ScoreRecord) -> Estimate | None:
+    return row.evidence.scores.get(task, {}).get(score.key)
+
+
+def _point(row: Row, x: float, y: float, interval: Estimate | None, scale: float) -> Point:
+    """``y`` with the 95 % interval, which is still to be multiplied by ``scale``."""
     low, high = (interval.low, interval.high) if interval else (math.nan, math.nan)
-    if quantity.sd is not None:
-        low, high = quantity.mean - quantity.sd, quantity.mean + quantity.sd
-    scale = 100 if score.maximum == 1 else 1
-    return Point(row, x, scale * quantity.mean, scale * low, scale * high)
+    return Point(row, x, y, scale * low, scale * high)
 
 
 def _unit(score: ScoreRecord) -> str:
@@ -359,16 +364,15 @@ def _questions(table: Table) -> str:
 
 
 def _bars(table: Table, panels: Sequence[Panel]) -> str:
-    """What the bars are, and what has none."""
+    """What the points and bars are, and what has none."""
     seeds = sorted({len(row.seeds) for row in table.rows} - {1})
     counts = ", ".join(f"{name} {n}" for name, n in sorted(_images(table).items()))
-    parts = [f"95 % interval clustered by image ({counts} images)"] if counts else []
-    parts += (
-        [f"± standard deviation over {' or '.join(map(str, seeds))} seeds where there are several"] if seeds else []
-    )
-    bare = [panel.title for panel in panels if any(math.isnan(p.low) for p in panel.points)]
-    none = f" No bar where no interval is known: {', '.join(bare)}." if bare else ""
-    return (f"Bars: {'; '.join(parts)}." if parts else "") + none + " The Pareto front takes scores as they are."
+    parts = [f"Bars: 95 % interval clustered by image ({counts} images)."] if counts else []
+    parts += [f"Points: mean over {' or '.join(map(str, seeds))} seeds where there are several."] if seeds else []
+    # What is retained is relative to the dense model, which therefore has no interval there.
+    bare = [p.title for p in panels if any(math.isnan(q.low) for q in p.points if q.row.method != DENSE)]
+    parts += [f"No bar where no interval is known: {', '.join(bare)}."] if bare else []
+    return " ".join([*parts, "The Pareto front takes scores as they are."])
 
 
 def _images(table: Table) -> dict[str, int]:
