@@ -1,6 +1,8 @@
 """The README says what the code does."""
 
+import json
 from pathlib import Path
+from statistics import fmean
 
 import visibench
 from support import GOLDEN
@@ -26,3 +28,14 @@ def test_readme_names_the_commands_that_ci_runs():
     assert "\nmake test\n" in ci
     assert 'pip install -c constraints.txt -e ".[dev]"     &&  make test' in README
     assert "pip install -c constraints.txt -e .            &&  visibench sweep configs/quick.yaml" in README
+
+
+def test_table_of_times_is_the_stored_profile():
+    (file,) = (Path(visibench.__file__).parent / "results" / "tables").glob("profile_cpu_*.json")
+    assert f"results/tables/{file.name}" in README
+    for row in json.loads(file.read_text())["rows"]:
+        prefill, speedup = row["ms"]["prefill"], row["speedup"]["prefill"]
+        assert (
+            f"| {row['method']} | {fmean(row['visual_tokens']):.0f} | {prefill['median']:.0f} ± {prefill['iqr']:.0f} "
+            f"| {row['promised']:.2f} | {speedup:.2f} | {speedup / row['promised']:.0%} |".replace("% |", " % |")
+        ) in README
