@@ -10,49 +10,31 @@ The tokens get new positions.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .base import Budgeted, Forward, Positions
-from .pieces import added_need_renumbering, grid_within, left_of_grid, needs_grid, per_image, precise
+from .grid import Gridded
+from .pieces import precise
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.layout import TokenLayout
-    from ..models.adapters import Geometry, VisionGeometry
+    from ..models.adapters import VisionGeometry
 
 
 @register
 @dataclass(frozen=True)
-class Downsample(Budgeted):
+class Downsample(Gridded):
     """Show the vision tower a smaller image."""
 
     name = "downsample"
     title = "Smaller image"
     stage = ("image",)
-    vision_blocks = ()
-
-    positions: Positions = dataclasses.field(default="renumber", kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        added_need_renumbering(self)
-
-    def check(self, geometry: Geometry) -> None:
-        needs_grid(self, geometry)
-
-    def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor]:
-        return left_of_grid(self, layout, geometry)
-
-    def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
-        return Forward()
 
     def image(self, pixels: Tensor, vision: VisionGeometry) -> Tensor | None:
-        rows, columns = grid_within(per_image(self, vision.tokens), vision.grid)
+        rows, columns = self.grid(vision.grid)
         if rows == columns == vision.grid:
             return None
         patch = pixels.shape[-1] // vision.grid

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 if TYPE_CHECKING:
-    from ..engine.layout import TokenLayout
     from ..engine.views import VisionView
     from ..models.adapters import Geometry
     from .base import Budgeted, Method
@@ -133,29 +132,3 @@ def matrix_rank(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     singular = torch.linalg.svdvals(matrix.float())
     tolerance = singular.amax(1) * torch.maximum(rows, columns) * torch.finfo(singular.dtype).eps
     return (singular > tolerance[:, None]).sum(1)
-
-
-def grid_within(budget: int, side: int) -> tuple[int, int]:
-    """Rows and columns of the grid of most cells within the budget: no wider than twice its height, nor than ``side``.
-
-    Of several the squarest.
-    """
-    grids = [(h, min(budget // h, 2 * h, side)) for h in range(1, side + 1) if h * h <= budget]
-    return max(grids, key=lambda grid: (grid[0] * grid[1], grid[0]))
-
-
-def left_of_grid(method: Budgeted, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor]:
-    """:meth:`Method.left` of a method that turns each image into the largest grid within the budget."""
-    assert geometry.vision is not None
-    patches = geometry.vision.tokens
-    rows, columns = grid_within(per_image(method, patches), geometry.vision.grid)
-    return {0: layout.visual.total // patches * (rows * columns)}
-
-
-def needs_grid(method: Budgeted, geometry: Geometry) -> None:
-    """Raise :class:`OptionError` unless the patches form a square grid and the budget allows for one cell of it."""
-    if geometry.vision is None:
-        return
-    tokens, side = geometry.vision.tokens, geometry.vision.grid
-    method.require(side * side == tokens, f"needs a square grid of patches, and this model has {tokens} an image")
-    method.require(per_image(method, tokens) >= 1, "the budget must be at least 1 token an image")

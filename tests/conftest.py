@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 # Before torch is imported, here and in subprocesses: on small models, threads that wait for each other cost the most.
@@ -13,6 +14,7 @@ import pytest
 import torch
 from support import GOLDEN, make_llava
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
+from visibench.cli import main
 from visibench.models import LoadedModel, load_model
 
 
@@ -64,3 +66,19 @@ def checkpoint(tmp_path_factory) -> Path:
 def loaded(checkpoint) -> LoadedModel:
     """That checkpoint, loaded."""
     return load_model(str(checkpoint))
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys, tmp_path):
+    """Run a command in an empty folder; returns (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["visibench", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        captured = capsys.readouterr()
+        assert isinstance(stopped.value.code, int)
+        return stopped.value.code, captured.out, captured.err
+
+    return call

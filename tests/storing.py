@@ -53,6 +53,25 @@ def metrics(cell: CellConfig, score=0.8, data="d0", versions=None, **changes) ->
     return CellMetrics(**values | changes)
 
 
+TIMES = {
+    "prefill": True,
+    "seconds": True,
+    "reused_images": True,
+    "samples_hash": True,
+    "checksum": True,
+    "environment": {"code"},
+}
+
+
+def outcome(cell) -> dict:
+    """What two runs of a cell have in common: all but times, the hashes over them, and whether code was just edited."""
+    return {
+        "config": cell.config.model_dump(),
+        "metrics": cell.metrics.model_dump(exclude=TIMES),
+        "samples": untimed(cell),
+    }
+
+
 def untimed(cell) -> str:
     """The samples of a cell as JSON, all but the measured times, of which there is one for each question."""
     samples = cell.samples()

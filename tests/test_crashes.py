@@ -7,21 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from storing import untimed
+from storing import outcome
 from visibench.evals.config import load_config
 from visibench.evals.sweep import plan
 from visibench.results.store import Store
 
 KILLS = 12
-# Of a cell's metrics, what two runs need not have in common: times, and whether code was just edited.
-TIMES = {
-    "prefill": True,
-    "seconds": True,
-    "reused_images": True,
-    "samples_hash": True,
-    "checksum": True,
-    "environment": {"code"},
-}
 
 
 @pytest.fixture
@@ -45,7 +36,7 @@ def crash(checkpoint, disk_data, tmp_path):
 
     def outcomes(folder):
         found = [Store(folder).found(cell.config) for cell in plan(load_config(str(tmp_path / "sweep.yaml"))[0])]
-        return [(cell.metrics.model_dump(exclude=TIMES), untimed(cell)) for cell in found]
+        return [outcome(cell) for cell in found]
 
     return call
 

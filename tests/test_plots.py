@@ -4,7 +4,6 @@ import itertools
 import math
 import random
 import statistics
-import sys
 from xml.etree import ElementTree
 
 import numpy as np
@@ -12,7 +11,6 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from storing import config, frame, put
-from visibench.cli import main
 from visibench.errors import DataError, OptionError
 from visibench.results import plots
 from visibench.results.records import Compute, PrefillTime, ScoreRecord, VisualTokens
@@ -269,48 +267,45 @@ def test_scores_that_are_missing_are_left_out(store):
 
 
 @pytest.fixture
-def cli(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
+def plot(cli):
+    """Run ``visibench plot``; returns (exit code, the files that it names, standard error)."""
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["visibench", "plot", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        return stopped.value.code, captured.out.split(), captured.err
+        code, out, err = cli("plot", *arguments)
+        return code, out.split(), err
 
     return call
 
 
-def test_command_writes_all_that_was_measured(cli, store):
+def test_command_writes_all_that_was_measured(plot, store):
     swept(store, ["fastv"])
-    code, out, err = cli("run", "--format", "png,svg")
+    code, out, err = plot("run", "--format", "png,svg")
     assert (code, err) == (0, "")
     assert out == [f"run/plots/{kind}.{suffix}" for kind in plots.KINDS for suffix in ("png", "svg")]
     assert sorted(map(str, (store.root / "plots").iterdir())) == sorted(str(store.root.parent / name) for name in out)
 
 
-def test_command_draws_one_task_to_a_file(cli, store, tmp_path):
+def test_command_draws_one_task_to_a_file(plot, store, tmp_path):
     swept(store, ["fastv"])
-    assert cli("run", "--kind", "pareto", "--task", "pope", "--out", "fig.svg") == (0, ["fig.svg"], "")
-    assert cli("run", "--kind", "tokens", "--task", "pope") == (0, ["run/plots/tokens-pope.png"], "")
+    assert plot("run", "--kind", "pareto", "--task", "pope", "--out", "fig.svg") == (0, ["fig.svg"], "")
+    assert plot("run", "--kind", "tokens", "--task", "pope") == (0, ["run/plots/tokens-pope.png"], "")
     assert {"fig.svg", "run"} == {path.name for path in tmp_path.iterdir()}
 
 
-def test_results_that_cannot_be_compared_are_drawn_apart(cli, store):
+def test_results_that_cannot_be_compared_are_drawn_apart(plot, store):
     swept(store, ["fastv"], tasks=("gqa",))
     answered(store, "fastv", 0.5, 0.8, model="other")
-    assert cli("run", "--kind", "stages") == (0, ["run/plots/stages-1.png", "run/plots/stages-2.png"], "")
-    code, _, err = cli("run", "--kind", "stages", "--out", "a.png")
+    assert plot("run", "--kind", "stages") == (0, ["run/plots/stages-1.png", "run/plots/stages-2.png"], "")
+    code, _, err = plot("run", "--kind", "stages", "--out", "a.png")
     assert (code, "2 tables" in err) == (2, True)
 
 
-def test_one_cell_without_times(cli, store):
+def test_one_cell_without_times(plot, store):
     answered(store, "fastv", 0.5, 0.8, timed=False, timing=None)
-    code, out, err = cli("run")
+    code, out, err = plot("run")
     assert (code, len(out)) == (0, 3)
     assert err.startswith("No plot of latency: nothing was timed")
-    code, _, err = cli("run", "--kind", "latency")
+    code, _, err = plot("run", "--kind", "latency")
     assert (code, err.count("\n")) == (2, 1)
 
 
@@ -325,17 +320,17 @@ def test_one_cell_without_times(cli, store):
         (["--kind", "pareto", "--out", "a.png", "--format", "svg"], "both say the format"),
     ],
 )
-def test_what_cannot_be_drawn_is_one_line(arguments, message, cli, store, tmp_path):
+def test_what_cannot_be_drawn_is_one_line(arguments, message, plot, store, tmp_path):
     answered(store, "fastv", 0.5, 0.8)
-    code, out, err = cli("run", *arguments)
+    code, out, err = plot("run", *arguments)
     assert (code, out, err.count("\n")) == (2, [], 1)
     assert message in err
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_an_empty_folder_is_one_line(cli, tmp_path):
+def test_an_empty_folder_is_one_line(plot, tmp_path):
     (tmp_path / "run").mkdir()
-    code, _, err = cli("run")
+    code, _, err = plot("run")
     assert (code, err.count("\n")) == (2, 1)
     assert "no finished results" in err
 

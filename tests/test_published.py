@@ -3,12 +3,10 @@
 import csv
 import io
 import json
-import sys
 from decimal import Decimal
 
 import pytest
 import yaml
-from visibench.cli import main
 from visibench.errors import DataError, OptionError, UnknownNameError
 from visibench.methods.registry import list_methods, load_method
 from visibench.results import published
@@ -17,21 +15,6 @@ from visibench.results.published.show import render
 
 FOREIGN = {"hired", "mustdrop", "holov", "trim"}  # printed methods that this package does not have
 ROWS = [(paper, table, row) for paper in papers() for table in paper.tables for row in table.rows]
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys, tmp_path):
-    """Run a command; returns (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["visibench", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        return stopped.value.code, captured.out, captured.err
-
-    return call
 
 
 def printed(name, where, method, quantity, *, tokens=None, setting=None, model="llava-1.5-7b"):

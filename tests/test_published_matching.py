@@ -4,11 +4,9 @@ import csv
 import dataclasses
 import io
 import json
-import sys
 
 import pandas as pd
 import pytest
-from visibench.cli import main
 from visibench.methods.registry import load_method
 from visibench.results.published import figures, matching
 from visibench.results.records import CellConfig, CellMetrics, Compute, Environment, ScoreRecord, VisualTokens
@@ -185,21 +183,6 @@ def test_seeds_become_a_mean(store):
     found, _ = compared(store)
     match = found["SparseVLM", "mme_total", "1343"]
     assert (match.ours.seeds, match.value) == (3, pytest.approx(600.0))
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys, tmp_path):
-    """Run a command; returns (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["visibench", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        return stopped.value.code, captured.out, captured.err
-
-    return call
 
 
 def test_table_against_published(cli, store):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import visibench
 from rich.console import Console
-from storing import untimed
+from storing import outcome
 from visibench.errors import IncompleteError, StorageError
 from visibench.evals import answering
 from visibench.evals.answering import HOPELESS, Bridge, Nonfinite, answer
@@ -28,14 +28,6 @@ from visibench.results.store import Store
 from visibench.results.tables import build
 
 DENSE = visibench.load_method("none")
-TIMES = {
-    "prefill": True,
-    "seconds": True,
-    "reused_images": True,
-    "samples_hash": True,
-    "checksum": True,
-    "environment": {"code"},
-}
 
 
 @dataclass(frozen=True)
@@ -64,12 +56,6 @@ class DiceForward(Forward):
 def asked(method=DENSE, root="data", **changes) -> CellConfig:
     values = {"model": "m", "method": method.name, "options": method.hyperparameters(), "label": method.name}
     return CellConfig(**values | {"task": "pope", "origin": str(root), "batch_size": 3, "timing": None} | changes)
-
-
-def outcome(cell) -> dict:
-    """What must be the same in two runs: all but times, the hashes over them, and whether code was just edited."""
-    metrics = cell.metrics.model_dump(exclude=TIMES)
-    return {"metrics": metrics, "samples": untimed(cell)}
 
 
 @pytest.fixture

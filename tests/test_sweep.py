@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from rich.console import Console
-from storing import untimed
+from storing import outcome
 from visibench.errors import DataError, OptionError, UnknownNameError
 from visibench.evals import answering, spec
 from visibench.evals.compose import PACKAGED
@@ -21,14 +21,6 @@ from visibench.results.store import Store
 from visibench.results.tables import build
 
 QUIET = Console(quiet=True)
-TIMES = {
-    "prefill": True,
-    "seconds": True,
-    "reused_images": True,
-    "samples_hash": True,
-    "checksum": True,
-    "environment": {"code"},
-}
 
 
 def configured(**changes):
@@ -249,12 +241,6 @@ def test_methods_are_checked_against_the_model_before_the_first_cell(settings, t
     with pytest.raises(OptionError, match="10 layers"):
         sweep(parse_config(settings | {"methods": ["none", "fastv:keep=0.5,layer=30"]}, "test"), tmp_path, QUIET)
     assert not (tmp_path / "cells").exists()
-
-
-def outcome(cell) -> dict:
-    """What must be the same in two runs: all but times, and the hashes over them."""
-    metrics = cell.metrics.model_dump(exclude=TIMES)
-    return {"config": cell.config.model_dump(), "metrics": metrics, "samples": untimed(cell)}
 
 
 @pytest.mark.slow
