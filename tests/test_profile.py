@@ -109,7 +109,9 @@ def test_promise_is_that_of_an_independent_counter():
     for method in (visibench.load_method("none"), visibench.load_method("fastv", layer=1, keep=0.5)):
         with visibench.prune(model.model, method), FlopCounterMode(display=False) as counter:
             model.model(**inputs, logits_to_keep=1)
-        work.append(counter.get_total_flops() / 2)
+        # Some versions of transformers make the table of rotary angles by a product of two vectors.
+        angles = sum(sum(n.values()) for name, n in counter.get_flop_counts().items() if name.endswith("rotary_emb"))
+        work.append((counter.get_total_flops() - angles) / 2)
     rows = profile(config(methods=["fastv:layer=1,keep=0.5"], attention="eager", repeats=1), Console(quiet=True)).rows
     assert [row.executed_macs for row in rows] == work
     assert rows[1].promised == work[0] / work[1]
