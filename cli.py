@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import shlex
 import sys
@@ -51,6 +53,7 @@ def main() -> NoReturn:
     # Where cores are shared with other programs, OpenMP threads that spin while they wait make small models several
     # times slower. Must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    atexit.register(gc.freeze)  # or the collector goes through all that was imported once more, for a second or two
     try:
         code = app(standalone_mode=False)
     except VisibenchError as error:

@@ -6,13 +6,16 @@ claim ends with its process, so that the cells of one that is killed go to the o
 
 from __future__ import annotations
 
+import atexit
+import gc
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING
@@ -83,12 +86,15 @@ class Processes:
         prepared.forget()
         job.check()
         environments = [_environment(number, self.workers, job.config.device) for number in range(self.workers)]
-        team = [_start(number, job, environment) for number, environment in enumerate(environments, start=1)]
+        team: list[_Worker] = []
         try:
+            with _held():
+                team += [_start(number, job, environment) for number, environment in enumerate(environments, start=1)]
             problems = _follow(team, _Relay(report))
         finally:
             for worker in team:
                 worker.process.kill()
+                worker.process.join()
         if len(problems) == len(team):
             raise VisibenchError(problems[0])
         return job.failed()
@@ -100,6 +106,15 @@ class _Worker:
     process: BaseProcess
     events: Connection
     said: str = ""
+    begun: bool = False
+
+    def stop(self) -> None:
+        """Have it stop behind the batch that runs; at once if it has no cell yet, and may still be loading."""
+        if self.begun:
+            with suppress(ProcessLookupError):
+                os.kill(self.process.pid or 0, signal.SIGINT)
+        else:
+            self.process.kill()
 
     def problem(self) -> str:
         """Why it ended, empty if it had done all that there was to do."""
@@ -136,47 +151,71 @@ def _start(number: int, job: Job, environment: dict[str, str]) -> _Worker:
     return _Worker(number, process, ours)
 
 
+@contextmanager
+def _held() -> Iterator[None]:
+    """Ctrl-C waits for the end of this; processes that are started within do not hear it until they ask for it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    # It would end this when it starts; and warns of what killed processes leave behind, which it clears away.
+    with patch.dict(os.environ, PYTHONWARNINGS="ignore:resource_tracker:UserWarning"):
+        resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _follow(team: list[_Worker], relay: _Relay) -> list[str]:
-    """Relay events until all workers have ended; why those ended that did not get to their end."""
+    """Relay events until all workers have ended; why those ended that did not get to their end.
+
+    The first Ctrl-C is passed on to them, and raised once they have stopped; the second is raised at once.
+    """
     running = {worker.events: worker for worker in team}
     problems, interrupted = [], False
     while running:
         try:
             for events in wait(list(running)):
-                problems += _next(running, events, relay)  # type: ignore[arg-type]
+                problems += _next(running, events, relay, interrupted)  # type: ignore[arg-type]
         except KeyboardInterrupt:
+            if interrupted:
+                raise
             interrupted = True
             for worker in running.values():
-                with suppress(ProcessLookupError):
-                    os.kill(worker.process.pid or 0, signal.SIGINT)
+                worker.stop()
     if interrupted:
         raise KeyboardInterrupt
     return problems
 
 
-def _next(running: dict[Connection, _Worker], events: Connection, relay: _Relay) -> list[str]:
+def _next(running: dict[Connection, _Worker], events: Connection, relay: _Relay, interrupted: bool) -> list[str]:
     """Relay the next event of a worker; if there is none any more, why it ended, unless all is well."""
     try:
         message = events.recv()
     except (EOFError, OSError):  # none, or a torn one
         worker = running.pop(events)
         problem = worker.problem()
-        if problem and running:
+        if problem and running and not interrupted:
             relay.report(Note(text=f"{problem.partition(':')[0]}: its cell goes to the others"))
         return [worker.said or problem] if problem else []
     if isinstance(message, str):
         running[events].said = message
     else:
+        running[events].begun |= message.event == "cell_started"
         relay(message)
     return []
 
 
 def _work(job: Job, events: Connection) -> None:
-    """A worker: the ordinary loop over all cells."""
+    """A worker: the ordinary loop over all cells, which alone listens to Ctrl-C."""
     from .sweep import Prepared, local
 
+    atexit.register(gc.freeze)  # or the collector goes through all that was imported once more, for a second
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgrp"):
-        os.setpgrp()  # Ctrl-C reaches the parent alone, which passes it on
+        os.setpgrp()  # a terminal's Ctrl-C reaches the parent alone, which passes it on
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     report = _Sender(events)
     try:
         local(job, Prepared(job.config, report), report)
@@ -205,17 +244,19 @@ class _Sender(Reporter):
 
 @dataclass
 class _Relay:
-    """Tells of the cells of all workers as of those of one: counted through, and each at its end once."""
+    """Tells of the cells of all workers as of those of one: counted through, each at its end once; and notes once."""
 
     report: Reporter
     numbers: dict[str, int] = field(default_factory=dict)
     over: set[str] = field(default_factory=set)
+    notes: list[Event] = field(default_factory=list)
 
     def __call__(self, event: Event) -> None:
         cell = getattr(event, "cell", None)
-        if cell is None:
+        if cell is None and event not in self.notes:
+            self.notes.append(event)
             self.report(event)
-        elif cell.folder not in self.over:
+        elif cell is not None and cell.folder not in self.over:
             number = self.numbers.setdefault(cell.folder, len(self.numbers) + 1)
             if event.event in ("cell_finished", "cell_failed"):
                 self.over.add(cell.folder)

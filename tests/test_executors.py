@@ -90,6 +90,31 @@ def test_two_processes_give_what_one_does_also_if_one_is_killed(config, straight
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["model_started", "progress"])
+def test_ctrl_c_stops_all_processes_without_a_word_of_theirs_and_loses_nothing(kind, config, straight, tmp_path, capfd):
+    """While they still import, and in the middle of a cell."""
+
+    def interrupt() -> None:
+        def later() -> None:
+            while not multiprocessing.active_children():
+                time.sleep(0.01)
+            time.sleep(1 if kind == "model_started" else 0)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=later).start()
+
+    heard = Heard(kind, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(config, tmp_path, QUIET, report=heard, executor=Processes(2))
+    notes = [note.text for note in heard.of("note") if note.text.startswith("Stopping")]
+    assert len(notes) == (0 if kind == "model_started" else 1), "as if there were one process"
+    assert not multiprocessing.active_children()
+    assert capfd.readouterr() == ("", "")
+    assert len(list(tmp_path.glob("cells/*/metrics.json"))) < len(straight)
+    assert outcomes(sweep(config, tmp_path, QUIET)) == straight
+
+
+@pytest.mark.slow
 def test_when_no_process_is_left_the_sweep_says_so_and_goes_on_later(config, straight, tmp_path):
     def kill() -> None:
         for victim in multiprocessing.active_children():
