@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from ..errors import OptionError
+from ..errors import IncompleteError, OptionError
 from .shared import AsJson, check_writable, integers, width
 
 if TYPE_CHECKING:
@@ -92,8 +92,10 @@ def profile(
         out.write_text(result.model_dump_json(indent=1), encoding="utf-8")
     if as_json:
         print(result.model_dump_json(indent=1))
-        return
-    _print(result)
+    else:
+        _print(result)
+    if result.left_out:
+        raise IncompleteError(f"{', '.join(result.left_out)}: left out, since it does not fit in memory: ask for less")
 
 
 def _lengths(text: str) -> dict[str, int]:

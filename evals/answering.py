@@ -29,6 +29,7 @@ from ..results.places import Places, size
 from ..results.records import CellConfig, Failure, digest
 from . import flops, harness
 from .answers import Answers, Batch, Record, bound_to
+from .memory import out_of_memory
 from .tasks import Task, reason
 from .timing import clock_of
 
@@ -157,7 +158,7 @@ class Bridge:
             self._in_a_row = 0
             return
         except Exception as error:
-            no_room = _out_of_memory(error)
+            no_room = out_of_memory(error)
             if not (no_room or self.forgiving):
                 raise
             why = "out of memory" if no_room else reason(error)
@@ -289,11 +290,6 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether it is the memory of GPU or host. On the host, torch raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _lengths(new: torch.Tensor, loaded: LoadedModel) -> list[int]:

@@ -41,11 +41,18 @@ def peak_memory(device: torch.device, held: int) -> Iterator[Callable[[], int]]:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        yield lambda: torch.cuda.max_memory_allocated(device)
+        highest: list[int] = []
+        yield lambda: highest[0]
+        highest.append(torch.cuda.max_memory_allocated(device))
         return
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or starting and stopping print a line each
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         yield lambda: held + _highest(record)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it is the memory of GPU or host. On the host, torch raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _highest(record: Any) -> int:

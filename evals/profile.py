@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import product
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -23,10 +24,11 @@ from ..errors import OptionError
 from ..methods import Method, load_method
 from ..models import LoadedModel, load_model
 from ..models.geometry import Weights
+from ..models.load import release
 from ..results.records import Environment, Record, environment
 from . import flops, timing
 from .config import Config, Count, Variant, variants
-from .memory import keep_freed_memory, peak_memory
+from .memory import keep_freed_memory, out_of_memory, peak_memory
 
 DENSE = "dense"
 OVERHEAD_EVERY = 7
@@ -107,9 +109,13 @@ class Row(Record):
 
 
 class Profile(Record):
-    """The outcome: rows in the order in which they were asked for, dense first, and where they came from."""
+    """The outcome: rows in the order in which they were asked for, dense first, and where they came from.
+
+    ``left_out``: batch sizes and lengths that did not fit in memory.
+    """
 
     rows: list[Row]
+    left_out: list[str]
     notes: list[str]
     warmup: int
     repeats: int
@@ -141,7 +147,10 @@ class Facts:
 
 
 def profile(config: ProfileConfig, console: Console) -> Profile:
-    """Measure all rows. Methods and lengths are checked before anything is timed; progress goes to ``console``."""
+    """Measure all rows. Methods and lengths are checked before anything is timed; progress goes to ``console``.
+
+    What does not fit in memory is left out; :class:`OptionError` if that is all.
+    """
     if config.weights == "meta":
         raise OptionError("a model on meta cannot run: give weights random, or pretrained ones")
     found = variants(config, dense=False)
@@ -159,13 +168,21 @@ def profile(config: ProfileConfig, console: Console) -> Profile:
         loaded.synthetic_inputs(1, lengths.prompt, lengths.visual_tokens)
     contenders = [Contender(DENSE, None), *(Contender(_label(v, found), v.method) for v in found)]
     rows: list[Row] = []
+    left_out: list[str] = []
     with _cpu(config.threads):
-        for lengths in config.lengths:
-            for batch in config.batch_sizes:
-                console.print(f"batch {batch}, {_spell(lengths)}: {len(contenders)} rows", highlight=False)
-                rows += compare(loaded, contenders, batch, lengths, warmup=config.warmup, repeats=config.repeats)
+        for lengths, batch in product(config.lengths, config.batch_sizes):
+            console.print(f"batch {batch}, {_spell(lengths)}: {len(contenders)} rows", highlight=False)
+            new = compare(loaded, contenders, batch, lengths, warmup=config.warmup, repeats=config.repeats)
+            if new is None:
+                release()
+                left_out.append(f"batch {batch} with {_spell(lengths)}")
+            else:
+                rows += new
+        if not rows:
+            raise OptionError(f"{left_out[0]} does not fit in memory: ask for less")
         return Profile(
             rows=rows,
+            left_out=left_out,
             notes=_notes(config, [variant.method for variant in found]),
             warmup=config.warmup,
             repeats=config.repeats,
@@ -188,15 +205,17 @@ def _cpu(threads: int | None) -> Iterator[None]:
 
 def compare(
     loaded: LoadedModel, contenders: list[Contender], batch: int, lengths: Lengths, *, warmup: int, repeats: int
-) -> list[Row]:
-    """One row for each contender, the first of which is the dense model. Raises :class:`OptionError` out of memory."""
-    inputs = loaded.synthetic_inputs(batch, lengths.prompt, lengths.visual_tokens)
+) -> list[Row] | None:
+    """One row for each contender, the first of which is the dense model; None if they do not fit in memory."""
     try:
+        inputs = loaded.synthetic_inputs(batch, lengths.prompt, lengths.visual_tokens)
         with torch.inference_mode():
             facts = [_facts(loaded, contender, inputs, lengths.new_tokens) for contender in contenders]
             times = _round_robin(loaded, contenders, inputs, lengths.new_tokens, warmup, repeats)
-    except torch.OutOfMemoryError as error:
-        raise OptionError(f"batch {batch} with {_spell(lengths)} does not fit in memory: ask for less") from error
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return None
     clocks = timing.clocks(loaded.model.device)
     dense_facts, dense_times = facts[0], times[0]
     rows = []

@@ -277,6 +277,23 @@ ARGUMENTS = "--model tiny --weights random --layers 4 --device cpu --batch-sizes
 ARGUMENTS += "--repeats 2 --warmup 0 --methods none --methods visipruner:shallow_layers=1".split()
 
 
+def test_what_does_not_fit_in_memory_is_left_out_and_said(monkeypatch, capsys, tmp_path):
+    real = timing.time_phases
+
+    def full(loaded, inputs, *rest):
+        if len(inputs["input_ids"]) > 1:
+            raise torch.OutOfMemoryError
+        return real(loaded, inputs, *rest)
+
+    monkeypatch.setattr(timing, "time_phases", full)
+    code, out, err = command(monkeypatch, capsys, *ARGUMENTS, "--json", "--out", str(tmp_path / "a.json"))
+    assert code == 3
+    assert "batch 2 with 10 text and 144 visual tokens, 2 new ones: left out" in err.splitlines()[-1]
+    assert (tmp_path / "a.json").read_text().strip() == out.strip()
+    assert {row["batch_size"] for row in json.loads(out)["rows"]} == {1}
+    assert len(json.loads(out)["left_out"]) == 1
+
+
 def test_command_prints_json_and_keeps_it(monkeypatch, capsys, tmp_path):
     code, out, _ = command(monkeypatch, capsys, *ARGUMENTS, "--json", "--out", str(tmp_path / "profile.json"))
     assert code == 0
