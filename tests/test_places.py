@@ -80,3 +80,62 @@ def test_places_that_do_not_fit_are_not_drawn():
     assert placed([[[2, 3, 1, 1, 0]]], 6, [0, 0], whole=True) == []
     assert placed([[[2, 3, 1, 1, 0]]], 6, [0], whole=False) == []
     assert placed([], 16, [4], whole=True) == [[[4, 4, 1, 1, 0]]]
+
+
+# ---- the order of tokens, asked of the models themselves ----------------------------------------------------------
+
+
+def internvl(image):
+    """(processor, its inputs, visual tokens) of InternVL's own image processor and model."""
+    from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
+
+    processor = GotOcr2ImageProcessor(crop_to_patches=True, size={"height": 48, "width": 48})
+    inputs = processor(images=[image], return_tensors="pt")
+    return (
+        processor,
+        inputs,
+        model_of("internvl").get_image_features(inputs["pixel_values"]).pooler_output.flatten(0, 1),
+    )
+
+
+def qwen(image):
+    """The same of Qwen2.5-VL, whose vision tower sorts patches into windows and back."""
+    from transformers import Qwen2VLImageProcessor
+
+    processor = Qwen2VLImageProcessor(
+        patch_size=6, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 1, "longest_edge": 10**6}
+    )
+    inputs = processor(images=[image], return_tensors="pt")
+    features = model_of("qwen2_5_vl").get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+    return processor, inputs, features.pooler_output[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "features", "width", "height", "shapes"),
+    [
+        ("internvl", internvl, 144, 96, [(8, 12), (4, 4)]),  # 3 × 2 tiles, and all of it once more
+        ("internvl", internvl, 48, 144, [(12, 4), (4, 4)]),
+        ("internvl", internvl, 48, 48, [(4, 4)]),
+        ("qwen2_5_vl", qwen, 84, 60, [(5, 7)]),  # windows of 2 × 2 tokens do not fill it
+        ("qwen2_5_vl", qwen, 36, 108, [(9, 3)]),
+    ],
+)
+def test_a_token_answers_to_the_place_where_it_is_drawn(kind, features, width, height, shapes):
+    """Where pixels change, the token that changes most is the one drawn there, in each view of the image."""
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    processor, inputs, before = features(Image.fromarray(pixels))
+    places = [FAMILIES[kind].views(model_of(kind).config, processor, inputs, 0, (width, height))]
+    assert [view.cells.shape for view in views([True] * size(places), places)] == shapes
+    assert len(before) == size(places)
+    for number, (rows, columns) in enumerate(shapes):
+        for row, column in np.ndindex(rows, columns):
+            changed = pixels.copy()
+            area = changed[row * height // rows : (row + 1) * height // rows, column * width // columns :]
+            area[:, : width // columns] ^= 255
+            moved = (features(Image.fromarray(changed))[2] - before).norm(dim=-1).numpy()
+            own = np.concatenate(
+                [np.full(view.cells.size, k == number) for k, view in enumerate(views([True] * len(moved), places))]
+            )
+            ((view, *cell),) = only(int(np.where(own, moved, -1).argmax()), places)[0]
+            assert (view, cell) == (number, [row, column])
