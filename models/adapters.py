@@ -161,10 +161,9 @@ def _canvas(config: Any, processor: Any, inputs: Mapping[str, Any], number: int,
 
     vision, merge = config.vision_config, round(1 / config.downsample_ratio)
     rows, columns = (side // patch // merge for side, patch in zip(vision.image_size, vision.patch_size, strict=True))
-    across = down = 1
-    if processor.crop_to_patches and processor.max_patches > 1:
-        tile = (processor.size["height"], processor.size["width"])
-        across, down = get_optimal_tiled_canvas(size[::-1], tile, processor.min_patches, processor.max_patches)
+    # InternVLProcessor always has tiles cut, whatever ``crop_to_patches`` of the checkpoint's image processor says.
+    tile = (processor.size["height"], processor.size["width"])
+    across, down = get_optimal_tiled_canvas(size[::-1], tile, processor.min_patches, processor.max_patches)
     return [[rows, columns, down, across, 0], *([[rows, columns, 1, 1, 0]] if down * across > 1 else [])]
 
 

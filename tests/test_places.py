@@ -13,7 +13,7 @@ from visibench.results.places import size, views
 from visibench.results.questions import placed
 
 TILED = SimpleNamespace(
-    crop_to_patches=True, min_patches=1, max_patches=12, size={"height": 48, "width": 48}
+    crop_to_patches=False, min_patches=1, max_patches=12, size={"height": 48, "width": 48}
 )  # as the processor of InternVL
 
 
@@ -89,8 +89,8 @@ def internvl(image):
     """(processor, its inputs, visual tokens) of InternVL's own image processor and model."""
     from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
 
-    processor = GotOcr2ImageProcessor(crop_to_patches=True, size={"height": 48, "width": 48})
-    inputs = processor(images=[image], return_tensors="pt")
+    processor = GotOcr2ImageProcessor(size={"height": 48, "width": 48})
+    inputs = processor(images=[image], crop_to_patches=True, return_tensors="pt")  # as InternVLProcessor calls it
     return (
         processor,
         inputs,
