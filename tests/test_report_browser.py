@@ -202,6 +202,10 @@ return {
   shown: style("nav, .filters, .tools, .skip").filter((one) => one.display !== "none").length,
   grounds: [...new Set(style("body, .card, .parts, .group th, .figures th").map((one) => one.backgroundColor))],
   closed: [...document.querySelectorAll("details > :not(summary)")].filter((e) => !e.clientHeight).length,
+  cards: style(".card").map((one) => one.breakInside),
+  terms: style(".card dt, .card dd").map((one) => `${one.breakInside} ${one.breakAfter}`),
+  heads: style("thead").map((one) => `${one.display} ${one.breakInside}`),
+  buttons: style("th button").map((one) => one.display),
   wide: Math.max(...[...document.querySelectorAll("table, svg, pre")].map((e) => e.getBoundingClientRect().right)),
 };
 """
@@ -217,6 +221,12 @@ def test_it_prints_whole_and_on_white(page, browser):
     assert found["shown"] == found["closed"] == 0
     assert set(found["grounds"]) <= {"rgb(255, 255, 255)", "rgba(0, 0, 0, 0)"}
     assert found["wide"] <= 1031
+    # What it takes in Chromium that a card stays on a page and that each page of a table begins with its head: nothing
+    # in the card that avoids breaks on its own account, and no box of a button in the head.
+    assert set(found["cards"]) == {"avoid"}
+    assert set(found["terms"]) == {"auto auto"}
+    assert set(found["heads"]) == {"table-header-group avoid"}
+    assert set(found["buttons"]) == {"contents"}
     made = base64.b64decode(browser.command("Page.printToPDF", preferCSSPageSize=True)["data"])
     sizes = [tuple(map(float, size)) for size in re.findall(rb"/MediaBox \[0 0 ([\d.]+) ([\d.]+)\]", made)]
     assert {width > height for width, height in sizes} == {True, False}, "the table lies, the rest stands"
