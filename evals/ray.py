@@ -4,7 +4,8 @@ A worker is a Ray actor with a GPU, or with a CPU where there are none, and keep
 machine but what it is handed: it works in a folder of its own and returns the files that it wrote there, which this
 process puts into the run folder. So workers need not see the run folder; they need visibench in the same versions, and
 the model and data under the same names. A shard returns its answers, which the cell's last task is handed and scores.
-A worker that is lost is started again, and what it was at runs again.
+What a lost worker was at runs again on another one, and a new one comes in its place where the cluster has room: so
+nothing waits for a machine that does not come back.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, IncompleteError, OptionError, VisibenchError
-from ..results.records import CellConfig, Failure
+from ..results.records import Failure
 from ..results.store import ANSWERS, DONE, Store
 from .answering import answer
 from .cell import run_cell
@@ -62,10 +64,9 @@ class Ray:
         job.check()
         with _cluster(self.address, self.workers) as ray:
             needs, most = _needs(job.config.device, ray.cluster_resources())
-            actor = ray.remote(max_restarts=-1, max_task_retries=RETRIES, **needs)(Worker)
-            text = job.config.model_dump_json()
-            team = [actor.remote(text) for _ in range(min(self.workers or most, most))]
-            _Driver(job, report, ray, team, self.shard).drive()
+            actor = ray.remote(**needs)(Worker)
+            start = partial(actor.remote, job.config.model_dump_json())
+            _Driver(job, report, ray, start, self.shard).drive(min(self.workers or most, most))
         return job.failed()
 
 
@@ -165,46 +166,98 @@ class _Open:
     answered: int = 0
 
 
-class _Driver:
-    """Hands tasks to a team of workers and takes in what they return."""
+@dataclass(frozen=True)
+class _Task:
+    """A cell, or a shard of it, for a worker. ``lost``: how many workers were lost over it."""
 
-    def __init__(self, job: Job, report: Reporter, ray: Any, team: list[Any], shard: int) -> None:
-        self.job, self.report, self.ray, self.shard = job, report, ray, shard
-        self.idle, self.cells = list(team), deque(job.cells)
-        self.tasks: deque[tuple[_Open, Shard | None]] = deque()
-        self.running: dict[Any, tuple[Any, _Open, Shard | None]] = {}
+    state: _Open
+    shard: Shard | None
+    lost: int = 0
+
+
+class _Driver:
+    """Hands tasks to workers that are up, and takes in what they return."""
+
+    def __init__(self, job: Job, report: Reporter, ray: Any, start: Callable[[], Any], shard: int) -> None:
+        self.job, self.report, self.ray, self.start, self.shard = job, report, ray, start, shard
+        self.idle: list[Any] = []
+        self.starting: dict[Any, Any] = {}
+        self.cells, self.tasks = deque(job.cells), deque[_Task]()
+        self.running: dict[Any, tuple[Any, _Task]] = {}
         self.opened, self.waiting = 0, False
         self.unsettled = {cell.config.folder for cell in job.cells}
 
-    def drive(self) -> None:
+    def drive(self, workers: int) -> None:
         """Run all cells."""
+        for _ in range(workers):
+            self._start()
         try:
             while self.cells or self.tasks or self.running:
                 while self.idle and (self.tasks or self._open_next()):
                     if self.tasks:
                         self._hand_out()
-                if self.running:
-                    # Idle workers wait for cells: of other processes, or for dense ones.
-                    ready, _ = self.ray.wait(list(self.running), timeout=LOOK if self.idle and self.cells else None)
-                    for task in ready:
-                        worker, state, shard = self.running.pop(task)
-                        self.idle.append(worker)
-                        self._take(state, shard, task)
+                if self.running or not self.idle:
+                    self._look()
                 elif self.cells:
                     self._wait()
         finally:
-            for state in {id(state): state for _, state, _ in self.running.values()}.values():
-                state.claim.close()
+            for task in [*self.tasks, *(task for _, task in self.running.values())]:
+                task.state.claim.close()
+
+    def _start(self) -> None:
+        worker = self.start()
+        self.starting[worker.__ray_ready__.remote()] = worker
+
+    def _look(self) -> None:
+        """Wait for the next worker that is up, or done with its task."""
+        # Idle workers wait for cells: of other processes, or for dense ones.
+        timeout = LOOK if self.idle and self.cells else None
+        ready, _ = self.ray.wait([*self.running, *self.starting], timeout=timeout)
+        for one in ready:
+            if one in self.running:
+                self._back(*self.running.pop(one), one)
+            else:
+                self._up(self.starting.pop(one), one)
+
+    def _up(self, worker: Any, ready: Any) -> None:
+        try:
+            self.ray.get(ready)
+            self.idle.append(worker)
+        except self.ray.exceptions.RayError as error:
+            if not (self.idle or self.running or self.starting):
+                reason = str(error).strip().splitlines()[-1]
+                raise VisibenchError(
+                    f"no worker of the Ray cluster can start ({reason}): mend its environment"
+                ) from error
+
+    def _back(self, worker: Any, task: _Task, ready: Any) -> None:
+        """Take in what a task returned, or have it run again if its worker was lost."""
+        errors = self.ray.exceptions
+        try:
+            outcome = self.ray.get(ready)
+            self.idle.append(worker)
+        except errors.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, VisibenchError) else error from None
+        except errors.RayError as error:
+            self.ray.kill(worker)  # it may go on where it cannot be reached
+            self._start()
+            if task.lost < RETRIES:
+                self.tasks.appendleft(replace(task, lost=task.lost + 1))
+                return
+            lost = Failure(doc_id=None, error=f"its worker was lost {RETRIES + 1} times", traceback=str(error))
+            self.job.store.fail(task.state.cell.config, [lost])
+            outcome = Outcome({}, 0)
+        self._take(task, outcome)
 
     def _hand_out(self) -> None:
         """Give the next task to an idle worker."""
-        state, shard = self.tasks.popleft()
-        worker, store, cell = self.idle.pop(), self.job.store, state.cell
+        task = self.tasks.popleft()
+        worker, store, cell, shard = self.idle.pop(), self.job.store, task.state.cell, task.shard
         folder = store.path(cell.config)
         files = {file.name: file.read_bytes() for file in folder.glob(f"{ANSWERS}*.jsonl")}
         dense = store.found(cell.dense) if cell.dense is not None and shard is None else None
         reference = {file.name: file.read_bytes() for file in map(dense.path.joinpath, DONE)} if dense else {}
-        self.running[worker.run.remote(cell, shard, files, reference)] = worker, state, shard
+        self.running[worker.run.remote(cell, shard, files, reference)] = worker, task
 
     def _open_next(self) -> bool:
         """Open the first cell that no other process works on, and whose dense cell is over."""
@@ -237,20 +290,19 @@ class _Driver:
             self._end(state)
             return
         store.begin(cell.config)
-        self.tasks.extend((state, (part, parts)) for part in range(state.left))
+        self.tasks.extend(_Task(state, (part, parts)) for part in range(state.left))
         if not state.left:
-            self.tasks.append((state, None))
+            self.tasks.append(_Task(state, None))
 
-    def _take(self, state: _Open, shard: Shard | None, ready: Any) -> None:
-        config, store = state.cell.config, self.job.store
-        outcome = self._outcome(config, ready)
-        store.take(config, outcome.files)
-        if shard is not None:
+    def _take(self, task: _Task, outcome: Outcome) -> None:
+        state = task.state
+        self.job.store.take(state.cell.config, outcome.files)
+        if task.shard is not None:
             state.left -= 1
             state.answered += outcome.answered
             self.report(Answered(cell=state.name, answered=state.answered, seconds=state.clock()))
             if not state.left:
-                self.tasks.appendleft((state, None))
+                self.tasks.appendleft(_Task(state, None))
             return
         self._end(state)
 
@@ -262,15 +314,3 @@ class _Driver:
             self.report(CellFailed(cell=state.name, problem=self.job.problem(state.cell), seconds=state.clock()))
         state.claim.close()
         self.unsettled.discard(state.cell.config.folder)
-
-    def _outcome(self, config: CellConfig, ready: Any) -> Outcome:
-        """What a task returned. One whose worker was lost time and again returns a failure."""
-        errors = self.ray.exceptions
-        try:
-            return self.ray.get(ready)
-        except errors.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, VisibenchError) else error from None
-        except errors.RayError as error:
-            lost = Failure(doc_id=None, error=f"its worker was lost {RETRIES + 1} times", traceback=str(error))
-            self.job.store.fail(config, [lost])
-            return Outcome({}, 0)

@@ -37,8 +37,12 @@ def straight(config, tmp_path_factory) -> list:
 
 
 def outcomes(cells) -> list:
-    """What must be the same whoever runs a cell: all but times, and what says that files are whole."""
+    """What must be the same whoever runs a cell: all but times, and what says that files are whole.
+
+    Nor the commit, which each process asks for itself: others may work on the checkout meanwhile.
+    """
     times = {"prefill": {"times_ms"}, "seconds": True, "reused_images": True, "samples_hash": True, "checksum": True}
+    times["environment"] = {"code"}
     found = []
     for cell in cells:
         assert len(cell.metrics.prefill.times_ms) == 2
@@ -196,6 +200,18 @@ def test_an_error_of_a_ray_worker_is_one_line(config, tmp_path, monkeypatch):
     monkeypatch.setattr("visibench.evals.plan.fingerprint", lambda model: "0123456789abcdef")
     with pytest.raises(VisibenchError, match=r"^model '.*' is another one on .*: copy the folder there$"):
         sweep(config, tmp_path, QUIET, executor=Ray(workers=1))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_ray")
+def test_workers_that_cannot_start_are_one_line(config, tmp_path, monkeypatch):
+    class Broken:
+        def __init__(self, config: str) -> None:
+            raise ImportError("no visibench here")
+
+    monkeypatch.setattr("visibench.evals.ray.Worker", Broken)
+    with pytest.raises(VisibenchError, match=r"^no worker of the Ray cluster can start \(.*no visibench here\): mend"):
+        sweep(config, tmp_path, QUIET, executor=Ray(workers=2))
 
 
 def test_what_a_worker_needs_of_the_cluster():
