@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -21,6 +22,7 @@ from .notes import heading, notes
 from .tables import Row, Table
 
 _LABEL = 60  # characters of a method's label in one line
+_MARKUP = re.compile(r"[\\`*<\[~&]|(?<![^\W_])_|_(?![^\W_])")
 Chosen = Sequence[Sequence[Column]]
 
 
@@ -67,13 +69,18 @@ def _markdown(tables: list[Table], chosen: Chosen) -> str:
         grid += [["---" if column.name == "method" else "---:" for column in columns]]
         for title, rows in grouped(table):
             grid += [[f"*{title}*", *[""] * (len(columns) - 1)]] if title else []
-            grid += [[column.show(row).text("**{}**") for column in columns] for row in rows]
+            grid += [[_plain(column, column.show(row).text("**{}**")) for column in columns] for row in rows]
         lines = ["| " + " | ".join(entry.replace("|", r"\|") for entry in line) + " |" for line in grid]
         lines = [line.replace("\n", " ") for line in lines]
         parts.append(
             "\n\n".join([*heading(table, number, len(tables)), "\n".join(lines), *notes(table, columns, "Bold")])
         )
     return "\n\n".join(parts)
+
+
+def _plain(column: Column, entry: str) -> str:
+    """An entry in which nothing of a label counts as Markdown or HTML; an underscore inside a word does not anyway."""
+    return _MARKUP.sub(r"\\\g<0>", entry) if column.name == "method" else entry
 
 
 def _csv(tables: list[Table], chosen: Chosen) -> str:

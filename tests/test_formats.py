@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 from storing import config, frame, full, put
 from visibench.cli import main
 from visibench.errors import OptionError
@@ -197,6 +198,25 @@ def test_latex_compiles_and_fits_the_page(contest, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
     assert "Overfull \\hbox" not in done.stdout
+
+
+@pytest.mark.parametrize("label", ["[red]", "*"])
+def test_latex_rows_begin_with_no_argument_of_the_row_before(store, label):
+    answered(store, "none", np.ones(9), 16)
+    answered(store, "fastv", np.zeros(9), label=f"{label}x")
+    assert not re.search(r"\\\\\s*[\[*]", render(build(store.cells()), "latex"))
+
+
+@pytest.mark.parametrize(
+    "label", [HOSTILE, "<b>x</b>&amp;", "x|y`z`*w*", "_k_ a_b __c__", "[u](http://e)", "~~s~~", r"\*", "fastv:keep=0.5"]
+)
+def test_labels_are_no_markdown(store, label):
+    answered(store, "none", np.ones(9), 16)
+    answered(store, "fastv", np.zeros(9), label=label)
+    text = render(build(store.cells()), "md")
+    tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(text)
+    entries = [inline.children for inline in tokens if inline.type == "inline"]
+    assert [label] in [[child.content for child in entry if child.type == "text"] for entry in entries]
 
 
 def test_latex_escapes_labels(store):
