@@ -80,8 +80,8 @@ def run_cell(
 
     ``features``: where cells share what the vision tower computes for an image. Prefill is timed without it.
     ``dense``: the dense model's cell on the same questions. The samples get a column ``dense_agreement``: whether an
-    answer is that cell's (see :func:`visibench.results.metrics.agreement`); null where that cell is not done by now,
-    or was asked other questions.
+    answer is that cell's (see :func:`visibench.results.metrics.agreement`); null where that cell is not done by now
+    (:func:`agreed` makes up for it), or was asked other questions.
 
     Raises :class:`IncompleteError` if some questions or the scoring failed: then the failures lie in the cell's folder,
     the cell is not done, and its good batches are kept for the next time. Raises :class:`StorageError` if the folder
@@ -105,8 +105,9 @@ def run_cell(
                 output_dir=folder,
             )
             prefill = _time(loaded, method, task, config)
-            samples = evaluation.samples.assign(dense_agreement=_agreement(evaluation, config, store, dense))
-            return store.finish(config, samples, _metrics(evaluation, prefill, config, loaded))
+            metrics = _metrics(evaluation, prefill, config, loaded)
+            same = _agreement(evaluation.samples, metrics, config, store, dense)
+            return store.finish(config, evaluation.samples.assign(dense_agreement=same), metrics)
     except StorageError:
         raise
     except Exception as error:
@@ -115,6 +116,20 @@ def run_cell(
         failures = [failure(error)]
     store.fail(config, failures)
     raise IncompleteError(_described(failures, task.size(config.limit)[0], folder))
+
+
+def agreed(cell: Cell, dense: CellConfig | None, store: Store) -> Cell:
+    """The finished cell, its ``dense_agreement`` filled in where the dense cell was done only after it.
+
+    Processes that do this at once write the same files. A crash between the two costs the cell, which runs again.
+    """
+    samples = cell.samples()
+    if samples["dense_agreement"].notna().all():
+        return cell
+    same = _agreement(samples, cell.metrics, cell.config, store, dense)
+    if same.isna().all():
+        return cell
+    return store.finish(cell.config, samples.assign(dense_agreement=same), cell.metrics)
 
 
 def _described(failures: list[Failure], size: int, folder: Path) -> str:
@@ -136,14 +151,16 @@ def _no_room(error: BaseException | None) -> bool:
     return False
 
 
-def _agreement(result: Evaluation, config: CellConfig, store: Store, dense: CellConfig | None) -> pd.Series:
+def _agreement(
+    samples: pd.DataFrame, metrics: CellMetrics, config: CellConfig, store: Store, dense: CellConfig | None
+) -> pd.Series:
     """Whether the answers are the dense model's, bool or null; the dense cell agrees with itself."""
     if config == dense:
-        return agreement(result.samples, result.samples)
+        return agreement(samples, samples)
     reference = store.found(dense) if dense is not None else None
-    if reference is None or reference.metrics.data_hash != result.data_hash:
-        return pd.Series(pd.NA, result.samples.index, dtype="boolean")
-    return agreement(reference.samples(), result.samples)
+    if reference is None or reference.metrics.data_hash != metrics.data_hash:
+        return pd.Series(pd.NA, samples.index, dtype="boolean")
+    return agreement(reference.samples(), samples)
 
 
 def _time(loaded: LoadedModel, method: Method, task: Task, config: CellConfig) -> PrefillTime | None:

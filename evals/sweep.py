@@ -20,7 +20,7 @@ from ..results.render import render
 from ..results.store import Cell, Store
 from ..results.tables import Table, build
 from . import budget
-from .cell import claimed, others, run_cell
+from .cell import agreed, claimed, others, run_cell
 from .config import SweepConfig, settled
 from .executors import Executor, Job
 from .interrupt import stoppable
@@ -111,7 +111,8 @@ def _sweep_model(
         if pending:
             store.save("sweep.yaml", saved)
             failed = executor(Job(config, pending, sizes, store, time.time()), prepared, report)
-        return [cell for cell in (store.done(planned.config) for planned in cells) if cell is not None], failed
+        finished = [(planned, store.done(planned.config)) for planned in cells]
+        return [agreed(cell, planned.dense, store) for planned, cell in finished if cell is not None], failed
 
     finished, failed = run(plan(config, dense=dense, solve=prepared.solve))
     if config.references and not failed:

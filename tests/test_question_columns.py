@@ -222,14 +222,26 @@ def test_without_a_dense_cell_agreement_is_null(loaded, pope, tmp_path):
     assert agreement(dense).isna().all(), "it was asked other questions"
 
 
-def test_where_dense_fails_agreement_is_null(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(type(DENSE), "begin", lambda *arguments: 1 / 0)
+def test_where_dense_fails_agreement_is_null_until_it_succeeds(settings, tmp_path):
     changes = {"methods": ["fastv:layer=1,keep=0.1"], "tasks": ["pope"]}
-    with pytest.raises(IncompleteError, match="1 of 2 cells are incomplete"):
-        sweep(parse_config(settings | changes, "test"), tmp_path, QUIET)
-    done = Store(tmp_path).cells()
-    assert [one.config.method for one in done] == ["fastv"]
-    assert done[0].samples()["dense_agreement"].isna().all()
+    config, store = parse_config(settings | changes, "test"), Store(tmp_path)
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr(type(DENSE), "begin", lambda *arguments: 1 / 0)
+        with pytest.raises(IncompleteError, match="1 of 2 cells are incomplete"):
+            sweep(config, tmp_path, QUIET)
+    (alone,) = store.cells()
+    before = alone.samples()
+    assert alone.config.method == "fastv"
+    assert before["dense_agreement"].isna().all()
+
+    dense, cell = sweep(config, tmp_path, QUIET)
+    after = cell.samples()
+    same = after["answer"].map(plain) == dense.samples()["answer"].map(plain)
+    assert after["dense_agreement"].tolist() == same.tolist()
+    pd.testing.assert_frame_equal(after.drop(columns="dense_agreement"), before.drop(columns="dense_agreement"))
+    hashes = {"samples_hash", "checksum"}
+    assert cell.metrics.model_dump(exclude=hashes) == alone.metrics.model_dump(exclude=hashes)
+    assert [one.config for one in store.cells()] == [cell.config, dense.config]
 
 
 def test_every_cell_knows_its_dense_cell(settings):
