@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from ..evals.timing import Timing
 
 _LEGEND = (
-    "T: visual tokens, mean over decoder-layer inputs and prompts, as traced. TFLOPs: all that a prefill executes, one "
-    "multiply-add = 1. The nearest setting is shown, however coarse the knob."
+    "T: visual tokens, mean over decoder-layer inputs and prompts, {how}. TFLOPs: {what}, one multiply-add = 1. The "
+    "nearest setting is shown, however coarse the knob."
 )
+_TRACED = {"how": "as traced", "what": "all that a prefill executes"}
+_PLANNED = {"how": "by plan", "what": "what a prefill executes outside the method itself"}
 
 
 def budget(
@@ -43,7 +45,9 @@ def budget(
     data: Annotated[
         str | None, typer.Option(help="embedded, hub, or a folder laid out like the hub. (default: embedded)")
     ] = None,
-    weights: Annotated[str | None, typer.Option(help="random: sizes count, and the prompt is a random one.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="random: run on a random prompt; meta: add up what options leave.")
+    ] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="With --weights: only so many decoder layers.")] = None,
     lengths: Annotated[
         str | None,
@@ -62,12 +66,12 @@ def budget(
     asked = _asked(methods)
     if weights in (None, "pretrained"):
         if layers is not None or lengths is not None:
-            raise OptionError("--layers and --lengths belong to --weights random: add it, or leave them out")
+            raise OptionError("--layers and --lengths belong to --weights random or meta: add it, or leave them out")
         prompts, where = _questions(model, device, dtype, task or "gqa", data or "embedded", samples or 16, batch_size)
     elif any(option is not None for option in (task, samples, data)):
-        raise OptionError("--weights random means a random prompt: give --lengths, not --task, --samples or --data")
+        raise OptionError(f"--weights {weights} means any prompt: give --lengths, not --task, --samples or --data")
     else:
-        prompts, where = _random(model, device, dtype, str(weights), layers, lengths or "64/576")
+        prompts, where = _sizes(model, device, dtype, str(weights), layers, lengths or "64/576")
     solved, refused = [], {}
     with Console(stderr=True).status("Solving …") as status:
         for name, options in asked:
@@ -106,19 +110,19 @@ def _questions(
     return prompts, where
 
 
-def _random(
+def _sizes(
     model: str, device: str, dtype: str, weights: str, layers: int | None, lengths: str
 ) -> tuple[Prompts, dict[str, Any]]:
-    """One random prompt on random weights, and what it is."""
-    from ..evals.budget import Prompts
+    """One random prompt on random weights, or one that only has a size; and what it is."""
+    from ..evals.budget import Planned, Prompts
     from ..models import load_model
 
-    if weights == "meta":
-        raise OptionError("a model on meta cannot run: give weights random")
     text, visual = prompt_lengths(lengths)
     loaded = load_model(model, device=device, dtype=dtype, weights=weights, layers=layers)  # type: ignore[arg-type]
-    inputs = loaded.synthetic_inputs(1, text, visual)
     where = {"weights": weights, "layers": loaded.geometry.layers, "text_tokens": text, "visual_tokens": visual}
+    if weights == "meta":
+        return Planned(loaded, text, visual), where
+    inputs = loaded.synthetic_inputs(1, text, visual)
     return Prompts(loaded, [inputs], inputs), where
 
 
@@ -181,7 +185,7 @@ def _print(result: dict[str, Any], target: str) -> None:
     if solved:
         # Wide enough that no specification is broken: it is there to be copied.
         Console(width=90 + max(len(one["spec"]) for one in solved), highlight=False).print(grid)
-        print(f"\n{_LEGEND}")
+        print(f"\n{_LEGEND.format(**(_PLANNED if prompts.get('weights') == 'meta' else _TRACED))}")
     if solved and dense[3:]:
         timing = result["dense"]["prefill_ms"]
         print(

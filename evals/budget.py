@@ -8,7 +8,7 @@
 
 A target is T, the mean number of visual tokens over decoder-layer inputs; or executed TFLOPs or measured milliseconds
 of a prefill. T comes from the method's plan where the options decide it, otherwise, as all compute, from prefills of
-the prompts at hand.
+the prompts at hand. On a model without weights all comes from plans.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from ..methods.registry import get
 from ..models import LoadedModel
 from ..results.records import VisualTokens
 from . import flops, spec
+from .compute import planned_prefill
 from .tasks import Task
 from .timing import Timing, time_prefill
 
@@ -148,6 +149,28 @@ class Prompts:
         macs = [one for trace in traces for one in flops.executed(trace, self.loaded.geometry).total()]
         prompt = fmean(count for trace in traces for count in trace.prompt.visual_counts)
         return Cost(VisualTokens(prompt=prompt, per_layer=layers.tolist()), fmean(macs) * 1e-12)
+
+
+class Planned(Prompts):
+    """A prompt of ``text`` and ``visual_tokens`` of which nothing runs, on a model that needs no weights.
+
+    Costs follow from sizes and options, without what the method itself computes. Methods whose cost shows only when
+    they run raise :class:`OptionError`.
+    """
+
+    def __init__(self, loaded: LoadedModel, text: int, visual_tokens: int) -> None:
+        def trace(method: Method) -> Trace:
+            return planned_prefill(loaded.geometry, method, text, visual_tokens)
+
+        self.loaded = loaded
+        self.layouts = [trace(DENSE).prompt]
+        self.cost = cache(lambda method: self._mean([trace(method)]))
+        self.dense = self.cost(DENSE)
+        self.timing = cache(self.time)
+
+    def time(self, method: Method) -> Timing:
+        """Raises :class:`OptionError`."""
+        raise OptionError("a model on meta cannot run: for a time give --weights random")
 
 
 # ---- solving --------------------------------------------------------------------------------------------------------

@@ -45,7 +45,12 @@ def prefills(loaded: LoadedModel, method: Method, batches: Iterable[Mapping[str,
 
 
 def plan(geometry: Geometry, method: Method, text: int, visual_tokens: int) -> pd.DataFrame:
-    """The columns of :func:`prefills` for one prompt, from sizes and options alone; nothing runs.
+    """The columns of :func:`prefills` for one prompt, as :func:`planned_prefill` has it."""
+    return _columns(planned_prefill(geometry, method, text, visual_tokens), geometry)
+
+
+def planned_prefill(geometry: Geometry, method: Method, text: int, visual_tokens: int) -> Trace:
+    """The trace of one prompt's prefill, from sizes and options alone; nothing runs.
 
     ``text``: text tokens, half of them in front of the ``visual_tokens``. What the method itself computes is not
     known and left out. Raises :class:`OptionError` where the inputs decide how many tokens are left.
@@ -65,7 +70,7 @@ def plan(geometry: Geometry, method: Method, text: int, visual_tokens: int) -> p
     trace = planned(counts, visual_tokens, Work(), geometry, prefix=prefix, text=text - prefix)
     if "vision" in method.stage:
         trace.projected = counts[:, 0]
-    return _columns(trace, geometry)
+    return trace
 
 
 def _columns(trace: Trace, geometry: Geometry) -> pd.DataFrame:

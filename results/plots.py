@@ -154,9 +154,9 @@ def _trace(place: Axes, points: Sequence[Point], look: dict[str, Any]) -> None:
     points = sorted(points, key=lambda point: point.x)
     xs = [point.x for point in points]
     ends = [p.low for p in points], [p.high for p in points]
-    # Random is drawn broad and pale behind the methods, which often share its budgets and so its place.
+    # Random is drawn broad behind the methods, which often share its budgets and so its place.
     broad = bool(points) and points[0].row.method == RANDOM
-    place.vlines(xs, *ends, color=look["color"], linewidth=4 if broad else 1, alpha=0.35 if broad else 0.6)
+    place.vlines(xs, *ends, color=look["color"], linewidth=3 if broad else 1, alpha=0.6)
     place.plot(xs, [point.y for point in points], **look)
 
 

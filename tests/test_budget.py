@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from visibench.cli import main
 from visibench.errors import OptionError
 from visibench.evals import budget, compute, flops, spec
-from visibench.evals.budget import Prompts, Target, accepted, decided, knobs, solve
+from visibench.evals.budget import Planned, Prompts, Target, accepted, decided, knobs, solve
 from visibench.evals.tasks import load_tasks
 from visibench.evals.timing import Timing
 from visibench.methods import fitprune
@@ -181,6 +181,25 @@ def test_a_real_prefill_is_timed(prompts):
     assert timing.repeats == 20
     assert timing.min_ms > 0
     assert timing.batch_size == 1
+
+
+@pytest.mark.parametrize("cls", TURNED, ids=lambda cls: cls.name)
+def test_without_weights_a_plan_solves_what_runs_solve(cls, llava, prompts):
+    """The same setting and tokens, and the compute outside the method; or a word that it must run."""
+    options, inputs, half = open_options(cls), make_batch([(7, 7, 1)]), Target("tokens", 8)
+    planned, run = Planned(prompts.loaded, 14, 16), Prompts(prompts.loaded, inputs, inputs[0])
+    found = solve(cls.name, options, half, run)
+    adapts = found.method.visual_counts(run.layouts[0], prompts.loaded.geometry) is None
+    if adapts or {"image", "tower"} & set(cls.stage):
+        with pytest.raises(OptionError, match="give --weights random"):
+            solve(cls.name, options, half, planned)
+        return
+    plan = solve(cls.name, options, half, planned)
+    assert (plan.method, plan.cost.tokens) == (found.method, found.cost.tokens)
+    with torch.no_grad(), visibench.prune(llava, plan.method) as session:
+        llava(**inputs[0], logits_to_keep=1)
+    (scoring,) = flops.executed(session.trace, prompts.loaded.geometry).scoring
+    assert plan.cost.tflops == pytest.approx(found.cost.tflops - scoring * 1e-12)
 
 
 # ---- what is known --------------------------------------------------------------------------------------------------
