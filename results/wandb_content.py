@@ -99,10 +99,15 @@ def samples(cell: Cell, rows: int) -> pd.DataFrame:
 def sweep_content(tables: Sequence[Table], scratch: Path) -> dict[str, Any]:
     """Tables with the figures that their numbers allow, each as PNG and as data; those after the first numbered."""
     return {
-        f"{name}_{number}" if number > 1 else name: value
+        numbered(name, number): value
         for number, table in enumerate(tables, start=1)
         for name, value in _drawn(table, scratch / str(number)).items()
     }
+
+
+def numbered(name: str, number: int) -> str:
+    """What the sweep's run calls ``name`` of its table with this number, from 1."""
+    return f"{name}_{number}" if number > 1 else name
 
 
 def _drawn(table: Table, scratch: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from .render import render
 from .summary import by_budget, lead
 from .tables import Table
 from .wandb import Target, reason
+from .wandb_content import numbered
 
 
 def document(tables: Sequence[Table], target: Target) -> Any:
@@ -23,6 +24,8 @@ def document(tables: Sequence[Table], target: Target) -> Any:
         blocks += [wr.P(line) for line in lead(table)]
         blocks += [wr.MarkdownBlock(f"**{title}.** {text}") for title, text in by_budget(table)]
     blocks += [wr.H1("Plots"), wr.PanelGrid(runsets=[_runs(target)], panels=_panels(tables))]
+    means = _means(tables)
+    blocks += [wr.PanelGrid(runsets=[_runs(target, "sweep")], panels=means)] * bool(means)
     blocks += [wr.H1("Tables"), wr.MarkdownBlock(render(list(tables), "md"))]
     used = sorted({row.method for table in tables for row in table.rows})
     blocks += [wr.H1("Methods"), wr.UnorderedList([note(name) for name in used])]
@@ -40,12 +43,12 @@ def note(name: str) -> str:
     return f"{name}: {method.title}{paper}{source}"
 
 
-def _runs(target: Target) -> Any:
+def _runs(target: Target, kind: str = "cell") -> Any:
     import wandb_workspaces.expr as expr
     import wandb_workspaces.reports.v2 as wr
 
-    group = [expr.Metric("Group") == target.group, expr.Metric("JobType") == "cell"]
-    return wr.Runset(name=f"Cells of {target.group}", filters=group)
+    group = [expr.Metric("Group") == target.group, expr.Metric("JobType") == kind]
+    return wr.Runset(name=f"{'Cells' if kind == 'cell' else 'Tables'} of {target.group}", filters=group)
 
 
 def _panels(tables: Sequence[Table]) -> list[Any]:
@@ -69,6 +72,37 @@ def _panels(tables: Sequence[Table]) -> list[Any]:
                 metrics=[name],
                 groupby=wr.Config("label"),
                 layout=wr.Layout(x=12, y=8 * place, w=12, h=8),
+            ),
+        ]
+    return panels
+
+
+def _means(tables: Sequence[Table]) -> list[Any]:
+    """Mean score retained over several tasks against executed compute, a point a row of the sweep's own table.
+
+    No run of a cell knows other tasks, so the points come from the table; the picture beside them names the methods.
+    """
+    import wandb_workspaces.reports.v2 as wr
+
+    panels: list[Any] = []
+    for number, table in enumerate(tables, start=1):
+        if len(table.columns) < 2 or not any(row.retained for row in table.rows):
+            continue
+        place = 4 * len(panels)
+        title = f"mean over {len(table.columns)} tasks: score retained, % of dense, against executed TFLOPs"
+        panels += [
+            wr.CustomChart(
+                query={"summaryTable": {"tableKey": numbered("table", number)}},
+                chart_name="wandb/scatter/v0",
+                chart_fields={"x": "executed_tflops", "y": "retained_percent"},
+                chart_strings={"title": title},
+                layout=wr.Layout(x=0, y=place, w=12, h=8),
+            ),
+            wr.MediaBrowser(
+                title="Every task and their mean, with names",
+                media_keys=[numbered("plots/pareto", number)],
+                num_columns=1,
+                layout=wr.Layout(x=12, y=place, w=12, h=8),
             ),
         ]
     return panels

@@ -197,6 +197,8 @@ def test_sweep_run_holds_the_table_and_every_figure_with_its_data(written):
     table = json.loads(file.read_text())
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
     assert [(row["method"], row["gqa:exact_match"]) for row in rows] == [("none", 0.9), ("fastv", 0.6)]
+    assert [row["retained_percent"] for row in rows] == pytest.approx([100, 100 * 0.6 / 0.9])
+    assert [row["executed_tflops"] for row in rows] == pytest.approx([2e-3, 2e-3])
     assert set(BEHIND) == set(plots.KINDS)
 
 

@@ -1,5 +1,7 @@
 """The W&B report: what it holds, block by block, and what saving sends to a server on this machine."""
 
+import csv
+import io
 import json
 import os
 import subprocess
@@ -8,11 +10,13 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-from storing import full
+from storing import config, full, put
 from visibench.cli import main
 from visibench.results.render import render
 from visibench.results.store import Store
 from visibench.results.tables import build
+from visibench.results.wandb import Target
+from visibench.results.wandb_report import as_json, document
 
 pytest.importorskip("wandb_workspaces")
 KEY = "0123456789abcdef" * 3
@@ -42,11 +46,12 @@ def check(spec, folder):
     blocks = spec["blocks"]
     kinds = [block["type"] for block in blocks]
     assert [texts(b) for b in blocks if b["type"] == "heading"] == ["Summary", "Plots", "Tables", "Methods"]
-    (grid,) = (block["metadata"] for block in blocks if block["type"] == "panel-grid")
-    (runs,) = grid["runSets"]
-    filters = {f["key"]["name"]: f["value"] for f in runs["filters"]["filters"]}
-    assert filters == {"group": "mine", "jobType": "cell"}
-    panels = grid["panelBankSectionConfig"]["panels"]
+    grids = [block["metadata"] for block in blocks if block["type"] == "panel-grid"]
+    for grid, kind in zip(grids, ("cell", "sweep"), strict=True):
+        (runs,) = grid["runSets"]
+        filters = {f["key"]["name"]: f["value"] for f in runs["filters"]["filters"]}
+        assert filters == {"group": "mine", "jobType": kind}
+    panels, means = (grid["panelBankSectionConfig"]["panels"] for grid in grids)
     scatter = [panel["config"] for panel in panels if panel["viewType"] == "Scatter Plot"]
     axes = [(plot["xAxis"], plot["yAxis"]) for plot in scatter]
     assert axes == [("summary:compute/tflops", f"summary:{task}/s") for task in ("gqa", "mme")]
@@ -54,11 +59,37 @@ def check(spec, folder):
     assert [(bar["metrics"], bar["groupBy"]) for bar in bars] == [
         ([f"summary_metrics.{task}/s"], "label.value") for task in ("gqa", "mme")
     ]
+    check_means(means, build(Store(folder).cells()))
     contents = [block["content"] for block in blocks if block["type"] == "markdown-block"]
     assert contents[-1] == render(build(Store(folder).cells()), "md")
     assert "2 settings of 2 methods on tiny" in texts(blocks[3])
     notes = texts(blocks[kinds.index("list")])
     assert "fastv: FastV, arXiv 2403.06764, after pkunlp-icler/FastV@d165972" in notes
+
+
+def check_means(panels, tables):
+    """The chart reads columns that the sweep's run has, whose values are the table's averages."""
+    chart, picture = (panel["config"] for panel in panels)
+    (query,) = chart["userQuery"]["queryFields"]
+    (source,) = (field["args"] for field in query["fields"] if field["name"] == "summaryTable")
+    assert [(arg["name"], arg["value"]) for arg in source] == [("tableKey", "table")]
+    assert chart["stringSettings"]["title"].startswith("mean over 2 tasks")
+    rows = csv.DictReader(io.StringIO(render(tables, "csv")))  # the figures of the sweep's table
+    x, y = (chart["fieldSettings"][axis] for axis in "xy")
+    points = {row["method"]: (float(row[x]), float(row[y])) for row in rows}
+    expected = {"none": (2e-3, 100), "fastv": (2e-3, 75), "random": (1e-3, 62.5)}
+    assert set(points) == set(expected)
+    for name, point in expected.items():
+        assert points[name] == pytest.approx(point)
+    assert picture["mediaKeys"] == ["plots/pareto"]
+
+
+def test_one_task_has_no_mean(tmp_path):
+    store = Store(tmp_path)
+    for method, score in (("none", 0.8), ("fastv", 0.6)):
+        put(store, config(method, "gqa"), score)
+    blocks = as_json(document(build(store.cells()), Target("mine")))["spec"]
+    assert str(blocks).count("panel-grid") == 1
 
 
 def test_dry_run_writes_every_block_and_asks_nobody(call, tmp_path, monkeypatch):
