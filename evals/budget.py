@@ -33,7 +33,7 @@ from ..methods.registry import get
 from ..models import LoadedModel
 from ..results.records import VisualTokens
 from . import flops, spec
-from .compute import planned_prefill
+from .planned import planned_prefill
 from .tasks import Task
 from .timing import Timing, time_prefill
 

@@ -10,15 +10,13 @@ import torch
 
 from ..engine import prune
 from ..engine.trace import Trace
-from ..errors import OptionError
 from ..methods import Method
 from ..models import LoadedModel
 from ..models.adapters import Geometry
 from .flops import decode, executed
-from .paper_flops import Work, by_formula, planned
+from .paper_flops import by_formula
+from .planned import planned_prefill
 from .tasks import Task
-
-_BEFORE_THE_PROJECTOR = {"image", "tower"}
 
 
 def prompts(loaded: LoadedModel, task: Task, size: int, batch_size: int = 8) -> Iterator[Mapping[str, Any]]:
@@ -47,30 +45,6 @@ def prefills(loaded: LoadedModel, method: Method, batches: Iterable[Mapping[str,
 def plan(geometry: Geometry, method: Method, text: int, visual_tokens: int) -> pd.DataFrame:
     """The columns of :func:`prefills` for one prompt, as :func:`planned_prefill` has it."""
     return _columns(planned_prefill(geometry, method, text, visual_tokens), geometry)
-
-
-def planned_prefill(geometry: Geometry, method: Method, text: int, visual_tokens: int) -> Trace:
-    """The trace of one prompt's prefill, from sizes and options alone; nothing runs.
-
-    ``text``: text tokens, half of them in front of the ``visual_tokens``. What the method itself computes is not
-    known and left out. Raises :class:`OptionError` where the inputs decide how many tokens are left.
-    """
-    method.check(geometry)
-    patches = geometry.vision.tokens if geometry.vision else 0
-    if not patches:
-        raise OptionError("images of this model take tokens by their size: give --weights random")
-    if visual_tokens % patches:
-        raise OptionError(f"visual tokens come in images of {patches}, not {visual_tokens}: give a multiple of that")
-    prefix = text // 2
-    whole = torch.full((1, geometry.layers), visual_tokens)
-    start = planned(whole, visual_tokens, Work(), geometry, prefix=prefix, text=text - prefix)
-    counts = method.visual_counts(start.prompt, geometry)
-    if counts is None or _BEFORE_THE_PROJECTOR & set(method.stage):
-        raise OptionError(f"{method}: what it saves shows only when it runs: give --weights random")
-    trace = planned(counts, visual_tokens, Work(), geometry, prefix=prefix, text=text - prefix)
-    if "vision" in method.stage:
-        trace.projected = counts[:, 0]
-    return trace
 
 
 def _columns(trace: Trace, geometry: Geometry) -> pd.DataFrame:

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import typer.main
 from storing import config, frame, put
-from test_cli import assert_refused, cli  # noqa: F401
+from test_cli import assert_refused
 from visibench.cli import app
 from visibench.results import baseline as baselines
 from visibench.results.records import Failure, ScoreRecord, digest
@@ -195,26 +195,26 @@ RUNS: Damages = {
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("damage", SAMPLES)
-def test_damaged_samples(damage, command, run, cli):  # noqa: F811
+def test_damaged_samples(damage, command, run, cli):
     spoil, says = SAMPLES[damage]
     refused(command, says, cli, lambda: spoil(run.path(config("fastv"))), names="fastv")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("damage", RECORDS)
-def test_damaged_or_foreign_records(damage, command, run, cli):  # noqa: F811
+def test_damaged_or_foreign_records(damage, command, run, cli):
     spoil, says = RECORDS[damage]
     refused(command, says, cli, lambda: spoil(run.path(config("fastv"))), names="fastv")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("damage", RUNS)
-def test_what_is_no_run(damage, command, run, cli):  # noqa: F811
+def test_what_is_no_run(damage, command, run, cli):
     spoil, says = RUNS[damage]
     refused(command, says, cli, lambda: spoil(run.root), names="run")
 
 
-def refused(command, says, cli, spoil, names):  # noqa: F811
+def refused(command, says, cli, spoil, names):
     spoil()
     result = cli(*COMMANDS[command])
     assert_refused(result, says)
@@ -222,14 +222,14 @@ def refused(command, says, cli, spoil, names):  # noqa: F811
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_other_data_under_the_same_settings(command, run, cli):  # noqa: F811
+def test_other_data_under_the_same_settings(command, run, cli):
     """The questions read alike and the settings agree, but the pixels differ."""
     answered(run, "fastv", data_hash="new")
     assert_refused(cli(*COMMANDS[command]), "data")
 
 
 @pytest.mark.parametrize("command", ["table", "plot"])
-def test_cells_that_are_not_finished_are_named(command, run, cli):  # noqa: F811
+def test_cells_that_are_not_finished_are_named(command, run, cli):
     (run.path(config("fastv")) / "metrics.json").unlink()
     code, out, err = cli(*COMMANDS[command])
     assert (code, err.count("\n")) == (0, 1)
@@ -249,7 +249,7 @@ def test_what_a_reader_refuses_a_sweep_runs_again(run):
         assert run.done(config("fastv")) is None
 
 
-def test_runs_of_versions_that_knew_fewer_fields_pass(run, cli):  # noqa: F811
+def test_runs_of_versions_that_knew_fewer_fields_pass(run, cli):
     """A checksum is over what stands in the file, not over what this version would write."""
     file = run.path(config("fastv")) / "metrics.json"
     content = json.loads(file.read_text())
@@ -262,7 +262,7 @@ def test_runs_of_versions_that_knew_fewer_fields_pass(run, cli):  # noqa: F811
     assert cli(*COMMANDS["table"])[0] == 0
 
 
-def test_intact_runs_pass(run, cli):  # noqa: F811
+def test_intact_runs_pass(run, cli):
     for command in COMMANDS.values():
         assert cli(*command)[0] == 0
 

@@ -11,7 +11,7 @@ import torch
 import visibench
 import yaml
 from support import IMAGE, collate, make_batch, make_llava
-from test_cli import assert_refused, cli  # noqa: F401
+from test_cli import assert_refused
 from torch.distributions import Categorical, kl_divergence
 from visibench.analysis import fit
 from visibench.errors import InputError, OptionError, VisibenchError
@@ -248,7 +248,7 @@ def fitting(method, model, *more):
     return ["fit", method, "--model", str(model), *map(str, more)]
 
 
-def test_cli_fits_on_prompts_of_a_task(cli, checkpoint, disk_data, loaded, tmp_path):  # noqa: F811
+def test_cli_fits_on_prompts_of_a_task(cli, checkpoint, disk_data, loaded, tmp_path):
     data = ["--data", disk_data, "--samples", 4, "--batch-size", 3]
     wanted = ["--target", 0.5, "--tolerance", 0.05]
     code, out, _ = cli(*fitting("fitprune", checkpoint, *data, *wanted, "--out", "fitted.yaml"))
@@ -273,7 +273,7 @@ def test_cli_fits_on_prompts_of_a_task(cli, checkpoint, disk_data, loaded, tmp_p
     assert json.loads(out)["prompts"]["ids"] != ids
 
 
-def test_cli_refuses(cli, checkpoint, disk_data):  # noqa: F811
+def test_cli_refuses(cli, checkpoint, disk_data):
     assert_refused(cli(*fitting("fastv", "tiny")), "fastv has nothing to fit: choose one of fitprune, vtw")
     assert_refused(cli(*fitting("fitprun", "tiny")), "did you mean 'fitprune'")
     assert_refused(

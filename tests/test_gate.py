@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 from storing import config, frame, put
-from test_cli import assert_refused, cli  # noqa: F401
+from test_cli import assert_refused
 from visibench.errors import DataError
 from visibench.evals.config import load_config, parse_config
 from visibench.evals.sweep import plan, sweep
@@ -71,7 +71,7 @@ def stored(run):
 # ---- what passes and what fails -----------------------------------------------------------------------------------
 
 
-def test_an_unchanged_run_passes_and_says_what_it_could_have_seen(cli, run, tmp_path):  # noqa: F811
+def test_an_unchanged_run_passes_and_says_what_it_could_have_seen(cli, run, tmp_path):
     code, out, err = cli("check", run.root, "--baseline", "b.json", "--update")
     assert (code, err) == (0, "")
     code, out, err = cli("check", run.root, "--baseline", "b.json")
@@ -107,7 +107,7 @@ def test_other_words_for_the_same_score_pass_and_are_counted(run, right, stored)
 
 
 @pytest.mark.parametrize(("lost", "passes"), [(0.5, False), (0.02, True)])
-def test_a_drop_fails_only_if_it_is_shown(lost, passes, run, right, stored, cli, tmp_path):  # noqa: F811
+def test_a_drop_fails_only_if_it_is_shown(lost, passes, run, right, stored, cli, tmp_path):
     rng = np.random.default_rng(1)
     other = right | {"fastv": right["fastv"] * (rng.random((IMAGES, EACH)) >= lost)}
     assert other["fastv"].sum() < right["fastv"].sum()
@@ -192,7 +192,7 @@ def run_fastv(out, **settings) -> list:
     return sweep(parse_config(content | settings, "test"), out, Console(quiet=True), dense=False)
 
 
-def test_keeping_the_wrong_tokens_is_a_shown_drop(tmp_path, monkeypatch, cli):  # noqa: F811
+def test_keeping_the_wrong_tokens_is_a_shown_drop(tmp_path, monkeypatch, cli):
     before = run_fastv(tmp_path / "before", limit=90)
     baselines.save(baselines.baseline_of(before), tmp_path / "b.json")
     monkeypatch.setitem(registry._methods, "fastv", WrongWayRound)
@@ -238,14 +238,14 @@ def spoilt(content: str, **changes) -> str:
         (lambda text: spoilt(text, checksum=""), "checksum"),
     ],
 )
-def test_a_damaged_or_foreign_baseline(damage, says, run, stored, tmp_path, cli):  # noqa: F811
+def test_a_damaged_or_foreign_baseline(damage, says, run, stored, tmp_path, cli):
     file = tmp_path / "b.json"
     baselines.save(stored, file)
     file.write_text(damage(file.read_text()))
     assert_refused(cli("check", run.root, "--baseline", file), says)
 
 
-def test_a_baseline_that_cannot_be_read_or_written(run, tmp_path, cli):  # noqa: F811
+def test_a_baseline_that_cannot_be_read_or_written(run, tmp_path, cli):
     assert_refused(cli("check", run.root, "--baseline", "none.json"), "cannot read the baseline none.json")
     assert_refused(cli("check", run.root, "--baseline", tmp_path), "cannot read the baseline")
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
@@ -265,14 +265,14 @@ def test_a_baseline_that_cannot_be_read_or_written(run, tmp_path, cli):  # noqa:
         ({"task": "pope"}, "lacks 3 of the baseline's 3 cells"),
     ],
 )
-def test_another_model_or_other_settings(changes, says, right, tmp_path, cli):  # noqa: F811
+def test_another_model_or_other_settings(changes, says, right, tmp_path, cli):
     before = {"options": {"keep": 0.5}}
     baselines.save(baselines.baseline_of(store_run(tmp_path / "run", right, **before).cells()), tmp_path / "b.json")
     other = store_run(tmp_path / "other", right, **before | changes)
     assert_refused(cli("check", other.root, "--baseline", "b.json"), says)
 
 
-def test_other_cells_questions_and_metrics(run, right, stored, tmp_path, cli):  # noqa: F811
+def test_other_cells_questions_and_metrics(run, right, stored, tmp_path, cli):
     baselines.save(stored, tmp_path / "b.json")
     fewer = store_run(tmp_path / "fewer", {label: right[label] for label in LABELS[:2]})
     assert_refused(cli("check", fewer.root, "--baseline", "b.json"), "lacks 1 of the baseline's 3 cells")
@@ -288,7 +288,7 @@ def test_other_cells_questions_and_metrics(run, right, stored, tmp_path, cli):  
     assert_refused(cli("check", run.root, "--baseline", "b.json", "--update"), "do not add up")
 
 
-def test_a_folder_with_several_runs(run, right, stored, tmp_path, cli):  # noqa: F811
+def test_a_folder_with_several_runs(run, right, stored, tmp_path, cli):
     baselines.save(stored, tmp_path / "b.json")
     store_run(run.root, {"none": right["none"]}, limit=9)
     assert_refused(cli("check", run.root, "--baseline", "b.json"), "several times")

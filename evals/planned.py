@@ -1,0 +1,37 @@
+"""Prefills that never run: what sizes and a method's options say about them."""
+
+from __future__ import annotations
+
+import torch
+
+from ..engine.trace import Trace
+from ..errors import OptionError
+from ..methods import Method
+from ..models.adapters import Geometry
+from .paper_flops import Work, planned
+
+_BEFORE_THE_PROJECTOR = {"image", "tower"}
+
+
+def planned_prefill(geometry: Geometry, method: Method, text: int, visual_tokens: int) -> Trace:
+    """The trace of one prompt's prefill, from sizes and options alone; nothing runs.
+
+    ``text``: text tokens, half of them in front of the ``visual_tokens``. What the method itself computes is not
+    known and left out. Raises :class:`OptionError` where the inputs decide how many tokens are left.
+    """
+    method.check(geometry)
+    patches = geometry.vision.tokens if geometry.vision else 0
+    if not patches:
+        raise OptionError("images of this model take tokens by their size: give --weights random")
+    if visual_tokens % patches:
+        raise OptionError(f"visual tokens come in images of {patches}, not {visual_tokens}: give a multiple of that")
+    prefix = text // 2
+    whole = torch.full((1, geometry.layers), visual_tokens)
+    start = planned(whole, visual_tokens, Work(), geometry, prefix=prefix, text=text - prefix)
+    counts = method.visual_counts(start.prompt, geometry)
+    if counts is None or _BEFORE_THE_PROJECTOR & set(method.stage):
+        raise OptionError(f"{method}: what it saves shows only when it runs: give --weights random")
+    trace = planned(counts, visual_tokens, Work(), geometry, prefix=prefix, text=text - prefix)
+    if "vision" in method.stage:
+        trace.projected = counts[:, 0]
+    return trace
