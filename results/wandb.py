@@ -193,7 +193,8 @@ class Sent:
 
 
 def prepare(folder: Path) -> None:
-    """Set wandb's environment: its files below ``folder``, no reports of its crashes, an end to tries that fail.
+    """Set wandb's environment: its files below ``folder``, no reports of its crashes, no lines of its own, an
+    end to tries that fail.
 
     Limits that are set already stay. Must come before wandb is used in this process.
     """
@@ -205,6 +206,7 @@ def prepare(folder: Path) -> None:
         "WANDB_DATA_DIR": str(inner / "staging"),
         "WANDB_ARTIFACT_DIR": str(inner / "artifacts"),
         "WANDB_ERROR_REPORTING": "false",
+        "WANDB_SILENT": "true",
     }
     for name, value in _LIMITS.items():
         os.environ.setdefault(name, value)

@@ -95,8 +95,13 @@ def test_two_processes_give_what_one_does_also_if_one_is_killed(config, straight
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["model_started", "progress"])
-def test_ctrl_c_stops_all_processes_without_a_word_of_theirs_and_loses_nothing(kind, config, straight, tmp_path, capfd):
+def test_ctrl_c_stops_all_processes_without_a_word_of_theirs_and_loses_nothing(
+    kind, config, straight, tmp_path, capfd, request
+):
     """While they still import, and in the middle of a cell."""
+    # What runs in the background of a shell may have been started with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     def interrupt() -> None:
         def later() -> None:
