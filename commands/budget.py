@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from ..errors import OptionError
+from ..errors import OptionError, UnsupportedModelError
 from .shared import AsJson, prompt_lengths
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def budget(
             status.update(f"Solving {name} for {wanted} …")
             try:
                 solved.append(budgets.solve(name, options, wanted, prompts))
-            except OptionError as error:
+            except (OptionError, UnsupportedModelError) as error:
                 refused[spec.written(name, options)] = str(error)
         dense = prompts.time(budgets.DENSE) if wanted.kind == "ms" else None
     if not solved and len(refused) == 1:

@@ -181,7 +181,7 @@ def _sized(
     if weights == "random":
         return prefills(loaded, chosen, [loaded.synthetic_inputs(1, *tokens)]), facts | {"note": ""}
     note = "Nothing ran: the method's own scoring, merging and edited attention are not counted."
-    return plan(loaded.geometry, chosen, *tokens).drop(columns="scoring"), facts | {"note": note}
+    return plan(loaded, chosen, *tokens).drop(columns="scoring"), facts | {"note": note}
 
 
 def _print(found: pd.DataFrame, facts: dict[str, Any], as_json: bool) -> None:

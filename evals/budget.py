@@ -160,7 +160,7 @@ class Planned(Prompts):
 
     def __init__(self, loaded: LoadedModel, text: int, visual_tokens: int) -> None:
         def trace(method: Method) -> Trace:
-            return planned_prefill(loaded.geometry, method, text, visual_tokens)
+            return planned_prefill(loaded, method, text, visual_tokens)
 
         self.loaded = loaded
         self.layouts = [trace(DENSE).prompt]
@@ -179,7 +179,8 @@ class Planned(Prompts):
 def solve(name: str, options: Mapping[str, Any], target: Target, prompts: Prompts) -> Solution:
     """The method ``name`` with ``options``, its knob turned to where it comes nearest to ``target``.
 
-    Raises :class:`OptionError` with the reason if no setting costs as much, or as little, or if there is no knob.
+    Raises :class:`OptionError` with the reason if no setting costs as much, or as little, or if there is no knob, and
+    :class:`UnsupportedModelError` if the method cannot act on this architecture.
     """
     limits, refusals = [], []
     for knob in knobs(name, options):
@@ -226,7 +227,8 @@ def accepted(
 ) -> tuple[list[Method], OptionError | None]:
     """The method at all values of ``knob`` that it takes on this model, fewest visual tokens first; a refusal, if any.
 
-    Raises the refusal where fewer than two are left, or refused values lie between accepted ones.
+    Raises the refusal where fewer than two are left, or refused values lie between accepted ones, and
+    :class:`UnsupportedModelError` where the method cannot act on this architecture.
     """
     geometry, given = prompts.loaded.geometry, spec.typed(name, options)
     most = max(count for layout in prompts.layouts for count in layout.visual_counts)
@@ -242,6 +244,7 @@ def accepted(
     if refusal and (len(found) < 2 or max(found) - min(found) >= len(found)):
         raise refusal
     settings = list(found.values())
+    prune(prompts.loaded.model, settings[0])
     if prompts.tokens(settings[0]) > prompts.tokens(settings[-1]):
         settings.reverse()
     return settings, refusal

@@ -42,9 +42,9 @@ def prefills(loaded: LoadedModel, method: Method, batches: Iterable[Mapping[str,
     return pd.concat(found, ignore_index=True)
 
 
-def plan(geometry: Geometry, method: Method, text: int, visual_tokens: int) -> pd.DataFrame:
+def plan(loaded: LoadedModel, method: Method, text: int, visual_tokens: int) -> pd.DataFrame:
     """The columns of :func:`prefills` for one prompt, as :func:`planned_prefill` has it."""
-    return _columns(planned_prefill(geometry, method, text, visual_tokens), geometry)
+    return _columns(planned_prefill(loaded, method, text, visual_tokens), loaded.geometry)
 
 
 def _columns(trace: Trace, geometry: Geometry) -> pd.DataFrame:

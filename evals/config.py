@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..errors import OptionError, suggest
+from ..errors import OptionError, UnsupportedModelError, suggest
 from ..methods import Method
 from ..methods.registry import get
 from ..results.records import TimingConfig
@@ -191,7 +191,7 @@ def _solved(points: list[Point], solve: Solve) -> list[Method]:
     for point in points:
         try:
             methods.append(point.method(solve))
-        except OptionError as error:
+        except (OptionError, UnsupportedModelError) as error:
             refused.append(str(error))
     if refused:
         raise OptionError("; ".join(refused))

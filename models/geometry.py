@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import yaml
@@ -94,14 +94,28 @@ def synthetic_inputs(adapter: Adapter, batch: int, prompt: int, visual_tokens: i
     ids = torch.cat([text[:, : prompt // 2], image, text[:, prompt // 2 :]], dim=1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if visual_tokens:
-        shape, more = IMAGES[model.config.model_type](adapter, visual_tokens, batch)
-        inputs |= {"pixel_values": torch.randn(shape, generator=generator).to(model.dtype)} | more
+        made = IMAGES[model.config.model_type](adapter, visual_tokens, batch)
+        inputs |= {"pixel_values": torch.randn(made.shape, generator=generator).to(model.dtype)} | made.more
     if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         inputs["mm_token_type_ids"] = (ids == adapter.image_token).int()
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 
-Images = tuple[tuple[int, ...], dict[str, Tensor]]
+def grids(adapter: Adapter, visual_tokens: int) -> Tensor | None:
+    """Frames and patches (N, 3) of the images or tiles that :func:`synthetic_inputs` makes up for one row.
+
+    None in families whose images are all of one size, and without images. Raises :class:`InputError` as that does.
+    """
+    kind = adapter.model.config.model_type
+    return IMAGES[kind](adapter, visual_tokens, 1).grids if visual_tokens else None
+
+
+class Images(NamedTuple):
+    """``shape`` of the pixels of a batch, ``more`` inputs, and ``grids`` (N, 3) of a row, as a trace has them."""
+
+    shape: tuple[int, ...]
+    more: dict[str, Tensor]
+    grids: Tensor | None
 
 
 def _whole_images(adapter: Adapter, visual_tokens: int, batch: int) -> Images:
@@ -114,7 +128,7 @@ def _whole_images(adapter: Adapter, visual_tokens: int, batch: int) -> Images:
             f"{visual_tokens} visual tokens are no whole images of {vision.tokens}: give a multiple of that"
         )
     height, width = (size, size) if isinstance(size, int) else size
-    return (batch * images, 3, height, width), {}
+    return Images((batch * images, 3, height, width), {}, None)
 
 
 def _tiled_image(adapter: Adapter, visual_tokens: int, batch: int) -> Images:
@@ -131,7 +145,9 @@ def _tiled_image(adapter: Adapter, visual_tokens: int, batch: int) -> Images:
         raise InputError(f"no image shape gives {visual_tokens} visual tokens: choose one of {known}")
     height, width = shapes[visual_tokens]
     tiles = 1 + (height // tile) * (width // tile)
-    return (batch, tiles, 3, tile, tile), {"image_sizes": torch.tensor([[height, width]]).expand(batch, -1)}
+    sizes = torch.tensor([[height, width]]).expand(batch, -1)
+    grids = torch.tensor([[1, side, side]]).expand(tiles, -1)
+    return Images((batch, tiles, 3, tile, tile), {"image_sizes": sizes}, grids)
 
 
 def _grid_image(adapter: Adapter, visual_tokens: int, batch: int) -> Images:
@@ -141,7 +157,8 @@ def _grid_image(adapter: Adapter, visual_tokens: int, batch: int) -> Images:
     rows = max(n for n in range(1, int(visual_tokens**0.5) + 1) if visual_tokens % n == 0)
     merge = config.vision_config.spatial_merge_size
     grid = torch.tensor([[1, rows * merge, visual_tokens // rows * merge]])
-    return (batch * int(grid.prod()), vision.patch_inputs), {"image_grid_thw": grid.expand(batch, -1)}
+    shape = (batch * int(grid.prod()), vision.patch_inputs)
+    return Images(shape, {"image_grid_thw": grid.expand(batch, -1)}, grid)
 
 
 IMAGES: dict[str, Callable[[Adapter, int, int], Images]] = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 import visibench
 from visibench.cli import main
-from visibench.errors import OptionError
+from visibench.errors import InputError, OptionError, UnsupportedModelError
 from visibench.evals import compute, spec
 from visibench.evals.memory import peak_memory
 from visibench.methods import list_methods
@@ -26,9 +26,9 @@ def test_a_plan_equals_the_prefill_that_runs_less_what_the_method_computes(rando
     method = spec.parse(text)
     if {"image", "tower"} & set(method.stage) or method.adaptive:
         with pytest.raises(OptionError, match="--weights random"):
-            compute.plan(random_tiny.geometry, method, 20, 288)
+            compute.plan(random_tiny, method, 20, 288)
         return
-    planned = compute.plan(random_tiny.geometry, method, 20, 288)
+    planned = compute.plan(random_tiny, method, 20, 288)
     ran = compute.prefills(random_tiny, method, [random_tiny.synthetic_inputs(1, 20, 288)])
     differ = [name for name in ran if ran[name].tolist() != planned[name].tolist()]
     assert set(differ) <= {"scoring", "executed", *(EDITED if "attention" in method.stage else ())}
@@ -36,11 +36,32 @@ def test_a_plan_equals_the_prefill_that_runs_less_what_the_method_computes(rando
     assert (ran["executed"] - planned["executed"]).tolist() == pytest.approx(extra.tolist())
 
 
-@pytest.mark.parametrize(("model", "visual", "message"), [("tiny", 100, "multiple"), ("qwen2.5-vl-7b", 100, "random")])
-def test_a_plan_needs_whole_images_of_one_size(model, visual, message):
-    geometry = visibench.load_model(model, weights="meta").geometry
-    with pytest.raises(OptionError, match=message):
-        compute.plan(geometry, visibench.load_method("none"), 20, visual)
+@pytest.mark.parametrize(
+    ("model", "visual", "message"),
+    [("tiny", 100, "multiple"), ("llava-next-7b", 2880, "choose one of 1752, 1776, 2328, 2376, 2928")],
+)
+def test_a_plan_needs_images_that_the_model_has(model, visual, message):
+    loaded = visibench.load_model(model, weights="meta")
+    with pytest.raises(InputError, match=message):
+        compute.plan(loaded, visibench.load_method("none"), 20, visual)
+
+
+def test_a_plan_is_made_for_nothing_that_cannot_run():
+    """The engine does not prune the vision side of LLaVA-NeXT."""
+    loaded = visibench.load_model("llava-next-7b", weights="meta", layers=2)
+    with pytest.raises(UnsupportedModelError, match="cannot be pruned in architecture 'llava_next'"):
+        compute.plan(loaded, visibench.load_method("visionzip", tokens=64), 20, 2928)
+
+
+def test_a_budget_names_what_the_architecture_cannot_do(command):
+    """And solves the others: one method that acts on the vision side stops none of them."""
+    ours = "budget --target tokens=1500 --model llava-next-7b --weights meta --layers 4 --lengths 20/2928".split()
+    code, out, _ = command(*ours, "--json")
+    found = json.loads(out)
+    refused = {one["method"]: one["reason"] for one in found["refused"]}
+    assert code == 0
+    assert {"fastv", "random", "vtw"} <= {one["method"] for one in found["solved"]}
+    assert "architecture 'llava_next'" in refused[next(name for name in refused if name.startswith("visionzip"))]
 
 
 @pytest.fixture
@@ -97,7 +118,10 @@ def test_commands_on_random_weights(command):
         ("flops --published --weights meta", "--published takes no other option"),
         ("budget --model tiny --target tokens=9 --lengths 9/144", "belong to --weights random"),
         ("budget --model tiny --target ms=9 --weights meta --lengths 9/144", "for a time give --weights random"),
-        ("budget --model tiny --target tokens=9 --weights meta --lengths 9/100", "images of 144, not 100"),
+        (
+            "budget --model tiny --target tokens=9 --weights meta --lengths 9/100",
+            "100 visual tokens are no whole images of 144",
+        ),
         ("budget --model tiny --target tokens=9 --weights random --task gqa", "--lengths, not --task"),
         ("profile --model tiny --methods none --out /nonexistent/x.json", "cannot write to /nonexistent/x.json"),
     ],
@@ -120,6 +144,6 @@ def test_peak_memory_of_known_allocations():
 
 
 def test_columns_of_a_plan_are_those_of_a_run(random_tiny):
-    planned = compute.plan(random_tiny.geometry, visibench.load_method("none"), 20, 144)
+    planned = compute.plan(random_tiny, visibench.load_method("none"), 20, 144)
     ran = compute.prefills(random_tiny, visibench.load_method("none"), [random_tiny.synthetic_inputs(1, 20, 144)])
     pd.testing.assert_frame_equal(planned, ran)

@@ -1,5 +1,6 @@
 """Families beyond LLaVA: tiles with newlines, pixel shuffle, windows and positions on three axes."""
 
+import pandas as pd
 import pytest
 import torch
 import visibench
@@ -7,8 +8,9 @@ from probes import Probe
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText
 from visibench.errors import InputError, UnsupportedModelError
-from visibench.evals import flops
+from visibench.evals import compute, flops
 from visibench.evals.timing import greedy
+from visibench.models import LoadedModel
 from visibench.models.adapters import Adapter
 from visibench.models.geometry import synthetic_inputs
 
@@ -281,3 +283,14 @@ def test_tower_of_published_sizes_by_hand(name, tokens, macs):
     tiles = inputs["pixel_values"].shape[1] if "image_sizes" in inputs else 1
     side = round(vision.patches**0.5) if vision.tokens else 36
     assert tiles * flops.grid_macs(vision, (1, side, side)) == macs
+
+
+@every_family
+@pytest.mark.parametrize("method", METHODS[:2], ids=str)
+def test_a_plan_equals_the_prefill_that_runs(kind, method):
+    """What the vision side computes, too: of tiles, of images of any shape, and of windows inside."""
+    loaded = LoadedModel(kind, model_of(kind), None, "random")
+    for text, visual in ROWS[kind]:
+        planned = compute.plan(loaded, method, text, visual)
+        ran = compute.prefills(loaded, method, [loaded.synthetic_inputs(1, text, visual)])
+        pd.testing.assert_frame_equal(planned, ran)
