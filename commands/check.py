@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .shared import AsJson, width
+from .shared import AsJson, finished, width
 
 if TYPE_CHECKING:
     from ..results.gate import CellChange, MetricChange, Report
@@ -29,9 +29,8 @@ def check(
 
     from ..results import baseline as baselines
     from ..results import gate
-    from ..results.store import Store
 
-    file, cells = baseline or baselines.PACKAGED, Store(folder).cells()
+    file, cells = baseline or baselines.PACKAGED, finished(folder)
     if update:
         baselines.save(baselines.baseline_of(cells), file)
     report = gate.check(cells, baselines.load(file))
@@ -71,10 +70,11 @@ def _print(report: Report) -> None:
         for line in _changes(cell):
             print(line)
     failed = [cell for cell in report.cells if cell.failed]
+    could = "no drop of a score is shown" if blind < report.tests else "none of their scores could have shown a drop"
     print(
         f"FAIL: {len(failed)} of {len(report.cells)} cells."
         if failed
-        else f"PASS: {len(report.cells)} cells keep and compute the same, and no score dropped."
+        else f"PASS: {len(report.cells)} cells keep and compute the same; {could}."
     )
 
 

@@ -84,14 +84,16 @@ def _print(result: Pairing, show: int) -> None:
         grid.add_row(*_line(metric))
     Console(width=width(), highlight=False).print(grid)
     print(
-        "In brackets: 95 % interval, clustered by image. Detectable: the smallest true difference that these questions"
+        "In brackets: 95 % interval, clustered by image. Detectable: the smallest true difference that these\n"
+        "questions show with about 80 % power, one test at α = 0.05; – where they can show none."
     )
-    print("show with 80 % power, one test at α = 0.05.")
     if result.agreement:
         print(f"Both answer alike on {100 * result.agreement.value:.1f} % of questions.")
-    naive = f" McNemar's exact p, which takes questions as independent: {scores.mcnemar_p:.4f}."
-    higher = f"{scores.better + scores.worse} questions tell them apart: A scores higher on {scores.better}, "
-    print(f"{higher}B on {scores.worse}.{naive if scores.mcnemar_p is not None else ''}")
+    apart = f"{scores.better + scores.worse} questions tell them apart: A scores higher on {scores.better}, "
+    apart += f"B on {scores.worse}."
+    if scores.mcnemar_p is not None:
+        apart += f" McNemar's exact p, which takes questions as independent: {scores.mcnemar_p:.4f}."
+    print(apart)
     for row in result.discordant[:show]:
         question, target = row["question"].splitlines()[0], row["target"].splitlines()[0]
         said = [f"{name} {', '.join(row[side]['answers'])!r}" for name, side in (("A", "first"), ("B", "second"))]

@@ -8,22 +8,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..errors import OptionError, suggest
-from .inference import ALPHA, Verdict
+from .inference import ALPHA, Verdict, mean_of
 from .records import ScoreRecord
 from .stats import Estimate
 from .tables import Row, Table
 
+SIDES = 1.25
+"""How many times the other one side of an interval may be for ± to stand for both."""
+GROUPS = {"A": "lost when smaller", "B": "right when smaller"}
+"""Groups of difficulty, by what a smaller image does to what the dense model answers right."""
 _UNITS = ((1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs"))
 
 
 @dataclass(frozen=True)
 class Shown:
-    """An entry of a table. ``spread``: what stands behind ±; ``sd``: a standard deviation, over seeds or questions.
+    """An entry of a table. ``spread``: what follows the value, such as ``± 3.1`` or, of unequal sides, ``+0.9 −4.4``.
 
-    ``marks``: ``↑d`` and the like; ``best``: shown to be the best of its budget.
+    ``sd``: a standard deviation, over seeds or questions; ``marks``: ``↑d`` and the like; ``best``: shown to be the
+    best of its budget.
     """
 
     value: str
@@ -35,7 +41,7 @@ class Shown:
     @property
     def behind(self) -> list[str]:
         """What follows the value: its spread, and in brackets its standard deviation."""
-        return [f"± {self.spread}"] * bool(self.spread) + [f"(sd {self.sd})"] * bool(self.sd)
+        return [self.spread] * bool(self.spread) + [f"(sd {self.sd})"] * bool(self.sd)
 
     def text(self, bold: str) -> str:
         """The entry in one line; ``bold`` with the value in place of {} where it is the best."""
@@ -75,7 +81,11 @@ def every(table: Table) -> list[Column]:
     ]
     if any(row.prefill for row in table.rows):
         found.append(Column("prefill", "prefill\nms", _prefill, _prefill_figures))
-    return [*found, Column("latency", "latency\nms (questions)", _latency, _latency_figures, asked=True)]
+    found.append(Column("latency", "latency\nms (questions)", _latency, _latency_figures, asked=True))
+    for name, which in GROUPS.items():
+        show, figures = partial(_group, name=name), partial(_group_figures, name=name)
+        found.append(Column(f"group_{name.lower()}", f"{name}: {which}\n% (questions)", show, figures, asked=True))
+    return found
 
 
 def choose(tables: Sequence[Table], names: Sequence[str] | None) -> list[list[Column]]:
@@ -88,6 +98,8 @@ def choose(tables: Sequence[Table], names: Sequence[str] | None) -> list[list[Co
     found = [every(table) for table in tables]
     known = {alias for each in found for column in each for alias in _aliases(column)}
     for name in names:
+        if not name:
+            raise OptionError("a column has no name: give names, as in --columns method,gqa")
         if name not in known:
             raise OptionError(f"unknown column {name!r}; {suggest(name, known)}")
     return [[column for name in names for column in each if name in _aliases(column)] for each in found]
@@ -138,17 +150,34 @@ def _mark(name: str, verdict: Verdict | None) -> str:
 def _estimate(estimate: Estimate | None, maximum: float | None) -> Shown:
     if estimate is None:
         return Shown("–")
-    known = not math.isnan(estimate.half_width)
-    return Shown(number(estimate.value, maximum), number(estimate.half_width, maximum) if known else "")
+    return Shown(number(estimate.value, maximum), spread(estimate, lambda width: number(width, maximum)))
+
+
+def spread(estimate: Estimate, spelled: Callable[[float], str]) -> str:
+    """An interval as what it adds to the value and takes from it, in one figure where these are about the same."""
+    below, above = estimate.value - estimate.low, estimate.high - estimate.value
+    if math.isnan(below) or math.isnan(above):
+        return ""
+    if max(below, above) <= SIDES * min(below, above):
+        return f"± {spelled((below + above) / 2)}"
+    return f"+{spelled(above)} −{spelled(below)}"
 
 
 def _retained(row: Row) -> Shown:
     if row.retained is None:
         return Shown("–")
     interval = row.evidence.retained
-    known = interval is not None and not math.isnan(interval.half_width)
-    spread = f"{100 * interval.half_width:.1f}" if interval and known else ""
-    return Shown(f"{row.retained.mean:.1f}", spread, f"{row.retained.sd:.1f}" if row.retained.sd is not None else "")
+    behind = spread(interval, lambda width: f"{100 * width:.1f}") if interval else ""
+    return Shown(f"{row.retained.mean:.1f}", behind, f"{row.retained.sd:.1f}" if row.retained.sd is not None else "")
+
+
+def _group(row: Row, name: str) -> Shown:
+    """Mean over the tasks that have such questions, and in brackets how many there are."""
+    found = [groups[name] for groups in row.evidence.groups.values() if name in groups]
+    if not found:
+        return Shown("–")
+    shown = _estimate(mean_of(found), 1.0)
+    return Shown(f"{shown.value} ({sum(e.questions for e in found)})", shown.spread)
 
 
 def _tokens(row: Row) -> Shown:
@@ -161,7 +190,7 @@ def _compute(row: Row, unit: float) -> Shown:
 
 
 def _prefill(row: Row) -> Shown:
-    return Shown(f"{row.prefill.median:.1f}", f"{row.prefill.iqr:.1f}") if row.prefill else Shown("–")
+    return Shown(f"{row.prefill.median:.1f}", f"± {row.prefill.iqr:.1f}") if row.prefill else Shown("–")
 
 
 def _latency(row: Row) -> Shown:
@@ -184,6 +213,9 @@ def _score_figures(row: Row, task: str, key: str) -> dict[str, Any]:
         f"{task}:{key}:sd": quantity.sd if quantity else None,
         f"{task}:{key}:low": interval.low if interval else None,
         f"{task}:{key}:high": interval.high if interval else None,
+        f"{task}:{key}:questions": interval.questions if interval else None,
+        f"{task}:{key}:images": interval.images if interval else None,
+        f"{task}:{key}:p_best": row.evidence.best.get(task, {}).get(key),
         **{f"{task}:{key}:p_{name}": verdict.p_holm if verdict else None for name, verdict in verdicts.items()},
     }
 
@@ -196,6 +228,23 @@ def _retained_figures(row: Row) -> dict[str, Any]:
         "retained_percent_low": 100 * interval.low if interval else None,
         "retained_percent_high": 100 * interval.high if interval else None,
     }
+
+
+def _group_figures(row: Row, name: str) -> dict[str, Any]:
+    found = {task: groups.get(name) for task, groups in row.evidence.groups.items()}
+    return {
+        f"{task}:group_{name.lower()}{key}": value(estimate) if estimate else None
+        for task, estimate in found.items()
+        for key, value in _OF_GROUPS.items()
+    }
+
+
+_OF_GROUPS: dict[str, Callable[[Estimate], float]] = {
+    "": lambda estimate: estimate.value,
+    ":low": lambda estimate: estimate.low,
+    ":high": lambda estimate: estimate.high,
+    ":questions": lambda estimate: estimate.questions,
+}
 
 
 def _loyalty_figures(row: Row) -> dict[str, Any]:

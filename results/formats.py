@@ -29,6 +29,7 @@ _LATEX = str.maketrans(
         "α": r"$\alpha$",
         "×": r"$\times$",
         "–": "--",
+        "−": "$-$",
         "·": r"$\cdot$",
         "…": r"\dots{}",
         "\n": " ",
@@ -105,9 +106,8 @@ def _latex_entry(shown: Shown) -> str:
     """The marks stand above what follows the value, so that columns stay narrow."""
     value = _escape(shown.value)
     above = r"\,".join(rf"{_MATHS[mark[0]]}\mathrm{{{_escape(mark[1:])}}}" for mark in shown.marks)
-    below = "".join(
-        [rf"\pm {shown.spread}"] * bool(shown.spread) + [rf"\,(\mathrm{{sd}}\,{shown.sd})"] * bool(shown.sd)
-    )
+    spread = shown.spread.replace("± ", r"\pm ").replace(" −", r"\,-")
+    below = spread + rf"\,(\mathrm{{sd}}\,{shown.sd})" * bool(shown.sd)
     behind = "".join([f"^{{{above}}}"] * bool(above) + [f"_{{{below}}}"] * bool(below))
     return (rf"\textbf{{{value}}}" if shown.best else value) + (f"${behind}$" if behind else "")
 

@@ -9,16 +9,13 @@ cells × metrics: a run without any drop fails with at most 5 % probability, how
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-from scipy.special import betaincinv, stdtrit
 
 from ..errors import DataError
-from . import stats
 from .baseline import (
     FACTS,
     Baseline,
@@ -32,10 +29,9 @@ from .baseline import (
     prefills_of,
     samples_of,
 )
-from .inference import ALPHA
 from .metrics import Measured
 from .records import CellConfig
-from .stats import FLIPS, LEVEL, POWER, Comparison, Estimate, compare, holm
+from .stats import ALPHA, FLIPS, Comparison, compare, detectable, holm
 from .store import Cell
 
 IF_MEANT = "if the change is meant, write a new baseline with --update"
@@ -48,7 +44,7 @@ _ELSEWHERE = {"label", "task", "seed", "model", "checkpoint", "origin", "options
 class Verdict:
     """``comparison``: now minus before, in the metric's units. ``p_drop``: one-sided; ``p_holm``: over all tests.
 
-    ``detectable``: a true drop that is shown with about 80 % power or more; None if no drop of the metric can be.
+    ``detectable``: a true drop that :func:`~visibench.results.stats.detectable` says is shown; None if none can be.
     """
 
     comparison: Comparison
@@ -154,7 +150,7 @@ def judge(pairs: Sequence[tuple[Measured, Measured]]) -> list[Verdict]:
     compared = [compare(now, before, flips) for before, now in pairs]
     drops = [p_drop(comparison) for comparison in compared]
     return [
-        Verdict(comparison, p, adjusted, detectable(comparison, before, len(pairs)))
+        Verdict(comparison, p, adjusted, detectable(comparison.error, before, sides=1, tests=len(pairs)))
         for (before, _), comparison, p, adjusted in zip(pairs, compared, drops, holm(drops), strict=True)
     ]
 
@@ -162,36 +158,6 @@ def judge(pairs: Sequence[tuple[Measured, Measured]]) -> list[Verdict]:
 def p_drop(comparison: Comparison) -> float:
     """One-sided p of a drop: half of two-sided p, since without a difference both tests are symmetric."""
     return comparison.p / 2 if comparison.difference < 0 else 1.0
-
-
-def detectable(comparison: Comparison, before: Measured, tests: int) -> float | None:
-    """A true drop δ shown with about 80 % power or more, one-sided at α / ``tests``: Holm's strictest step.
-
-    δ = z √(e² + δ (1 - δ) / n), in units of the metric's maximum, solved for δ. e: the standard error of the
-    difference, from the answers that differ now. The second term is the spread that a drop brings with it if it strikes
-    the questions of an image together as much as they are right together; n: independent questions. z: the sum of the t
-    quantiles of 1 - α / tests and of the power. At least, as many of the n must fall as an exact test needs where none
-    rises, k with 2^-k ≤ α / tests. None where no drop would be shown: the metric lies below δ, or the images are too
-    few.
-    """
-    images, maximum = comparison.images, before.maximum
-    needed = math.ceil(math.log2(tests / ALPHA))
-    if maximum is None or images < needed:
-        return None
-    e = (comparison.detectable or 0.0) / stats.detectable(1.0, images) / maximum
-    z = float(stdtrit(images - 1, 1 - ALPHA / tests) + stdtrit(images - 1, POWER))
-    n = max(needed, min(_independent(stats.estimate(before), maximum), before.questions))
-    a = z**2 / n
-    normal = (a + math.sqrt(a**2 + 4 * (1 + a) * (z * e) ** 2)) / (2 * (1 + a))
-    drop = maximum * max(normal, float(betaincinv(needed, n - needed + 1, POWER)))  # solves P(≥ needed of n) = power
-    return drop if drop <= before.value else None
-
-
-def _independent(estimate: Estimate, maximum: float) -> float:
-    """How many independent questions an interval amounts to: Wilson's farther limit, solved for their number."""
-    share, low, high = (value / maximum for value in (estimate.value, estimate.low, estimate.high))
-    limit, t = low if share > 0.5 else high, float(stdtrit(estimate.images - 1, (1 + LEVEL) / 2))
-    return t**2 * limit * (1 - limit) / (share - limit) ** 2
 
 
 def _facts(before: BaselineCell, now: pd.DataFrame) -> list[FactChange]:
@@ -224,9 +190,11 @@ def _notes(baseline: Baseline, run: dict[str, Cell]) -> list[str]:
 def _same_cells(run: dict[str, Cell], stored: dict[str, BaselineCell]) -> None:
     missing, extra = [name for name in stored if name not in run], [name for name in run if name not in stored]
     if missing:
+        instead = f", and has {len(extra)} that it does not know (first: {extra[0]})" if extra else ""
+        remedy = "run the baseline's own configuration" if extra else "let the sweep finish"
         raise DataError(
-            f"the run lacks {len(missing)} of the baseline's {len(stored)} cells (first: {missing[0]}): let the sweep "
-            f"finish; {IF_MEANT}"
+            f"the run lacks {len(missing)} of the baseline's {len(stored)} cells (first: {missing[0]}){instead}: "
+            f"{remedy}; {IF_MEANT}"
         )
     if extra:
         raise DataError(f"the baseline lacks {len(extra)} of the run's cells (first: {extra[0]}): {IF_MEANT}")

@@ -16,13 +16,12 @@ from functools import cached_property
 import pandas as pd
 
 from .metrics import COUNTS, Measured, answers, difficulty, loyalty, measure, reproduces
-from .stats import FLIPS, Comparison, Estimate, compare, estimate, holm, ratio
+from .stats import ALPHA, FLIPS, Comparison, Estimate, compare, estimate, holm, ratio
 from .store import Cell
 
 DENSE, RANDOM, POOLING, DOWNSAMPLE = "none", "random", "pooling", "downsample"
 BASELINES = (DENSE, RANDOM, POOLING, DOWNSAMPLE)
 """What every comparison should hold; tables show them first, and say which were not run."""
-ALPHA = 0.05
 
 
 @dataclass(frozen=True)

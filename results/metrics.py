@@ -24,6 +24,7 @@ COUNTS = ["prompt_visual_tokens", "visual_tokens"]
 COLUMNS = ["doc_id", "question_id", "image", "category", "prompt", "target", "answer", "score"]
 SAME = ["doc_id", "prompt", "target", "image"]
 MME_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+_SET_OFF = re.compile(r"^[\"'`“”‘’(\[{]+|[\"'`“”‘’)\]},;:.!?]+$")
 RIGHT = 0.5
 """A question counts as right from this score on; only scores of several reference answers (TextVQA) lie in between."""
 
@@ -47,12 +48,13 @@ class Measured:
     """A metric of one method on the questions of a task, by image.
 
     ``sums`` (runs, images, k): one run a seed, or their mean where the metric is linear. ``scores`` (seeds, questions).
-    ``maximum``: the best possible value, None if it is not known.
+    ``sizes`` (images,): questions of each image. ``maximum``: the best possible value, None if it is not known.
     """
 
     metric: Metric
     sums: Floats
     scores: Floats
+    sizes: Floats
     maximum: float | None
 
     @property
@@ -93,7 +95,8 @@ def measure(key: str, runs: Sequence[pd.DataFrame], maximum: float | None = None
     scores = np.stack([run["score"].to_numpy(float) for run in asked])
     if metric is MEAN and maximum is None and scores.min() >= 0 and scores.max() <= 1:
         maximum = 1.0
-    return Measured(metric, sums.mean(0, keepdims=True) if metric.linear else sums, scores, maximum)
+    sizes = np.bincount(image, minlength=len(names)).astype(float)
+    return Measured(metric, sums.mean(0, keepdims=True) if metric.linear else sums, scores, sizes, maximum)
 
 
 def reproduces(key: str, run: pd.DataFrame, stored: float) -> bool:
@@ -149,8 +152,12 @@ def check_same_questions(one: pd.DataFrame, other: pd.DataFrame) -> None:
 
 
 def normalised(answer: str) -> str:
-    """An answer in lower case without punctuation and extra spaces."""
-    return " ".join(re.sub(r"[^\w\s]", "", answer.lower()).split())
+    """An answer in lower case without extra spaces and without the marks that set off a word, as in "a cat." or "(no)".
+
+    Marks inside a word, a sign and a decimal point count: 3.5 is not 35. So does an answer of marks alone.
+    """
+    words = (_SET_OFF.sub("", word) for word in answer.lower().split())
+    return " ".join(filter(None, words)) or answer.strip()
 
 
 def _ratios(sums: Floats) -> Floats:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from .columns import Column, number
+from .columns import GROUPS, Column, number
 from .inference import ALPHA, BASELINES, DENSE, DOWNSAMPLE, POOLING, RANDOM
 from .records import ScoreRecord
 from .tables import Row, Table
@@ -41,6 +41,7 @@ def notes(table: Table, chosen: Sequence[Column], bold: str) -> list[str]:
     if "compute" in names:
         lines.append("FLOPs: one multiply-add = 1, all that a prefill executed, mean over questions.")
     lines += _deviations(table)
+    lines += _groups(table) if names & {f"group_{name.lower()}" for name in GROUPS} else []
     lines += _timing(table) if "prefill" in names else []
     lines += _latency(table) if "latency" in names else []
     lines += [f"Remarks: {'; '.join(table.remarks)}."] if table.remarks else []
@@ -52,6 +53,16 @@ def _sharing(table: Table) -> list[str]:
     reused, cells = table.sharing
     counted = "FLOPs and prefill times count the vision tower in full"
     return [f"Vision features of an image were reused in {reused} of {cells} cells; {counted}."] if reused else []
+
+
+def _groups(table: Table) -> list[str]:
+    small = sorted({row.evidence.groups_by for row in table.rows if row.evidence.groups_by})
+    if not small:
+        return ["Groups of difficulty need rows of none and downsample."]
+    return [
+        "A and B: mean score over tasks, with the number of questions, on those that the dense model answers right and "
+        f"{' or '.join(small)} (of downsample the row nearest in T) wrong (A) or right as well (B), as in VTC-Bench."
+    ]
 
 
 def _timing(table: Table) -> list[str]:
@@ -83,8 +94,9 @@ def _inference(table: Table) -> list[str]:
     images = {task: e.images for row in rows for task, by in row.evidence.scores.items() for e in by.values()}
     if images:
         counts = ", ".join(f"{task} {count}" for task, count in sorted(images.items()))
-        interval = f"half of its 95 % interval, clustered by image ({counts} images); limits in CSV and JSON"
-        lines.append(f"± after a score or loyalty: {interval}.")
+        interval = f"its 95 % interval, clustered by image ({counts} images); limits in CSV and JSON"
+        sides = "or + and − where the sides differ by more than a quarter"
+        lines.append(f"± after a score or loyalty, {sides}: {interval}.")
     verdicts = {
         name: [v for row in rows for by in row.evidence.against[name].values() for v in by.values()]
         for name in ("dense", "random")
@@ -100,12 +112,7 @@ def _inference(table: Table) -> list[str]:
     if verdicts["random"]:
         apart = f"; rows more than 10 % away from it in T: {len(unmatched)}" if unmatched else ""
         lines.append(f"Random is the random row with the nearest T, mean over its seeds{apart}.")
-    floors = [f"{task} {floor}" for task in table.columns if (floor := _detectable(table, task))]
-    if floors:
-        lines.append(
-            f"Smallest difference from dense found with 80 % power (one test at α = {ALPHA:g}, before Holm; median "
-            f"over rows): {', '.join(floors)}."
-        )
+    lines += _floors(table)
     lacking = sorted(
         {
             f"{task} {score.title}"
@@ -140,7 +147,7 @@ def _retained(table: Table) -> list[str]:
     if not any(row.retained for row in table.rows):
         return []
     interval = (
-        " ± half of its 95 % interval (paired and clustered by image: delta method, for metrics that are no means a "
+        " ± its 95 % interval (paired and clustered by image: delta method, for metrics that are no means a "
         "bootstrap; tasks taken as independent)"
         if any(row.evidence.retained for row in table.rows)
         else ""
@@ -184,11 +191,21 @@ def _matched(row: Row) -> bool:
     return abs(row.tokens.mean - (row.evidence.nearest or 0.0)) <= 0.1 * row.tokens.mean
 
 
-def _detectable(table: Table, task: str) -> str:
-    score = table.columns[task][0]
-    verdicts = [row.evidence.against["dense"].get(task, {}).get(score.key) for row in table.rows]
-    found = [v.comparison.detectable for v in verdicts if v and v.comparison.detectable is not None]
-    return number(statistics.median(found), score.maximum) if found else ""
+def _floors(table: Table) -> list[str]:
+    """Which differences from dense so many questions can show, by task."""
+    floors, blind = [], []
+    for task, (score, *_) in table.columns.items():
+        found = [v for row in table.rows if (v := row.evidence.against["dense"].get(task, {}).get(score.key))]
+        shown = [v.comparison.detectable for v in found if v.comparison.detectable is not None]
+        if shown:
+            floors.append(f"{task} {number(statistics.median(shown), score.maximum)}")
+        elif found:
+            blind.append(f"{task} ({found[0].comparison.images} images)")
+    test = f"one test at α = {ALPHA:g}, before Holm"
+    said = f"Smallest true difference from dense found with 80 % power ({test}; median over rows)"
+    return [f"{said}: {', '.join(floors)}."] * bool(floors) + [
+        f"Too few questions to find any: {', '.join(blind)}."
+    ] * bool(blind)
 
 
 def _lacks(table: Table, task: str, score: ScoreRecord) -> bool:

@@ -5,7 +5,8 @@ p-value here works on sums over the questions of an image (:class:`Measured`). R
 
 Standard errors
     A mean: cluster-robust (CR1). Any other metric: bootstrap over images that takes the metric again on every resample.
-    With images - 1 degrees of freedom: t quantiles throughout.
+    With t quantiles throughout, of images - 1 degrees of freedom; where some images have more questions than others, of
+    as many equal ones as they amount to (Kish).
 Intervals (95 %)
     Wilson's, at the number of independent questions that the standard error amounts to: it stays in range and covers
     near 0 and 100 %, where percentiles of the bootstrap do not. Scores without a known maximum: value ± t × error.
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy.special import ndtr, stdtrit
+from scipy.special import betaincinv, ndtr, stdtrit
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
@@ -35,6 +36,7 @@ from statsmodels.stats.proportion import proportion_confint
 from .metrics import Floats, Measured
 
 LEVEL = 0.95
+ALPHA = 0.05
 POWER = 0.80
 DRAWS = 2000
 FLIPS = 10_000
@@ -65,9 +67,9 @@ class Comparison:
     """``difference``: first minus second method on the same questions, in the metric's units, with its 95 % interval.
 
     ``p``: two-sided, of the named ``test``. ``mcnemar_p``: McNemar's exact test, which takes questions as independent;
-    None unless scores are 0 or 1 from one run each. ``detectable``: the smallest true difference that this many
-    questions with this much disagreement would show with 80 % power at α = 0.05; None if nothing disagrees.
-    ``better`` and ``worse``: questions whose score the first method has higher, or lower.
+    None unless scores are 0 or 1 from one run each. ``error``: standard error of the difference. ``detectable``: see
+    :func:`detectable`, for this one test. ``better`` and ``worse``: questions whose score the first method has higher,
+    or lower.
     """
 
     difference: float
@@ -76,6 +78,7 @@ class Comparison:
     p: float
     test: str
     mcnemar_p: float | None
+    error: float
     detectable: float | None
     questions: int
     images: int
@@ -85,12 +88,12 @@ class Comparison:
 
 def estimate(measured: Measured) -> Estimate:
     """A metric with its interval."""
-    value, maximum, images = measured.value, measured.maximum, measured.images
+    value, maximum, images, t = measured.value, measured.maximum, measured.images, _t(measured)
     error = _mean_error(measured.sums[0]) if measured.is_mean else _bootstrap_error(_bootstrap(measured), images)
     if maximum is None or math.isnan(error):
-        low, high = value - _t(images) * error, value + _t(images) * error
+        low, high = value - t * error, value + t * error
     else:
-        low, high = _wilson(value / maximum, error / maximum, images) * maximum
+        low, high = _wilson(value / maximum, error / maximum, images, t) * maximum
     return Estimate(value, float(low), float(high), measured.questions, images)
 
 
@@ -114,7 +117,8 @@ def compare(first: Measured, second: Measured, flips: int = FLIPS) -> Comparison
         p=exact if independent and exact is not None else sign_flip(first, second, flips),
         test=MCNEMAR if independent else SIGN_FLIP,
         mcnemar_p=exact,
-        detectable=detectable(error, first.images) if error > 0 else None,
+        error=error,
+        detectable=detectable(error, second),
         questions=first.questions,
         images=first.images,
         better=better,
@@ -124,7 +128,7 @@ def compare(first: Measured, second: Measured, flips: int = FLIPS) -> Comparison
 
 def ratio(first: Measured, second: Measured) -> Estimate:
     """A metric as a share of another method's on the same questions; NaN limits where one image says nothing."""
-    value, images = first.value / second.value, first.images
+    value, images, t = first.value / second.value, first.images, _t(first)
     if first.is_mean and second.is_mean:
         error = _mean_error(np.stack([first.sums[0, :, 0], second.sums[0, :, 0]], axis=1))
     else:
@@ -132,19 +136,52 @@ def ratio(first: Measured, second: Measured) -> Estimate:
             draws = _bootstrap(first) / _bootstrap(second)
         error = _bootstrap_error(np.where(np.isfinite(draws), draws, np.nan), images)
     if error > _NOTHING or math.isnan(error):
-        low, high = value - _t(images) * error, value + _t(images) * error
+        low, high = value - t * error, value + t * error
     elif value == 0:  # nothing is right: what that proves of the metric itself
         alone = estimate(first)
         low, high = alone.low / second.value, alone.high / second.value
     else:  # the two never differ: what that proves of their difference
         below, above, _ = _difference(first, second)
         low, high = value + below / second.value, value + above / second.value
+        if first.maximum is not None:  # no more than the best score over the least that the other one may be
+            high = min(high, first.maximum / estimate(second).low)
     return Estimate(value, low if math.isnan(low) else max(low, 0.0), high, first.questions, images)
 
 
-def detectable(error: float, images: int) -> float:
-    """Minimum detectable effect: standard error × (t of 1 - α/2 + t of the power), two-sided α 0.05 (Bloom 1995)."""
-    return error * float(_t(images) + stdtrit(images - 1, POWER))
+def detectable(error: float, reference: Measured, *, sides: int = 2, tests: int = 1) -> float | None:
+    """A true difference δ from ``reference`` that is shown with about 80 % power or more.
+
+    ``error``: standard error of the observed difference. ``sides``: 2 for a difference, 1 for a drop. ``tests``: how
+    many there are, by Bonferroni, which is Holm's strictest step.
+
+    δ = z √(e² + δ (1 - δ) / n), in units of the metric's maximum, solved for δ. e: the ``error``, from the answers that
+    differ now. The second term is the spread that δ brings with it if it strikes the questions of an image together as
+    much as they are right together; n: independent questions. z: the sum of the t quantiles of the level and of the
+    power. At least, as many of the n must change as an exact test needs where all change one way, k with
+    2^-k ≤ α / (sides · tests). Of about 20 questions the power is nearer 70 %: exact tests move in steps. None where
+    nothing would be shown: the scale ends within δ, or the images are too few.
+    """
+    images, maximum, value, level = reference.images, reference.maximum, reference.value, ALPHA / (sides * tests)
+    needed = math.ceil(-math.log2(level))
+    if images < needed or math.isnan(error):
+        return None
+    z = float(stdtrit(images - 1, 1 - level) + stdtrit(images - 1, POWER))
+    if maximum is None:  # without a scale only the spread that is there is known
+        return z * error if error > 0 else None
+    e = error / maximum
+    n = max(needed, min(_independent(estimate(reference), maximum, _t(reference)), reference.questions))
+    a = z**2 / n
+    normal = (a + math.sqrt(a**2 + 4 * (1 + a) * (z * e) ** 2)) / (2 * (1 + a))
+    found = maximum * max(normal, float(betaincinv(needed, n - needed + 1, POWER)))  # solves P(≥ needed of n) = power
+    room = value if sides == 1 else max(value, maximum - value)
+    return found if found <= room else None
+
+
+def _independent(estimate: Estimate, maximum: float, t: float) -> float:
+    """How many independent questions an interval amounts to: Wilson's farther limit, solved for their number."""
+    share, low, high = (value / maximum for value in (estimate.value, estimate.low, estimate.high))
+    limit = low if share > 0.5 else high
+    return t**2 * limit * (1 - limit) / (share - limit) ** 2
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -179,7 +216,7 @@ def sign_flip(first: Measured, second: Measured, flips: int = FLIPS) -> float:
 
 def _difference(first: Measured, second: Measured) -> tuple[float, float, float]:
     """Limits and standard error of the difference."""
-    images, difference = first.images, first.value - second.value
+    images, difference, t = first.images, first.value - second.value, _t(first)
     if first.is_mean:
         paired = first.sums[0] - second.sums[0]
         paired[:, 1] = first.sums[0, :, 1]
@@ -188,9 +225,9 @@ def _difference(first: Measured, second: Measured) -> tuple[float, float, float]
         error = _bootstrap_error(_bootstrap(first) - _bootstrap(second), images)
     maximum = first.maximum or 1.0
     if error > _NOTHING * maximum or math.isnan(error):
-        return difference - _t(images) * error, difference + _t(images) * error, error
+        return difference - t * error, difference + t * error, error
     # No image differs from another in this: the difference is at most the share of questions that disagree.
-    low, high = _wilson(min(abs(difference) / maximum, 1.0), 0.0, images) * maximum
+    low, high = _wilson(min(abs(difference) / maximum, 1.0), 0.0, images, t) * maximum
     low, high = (
         sorted((math.copysign(low, difference), math.copysign(high, difference))) if difference else (-high, high)
     )
@@ -216,15 +253,18 @@ def _bootstrap_error(draws: Floats, images: int) -> float:
     return float(np.nanstd(draws)) * math.sqrt(images / (images - 1))
 
 
-def _wilson(share: float, error: float, images: int) -> Floats:
+def _wilson(share: float, error: float, images: int, t: float) -> Floats:
     """Wilson's interval of a share at the number of questions for which ``error`` is its standard error."""
     effective = share * (1 - share) / error**2 if error > _NOTHING else float(images)
-    alpha = 2 * ndtr(-_t(images))
+    alpha = 2 * ndtr(-t)
     return np.array(proportion_confint(share * effective, effective, alpha=alpha, method="wilson"))
 
 
-def _t(images: int) -> float:
-    return float(stdtrit(images - 1, (1 + LEVEL) / 2)) if images > 1 else math.nan
+def _t(measured: Measured) -> float:
+    """The t quantile of the interval's level; NaN for one image."""
+    sizes = measured.sizes
+    alike = sizes.sum() ** 2 / (sizes**2).sum()  # images of one size that these amount to
+    return float(stdtrit(alike - 1, (1 + LEVEL) / 2)) if measured.images > 1 else math.nan
 
 
 def _bootstrap(measured: Measured) -> Floats:

@@ -68,10 +68,8 @@ def _group(table: Table, rows: Sequence[Row]) -> str:
             if (tasks := [task for task, found in signs.items() if found == sign])
         ]
         ties = [task for task, found in signs.items() if found == 0]
-        shown = [f"shown {' and '.join(said)}"] * bool(said) + [f"only tied with {of} on {', '.join(ties)}"] * bool(
-            ties
-        )
-        parts += [f"It is {', '.join(shown)}."] * bool(shown)
+        parts += [f"It is shown {' and '.join(said)}."] * bool(said)
+        parts += [f"No difference from {of} is shown on {', '.join(ties)}."] * bool(ties)
     return " ".join([*parts, _best(table, rows)]).strip()
 
 

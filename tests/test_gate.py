@@ -68,6 +68,14 @@ def stored(run):
     return baselines.baseline_of(run.cells())
 
 
+def test_a_run_too_small_to_show_a_drop_passes_and_says_that(right, tmp_path, cli):
+    few = {label: answers[:4] for label, answers in right.items()}
+    root = store_run(tmp_path / "few", few).root
+    code, out, _ = cli("check", root, "--baseline", "few.json", "--update")
+    assert code == 0
+    assert "PASS: 3 cells keep and compute the same; none of their scores could have shown a drop." in out
+
+
 # ---- what passes and what fails -----------------------------------------------------------------------------------
 
 
@@ -76,7 +84,7 @@ def test_an_unchanged_run_passes_and_says_what_it_could_have_seen(cli, run, tmp_
     assert (code, err) == (0, "")
     code, out, err = cli("check", run.root, "--baseline", "b.json")
     assert (code, err) == (0, "")
-    assert "PASS: 3 cells" in out
+    assert "PASS: 3 cells keep and compute the same; no drop of a score is shown." in out
     report = json.loads(cli("check", run.root, "--baseline", "b.json", "--json")[1])
     assert report["passed"]
     assert report["tests"] == 3
@@ -276,6 +284,10 @@ def test_other_cells_questions_and_metrics(run, right, stored, tmp_path, cli):
     baselines.save(stored, tmp_path / "b.json")
     fewer = store_run(tmp_path / "fewer", {label: right[label] for label in LABELS[:2]})
     assert_refused(cli("check", fewer.root, "--baseline", "b.json"), "lacks 1 of the baseline's 3 cells")
+    renamed = store_run(tmp_path / "renamed", {label: right[label] for label in LABELS[:2]} | {"dart": right["none"]})
+    says = "lacks 1 of the baseline's 3 cells"
+    assert_refused(cli("check", renamed.root, "--baseline", "b.json"), says)
+    assert "has 1 that it does not know (first: dart" in cli("check", renamed.root, "--baseline", "b.json")[2]
     more = store_run(tmp_path / "more", right | {"dart": right["none"]})
     assert_refused(cli("check", more.root, "--baseline", "b.json"), "the baseline lacks 1 of the run's cells")
     write(run, config("none"), samples(right["none"]), data_hash="new")

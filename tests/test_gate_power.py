@@ -6,29 +6,22 @@ import math
 import numpy as np
 import pytest
 from scipy.stats import binom, binomtest, permutation_test
-from visibench.results.gate import ALPHA, detectable, judge, p_drop
-from visibench.results.metrics import MEAN, Measured
-from visibench.results.stats import MCNEMAR, SIGN_FLIP, compare
-
-
-def measured(scores) -> Measured:
-    """A mean over questions; ``scores`` (images, questions an image)."""
-    images, each = scores.shape
-    sums = np.stack([scores.sum(1), np.full(images, each)], axis=1)[None].astype(float)
-    return Measured(MEAN, sums, scores.reshape(1, -1).astype(float), 1.0)
+from simulated import quick
+from visibench.results.gate import judge, p_drop
+from visibench.results.stats import ALPHA, MCNEMAR, SIGN_FLIP, compare, detectable
 
 
 def test_p_values_are_those_of_one_sided_tests():
     rng = np.random.default_rng(2)
     before, now = (rng.random((2, 60, 1)) < np.array([0.8, 0.65])[:, None, None]).astype(float)
-    comparison = compare(measured(now), measured(before))
+    comparison = compare(quick(now), quick(before))
     worse, better = int((now < before).sum()), int((now > before).sum())
     assert comparison.test == MCNEMAR
     assert p_drop(comparison) == pytest.approx(binomtest(worse, worse + better, alternative="greater").pvalue)
-    assert p_drop(compare(measured(before), measured(now))) == 1
+    assert p_drop(compare(quick(before), quick(now))) == 1
 
     before, now = (rng.random((2, 12, 3)) < np.array([0.8, 0.5])[:, None, None]).astype(float)
-    comparison = compare(measured(now), measured(before))
+    comparison = compare(quick(now), quick(before))
     by_image = [(now - before).sum(1)]
     exact = permutation_test(by_image, np.sum, permutation_type="samples", alternative="less", n_resamples=np.inf)
     assert comparison.test == SIGN_FLIP
@@ -44,7 +37,7 @@ def test_a_sweep_without_a_drop_fails_in_at_most_5_percent(monkeypatch):
         for images, each in ((100, 1), (25, 4)) * 2:
             chance = rng.beta(3, 1, (images, 1))
             before, now = (rng.random((2, images, each)) < chance).astype(float)
-            pairs.append((measured(before), measured(now)))
+            pairs.append((quick(before), quick(now)))
         alarms += any(verdict.dropped for verdict in judge(pairs))
     assert alarms / runs <= 0.05
 
@@ -55,8 +48,8 @@ def test_the_gate_is_not_deaf_the_same_noise_with_a_drop_is_an_alarm(monkeypatch
     for _ in range(runs):
         chance = rng.beta(3, 1, (50, 1))
         before, now = (rng.random((2, 50, 3)) < chance * np.array([1, 0.5])[:, None, None]).astype(float)
-        same = (measured(before), measured(before))
-        (verdict, *others) = judge([(measured(before), measured(now)), *[same] * 3])
+        same = (quick(before), quick(before))
+        (verdict, *others) = judge([(quick(before), quick(now)), *[same] * 3])
         alarms += verdict.dropped
         assert not any(other.dropped for other in others)
     assert alarms / runs > 0.9
@@ -66,8 +59,8 @@ def test_the_gate_is_not_deaf_the_same_noise_with_a_drop_is_an_alarm(monkeypatch
 @pytest.mark.parametrize("questions", [100, 300])
 def test_the_detectable_drop_has_the_power_that_mcnemars_test_gives_it(questions, tests):
     """Where nothing else changes, n right answers turn wrong with probability δ: the exact power is binomial."""
-    perfect = measured(np.ones((questions, 1)))
-    drop = detectable(compare(perfect, perfect), perfect, tests)
+    perfect = quick(np.ones((questions, 1)))
+    drop = detectable(0.0, perfect, sides=1, tests=tests)
     wrong = math.ceil(math.log2(tests / ALPHA))  # fewest wrong answers with 2^-k ≤ α / tests
     assert 0.78 <= binom.sf(wrong - 1, questions, drop) <= 0.93
 
@@ -82,21 +75,21 @@ def test_the_detectable_drop_is_shown_four_times_in_five_and_half_of_it_is_not(n
     def again(lost):
         chance = rng.beta(5 * lost, 5 * (1 - lost), (60, 1)) if together and lost else lost
         flipped = np.where(rng.random(before.shape) < noise, 1 - before, before)
-        return measured(flipped * (rng.random(before.shape) >= chance))
+        return quick(flipped * (rng.random(before.shape) >= chance))
 
     def shown(drop):
         # Noise turns more right answers wrong than wrong ones right: that is part of the drop.
         drift = noise * (2 * before.mean() - 1)
         after = [again((drop - drift) / (before.mean() - drift)) for _ in range(runs)]
-        return np.mean([p_drop(compare(now, measured(before), 2000)) * tests < ALPHA for now in after])
+        return np.mean([p_drop(compare(now, quick(before), 2000)) * tests < ALPHA for now in after])
 
-    drop = detectable(compare(again(0), measured(before)), measured(before), tests)
+    drop = detectable(compare(again(0), quick(before)).error, quick(before), sides=1, tests=tests)
     assert shown(drop) >= 0.8
     assert shown(drop / 2) < 0.8
 
 
 def test_where_no_drop_can_be_shown():
-    few = measured(np.ones((4, 6)))
-    assert detectable(compare(few, few), few, 25) is None, "2^-4 never falls below 0.05 / 25"
-    low = measured((np.arange(100) < 3).astype(float)[:, None])
-    assert detectable(compare(low, low), low, 25) is None, "a score of 3 % cannot fall by more"
+    few = quick(np.ones((4, 6)))
+    assert detectable(0.0, few, sides=1, tests=25) is None, "2^-4 never falls below 0.05 / 25"
+    low = quick((np.arange(100) < 3).astype(float)[:, None])
+    assert detectable(0.0, low, sides=1, tests=25) is None, "a score of 3 % cannot fall by more"

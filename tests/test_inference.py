@@ -12,6 +12,7 @@ import pytest
 from storing import config, frame, full, put
 from visibench.cli import main
 from visibench.errors import DataError
+from visibench.results.columns import spread
 from visibench.results.inference import Entrant, mean_of
 from visibench.results.metrics import difficulty, loyalty, measure, normalised
 from visibench.results.records import ScoreRecord, VisualTokens
@@ -124,6 +125,52 @@ def test_loyalty_and_difficulty(contest):
     assert group["value"] == pytest.approx(frames["fastv"]["score"][hard].mean())
 
 
+def test_groups_of_difficulty_are_columns_that_can_be_asked_for(contest):
+    (line, *_) = [row for row in rows_of_csv(contest, ["method", "group_a", "group_b"]) if row["method"] == "fastv"]
+    for name in "AB":
+        group = as_rows(contest)["fastv"]["difficulty"]["groups"]["gqa"][name]
+        column = f"gqa:group_{name.lower()}"
+        figures = [float(line[column]), float(line[f"{column}:low"]), float(line[f"{column}:high"])]
+        assert figures == pytest.approx([group["value"], group["low"], group["high"]])
+        assert int(line[f"{column}:questions"]) == group["questions"]
+    text = render(build(contest.cells()), "text", ["method", "group_a", "group_b"])
+    assert f"({group['questions']})" in text
+    assert "and downsample (of downsample the row nearest in T) wrong (A) or right as well (B)" in text
+    assert "lost when smaller" not in render(build(contest.cells()))
+
+
+def rows_of_csv(store, names):
+    return list(csv.DictReader(io.StringIO(render(build(store.cells()), "csv", names))))
+
+
+def test_csv_has_the_numbers_behind_marks_and_bold(contest):
+    row = next(row for row in rows_of_csv(contest, ["method", "gqa"]) if row["method"] == "fastv")
+    assert (row["gqa:exact_match:questions"], row["gqa:exact_match:images"]) == ("120", "40")
+    best = as_rows(contest)["fastv"]["scores"]["gqa"]["exact_match"]["best_p_holm"]
+    assert float(row["gqa:exact_match:p_best"]) == pytest.approx(best)
+
+
+def test_where_no_difference_can_be_shown_the_table_says_so(store):
+    few = np.arange(12) % 2 == 0
+    for method in ("none", "fastv"):
+        answered(store, method, few)
+    assert "Too few questions to find any: gqa (4 images)." in render(build(store.cells()))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "says"),
+    [
+        (0.8, 0.9, "± 5.0"),
+        (0.806, 0.9, "± 4.7"),
+        (0.75, 0.9, "+5.0 −10.0"),
+        (0.85, 0.9, "+5.0 −0.0"),
+        (math.nan, 1, ""),
+    ],
+)
+def test_unequal_sides_of_an_interval_are_both_told(low, high, says):
+    assert spread(Estimate(0.85, low, high, 10, 10), lambda width: f"{100 * width:.1f}") == says
+
+
 def test_text_marks_what_is_shown_and_what_is_not(contest):
     text = render(build(contest.cells()))
     lines = {line.split()[0]: line for line in text.splitlines() if line.strip()}
@@ -200,7 +247,9 @@ def test_other_questions_cannot_be_paired(change, says):
 
 
 def test_loyalty_reads_answers_as_scorers_do():
-    assert normalised(" The  Dog. ") == normalised("the dog") == "the dog"
+    assert normalised(" The  Dog. ") == normalised("the dog") == normalised("(the 'dog')") == "the dog"
+    for one, other in (("3.5", "35"), ("-5", "5"), ("c++", "c"), ("?", ""), ("12:30", "1230"), ("t-shirt", "tshirt")):
+        assert normalised(one) != normalised(other)
     dense = frame(list("aabb"), [1, 0, 1, 0], answer=["Yes.", "two  dogs", "red", "no"])
     runs = [dense.assign(answer=["yes", "Two dogs!", "blue", "no"]), dense.assign(answer=["no", "cat", "red", "no"])]
     measured = loyalty(dense, runs)
@@ -264,6 +313,12 @@ def test_compare_takes_folders_and_all_seeds_of_a_label(contest, run_compare):
     assert result["metrics"][0]["second"]["value"] == pytest.approx(statistics.fmean(scores))
     assert len(result["discordant"][0]["second"]["answers"]) == 3
     assert result["agreement"] is None
+
+    code, out, err = run_compare(f"{contest.root}#fastv:gqa", f"{contest.root}#random:8:gqa")
+    assert (code, err) == (0, "")
+    assert "seed 0, 1, 2" in out
+    assert "questions tell them apart" in out
+    assert "McNemar" not in out, "answers of several seeds are no pairs of 0 and 1"
 
 
 def test_compare_says_what_else_differs(contest, run_compare, tmp_path):

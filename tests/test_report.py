@@ -86,7 +86,7 @@ def test_a_difference_too_small_to_be_shown_is_called_tied(table):
     assert "fastv, which keeps 95.0 % of the dense scores" in summary.lead(tied)[1]
     assert "Not shown is not the same as equal" in summary.lead(tied)[1]
     (_, said), *_ = summary.by_budget(tied)
-    assert "only tied with dense on gqa" in said
+    assert "No difference from dense is shown on gqa" in said
     assert "shown below" not in said
     assert summary.verdicts(tied).endswith("0 show a lower score, 0 a higher one, and 1 no difference.")
 

@@ -239,7 +239,7 @@ def test_text_shows_units(store):
     assert "GFLOPs" in text
     assert "score /1000" in text
     assert " ".join(lines["random"][:10]) == "random 50.0 (sd 10.0) 500.0 (sd 100.0) 62.5 (sd 12.5)"
-    assert " ".join(lines["random"][10:]) == "100.0 ± 34.9 12.0 8.0 1.00 2.0 ± 2.0"
+    assert " ".join(lines["random"][10:]) == "100.0 +0.0 −69.8 12.0 8.0 1.00 2.0 ± 2.0"
     assert lines["none"][:7] == ["none", "80.0", "800.0", "100.0", "–", "12.0", "8.0"]
     assert "SUBSET" not in text
     assert "sd: standard deviation, of scores and retained over 3 seeds." in text

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,14 @@ import pytest
 import statsmodels.api
 import visibench
 from scipy.stats import binomtest, permutation_test, t
+from simulated import assert_covers, clustered, of_scores, quick
 from storing import frame
 from visibench.errors import DataError
 from visibench.evals.lmms import evaluate
 from visibench.evals.tasks import load_tasks
 from visibench.results import metrics
 from visibench.results.metrics import METRICS, Measured, measure, reproduces
-from visibench.results.stats import MCNEMAR, SIGN_FLIP, _bootstrap, _resamples, compare, detectable, estimate, holm
+from visibench.results.stats import MCNEMAR, SIGN_FLIP, _bootstrap, _resamples, compare, estimate, holm
 
 CATEGORIES = ("count", "color", "OCR", "code_reasoning")
 
@@ -53,32 +55,6 @@ def lmms_value(key, samples) -> float:
     docs = samples.rename(columns={"target": "answer", "answer": "said"}).to_dict("records")
     results = [module.pope_process_results(doc, [doc["said"]])[key] for doc in docs]
     return getattr(module, f"pope_aggregate_{key.removeprefix('pope_')}")(results)
-
-
-def of_scores(scores) -> Measured:
-    """A mean over questions; ``scores`` (images, questions an image)."""
-    images, each = scores.shape
-    return measure("exact_match", [frame(np.repeat(np.arange(images), each), scores.ravel())])
-
-
-def quick(scores) -> Measured:
-    """The same without a detour over data frames, for simulations."""
-    images, each = scores.shape
-    sums = np.stack([scores.sum(1), np.full(images, each)], axis=1)[None].astype(float)
-    return Measured(metrics.MEAN, sums, scores.reshape(1, -1), 1.0)
-
-
-def clustered(rng, images, each, share, correlation):
-    """0/1 scores whose questions about one image are correlated (beta-binomial)."""
-    size = 1 / correlation - 1
-    chance = rng.beta(share * size, (1 - share) * size, images)
-    return (rng.random((images, each)) < chance[:, None]).astype(float)
-
-
-def assert_covers(hits, runs, most=0.97):
-    """Coverage of 95 % intervals between 93 and 97 %, give or take one Monte-Carlo standard error."""
-    margin = math.sqrt(0.95 * 0.05 / runs)
-    assert 0.93 - margin <= hits / runs <= most + margin
 
 
 # ---- metrics ------------------------------------------------------------------------------------------------------
@@ -164,7 +140,8 @@ def test_standard_error_is_the_cluster_robust_one():
     samples = frame(image.astype(str), scores)
     found = estimate(measure("exact_match", [samples]))
     fit = statsmodels.api.OLS(scores, np.ones(140)).fit(cov_type="cluster", cov_kwds={"groups": image})
-    error, quantile = float(fit.bse[0]), t.ppf(0.975, len(set(image)) - 1)
+    sizes = np.bincount(image)
+    error, quantile = float(fit.bse[0]), t.ppf(0.975, sizes.sum() ** 2 / (sizes**2).sum() - 1)
     # Wilson's limits are where value and limit lie t standard errors apart, the error being that at the limit.
     effective = scores.mean() * (1 - scores.mean()) / error**2
     for limit in (found.low, found.high):
@@ -195,7 +172,7 @@ def test_coverage_of_f1(images, share, most):
         said = np.where(right > 0, truth, 1 - truth)
         counts = [truth * said, (1 - truth) * said, truth * (1 - said)]
         sums = np.stack([count.sum(1) for count in counts], axis=1)[None].astype(float)
-        return Measured(METRICS["pope_f1_score"], sums, right.reshape(1, -1), 1.0)
+        return Measured(METRICS["pope_f1_score"], sums, right.reshape(1, -1), np.full(len(right), float(each)), 1.0)
 
     population = f1(clustered(rng, 200_000, each, share, 0.3)).value
     found = [estimate(f1(clustered(rng, images, each, share, 0.3))) for _ in range(runs)]
@@ -209,10 +186,42 @@ def test_coverage_of_mme():
     def perception(images):
         pairs = clustered(rng, images, 2 * categories, 0.8, 0.3).reshape(images, categories, 2).sum(2)
         scores = np.concatenate([50 * pairs + 100 * (pairs == 2), np.ones_like(pairs)], axis=1)
-        return Measured(METRICS["mme_perception_score"], scores[None], pairs.reshape(1, -1), 200.0 * categories)
+        sizes = np.full(images, 2.0 * categories)
+        return Measured(METRICS["mme_perception_score"], scores[None], pairs.reshape(1, -1), sizes, 200.0 * categories)
 
     population = perception(200_000).value
     covered = sum(e.low <= population <= e.high for e in (estimate(perception(20)) for _ in range(runs)))
+    assert_covers(covered, runs)
+
+
+@pytest.mark.parametrize("images", [15, 40, 150])
+def test_coverage_where_some_images_have_many_more_questions_than_others(images):
+    rng, runs = np.random.default_rng(21), 1500
+    covered = 0
+    for _ in range(runs):
+        sizes = rng.geometric(0.2, images)
+        right = (rng.random((images, sizes.max())) < rng.beta(1.6, 0.4, images)[:, None]) & (
+            np.arange(sizes.max()) < sizes[:, None]
+        )
+        sums = np.stack([right.sum(1), sizes], axis=1)[None].astype(float)
+        found = estimate(Measured(metrics.MEAN, sums, np.zeros((1, sizes.sum())), sizes.astype(float), 1.0))
+        covered += found.low <= 0.8 <= found.high
+    assert_covers(covered, runs)
+
+
+def test_coverage_of_mme_where_each_image_belongs_to_one_category():
+    rng, runs, categories, each = np.random.default_rng(22), 1000, 5, 12
+    member = np.repeat(np.eye(categories), each, axis=0)
+
+    def perception(copies):
+        pairs = clustered(rng, copies * len(member), 2, 0.8, 0.3).sum(1)
+        half = (50 * pairs + 100 * (pairs == 2))[:, None] * np.tile(member, (copies, 1))
+        sums = np.concatenate([half, np.tile(member, (copies, 1))], axis=1)
+        sizes = np.full(len(pairs), 2.0)
+        return Measured(METRICS["mme_perception_score"], sums[None], pairs.reshape(1, -1), sizes, 200.0 * categories)
+
+    population = perception(2000).value
+    covered = sum(e.low <= population <= e.high for e in (estimate(perception(1)) for _ in range(runs)))
     assert_covers(covered, runs)
 
 
@@ -223,7 +232,8 @@ def test_no_variation_is_no_certainty(key):
     assert found.value == found.high == pytest.approx(1)
     assert 0.6 < found.low < 0.8  # ten images, all right
     versus = compare(measure(key, [samples], 1.0), measure(key, [samples], 1.0))
-    assert (versus.difference, versus.p, versus.detectable) == (0, 1, None)
+    assert (versus.difference, versus.p, versus.error) == (0, 1, 0)
+    assert versus.detectable > 0.5, "six of ten images must change one way for p < 0.05"
     assert versus.high == -versus.low == pytest.approx(1 - found.low)
 
 
@@ -315,7 +325,7 @@ def test_equal_methods_against_a_mean_over_seeds():
     for _ in range(runs):
         chance = rng.beta(1.5, 0.5, (images, 1))
         draws = (rng.random((6, images, each)) < chance).astype(float)
-        many = Measured(metrics.MEAN, quick(draws[1:].mean(0)).sums, draws[1:].reshape(5, -1), 1.0)
+        many = replace(quick(draws[1:].mean(0)), scores=draws[1:].reshape(5, -1))
         wrong += compare(quick(draws[0]), many, flips=1000).p <= 0.05
     assert wrong / runs <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / runs)
 
@@ -329,31 +339,6 @@ def test_power_grows_with_the_effect():
     assert power == sorted(power)
     assert power[0] < 0.1
     assert power[-1] > 0.95
-
-
-def test_detectable_effect_is_found_with_80_percent():
-    rng, images, each = np.random.default_rng(14), 80, 3
-    shared = clustered(rng, images, each, 0.7, 0.3)
-
-    def differing(gain):
-        """A tenth of the questions change for the worse, a tenth and ``gain`` for the better."""
-        draw = rng.random((images, each))
-        low, high = shared.copy(), shared.copy()
-        low[draw < 0.1 + gain], high[draw < 0.1 + gain] = 0, 1
-        worse = (draw >= 0.1 + gain) & (draw < 0.2 + gain)
-        low[worse], high[worse] = 1, 0
-        return compare(quick(high), quick(low), flips=1000)
-
-    floor = np.mean([differing(0.0).detectable for _ in range(50)])
-    # The disagreement grows with the gain: take the floor at the gain itself.
-    floor = np.mean([differing(floor).detectable for _ in range(50)])
-    runs = 400
-    hits = sum(differing(floor).p <= 0.05 for _ in range(runs))
-    assert abs(hits / runs - 0.8) <= 0.03 + 3 * math.sqrt(0.8 * 0.2 / runs)
-
-
-def test_detectable_effect_of_many_images_is_the_textbook_one():
-    assert detectable(0.01, 100_000) == pytest.approx(0.01 * (1.959964 + 0.841621), rel=1e-4)
 
 
 def test_holm_by_hand():

@@ -1,0 +1,60 @@
+"""The difference that a comparison says it can show, against simulated power."""
+
+import gc
+import math
+
+import numpy as np
+import pytest
+from simulated import clustered, of_scores, quick
+from visibench.results.stats import compare, detectable
+
+
+def churned(rng, images, each, rate, gain):
+    """One method right wherever ``shared`` is; the other loses ``rate`` and ``gain`` of that, the first ``rate``."""
+    draw = rng.random((images, each))
+    shared = clustered(rng, images, each, 0.8, 0.3)
+    low, high = shared.copy(), shared.copy()
+    low[draw < rate + gain], high[draw < rate + gain] = 0, 1
+    worse = (draw >= rate + gain) & (draw < 2 * rate + gain)
+    low[worse], high[worse] = 1, 0
+    return compare(quick(high), quick(low), flips=1000)
+
+
+@pytest.mark.parametrize(
+    ("images", "each", "rate", "least"),
+    # Of 20 questions, one that changes the other way costs an exact test more than the spread has room for.
+    [
+        (100, 1, 0.01, 0.8),
+        (50, 1, 0.02, 0.8),
+        (25, 4, 0.01, 0.8),
+        (80, 3, 0.1, 0.8),
+        (60, 2, 0, 0.8),
+        (20, 1, 0.05, 0.7),
+    ],
+)
+def test_what_a_comparison_prints_as_detectable_is_found_with_80_percent(images, each, rate, least, monkeypatch):
+    """At the figure itself, as a comparison without any true difference prints it; half of it is not."""
+    monkeypatch.setattr(gc, "collect", lambda *args: 0)  # statsmodels collects garbage at every call
+    rng, runs = np.random.default_rng(14), 300
+    printed = [churned(rng, images, each, rate, 0.0).detectable for _ in range(100)]
+    floor = float(np.median([one for one in printed if one is not None]))
+
+    def shown(gain):
+        return np.mean([churned(rng, images, each, rate, gain).p <= 0.05 for _ in range(runs)])
+
+    margin = 3 * math.sqrt(0.8 * 0.2 / runs)
+    assert shown(floor) >= least - margin
+    assert shown(floor / 2) < least - margin
+
+
+def test_detectable_effect_of_many_images_is_the_textbook_one():
+    many = of_scores(np.tile([[0.0], [1.0]], (50_000, 1)))
+    assert detectable(0.05, many) == pytest.approx(0.05 * (1.959964 + 0.841621), rel=2e-3)
+
+
+def test_too_few_images_detect_nothing():
+    """Five images give p = 2 / 2^5 at the least."""
+    assert detectable(0.01, of_scores(np.ones((5, 20)))) is None
+    assert detectable(0.01, of_scores(np.ones((6, 20)))) is not None
+    versus = compare(of_scores(np.ones((5, 20))), of_scores(np.zeros((5, 20))))
+    assert (versus.p, versus.detectable) == (0.0625, None)
