@@ -1,4 +1,4 @@
-"""Draw the figures of a run folder."""
+"""Draw the figures of a run folder, or of a profile."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def plot(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run or sweep.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="DIR|FILE", help="The folder of a run or sweep, or a file of profile --out.")
+    ],
     kind: Annotated[
         str | None,
         typer.Option(metavar="pareto,latency,tokens,stages", help="What to draw. (default: all that was measured)"),
@@ -28,37 +30,71 @@ def plot(
         typer.Option(metavar="A,B", help="Draw these tasks' scores, tokens, compute and times alone. (default: all)"),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE|DIR", help="A .png or .svg file, or a folder. (default: DIR/plots)")
+        Path | None,
+        typer.Option(
+            metavar="FILE|DIR", help="A .png or .svg file, or a folder. (default: DIR/plots; beside a profile's file)"
+        ),
     ] = None,
     form: Annotated[str | None, typer.Option("--format", metavar="png,svg", help="(default: png)")] = None,
 ) -> None:
     """Plot accuracy against compute and latency, visual tokens by decoder layer, and compute by component.
 
     Prints the names of the files. Results that cannot be compared are drawn in files of their own, with a number.
-    """
-    from ..results import plots
-    from ..results.tables import build
 
-    kinds = _listed(kind, plots.KINDS, "--kind") or list(plots.KINDS)
+    A file that `visibench profile --out` wrote is drawn as the time of vision, prefill and decoding, by method.
+    """
+    from ..results.plots import FORMATS
+
     single = out is not None and bool(out.suffix) and not out.is_dir()
     if single and form is not None:
         raise OptionError(
             f"--format {form} and --out {out} both say the format: give a folder to --out, or no --format"
         )
-    if single and len(kinds) > 1:
+    forms = _listed(form, FORMATS, "--format") or ["png"]
+    if source.is_file() or (source.suffix == ".json" and not source.is_dir()):
+        for option, value in (("--kind", kind), ("--task", task)):
+            if value is not None:
+                raise OptionError(
+                    f"no folder {str(source)!r} (it is a file): {option} is for the folder of a run, while a profile "
+                    "has one figure: leave it out"
+                )
+        beside = source.parent if out is None else out
+        _profile(source, [out] if single and out else [beside / f"{source.stem}.{suffix}" for suffix in forms])
+    else:
+        _run(source, kind, task, out, None if single else forms)
+
+
+def _profile(source: Path, files: list[Path]) -> None:
+    """Write the figure of a profile."""
+    from ..results import plots, profiles, timeplot
+
+    if any(file.resolve() == source.resolve() for file in files):
+        raise OptionError(f"the figure would take the place of {source} itself: give another file to --out")
+    profile = profiles.read(source)
+    for file in files:
+        plots.save(timeplot.draw(profile), file)  # anew: a layout moves when it is drawn twice
+        print(file)
+
+
+def _run(folder: Path, kind: str | None, task: str | None, out: Path | None, forms: list[str] | None) -> None:
+    """Write the figures of a run; ``forms`` None: one figure, to the file ``out``."""
+    from ..results.plots import KINDS
+    from ..results.tables import build
+
+    kinds = _listed(kind, KINDS, "--kind") or list(KINDS)
+    if forms is None and len(kinds) > 1:
         raise OptionError(
             f"{len(kinds)} figures do not fit into the file {out}: choose one with --kind, or give a folder"
         )
-    forms = _listed(form, plots.FORMATS, "--format") or ["png"]
     tables = build(_asked(finished(folder), task))
-    if single and len(tables) > 1:
+    if forms is None and len(tables) > 1:
         raise OptionError(f"{folder} holds {len(tables)} tables, which are drawn one by one: give a folder to --out")
     base = folder / "plots" if out is None else out
     tasks = "" if task is None else "-" + "-".join(sorted(tables[0].questions))
     for number, table in enumerate(tables, start=1):
         name = f"{tasks}{f'-{number}' if len(tables) > 1 else ''}"
         for each in kinds:
-            files = [base] if single else [base / f"{each}{name}.{suffix}" for suffix in forms]
+            files = [base] if forms is None else [base / f"{each}{name}.{suffix}" for suffix in forms]
             _draw(table, each, files, needed=kind is not None)
 
 

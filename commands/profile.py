@@ -14,7 +14,7 @@ from ..errors import IncompleteError, OptionError
 from .shared import AsJson, check_writable, integers, width
 
 if TYPE_CHECKING:
-    from ..evals.profile import Profile, Row, Spread
+    from ..results.profiles import Profile, Row, Spread
 
 HEADER = (
     ("visual", "tokens T"),

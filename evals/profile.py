@@ -25,18 +25,18 @@ from ..methods import Method, load_method
 from ..models import LoadedModel, load_model
 from ..models.geometry import Weights
 from ..models.load import release
-from ..results.records import Environment, Record, environment
+from ..results.profiles import DENSE, Lengths, Profile, Row, Spread, speedup
+from ..results.records import environment
 from . import flops, timing
 from .config import Config, Count, Variant, variants
 from .memory import keep_freed_memory, out_of_memory, peak_memory
 
-DENSE = "dense"
 OVERHEAD_EVERY = 7
 """The overhead of methods is measured, by a prefill of its own, in one of so many rounds."""
 
 
-class Lengths(Record):
-    """Tokens of each row: text and visual ones in the prompt, and generated ones."""
+class Asked(Lengths):
+    """Lengths as a configuration gives them: what it leaves out has a default."""
 
     prompt: Count = 64
     visual_tokens: Annotated[int, Field(ge=0, strict=True)] = 576
@@ -49,78 +49,15 @@ class ProfileConfig(Config):
     ``layers``: keep only so many decoder layers. ``threads``: of torch on a CPU; None leaves them as they are.
     """
 
-    parts: ClassVar = {"lengths": Lengths}
+    parts: ClassVar = {"lengths": Asked}
 
     weights: Weights = "pretrained"
     layers: Count | None = None
     threads: Count | None = None
     batch_sizes: list[Count] = Field(default=[1], min_length=1)
-    lengths: list[Lengths] = Field(default=[Lengths()], min_length=1)
+    lengths: list[Asked] = Field(default=[Asked()], min_length=1)
     warmup: Annotated[int, Field(ge=0, strict=True)] = 3
     repeats: Count = 20
-
-
-class Spread(Record):
-    """Repeated times in milliseconds."""
-
-    median: float
-    iqr: float
-    min: float
-    times: list[float]
-
-    @classmethod
-    def of(cls, times: list[float]) -> Spread:
-        """Of the times of all repeats."""
-        return cls(median=statistics.median(times), iqr=timing.iqr(times), min=min(times), times=times)
-
-
-class Row(Record):
-    """One method at one batch size and length.
-
-    ``ms``: times by phase, see :func:`~visibench.evals.timing.time_phases`; ``decode`` is per generated token.
-    ``overhead_ms``: of prefill, what the method itself takes: scoring, merging and carrying out its cuts. ``speedup``:
-    over dense, for prefill and end to end; ``promised``: what executed multiply-adds of prefill promise.
-    ``tokens_per_second``: generated ones of the whole batch, end to end. ``peak_memory``: most bytes allocated on the
-    device at one time, weights included. ``kv_bytes``: keys and values that the cache holds after prefill.
-    ``host_syncs``: times that Python waited for the device, in prefill and in one decoding step. ``visual_tokens``: at
-    each layer's input.
-    """
-
-    method: str
-    options: dict[str, Any]
-    batch_size: int
-    lengths: Lengths
-    ms: dict[str, Spread]
-    overhead_ms: Spread | None
-    speedup: dict[str, float]
-    promised: float
-    executed_macs: float
-    tokens_per_second: float
-    peak_memory: int
-    kv_bytes: int
-    host_syncs: tuple[int, float] | None
-    visual_tokens: list[float]
-    clocks_mhz: dict[str, float]
-
-    @property
-    def realised(self) -> float:
-        """Speed-up of prefill as a part of the promised one."""
-        return self.speedup["prefill"] / self.promised
-
-
-class Profile(Record):
-    """The outcome: rows in the order in which they were asked for, dense first, and where they came from.
-
-    ``left_out``: batch sizes and lengths that did not fit in memory.
-    """
-
-    rows: list[Row]
-    left_out: list[str]
-    notes: list[str]
-    warmup: int
-    repeats: int
-    weights_bytes: int
-    environment: Environment
 
 
 @dataclass(frozen=True)
@@ -171,11 +108,11 @@ def profile(config: ProfileConfig, console: Console) -> Profile:
     left_out: list[str] = []
     with _cpu(config.threads):
         for lengths, batch in product(config.lengths, config.batch_sizes):
-            console.print(f"batch {batch}, {_spell(lengths)}: {len(contenders)} rows", highlight=False)
+            console.print(f"batch {batch}, {lengths.spelled()}: {len(contenders)} rows", highlight=False)
             new = compare(loaded, contenders, batch, lengths, warmup=config.warmup, repeats=config.repeats)
             if new is None:
                 release()
-                left_out.append(f"batch {batch} with {_spell(lengths)}")
+                left_out.append(f"batch {batch} with {lengths.spelled()}")
             else:
                 rows += new
         if not rows:
@@ -230,7 +167,7 @@ def compare(
                 lengths=lengths,
                 ms={phase: Spread.of(measured[phase]) for phase in timing.PHASES if phase in measured},
                 overhead_ms=Spread.of(overhead) if overhead else None,
-                speedup={phase: _speedup(dense_times, measured, phase) for phase in ("prefill", "end_to_end")},
+                speedup={phase: speedup(dense_times[phase], measured[phase]) for phase in ("prefill", "end_to_end")},
                 promised=dense_facts.executed_macs / fact.executed_macs,
                 tokens_per_second=batch * lengths.new_tokens / end_to_end,
                 clocks_mhz=clocks,
@@ -298,18 +235,10 @@ def _host_syncs(device: torch.device) -> Iterator[Callable[[], Any]]:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def _speedup(dense: dict[str, list[float]], method: dict[str, list[float]], phase: str) -> float:
-    return statistics.median(a / b for a, b in zip(dense[phase], method[phase], strict=True))
-
-
 def _label(variant: Variant, found: list[Variant]) -> str:
     """With the seed where a method stands there with several."""
     several = sum(other.label == variant.label for other in found) > 1
     return f"{variant.label} seed {variant.seed}" if several else variant.label
-
-
-def _spell(lengths: Lengths) -> str:
-    return f"{lengths.prompt} text and {lengths.visual_tokens} visual tokens, {lengths.new_tokens} new ones"
 
 
 def _notes(config: ProfileConfig, methods: list[Method]) -> list[str]:

@@ -130,7 +130,7 @@ def _plane(table: Table, axis: str, cost: Callable[[Row], float], note: str) -> 
         raise DataError("no row has both a score and a cost: nothing to plot")
     groups = series(table.rows)
     size = (4.2, 3.4) if len(panels) == 1 else (3.2, 2.7)
-    figure, places = _grid(len(panels), most=3, size=size, beside=2.4, least=0.22 * (len(groups) + 1))
+    figure, places = grid(len(panels), most=3, size=size, beside=2.4, least=0.22 * (len(groups) + 1))
     for place, panel in zip(places, panels, strict=True):
         best, most = front(panel.points), max(p.x for p in panel.points)
         place.plot([*(p.x for p in best), most], [*(p.y for p in best), best[-1].y], **_FRONT, zorder=1)
@@ -140,7 +140,7 @@ def _plane(table: Table, axis: str, cost: Callable[[Row], float], note: str) -> 
         place.margins(0.08)
     handles = [Line2D([], [], **_look(groups, number)) for number in range(len(groups))]
     figure.legend(handles=[*handles, Line2D([], [], **_FRONT)], loc="outside right upper", handlelength=3)
-    _caption(figure, [_questions(table), _bars(table, panels), note, origin(table)])
+    caption(figure, [_questions(table), _bars(table, panels), note, origin(table)])
     return figure
 
 
@@ -232,7 +232,7 @@ def _tokens(table: Table) -> Figure:
     """One panel a method, its budgets labelled where their lines end; the dense model's line in all of them."""
     dense = next((row for row in table.rows if row.method == DENSE), None)
     groups = [group for group in series(table.rows) if group.method != DENSE] or series(table.rows)
-    figure, places = _grid(len(groups), most=3, size=(3.4, 2.1))
+    figure, places = grid(len(groups), most=3, size=(3.4, 2.1))
     most = max(max(row.tokens.per_layer) for row in table.rows)
     for place, group in zip(places, groups, strict=True):
         if dense is not None and dense not in group.rows:
@@ -244,17 +244,17 @@ def _tokens(table: Table) -> Figure:
             said = f"{name} (T {row.tokens.mean:.1f})" if name else f"T {row.tokens.mean:.1f}"
             text = "\n".join(textwrap.wrap(said, 30))
             place.annotate(
-                text, (1.02, end), xycoords=("axes fraction", "data"), **_SMALL, va="center", color=look["color"]
+                text, (1.02, end), xycoords=("axes fraction", "data"), **SMALL, va="center", color=look["color"]
             )
         place.set(
-            title=_wrap(group.label, 40),
+            title=wrap(group.label, 40),
             xlabel="decoder layer",
             ylabel="visual tokens",
             ylim=(-0.04 * most, 1.06 * most),
         )
         place.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     dotted = "Dotted grey: the dense model. " if dense is not None else ""
-    _caption(
+    caption(
         figure,
         [
             f"{dotted}At the input of each decoder layer, mean over questions and tasks; T: mean over layers.",
@@ -285,7 +285,7 @@ def _stages(table: Table) -> Figure:
     """A bar for each row, in its components; beside it, where something was timed, the prefill's time."""
     unit, name = compute_unit(table)
     timed = any(row.prefill for row in table.rows)
-    labels = [_wrap("dense" if row.label == DENSE else row.label.replace(",", ", "), 34) for row in table.rows]
+    labels = [wrap("dense" if row.label == DENSE else row.label.replace(",", ", "), 34) for row in table.rows]
     lines = sum(1 + 0.5 * label.count("\n") for label in labels)
     figure = Figure(figsize=(9.6 if timed else 6.8, 2.2 + 0.3 * lines), layout="constrained")
     places = figure.subplots(1, 1 + timed, sharey=True, squeeze=False, width_ratios=[3, 2][: 1 + timed])[0]
@@ -298,7 +298,7 @@ def _stages(table: Table) -> Figure:
             places[0].barh(heights, sizes, left=ends, height=0.7, linewidth=0.4, label=title, **bars)
         ends += sizes
     for height, row in zip(heights, table.rows, strict=True):
-        places[0].annotate(f"{row.macs / unit:#.3g}", (ends[height], height), **_BESIDE, **_SMALL)
+        places[0].annotate(f"{row.macs / unit:#.3g}", (ends[height], height), **BESIDE, **SMALL)
     places[0].set(yticks=heights, yticklabels=labels, xlabel=f"compute of a prefill, {name}")
     places[0].set(xlim=(0, 1.14 * ends.max()), ylim=(len(labels) - 0.4, -0.6))
     if timed:
@@ -306,19 +306,19 @@ def _stages(table: Table) -> Figure:
     for place in places:
         place.grid(axis="y", visible=False)
     figure.legend(loc="outside upper center", ncols=4)
-    _caption(figure, [_questions(table), _counted(table), _timed(table), origin(table)])
+    caption(figure, [_questions(table), _counted(table), _timed(table), origin(table)])
     return figure
 
 
 def _times(place: Axes, rows: Sequence[Row]) -> None:
     for height, row in enumerate(rows):
         if row.prefill is None:
-            place.annotate("not timed", (0, height), **_BESIDE, **_SMALL)
+            place.annotate("not timed", (0, height), **BESIDE, **SMALL)
             continue
         place.barh(height, row.prefill.median, height=0.7, color="#CCCCCC")
         place.hlines(height, row.prefill.lower, row.prefill.upper, color="black", linewidth=1.2)
         place.annotate(
-            f"{row.prefill.median:.1f}", (max(row.prefill.upper, row.prefill.median), height), **_BESIDE, **_SMALL
+            f"{row.prefill.median:.1f}", (max(row.prefill.upper, row.prefill.median), height), **BESIDE, **SMALL
         )
     most = max(max(row.prefill.upper, row.prefill.median) for row in rows if row.prefill)
     place.set(xlabel="prefill, median and quartiles, ms", xlim=(0, 1.2 * most))
@@ -329,11 +329,11 @@ def _times(place: Axes, rows: Sequence[Row]) -> None:
 KINDS: dict[str, Callable[[Table], Figure]] = {
     "pareto": _pareto, "latency": _latency, "tokens": _tokens, "stages": _stages
 }  # fmt: skip
-_SMALL: dict[str, Any] = {"fontsize": 7.5}
-_BESIDE: dict[str, Any] = {"xytext": (3, 0), "textcoords": "offset points", "va": "center"}
+SMALL: dict[str, Any] = {"fontsize": 7.5}
+BESIDE: dict[str, Any] = {"xytext": (3, 0), "textcoords": "offset points", "va": "center"}
 
 
-def _grid(
+def grid(
     count: int, most: int, size: tuple[float, float], beside: float = 0.0, least: float = 0.0
 ) -> tuple[Figure, list[Axes]]:
     """A figure with ``count`` places of ``size`` inches, ``most`` a row, room ``beside``, and ``least`` high."""
@@ -348,13 +348,13 @@ def _grid(
     return figure, list(places[:count])
 
 
-def _caption(figure: Figure, parts: Iterable[str]) -> None:
+def caption(figure: Figure, parts: Iterable[str]) -> None:
     """Notes below the figure, as wide as it is."""
     lines = [line for part in parts if part for line in textwrap.wrap(part, int(15.5 * figure.get_figwidth()))]
     figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=7.5, color="#333333")
 
 
-def _wrap(text: str, width: int) -> str:
+def wrap(text: str, width: int) -> str:
     return "\n".join(textwrap.wrap(text, width, break_on_hyphens=False)) or "–"
 
 
