@@ -6,13 +6,14 @@ import subprocess
 import sys
 import tomllib
 from argparse import Namespace
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, distribution
 from pathlib import Path
 
 import datasets
 import pytest
 import visibench
 from loguru import logger
+from transformers import AutoImageProcessor
 from visibench.errors import OptionError, VisibenchError
 from visibench.evals import entry, harness
 from visibench.evals.entry import Visibench
@@ -20,6 +21,7 @@ from visibench.evals.lmms import evaluate
 from visibench.evals.spec import parse
 from visibench.evals.tasks import definition, load_tasks
 from visibench.models import load_model
+from visibench.models.load import EMBEDDED
 from visibench.results.places import read
 
 FOLDERS = {"pope": "POPE", "mme": "MME", "textvqa_val": "textvqa"}
@@ -200,24 +202,35 @@ def test_entry_point_leads_to_the_model():
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """A folder to put on the path, in which the package counts as installed, with the entry points it declares."""
-    folder = tmp_path_factory.mktemp("site")
-    record = folder / f"visibench-{visibench.__version__}.dist-info"
-    record.mkdir()
-    (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: visibench\nVersion: {visibench.__version__}\n")
-    lines = [f"{name} = {value}" for name, value in ENTRY_POINTS.items()]
-    (record / "entry_points.txt").write_text("\n".join((f"[{GROUP}]", *lines, "")))
-    # lmms-eval imports torchvision before it looks for models; see visibench/_torchvision.py.
-    cure = "from visibench._torchvision import ensure_importable\nensure_importable()\n"
-    (folder / "sitecustomize.py").write_text(cure)
+    """All that is installed, this package with its entry points too, but torchvision.
+
+    lmms-eval's program imports torchvision before it looks for models, and a CUDA build of that fails beside a CPU
+    build of torch. It runs without torchvision, as README says; nothing else is done for it here.
+    """
+    folder, installed = tmp_path_factory.mktemp("site"), Path(str(distribution("visibench").locate_file("")))
+    for file in installed.iterdir():
+        if not file.name.startswith(("torchvision", "__editable__")):
+            (folder / file.name).symlink_to(file)
+    if not (folder / "visibench").exists():  # installed in editable mode
+        (folder / "visibench").symlink_to(ROOT)
     return folder
 
 
+RANKS = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--no-python"
+
+
+@pytest.fixture(scope="module")
+def without_torchvision():
+    """The model with the image processor that transformers takes then; its pixels differ a little."""
+    loaded = load_model("tiny")
+    loaded.processor.image_processor = AutoImageProcessor.from_pretrained(EMBEDDED["tiny"], backend="pil")
+    return loaded
+
+
 def command(site, definitions, tmp_path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join((str(site), str(ROOT.parent)))
-    environment = os.environ | {"PYTHONPATH": path, "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"PYTHONPATH": str(site), "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}
     shared = "--include_path", definitions, "--output_path", tmp_path, "--log_samples", "--batch_size", 3
-    line = [sys.executable, *map(str, (*arguments, "--model", "visibench", *shared))]
+    line = [sys.executable, "-S", *map(str, (*arguments, "--model", "visibench", *shared))]
     return subprocess.run(line, capture_output=True, text=True, timeout=280, env=environment, cwd=tmp_path)
 
 
@@ -229,7 +242,7 @@ def written(folder: Path, task: str):
 
 
 @pytest.mark.slow
-def test_command_line(site, tiny, definitions, hub_data, tmp_path):
+def test_command_line(site, without_torchvision, definitions, hub_data, tmp_path):
     model = "pretrained=tiny,method=fastv,method_args=layer=2;keep=0.25"
     done = command(
         site, definitions, tmp_path, "-m", "lmms_eval", "--tasks", "local_textvqa_val", "--model_args", model
@@ -237,21 +250,21 @@ def test_command_line(site, tiny, definitions, hub_data, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Postprocessed 8 docs" in done.stderr + done.stdout  # lmms-eval keeps its own log
     results, samples = written(tmp_path, "local_textvqa_val")
-    result = expected(tiny, "fastv:layer=2,keep=0.25", "textvqa_val", hub_data)
+    result = expected(without_torchvision, "fastv:layer=2,keep=0.25", "textvqa_val", hub_data)
     assert same(results["results"]["local_textvqa_val"], samples, result)
 
 
 @pytest.mark.slow
-def test_two_ranks_give_what_one_gives(site, tiny, definitions, hub_data, tmp_path):
+def test_two_ranks_give_what_one_gives(site, without_torchvision, definitions, hub_data, tmp_path):
     """Seven questions on two ranks: one of them asks its last question again, which must not count."""
     method, record = METHODS[-1], tmp_path / "record.json"
     model = f"pretrained=tiny,method={method.replace(',', ';')},record={record}"
-    ranks = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "lmms_eval"
+    ranks = (*RANKS, sys.executable, "-S", "-m", "lmms_eval")
     arguments = "--tasks", "local_pope", "--limit", 7, "--model_args", model
     done = command(site, definitions, tmp_path, *ranks, *arguments)
     assert done.returncode == 0, done.stderr
     results, samples = written(tmp_path, "local_pope")
-    result = expected(tiny, method, "pope", hub_data, limit=7)
+    result = expected(without_torchvision, method, "pope", hub_data, limit=7)
     assert same(results["results"]["local_pope"], samples, result)
     rows = json.loads(record.read_text())["samples"]
     for column in ("doc_id", "output", "new_tokens", "visual_tokens", "kv_lengths"):
@@ -262,7 +275,7 @@ def test_two_ranks_give_what_one_gives(site, tiny, definitions, hub_data, tmp_pa
 
 @pytest.mark.slow
 def test_mistake_ends_all_ranks(site, definitions, tmp_path):
-    ranks = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "lmms_eval"
+    ranks = (*RANKS, sys.executable, "-S", "-m", "lmms_eval")
     done = command(site, definitions, tmp_path, *ranks, "--tasks", "local_pope", "--model_args", "pretrained=nowhere")
     assert done.returncode != 0
     assert "error: unknown model 'nowhere'" in done.stderr
