@@ -65,6 +65,7 @@ def profile(
     from ..evals.config import parse, read
     from ..evals.profile import ProfileConfig
     from ..evals.profile import profile as measure
+    from ..results import disk
 
     given: dict[str, Any] = {
         "model": model,
@@ -88,12 +89,13 @@ def profile(
     if out is not None:
         check_writable(out)
     result = measure(settings, Console(stderr=True))
-    if out is not None:
-        out.write_text(result.model_dump_json(indent=1), encoding="utf-8")
     if as_json:
         print(result.model_dump_json(indent=1))
     else:
         _print(result)
+    if out is not None:
+        with disk.writing(out):
+            out.write_text(result.model_dump_json(indent=1), encoding="utf-8")
     if result.left_out:
         raise IncompleteError(f"{', '.join(result.left_out)}: left out, since it does not fit in memory: ask for less")
 
@@ -147,8 +149,6 @@ def _time(spread: Spread | None) -> str:
 def _legend(result: Profile) -> str:
     from ..evals.profile import OVERHEAD_EVERY
 
-    model, versions, machine = (getattr(result.environment, part) for part in ("model", "versions", "machine"))
-    clocks = ", ".join(f"{name} {rate:.0f} MHz" for name, rate in result.rows[-1].clocks_mhz.items())
     lines = [
         f"Times: median ± interquartile range and minimum of {result.repeats} rounds over all methods, after "
         f"{result.warmup} to warm up. Prefill ends with the first token and contains vision.",
@@ -158,11 +158,7 @@ def _legend(result: Profile) -> str:
         f"(by prefills of their own in one of {OVERHEAD_EVERY} rounds). Tokens: new ones of the whole batch, end to "
         "end. KV: keys and values after prefill. Peak: most memory allocated at one time, weights included. Waits: of "
         "Python for the GPU, in prefill + a step of decoding.",
-        f"Model {model['name']}: {model['weights']} weights, {result.weights_bytes / 2**30:.2f} GiB {model['dtype']}, "
-        f"{model['attention']} attention, {model['device']} ({model['hardware']}, {model['threads']} threads"
-        f"{', ' + clocks if clocks else ''}); "
-        + ", ".join(f"{name} {versions[name]}" for name in ("visibench", "transformers", "torch"))
-        + f", Python {machine['python']}.",
+        result.origin(),
         *(f"Note: {note}." for note in result.notes),
     ]
     return escape("\n".join(lines))

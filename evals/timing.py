@@ -18,6 +18,7 @@ from ..engine import prune
 from ..errors import OptionError
 from ..methods import Method
 from ..models import LoadedModel
+from ..results.profiles import quartiles
 
 
 class Clock(Protocol):
@@ -107,9 +108,7 @@ class Timing(Times):
 
 def iqr(values: Sequence[float]) -> float:
     """Interquartile range; 0 for a single value."""
-    if len(values) < 2:
-        return 0.0
-    lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
+    lower, upper = quartiles(values)
     return upper - lower
 
 

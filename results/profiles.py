@@ -127,6 +127,22 @@ class Profile(Record):
             found[-1].append(row)
         return found
 
+    def origin(self) -> str:
+        """Model, machine and versions in one line."""
+        environment = self.environment
+        model, versions, code = environment.model, environment.versions, environment.code
+        threads = f"{model['threads']} thread{'' if model['threads'] == 1 else 's'}"
+        clocks = "".join(f", {name} {rate:.0f} MHz" for name, rate in self.rows[-1].clocks_mhz.items())
+        changes = " with changes" if code.get("dirty") else ""
+        commit = f" (commit {str(code['commit'])[:9]}{changes})" if "commit" in code else ""
+        size = f"{self.weights_bytes / 2**30:.2f} GiB"
+        return (
+            f"Model {model['name']}: {model['weights']} weights, {size} {model['dtype']}, "
+            f"{model['attention']} attention, {model['device']} ({model['hardware']}, {threads}{clocks}); "
+            f"visibench {versions['visibench']}{commit}, transformers {versions['transformers']}, "
+            f"torch {versions['torch']}, Python {environment.machine['python']}."
+        )
+
 
 def quartiles(times: Sequence[float]) -> tuple[float, float]:
     """The lower and the upper one; both the same for a single time."""

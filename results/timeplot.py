@@ -120,23 +120,7 @@ def _notes(profile: Profile) -> list[str]:
         "median end to end less that of prefill." + drawn,
         "Speed-up: median over rounds of dense / method, on the same attention; dense is the model without the engine. "
         "Promised: executed multiply-adds of prefill, dense / method.",
-        _origin(profile),
+        profile.origin(),
         f"Left out, since it does not fit in memory: {'; '.join(profile.left_out)}." if profile.left_out else "",
         *(f"Note: {note}." for note in profile.notes),
     ]
-
-
-def _origin(profile: Profile) -> str:
-    """Model, machine and versions in one line."""
-    environment = profile.environment
-    model, versions, code = environment.model, environment.versions, environment.code
-    threads = f"{model['threads']} thread{'' if model['threads'] == 1 else 's'}"
-    clocks = "".join(f", {name} {rate:.0f} MHz" for name, rate in profile.rows[-1].clocks_mhz.items())
-    changes = " with changes" if code.get("dirty") else ""
-    commit = f" (commit {str(code['commit'])[:9]}{changes})" if "commit" in code else ""
-    return (
-        f"Model {model['name']}: {model['weights']} weights, {profile.weights_bytes / 2**30:.2f} GiB {model['dtype']}, "
-        f"{model['attention']} attention, {model['device']} ({model['hardware']}, {threads}{clocks}); "
-        f"visibench {versions['visibench']}{commit}, transformers {versions['transformers']}, "
-        f"torch {versions['torch']}, Python {environment.machine['python']}."
-    )
