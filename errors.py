@@ -1,6 +1,6 @@
 """Errors that a user can mend. Each message is one line that names the fix; the CLI prints it and exits.
 
-The exit code is 2, and 3 where the work was done but for what failed.
+The exit code is 2, 3 where the work was done but for what failed, and 130 after Ctrl-C.
 """
 
 import difflib
@@ -46,6 +46,12 @@ class IncompleteError(VisibenchError):
     def __init__(self, message: str, cells: Sequence[Any] = ()) -> None:
         super().__init__(message)
         self.cells = list(cells)
+
+
+class StoppedError(VisibenchError):
+    """Ctrl-C, where the command can say what is left of its work."""
+
+    exit_code = 130
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

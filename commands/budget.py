@@ -23,6 +23,8 @@ _LEGEND = (
     "T: visual tokens, mean over decoder-layer inputs and prompts, {how}. TFLOPs: {what}, one multiply-add = 1. The "
     "nearest setting is shown, however coarse the knob."
 )
+OFF = 0.1
+"""A solution farther from its target, as a share of that, is named."""
 _TRACED = {"how": "as traced", "what": "all that a prefill executes"}
 _PLANNED = {"how": "by plan", "what": "what a prefill executes outside the method itself"}
 
@@ -53,7 +55,9 @@ def budget(
         str | None,
         typer.Option(metavar="TEXT/VISUAL", help="With --weights: tokens of the prompt. (default: 64/576)"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once; times are of one.")] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Prompts at once; times are of one. (default: 8)")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     as_json: AsJson = False,
@@ -67,9 +71,12 @@ def budget(
     if weights in (None, "pretrained"):
         if layers is not None or lengths is not None:
             raise OptionError("--layers and --lengths belong to --weights random or meta: add it, or leave them out")
-        prompts, where = _questions(model, device, dtype, task or "gqa", data or "embedded", samples or 16, batch_size)
-    elif any(option is not None for option in (task, samples, data)):
-        raise OptionError(f"--weights {weights} means any prompt: give --lengths, not --task, --samples or --data")
+        prompts, where = _questions(
+            model, device, dtype, task or "gqa", data or "embedded", samples or 16, batch_size or 8
+        )
+    elif any(option is not None for option in (task, samples, data, batch_size)):
+        others = "--task, --samples, --data or --batch-size"
+        raise OptionError(f"--weights {weights} means one prompt of any kind: give --lengths, not {others}")
     else:
         prompts, where = _sizes(model, device, dtype, str(weights), layers, lengths or "64/576")
     solved, refused = [], {}
@@ -193,8 +200,18 @@ def _print(result: dict[str, Any], target: str) -> None:
             f"{timing['device']} after {timing['warmup']} to warm up, measured again once the setting was chosen: part "
             "of what it misses the target by is noise."
         )
+    far = [one["spec"] for one in solved if _apart(one["achieved"], result["target"]) > OFF]
+    if far:
+        print(f"More than {OFF:.0%} off the target, the knob being coarse or the time noisy: {'; '.join(far)}.")
     if result["refused"]:
         print("\n".join(["", "Not possible:", *(f"  {one['reason']}" for one in result["refused"])]))
+
+
+def _apart(cost: dict[str, Any], target: dict[str, float]) -> float:
+    """How far a cost lies from the target, as a share of that."""
+    ((kind, wanted),) = target.items()
+    achieved = cost["prefill_ms"]["median"] if kind == "ms" else cost[kind]
+    return abs(achieved - wanted) / wanted if wanted else float(achieved > 0)
 
 
 def _cells(cost: dict[str, Any]) -> list[str]:

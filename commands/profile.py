@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from ..errors import IncompleteError, OptionError
+from ..errors import IncompleteError, OptionError, StoppedError
 from .shared import AsJson, check_writable, integers, width
 
 if TYPE_CHECKING:
@@ -88,14 +88,23 @@ def profile(
     settings = parse(ProfileConfig, content, str(source))
     if out is not None:
         check_writable(out)
-    result = measure(settings, Console(stderr=True))
+    kept = [0]
+
+    def keep(so_far: Profile) -> None:
+        kept[0] = len(so_far.together())
+        if out is not None:
+            with disk.writing(out):
+                out.write_text(so_far.model_dump_json(indent=1), encoding="utf-8")
+
+    try:
+        result = measure(settings, Console(stderr=True), keep)
+    except KeyboardInterrupt:
+        held = f"{out} holds the {kept[0]} batch sizes and lengths that were done" if out and kept[0] else ""
+        raise StoppedError(f"interrupted: {held or 'nothing is stored'}") from None
     if as_json:
         print(result.model_dump_json(indent=1))
     else:
         _print(result)
-    if out is not None:
-        with disk.writing(out):
-            out.write_text(result.model_dump_json(indent=1), encoding="utf-8")
     if result.left_out:
         raise IncompleteError(f"{', '.join(result.left_out)}: left out, since it does not fit in memory: ask for less")
 
@@ -109,24 +118,24 @@ def _lengths(text: str) -> dict[str, int]:
 
 def _print(result: Profile) -> None:
     console = Console(width=max(width(), 160), highlight=False)
-    for setting in dict.fromkeys((row.lengths, row.batch_size) for row in result.rows):
-        lengths, batch = setting
-        rows = [row for row in result.rows if (row.lengths, row.batch_size) == setting]
-        tokens = f"{lengths.prompt} text, {lengths.visual_tokens} visual and {lengths.new_tokens} new tokens"
-        grid = RichTable(
-            title=f"batch {batch}: {tokens}", title_justify="left", box=None, pad_edge=False, header_style="bold"
-        )
+    for rows in result.together():
+        title = f"batch {rows[0].batch_size}: {rows[0].lengths.spelled()}"
+        grid = RichTable(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
         grid.add_column("method", overflow="fold")
         for name, unit in HEADER:
             grid.add_column(f"{name}\n[dim]{unit}[/]", justify="right", no_wrap=True)
         for row in rows:
-            grid.add_row(escape(row.method), *_cells(row))
+            grid.add_row(escape(row.method), *_cells(row, rows[0]))
         console.print(grid)
         console.print()
     console.print(_legend(result), soft_wrap=False)
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row, dense: Row) -> list[str]:
+    from ..results.profiles import quartiles, ratios
+
+    lower, upper = quartiles(ratios(dense.ms["prefill"].times, row.ms["prefill"].times))
+    spread = f" ±{(upper - lower) / row.promised:.0%}" if len(row.ms["prefill"].times) > 1 else ""
     waits = row.host_syncs and f"{row.host_syncs[0]} + {row.host_syncs[1]:.3g}"
     return [
         f"{sum(row.visual_tokens) / len(row.visual_tokens):.1f}",
@@ -134,7 +143,7 @@ def _cells(row: Row) -> list[str]:
         _time(row.overhead_ms),
         f"{row.speedup['prefill']:.2f}×",
         f"{row.promised:.2f}×",
-        f"{row.realised:.0%}",
+        f"{row.realised:.0%}{spread}",
         f"{row.tokens_per_second:.4g}",
         f"{row.kv_bytes / 2**20:.1f}",
         f"{row.peak_memory / 2**20:.0f}",
@@ -143,21 +152,26 @@ def _cells(row: Row) -> list[str]:
 
 
 def _time(spread: Spread | None) -> str:
-    return "n/a" if spread is None else f"{spread.median:.4g} ±{spread.iqr:.2g}\n[dim]min {spread.min:.4g}[/]"
+    if spread is None:
+        return "n/a"
+    if len(spread.times) == 1:
+        return f"{spread.median:.4g}"
+    return f"{spread.median:.4g} ±{spread.iqr:.2g}\n[dim]min {spread.min:.4g}[/]"
 
 
 def _legend(result: Profile) -> str:
-    from ..evals.profile import OVERHEAD_EVERY
-
+    counts = sorted({len(row.overhead_ms.times) for row in result.rows if row.overhead_ms})
+    overhead = f" ({' or '.join(map(str, counts))} prefills of their own)" if counts else ""
+    rounds = f"{result.repeats} round{'' if result.repeats == 1 else 's'}"
     lines = [
-        f"Times: median ± interquartile range and minimum of {result.repeats} rounds over all methods, after "
+        f"Times: median ± interquartile range and minimum of {rounds} over all methods, after "
         f"{result.warmup} to warm up. Prefill ends with the first token and contains vision.",
         "Speed-up: median over rounds of dense / method, on the same attention; dense is the model without the engine. "
-        "Promised: executed multiply-adds of prefill, dense / method.",
-        "Visual tokens T: mean over layers. Overhead: what of prefill goes into scoring, merging and carrying out cuts "
-        f"(by prefills of their own in one of {OVERHEAD_EVERY} rounds). Tokens: new ones of the whole batch, end to "
-        "end. KV: keys and values after prefill. Peak: most memory allocated at one time, weights included. Waits: of "
-        "Python for the GPU, in prefill + a step of decoding.",
+        "Promised: executed multiply-adds of prefill, dense / method. Realised: the first as a part of that ± "
+        "interquartile range over rounds.",
+        "Visual tokens T: mean over layers. Overhead: what of prefill goes into scoring, merging and carrying out cuts"
+        f"{overhead}. Tokens: new ones of the whole batch, end to end. KV: keys and values after prefill. Peak: most "
+        "memory allocated at one time, weights included. Waits: of Python for the GPU, in prefill + a decoding step.",
         result.origin(),
         *(f"Note: {note}." for note in result.notes),
     ]

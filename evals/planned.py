@@ -9,7 +9,7 @@ from ..engine.trace import Trace
 from ..errors import OptionError
 from ..methods import Method
 from ..models import LoadedModel
-from ..models.geometry import grids
+from ..models.geometry import check_prompt, grids
 from .paper_flops import Work, planned
 
 _BEFORE_THE_PROJECTOR = {"image", "tower"}
@@ -23,6 +23,7 @@ def planned_prefill(loaded: LoadedModel, method: Method, text: int, visual_token
     :class:`~visibench.errors.VisibenchError` for what could not run either, :class:`OptionError` where the inputs
     decide how many tokens are left.
     """
+    check_prompt(1, text, visual_tokens)
     prune(loaded.model, method)  # checks that it could
     geometry, images = loaded.geometry, grids(loaded.adapter, visual_tokens)
     prefix = text // 2

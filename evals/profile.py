@@ -16,7 +16,7 @@ from itertools import product
 from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from rich.console import Console
 
 from ..engine import prune
@@ -31,9 +31,6 @@ from . import flops, timing
 from .config import Config, Count, Variant, variants
 from .memory import keep_freed_memory, out_of_memory, peak_memory
 
-OVERHEAD_EVERY = 7
-"""The overhead of methods is measured, by a prefill of its own, in one of so many rounds."""
-
 
 class Asked(Lengths):
     """Lengths as a configuration gives them: what it leaves out has a default."""
@@ -47,6 +44,7 @@ class ProfileConfig(Config):
     """Methods × batch sizes × lengths on one model.
 
     ``layers``: keep only so many decoder layers. ``threads``: of torch on a CPU; None leaves them as they are.
+    ``overhead_every``: the overhead of methods takes a prefill of its own, in one of so many rounds.
     """
 
     parts: ClassVar = {"lengths": Asked}
@@ -58,6 +56,14 @@ class ProfileConfig(Config):
     lengths: list[Asked] = Field(default=[Asked()], min_length=1)
     warmup: Annotated[int, Field(ge=0, strict=True)] = 3
     repeats: Count = 20
+    overhead_every: Count = 1
+
+    @field_validator("batch_sizes", "lengths")
+    @classmethod
+    def _once(cls, values: list[Any]) -> list[Any]:
+        if any(value in values[:place] for place, value in enumerate(values)):
+            raise ValueError("one stands there twice: leave it out")
+        return values
 
 
 @dataclass(frozen=True)
@@ -83,10 +89,11 @@ class Facts:
     host_syncs: tuple[int, float] | None
 
 
-def profile(config: ProfileConfig, console: Console) -> Profile:
+def profile(config: ProfileConfig, console: Console, keep: Callable[[Profile], object] = lambda _: None) -> Profile:
     """Measure all rows. Methods and lengths are checked before anything is timed; progress goes to ``console``.
 
-    What does not fit in memory is left out; :class:`OptionError` if that is all.
+    ``keep`` gets what there is after each batch size and length, with a note on what is still to come. What does not
+    fit in memory is left out; :class:`OptionError` if that is all.
     """
     if config.weights == "meta":
         raise OptionError("a model on meta cannot run: give weights random, or pretrained ones")
@@ -100,32 +107,40 @@ def profile(config: ProfileConfig, console: Console) -> Profile:
         layers=config.layers,
     )
     for variant in found:
-        prune(loaded.model, variant.method)
+        with prune(loaded.model, variant.method):
+            pass  # as far as can be known before it runs
     for lengths in config.lengths:
         loaded.synthetic_inputs(1, lengths.prompt, lengths.visual_tokens)
     contenders = [Contender(DENSE, None), *(Contender(_label(v, found), v.method) for v in found)]
     rows: list[Row] = []
     left_out: list[str] = []
-    with _cpu(config.threads):
-        for lengths, batch in product(config.lengths, config.batch_sizes):
-            console.print(f"batch {batch}, {lengths.spelled()}: {len(contenders)} rows", highlight=False)
-            new = compare(loaded, contenders, batch, lengths, warmup=config.warmup, repeats=config.repeats)
-            if new is None:
-                release()
-                left_out.append(f"batch {batch} with {lengths.spelled()}")
-            else:
-                rows += new
-        if not rows:
-            raise OptionError(f"{left_out[0]} does not fit in memory: ask for less")
+    settings = list(product(config.lengths, config.batch_sizes))
+
+    def so_far(to_come: int) -> Profile:
         return Profile(
             rows=rows,
             left_out=left_out,
-            notes=_notes(config, [variant.method for variant in found]),
+            notes=_notes(config, [variant.method for variant in found], to_come),
             warmup=config.warmup,
             repeats=config.repeats,
             weights_bytes=loaded.nbytes,
             environment=environment(loaded.describe()),
         )
+
+    with _cpu(config.threads):
+        for to_come, (lengths, batch) in zip(reversed(range(len(settings))), settings, strict=True):
+            console.print(f"batch {batch}, {lengths.spelled()}: {len(contenders)} rows", highlight=False)
+            new = compare(loaded, contenders, batch, lengths, config)
+            if new is None:
+                release()
+                left_out.append(f"batch {batch} with {lengths.spelled()}")
+            else:
+                rows += new
+            if rows:
+                keep(so_far(to_come))
+        if not rows:
+            raise OptionError(f"{left_out[0]} does not fit in memory: ask for less")
+        return so_far(0)
 
 
 @contextmanager
@@ -141,14 +156,14 @@ def _cpu(threads: int | None) -> Iterator[None]:
 
 
 def compare(
-    loaded: LoadedModel, contenders: list[Contender], batch: int, lengths: Lengths, *, warmup: int, repeats: int
+    loaded: LoadedModel, contenders: list[Contender], batch: int, lengths: Lengths, config: ProfileConfig
 ) -> list[Row] | None:
     """One row for each contender, the first of which is the dense model; None if they do not fit in memory."""
     try:
         inputs = loaded.synthetic_inputs(batch, lengths.prompt, lengths.visual_tokens)
         with torch.inference_mode():
             facts = [_facts(loaded, contender, inputs, lengths.new_tokens) for contender in contenders]
-            times = _round_robin(loaded, contenders, inputs, lengths.new_tokens, warmup, repeats)
+            times = _round_robin(loaded, contenders, inputs, lengths.new_tokens, config)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -178,19 +193,19 @@ def compare(
 
 
 def _round_robin(
-    loaded: LoadedModel, contenders: list[Contender], inputs: dict[str, Any], new_tokens: int, warmup: int, repeats: int
+    loaded: LoadedModel, contenders: list[Contender], inputs: dict[str, Any], new_tokens: int, config: ProfileConfig
 ) -> list[dict[str, list[float]]]:
     """Times by phase of each contender, one for each repeat. Each round starts with another contender."""
     times: list[dict[str, list[float]]] = [{} for _ in contenders]
-    for number in range(warmup + repeats):
+    for number in range(-config.warmup, config.repeats):
         for turn in range(len(contenders)):
-            which = (turn + number) % len(contenders)
+            which = (turn + number + config.warmup) % len(contenders)
             contender = contenders[which]
             with contender.under(loaded):
                 measured = timing.time_phases(loaded, inputs, new_tokens)
-            if contender.method is not None and (number - warmup) % OVERHEAD_EVERY == 0:
+            if contender.method is not None and number % config.overhead_every == 0:
                 measured["overhead"] = timing.time_method(loaded, contender.method, inputs)
-            if number >= warmup:
+            if number >= 0:
                 for phase, value in measured.items():
                     times[which].setdefault(phase, []).append(value)
     return times
@@ -241,9 +256,11 @@ def _label(variant: Variant, found: list[Variant]) -> str:
     return f"{variant.label} seed {variant.seed}" if several else variant.label
 
 
-def _notes(config: ProfileConfig, methods: list[Method]) -> list[str]:
+def _notes(config: ProfileConfig, methods: list[Method], to_come: int) -> list[str]:
     """What a reader must know of these rows."""
     notes = ["random prompts, images and weights" if config.weights == "random" else "random prompts and images"]
+    if to_come:
+        notes.append(f"unfinished: {to_come} more batch sizes and lengths were to be measured")
     for method in methods:
         if method.hyperparameters().get("forced"):
             notes.append(f"{method}: where it cuts and how much was forced, not found by its rule")

@@ -118,16 +118,22 @@ class VisiPruner(Layered):
         self.check_layers("shallow_layers", (self.shallow_layers,), geometry)
         if self.forced:
             shallow, (cut, leave) = self.at(self.shallow_layers, geometry), self.planned(geometry)
+            scale = ", or give layers='scaled'" if self.layers == "given" else ""
             self.require(
                 shallow + 2 <= cut < leave <= geometry.layers,
                 f"the plan of {shallow} shallow layers, filtering at {cut} and exit at {leave} does not fit a model of "
-                f"{geometry.layers}: keep shallow_layers + 2 <= filter_layer < exit_layer, or give layers='scaled'",
+                f"{geometry.layers}: keep shallow_layers + 2 <= filter_layer < exit_layer{scale}",
             )
 
     def planned(self, geometry: Geometry) -> tuple[int, int]:
-        """The first layers with few and with no visual tokens in the forced plan."""
+        """The first layers with few and with no visual tokens in the forced plan.
+
+        Scaled to few layers these would fall together: then each is as late as the one before it allows.
+        """
+        cut, scaled = self.at(self.filter_layer, geometry), self.layers == "scaled"
+        cut = max(cut, self.at(self.shallow_layers, geometry) + 2) if scaled else cut
         leave = self.at(self.exit_layer, geometry) if "deep" in self.stages else geometry.layers
-        return self.at(self.filter_layer, geometry), leave
+        return cut, max(leave, cut + 1) if scaled else leave
 
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor] | None:
         if "middle" not in self.stages:

@@ -83,8 +83,7 @@ def synthetic_inputs(adapter: Adapter, batch: int, prompt: int, visual_tokens: i
     Raises :class:`InputError` where the model has no images of so many tokens.
     """
     model = adapter.model
-    if prompt < 2 or visual_tokens < 0 or batch < 1:
-        raise InputError(f"need batch >= 1, prompt >= 2 and visual tokens >= 0, not {batch}, {prompt}, {visual_tokens}")
+    check_prompt(batch, prompt, visual_tokens)
     if adapter.image_token is None or model.config.model_type not in IMAGES:
         raise InputError(f"cannot make up images for architecture {model.config.model_type!r}")
     generator = torch.Generator().manual_seed(seed)
@@ -99,6 +98,12 @@ def synthetic_inputs(adapter: Adapter, batch: int, prompt: int, visual_tokens: i
     if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         inputs["mm_token_type_ids"] = (ids == adapter.image_token).int()
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+
+def check_prompt(batch: int, prompt: int, visual_tokens: int) -> None:
+    """Raise :class:`InputError` for rows that cannot be: text stands on both sides of the images."""
+    if prompt < 2 or visual_tokens < 0 or batch < 1:
+        raise InputError(f"need batch >= 1, prompt >= 2 and visual tokens >= 0, not {batch}, {prompt}, {visual_tokens}")
 
 
 def grids(adapter: Adapter, visual_tokens: int) -> Tensor | None:

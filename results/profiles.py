@@ -150,9 +150,14 @@ def quartiles(times: Sequence[float]) -> tuple[float, float]:
     return lower, upper
 
 
+def ratios(dense: Sequence[float], method: Sequence[float]) -> list[float]:
+    """Dense time / method time in each round."""
+    return [a / b for a, b in zip(dense, method, strict=True)]
+
+
 def speedup(dense: Sequence[float], method: Sequence[float]) -> float:
     """Median over rounds of dense time / method time."""
-    return statistics.median(a / b for a, b in zip(dense, method, strict=True))
+    return statistics.median(ratios(dense, method))
 
 
 # ---- reading a file ------------------------------------------------------------------------------------------------

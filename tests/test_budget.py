@@ -357,6 +357,13 @@ def test_command_says_what_is_not_possible(call):
     code, out, _ = call("--target", "tokens=2", "--methods", "fastv:layer=2,divprune")
     assert code == 0
     assert "fastv: T=2 is out of reach: tokens gives T=3.2 to T=16" in out.partition("Not possible:")[2]
+    assert "off the target" not in out
+
+
+def test_command_names_what_is_far_off_the_target(call):
+    code, out, _ = call("--target", "tokens=1.4", "--methods", "divprune")  # whole tokens: 1 is nearest
+    assert code == 0
+    assert "More than 10% off the target, the knob being coarse or the time noisy: divprune:tokens=1." in out
 
 
 def test_command_shows_times_with_their_spread(call, prompts, monkeypatch):

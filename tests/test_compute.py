@@ -112,6 +112,8 @@ def test_commands_on_random_weights(command):
         ("flops --model tiny --method none --weights meta --limit 3", "--lengths, not --task"),
         ("flops --model tiny --method none --layers 3", "belong to --weights"),
         ("flops --model tiny --method none --weights meta --lengths 64", "TEXT/VISUAL"),
+        ("flops --model tiny --method none --weights meta --lengths 1/144", "need batch >= 1, prompt >= 2"),
+        ("budget --model tiny --target tokens=48 --weights meta --batch-size 4", "or --batch-size"),
         ("flops --model tiny --method none --weights meta --lengths 64/x", "expected a number, not 'x'"),
         ("flops --model tiny --method none --weights heavy", "unknown weights 'heavy'"),
         ("flops --model tiny --method visipruner:layers=scaled --weights meta --lengths 9/144", "--weights random"),

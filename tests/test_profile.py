@@ -1,6 +1,7 @@
 """``visibench profile``: what it measures, how it compares, and what it says."""
 
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -10,7 +11,6 @@ import pytest
 import torch
 import visibench
 from rich.console import Console
-from support import collate, make_batch, make_llava
 from torch.utils.flop_counter import FlopCounterMode
 from visibench.cli import main
 from visibench.errors import OptionError, VisibenchError
@@ -18,9 +18,10 @@ from visibench.evals import profile as profiling
 from visibench.evals import timing
 from visibench.evals.config import parse, read, variants
 from visibench.evals.profile import ProfileConfig, profile
+from visibench.results.profiles import read as read_profile
 
 # Installed with the package, but not needed here.
-ABSENT = ["lmms_eval", "wandb", "datasets", "pandas", "pyarrow", "scipy", "statsmodels", "matplotlib"]
+ABSENT = ["lmms_eval", "wandb", "datasets", "pandas", "pyarrow", "statsmodels", "matplotlib"]
 THREADS = torch.get_num_threads() + 1
 SMALL = {
     "model": "tiny",
@@ -82,6 +83,7 @@ def test_summaries_are_those_of_the_times(result):
         assert row.tokens_per_second == pytest.approx(1e3 * new / row.ms["end_to_end"].median)
     assert [row.overhead_ms is None for row in result.rows] == [True, False, False] * 2
     assert all(row.overhead_ms.min > 0 for row in result.rows if row.overhead_ms)
+    assert {len(row.overhead_ms.times) for row in result.rows if row.overhead_ms} == {3}
 
 
 def test_tokens_and_cache_follow_the_plan(result):
@@ -161,67 +163,6 @@ def test_a_gpu_tells_memory_and_waits():
     assert all(row.ms["vision"].median < row.ms["prefill"].median for row in (dense, fastv))
 
 
-# ---- the forced plan of VisiPruner -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("more", [{}, {"skip": True}, {"layer0": "13b"}], ids=str)
-def test_forced_plan_holds_in_every_row(more):
-    """At the filter the tokens of largest |c_j| stay, measured here by hand from the dense model's own attention."""
-    model = make_llava(layers=9)
-    batch = collate(make_batch([(5, 9, 1), (3, 12, 2), (4, 6, 0), (2, 7, 1)]))
-    method = visibench.load_method(
-        "visipruner", shallow_layers=1, forced=True, filter_layer=4, filter_tokens=3, exit_layer=7, **more
-    )
-    with visibench.prune(model, method) as session:
-        model(**batch)
-    visual = torch.tensor([[16, 32, 0, 16]]).T
-    expected = torch.cat([visual.expand(4, 4), visual.clamp(max=3).expand(4, 3), torch.zeros(4, 2)], dim=1)
-    assert torch.equal(session.trace.visual_counts(), expected.long())
-
-
-def test_forced_plan_keeps_the_largest_contributions():
-    model = make_llava(layers=6, attention="eager")
-    (sample,) = make_batch([(5, 9, 1)])
-    method = visibench.load_method(
-        "visipruner", shallow_layers=1, stages=["middle"], forced=True, filter_layer=4, filter_tokens=6
-    )
-    with visibench.prune(model, method) as session:
-        model(**sample)
-    dense = model(**sample, output_attentions=True, use_cache=True)
-    weights, values = dense.attentions[3][0, :, -1], dense.past_key_values.layers[3].values[0].repeat_interleave(2, 0)
-    parts = (weights[:, 5:21, None] * values[:, 5:21]).transpose(0, 1).flatten(1)
-    largest = parts.norm(dim=1).topk(6).indices.sort().values
-    assert session.trace.kept(4)[0].nonzero().flatten().tolist() == largest.tolist()
-
-
-def test_default_plan_scales_with_the_model():
-    method = visibench.load_method("visipruner", forced=True, layers="scaled")
-    geometry = visibench.load_model("llava-cpu", weights="meta").geometry
-    method.check(geometry)
-    assert method.planned(geometry) == (5, 12)
-    assert method.planned(visibench.load_model("llava-1.5-7b", weights="meta").geometry) == (9, 24)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"filter_layer": 12}, "filter_layer has no effect with forced=False"),
-        ({"forced": True, "layer_threshold": 0.9}, "layer_threshold has no effect with forced=True"),
-        ({"forced": True, "stages": ["shallow"]}, "forced has no effect without stage 'middle'"),
-        ({"forced": True, "stages": ["middle"], "exit_layer": 20}, "exit_layer has no effect without stage 'deep'"),
-        ({"forced": True, "filter_tokens": -1}, "filter_tokens must be >= 0"),
-    ],
-)
-def test_forced_options_that_do_nothing_are_refused(options, message):
-    with pytest.raises(OptionError, match=message):
-        visibench.load_method("visipruner", **options)
-
-
-def test_plan_must_fit_the_model():
-    with pytest.raises(OptionError, match="layers='scaled'"):
-        visibench.load_method("visipruner", forced=True).check(visibench.load_model("tiny", device="cpu").geometry)
-
-
 # ---- configurations and the command ----------------------------------------------------------------------------------
 
 
@@ -294,6 +235,38 @@ def test_what_does_not_fit_in_memory_is_left_out_and_said(monkeypatch, capsys, t
     assert len(json.loads(out)["left_out"]) == 1
 
 
+def test_ctrl_c_keeps_what_is_done_and_says_so(monkeypatch, capsys, tmp_path):
+    real, file = timing.time_phases, tmp_path / "a.json"
+
+    def stopped(loaded, inputs, *rest):
+        if len(inputs["input_ids"]) > 1:
+            raise KeyboardInterrupt
+        return real(loaded, inputs, *rest)
+
+    monkeypatch.setattr(timing, "time_phases", stopped)
+    code, out, err = command(monkeypatch, capsys, *ARGUMENTS, "--out", str(file))
+    assert (code, out) == (130, "")
+    assert err.splitlines()[-1] == f"error: interrupted: {file} holds the 1 batch sizes and lengths that were done"
+    assert {row.batch_size for row in read_profile(file).rows} == {1}
+    assert "unfinished: 1 more batch sizes and lengths were to be measured" in read_profile(file).notes
+    assert command(monkeypatch, capsys, *ARGUMENTS)[2].splitlines()[-1] == "error: interrupted: nothing is stored"
+
+
+def test_memory_is_kept_by_the_process_and_given_back_where_it_ran_out(monkeypatch):
+    called = []
+    monkeypatch.setattr("visibench.evals.profile.keep_freed_memory", lambda: called.append("kept"))
+    monkeypatch.setattr("visibench.evals.profile.release", lambda: called.append("released"))
+    monkeypatch.setattr("visibench.evals.profile.compare", lambda *_: called.append("measured"))
+    with pytest.raises(OptionError, match="does not fit"):
+        profile(config(methods=["none"]), Console(quiet=True))
+    assert called == ["kept", "measured", "released"]
+
+
+def test_overhead_is_measured_as_often_as_asked_for():
+    few = profile(config(methods=["fastv:layer=1,keep=0.5"], repeats=5, overhead_every=2), Console(quiet=True))
+    assert [row.overhead_ms and len(row.overhead_ms.times) for row in few.rows] == [None, 3]
+
+
 def test_command_prints_json_and_keeps_it(monkeypatch, capsys, tmp_path):
     code, out, _ = command(monkeypatch, capsys, *ARGUMENTS, "--json", "--out", str(tmp_path / "profile.json"))
     assert code == 0
@@ -310,8 +283,10 @@ def test_command_prints_json_and_keeps_it(monkeypatch, capsys, tmp_path):
 def test_command_prints_a_table_with_what_belongs_to_it(monkeypatch, capsys):
     code, out, err = command(monkeypatch, capsys, *ARGUMENTS)
     assert code == 0, err
-    for part in ("batch 2: 10 text, 144 visual and 2 new tokens", "100%", "median ± interquartile", "sdpa", "n/a"):
+    for part in ("batch 2: 10 text and 144 visual tokens, 2 new ones", "median ± interquartile", "sdpa", "n/a"):
         assert part in out
+    assert "(2 prefills of their own)" in " ".join(out.split())
+    assert re.search(r"\d% ±\d+%", out), "what is realised has its spread"
     assert "on random inputs says nothing" in " ".join(out.split())
 
 
@@ -322,7 +297,8 @@ def test_forced_is_said(monkeypatch, capsys, tmp_path):
     code, out, err = command(monkeypatch, capsys, str(file), "--repeats", "1", "--warmup", "0")
     assert code == 0, err
     assert "was forced, not found by its rule" in " ".join(out.split())
-    assert "of 1 rounds" in " ".join(out.split())
+    assert "of 1 round over" in " ".join(out.split())
+    assert "±0" not in out, "one time has no spread"
 
 
 @pytest.mark.parametrize(
@@ -331,6 +307,9 @@ def test_forced_is_said(monkeypatch, capsys, tmp_path):
         (("--model", "tiny"), "give a configuration such as profile_cpu, or --model and --methods"),
         ((*ARGUMENTS, "--lengths", "10/144"), "expected PROMPT/VISUAL/NEW"),
         ((*ARGUMENTS, "--batch-sizes", "two"), "--batch-sizes: expected a number, not 'two'"),
+        ((*ARGUMENTS, "--batch-sizes", "1,1"), "one stands there twice"),
+        ((*ARGUMENTS, "--lengths", "10/144/2,10/144/2"), "one stands there twice"),
+        ((*ARGUMENTS, "--attention", "flex_attention"), "cannot be observed"),
         (("profil_cpu",), "did you mean 'profile_cpu'"),
         (("quick",), "unknown key"),
     ],

@@ -1,5 +1,6 @@
 """Measured time."""
 
+import gc
 import time
 from dataclasses import dataclass
 
@@ -32,8 +33,15 @@ class FakeClock(HostClock):
 
     now = 0.0
 
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
     def mark(self) -> float:
+        self.calls.append("mark")
         return self.now
+
+    def settle(self) -> None:
+        self.calls.append("settle")
 
     def between(self, start: float, end: float) -> float:
         return end - start
@@ -57,6 +65,21 @@ def test_warm_up_is_run_and_not_counted():
     assert len(calls) == 7
     assert len(times) == 5
     assert all(2 <= t < 50 for t in times)
+
+
+def test_the_device_is_idle_before_the_first_mark_and_done_before_times_are_read(clock):
+    measure(lambda: clock.calls.append("work"), CPU, warmup=1, repeats=2)
+    assert clock.calls == ["work", *["settle", "mark", "work", "mark", "settle"] * 2]
+
+
+def test_nothing_disturbs_a_generation_that_is_timed(clock, loaded, monkeypatch):
+    collecting = []
+    real = clocks.greedy
+    monkeypatch.setattr(clocks, "greedy", lambda *args: (collecting.append(gc.isenabled()), real(*args)))
+    time_phases(loaded, loaded.synthetic_inputs(1, 8, 144), new_tokens=2)
+    assert clock.calls[:2] == ["settle", "mark"]
+    assert clock.calls[-2:] == ["mark", "settle"]
+    assert (collecting, gc.isenabled()) == ([False], True)
 
 
 def test_statistics_are_those_of_numpy():
