@@ -2,7 +2,8 @@
 
 What a tower computes for an image can depend in its last bits on the images beside it in the batch: matrix products of
 other sizes add up in another order. So under sharing each image goes through the tower alone, whether it is kept
-afterwards or not. Its features then depend on the image, and on nothing that was asked before or beside it.
+afterwards or not. Its features then depend on the image, and on nothing that was asked before or beside it. Where none
+are kept, an image that stands several times in a batch goes through the tower as often.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ class FeatureStore:
     say
         Called with one line where a file is damaged or cannot be written; such features are computed again.
 
-    ``asked`` and ``computed`` count images. Files are safetensors named by key and SHA-256,
-    which is checked when they are read.
+    ``computed`` and ``reused`` count images: those that went through the tower, and those whose features were there
+    before the batch that asked for them. Files are safetensors named by key and SHA-256, which is checked when they are
+    read.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class FeatureStore:
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.limit, self.identity, self.keep, self.say = limit, identity, keep, say
-        self.asked = self.computed = self.used = self.on_disk = 0
+        self.computed = self.reused = self.used = self.on_disk = 0
         self._root = folder if limit else None
         self._folder: Path | None = None
         self._memory: OrderedDict[str, Entry] = OrderedDict()
@@ -85,11 +87,6 @@ class FeatureStore:
         self._memory.clear()
         self._files.clear()
         self._folder, self.used, self.on_disk = None, 0, 0
-
-    @property
-    def reused(self) -> int:
-        """Images, of all that were asked for, whose features were there already."""
-        return self.asked - self.computed
 
     def key(self, *parts: str | bytes) -> str:
         """Name of what ``parts``, with the identity, decide."""
@@ -200,21 +197,22 @@ class SharedTower:
         if args or pixel_values.ndim != 4:  # patches of all images in one sequence
             return self._forward(pixel_values, *args, **kwargs)
         asked = repr(sorted(kwargs.items()))
-        images: dict[str, dict[str, Entry]] = {}
-        order = []
+        fresh: dict[str, dict[str, Entry]] = {}
+        images = []
         for pixels in pixel_values.split(1):
             name = self.store.key(asked, f"{pixels.dtype}{tuple(pixels.shape)}", _raw(pixels))
-            order.append(name)
-            if name not in images and (stored := self._stored(name)) is not None:
-                images[name] = stored
-            elif name not in images:
-                images[name] = self._compute(name, pixels, kwargs)
-                self.store.computed += 1
-        self.store.asked += len(order)
+            image = fresh.get(name)
+            if image is None and (image := self._stored(name)) is not None:
+                self.store.reused += 1
+            elif image is None:
+                image = self._compute(name, pixels, kwargs)
+                if self.store.limit:
+                    fresh[name] = image
+            images.append(image)
         together = {
             part: {
-                key: torch.cat([images[name][part][key].to(pixel_values.device) for name in order])
-                for key in images[order[0]][part]
+                key: torch.cat([image[part][key].to(pixel_values.device) for image in images])
+                for key in images[0][part]
             }
             for part in ("output", *self.parts)
         }
@@ -232,6 +230,7 @@ class SharedTower:
 
     def _compute(self, name: str, pixels: Tensor, kwargs: dict[str, Any]) -> dict[str, Entry]:
         output = self._forward(pixels, **kwargs)
+        self.store.computed += 1
         found = {"output": _tensors(output), **self.seen()}
         for part, entry in found.items():
             self.store.put(self.store.key(name, part), entry)

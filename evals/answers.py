@@ -52,7 +52,7 @@ class Batch:
 
     ``asked``: hash of questions, prompts and way of generating. ``components``: executed MACs of the prefill by
     component, summed over the questions. ``seconds``: ``generate``, and ``answer`` with the preparation of inputs.
-    ``reused``: images whose vision features had been computed before, for another question or cell.
+    ``reused``: images whose vision features were kept from an earlier batch, attempt or cell.
     ``smaller``: why it ran in parts, empty if it ran whole. ``hardware``: what it ran on. ``failures``: what could not
     be answered; a batch with failures is not stored.
     """

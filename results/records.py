@@ -147,8 +147,9 @@ class CellMetrics(Record):
     ``config_hash`` ties it to its configuration. ``size`` questions of ``total`` were asked. ``metrics`` are
     lmms-eval's by its own keys; ``categories`` the mean per-question score by category; ``seconds`` wall times.
     ``remarks``: what a reader must know of this cell beside the numbers. ``nonfinite``: questions for which some step
-    gave logits that are NaN or infinite. ``reused_images``: images whose vision features had been computed before, for
-    another question or cell: ``seconds`` leave out that work, ``compute`` and ``prefill`` do not.
+    gave logits that are NaN or infinite. ``reused_images``: images whose vision features were kept from an earlier
+    batch, attempt or cell: ``seconds`` and latency leave out that work, ``compute`` and ``prefill`` do not. It is
+    history of the run, as times are: it depends on what the process ran before, and differs after a restart.
     ``data_hash`` covers the questions, targets and pixels used, ``samples_hash`` the file of samples, ``checksum`` all
     the rest of this record; both are empty in files of early versions. Schema 1 is read too: its samples lack latency
     and dense agreement, which are null then.

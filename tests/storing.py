@@ -56,7 +56,7 @@ def metrics(cell: CellConfig, score=0.8, data="d0", versions=None, **changes) ->
 TIMES = {
     "prefill": True,
     "seconds": True,
-    "reused_images": True,
+    "reused_images": True,  # what was in memory: a killed run and its restart share less than a run in one go
     "samples_hash": True,
     "checksum": True,
     "environment": {"code"},
@@ -64,7 +64,7 @@ TIMES = {
 
 
 def outcome(cell) -> dict:
-    """What two runs of a cell have in common: all but times, the hashes over them, and whether code was just edited."""
+    """What two runs of a cell have in common: all but times, what was reused, hashes over these, and the commit."""
     return {
         "config": cell.config.model_dump(),
         "metrics": cell.metrics.model_dump(exclude=TIMES),

@@ -84,15 +84,26 @@ def test_results_are_the_same_bit_for_bit(llava, method):
 
 @pytest.mark.parametrize("name", ["none", "fastervlm"])
 def test_an_image_goes_through_the_tower_once(llava, name):
+    """An image that a batch holds twice is not computed twice, and not counted as one of an earlier batch either."""
     method = visibench.load_method(name, **({} if name == "none" else {"keep": 0.5}))
     store = FeatureStore(2**30)
     with Towers(llava) as towers, visibench.prune(llava, method, features=store):
         llava(**batch(repeated=True))
-        assert (towers.images, store.asked, store.computed) == (3, 4, 3)
+        assert (towers.images, store.computed, store.reused) == (3, 3, 0)
         llava(**batch(repeated=True))
-        assert (towers.images, store.asked, store.computed) == (3, 8, 3)
+        assert (towers.images, store.computed, store.reused) == (3, 3, 4)
         llava(**batch(seed=1))
-        assert (towers.images, store.asked, store.computed) == (7, 12, 7)
+        assert (towers.images, store.computed, store.reused) == (7, 7, 4)
+
+
+def test_nothing_is_shared_where_nothing_is_kept(llava):
+    """Not even inside a batch, so that times are those of all that was asked; the answers are the same."""
+    method, inputs, store = visibench.load_method("fastervlm", keep=0.5), batch(repeated=True), FeatureStore(0)
+    with Towers(llava) as towers, visibench.prune(llava, method, features=store):
+        llava(**inputs)
+        llava(**inputs)
+    assert (towers.images, store.computed, store.reused) == (8, 8, 0)
+    assert same(run(llava, method, inputs, store), run(llava, method, inputs, FeatureStore(2**30)))
 
 
 def test_features_of_an_image_do_not_depend_on_where_it_stood(llava):
@@ -106,10 +117,10 @@ def test_features_of_an_image_do_not_depend_on_where_it_stood(llava):
 def test_a_method_that_changes_the_tower_never_shares(llava):
     store, inputs = FeatureStore(2**30), batch()
     run(llava, visibench.load_method("none"), inputs, store)
-    before = store.asked, store.computed, store.used
+    before = store.computed, store.reused, store.used
     for method in (visibench.load_method("tome", keep=0.5), visibench.load_method("downsample", keep=0.25)):
         assert same(run(llava, method, inputs, store), run(llava, method, inputs))
-    assert (store.asked, store.computed, store.used) == before
+    assert (store.computed, store.reused, store.used) == before
 
 
 @families.every_family
@@ -127,7 +138,7 @@ def test_other_families(kind):
     with Towers(model) as towers:
         assert torch.equal(logits(store), off)
     assert (towers.images > 0) == (kind == "qwen2_5_vl")
-    assert (store.asked > 0) == (kind != "qwen2_5_vl")
+    assert (store.reused > 0) == (kind != "qwen2_5_vl")
 
 
 @pytest.mark.parametrize("fail", [False, True])
@@ -294,6 +305,7 @@ def test_a_sweep_gives_the_same_with_and_without(checkpoint, disk_data, tmp_path
         for other in (b, c):
             assert untimed(a) == untimed(other)
             assert a.metrics.model_dump(exclude=own) == other.metrics.model_dump(exclude=own)
+    assert not any(cell.metrics.reused_images for cell in off)
     reused = {cell.config.method: cell.metrics.reused_images for cell in on}
     images = on[0].metrics.size
     assert (reused["fastv"], reused["tome"]) == (images, 0)
