@@ -50,9 +50,15 @@ def notes(table: Table, chosen: Sequence[Column], bold: str) -> list[str]:
 
 
 def _sharing(table: Table) -> list[str]:
-    reused, cells = table.sharing
-    counted = "FLOPs and prefill times count the vision tower in full"
-    return [f"Vision features of an image were reused in {reused} of {cells} cells; {counted}."] if reused else []
+    """In which cells latency and seconds leave out some of the tower: these, or all but those, whichever is shorter."""
+    shared = [cell.metrics.reused_images > 0 for row in table.rows for cell in row.cells]
+    if not any(shared):
+        return []
+    did = "; ".join(filter(None, (row.named(lambda cell: cell.metrics.reused_images > 0) for row in table.rows)))
+    did_not = "; ".join(filter(None, (row.named(lambda cell: not cell.metrics.reused_images) for row in table.rows)))
+    which = did if len(did) <= len(did_not) else f"all but {did_not}"
+    where = f"{sum(shared)} of {len(shared)} cells ({which})" if did_not else f"all {len(shared)} cells"
+    return [f"Vision features of an image were reused in {where}. FLOPs and prefill times count the tower in full."]
 
 
 def _groups(table: Table) -> list[str]:

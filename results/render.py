@@ -146,10 +146,19 @@ def as_json(table: Table) -> dict[str, Any]:
                 "executed_macs_by_component": row.components,
                 "sd_over_questions": asdict(row.evidence.spread) if row.evidence.spread else None,
                 "prefill_ms": asdict(row.prefill) if row.prefill else None,
+                "reused_images": _reused_json(row),
             }
             for row in table.rows
         ],
     }
+
+
+def _reused_json(row: Row) -> dict[str, dict[int, int]]:
+    """By task and seed, images whose vision features were there before."""
+    found: dict[str, dict[int, int]] = {}
+    for cell in row.cells:
+        found.setdefault(cell.config.task, {})[cell.config.seed] = cell.metrics.reused_images
+    return found
 
 
 def _retained_json(row: Row) -> dict[str, Any] | None:

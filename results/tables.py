@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any
 
 import pandas as pd
@@ -90,6 +90,18 @@ class Row:
     evidence: Evidence
     cells: tuple[Cell, ...] = ()
 
+    def named(self, chosen: Callable[[Cell], bool]) -> str:
+        """Its ``chosen`` cells by label, task and, where not all of a task's are, seed; empty if there are none."""
+        tasks = []
+        for task, group in groupby(self.cells, key=lambda cell: cell.config.task):
+            cells = list(group)
+            seeds = [cell.config.seed for cell in cells if chosen(cell)]
+            only = f" (seed {' and '.join(map(str, seeds))})" if len(seeds) < len(cells) else ""
+            tasks += [f"{task}{only}"] if seeds else []
+        if len(tasks) > 1 and all(map(chosen, self.cells)):
+            tasks = ["all tasks"]
+        return f"{self.label} · {', '.join(tasks)}" if tasks else ""
+
     @cached_property
     def latency(self) -> Latency | None:
         """What the cells' samples say of the time of each question; None where they say nothing."""
@@ -116,8 +128,7 @@ class Table:
     """Rows that can be compared. ``columns``: the metrics of each task; ``facts``: what all cells have in common.
 
     ``differs``: in what this table differs from the others of the same folder. ``commits``: of visibench, where cells
-    were made from a checkout. ``remarks``: what a reader must know of single cells. ``sharing``: cells, of how many,
-    that reused vision features.
+    were made from a checkout. ``remarks``: what a reader must know of single cells.
     """
 
     rows: list[Row]
@@ -127,7 +138,6 @@ class Table:
     differs: dict[str, Any]
     commits: list[str]
     remarks: list[str]
-    sharing: tuple[int, int] = (0, 0)
 
     @property
     def is_subset(self) -> bool:
@@ -196,7 +206,6 @@ def _table(cells: list[Cell], differs: dict[str, Any]) -> Table:
         facts=_facts(cells[0]),
         differs=differs,
         commits=_commits(cells),
-        sharing=(sum(cell.metrics.reused_images > 0 for cell in cells), len(cells)),
         remarks=[f"{_name(cell)}: {remark}" for cell in cells for remark in cell.metrics.remarks],
     )
 

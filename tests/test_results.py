@@ -199,6 +199,41 @@ def test_remarks_on_cells_are_told(store):
     assert render(tables, "latex").isascii()
 
 
+@pytest.mark.parametrize(
+    ("reused", "where"),
+    [
+        ({"none gqa 0"}, "1 of 10 cells (none · gqa)"),
+        ({"none gqa 0", "none mme 0"}, "2 of 10 cells (none · all tasks)"),
+        ({"random gqa 0", "random gqa 2", "fastv mme 0"}, "3 of 10 cells (random · gqa (seed 0 and 2); fastv · mme)"),
+        (lambda name: name not in ("none gqa 0", "fastv mme 0"), "8 of 10 cells (all but none · gqa; fastv · mme)"),
+        (lambda name: "fastv" not in name, "8 of 10 cells (all but fastv · all tasks)"),
+        (lambda name: True, "all 10 cells"),
+    ],
+)
+def test_the_cells_that_reused_vision_features_are_named(reused, where, store):
+    chosen = reused if callable(reused) else reused.__contains__
+    for method in ("none", "fastv", "random"):
+        for task in ("gqa", "mme"):
+            for seed in range(3 if method == "random" else 1):
+                put(store, config(method, task, seed), reused_images=7 * chosen(f"{method} {task} {seed}"))
+    assert f"\nVision features of an image were reused in {where}. FLOPs " in render(build(store.cells()))
+    rows = json.loads(render(build(store.cells()), "json"))["tables"][0]["rows"]
+    assert {
+        f"{row['method']} {task} {seed}": count
+        for row in rows
+        for task, by in row["reused_images"].items()
+        for seed, count in by.items()
+    } == {
+        f"{cell.config.method} {cell.config.task} {cell.config.seed}": cell.metrics.reused_images
+        for cell in store.cells()
+    }
+
+
+def test_nothing_is_said_of_vision_features_where_none_were_reused(store):
+    full(store)
+    assert "Vision features" not in render(build(store.cells()))
+
+
 def test_rows_that_were_not_run_are_named_with_what_adds_them(store):
     put(store, config("none"))
     put(store, config("fastv"))
