@@ -8,19 +8,24 @@ lmms-eval would take it for its own, and share out the questions once more.
 from __future__ import annotations
 
 import os
-import pickle
+import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
+
 from .. import machine
 from ..errors import OptionError, VisibenchError
-from ..methods import Method
-from ..results.records import CellConfig
+from ..results.records import CellConfig, Record
 
 if TYPE_CHECKING:
+    from ..engine.features import FeatureStore
+    from ..methods import Method
     from ..models import LoadedModel
     from .answers import Answers
     from .tasks import Task
@@ -30,13 +35,19 @@ POLL = 0.05
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
 
 
-@dataclass(frozen=True)
-class Share:
-    """A cell of whose questions each rank answers a share."""
+class Share(Record):
+    """A cell of whose questions each rank answers a share.
 
-    method: Method
+    ``limit``, ``keep``: of the store in which each rank keeps vision features for itself (:class:`FeatureStore`).
+    """
+
     config: CellConfig
     folder: Path
+    limit: int
+    keep: bool
+
+
+_MESSAGE: TypeAdapter[Share | None] = TypeAdapter(Share | None)
 
 
 @dataclass
@@ -52,12 +63,12 @@ class Ranks:
     def send(self, share: Share | None) -> None:
         """From the first rank to all others: a share, or None at the end."""
         self.shares += 1
-        self.store.set(f"share/{self.shares}", pickle.dumps(share))
+        self.store.set(f"share/{self.shares}", _MESSAGE.dump_json(share))
 
     def receive(self) -> Share | None:
         """On the other ranks: the next share."""
         self.shares += 1
-        return pickle.loads(self._get(f"share/{self.shares}"))
+        return _MESSAGE.validate_json(self._get(f"share/{self.shares}"))
 
     def done(self) -> None:
         """On the other ranks: the latest share is answered."""
@@ -118,17 +129,18 @@ def answer(
     folder: Path,
     *,
     on_batch: Callable[[int], Any] | None = None,
-    **options: Any,
+    features: FeatureStore | None = None,
 ) -> Answers:
     """As :func:`visibench.evals.answering.answer`, the questions shared out over the ranks, if there are several.
 
-    The batches are those of one process, and so are the answers. ``options`` are for this rank alone.
+    The batches are those of one process, and so are the answers. ``features`` is this rank's; each other one has such a
+    store of its own.
     """
     from . import answering
 
     report = on_batch or (lambda answered: None)
     if _first is None:
-        return answering.answer(loaded, method, task, config, folder, on_batch=report, **options)
+        return answering.answer(loaded, method, task, config, folder, on_batch=report, features=features)
     count, said, size = _first.count, 0, task.size(config.limit)[0]
 
     def estimate(answered: int) -> None:
@@ -138,34 +150,58 @@ def answer(
         said += new
         report(new)
 
-    _first.send(Share(method, config, folder))
-    answering.answer(loaded, method, task, config, folder, shard=(0, count), on_batch=estimate, **options)
+    limit, keep = (features.limit, features.keep) if features is not None else (0, False)
+    _first.send(Share(config=config, folder=folder, limit=limit, keep=keep))
+    ask = partial(answering.answer, loaded, method, task, config, folder, features=features)
+    ask(shard=(0, count), on_batch=estimate)
     _first.wait()
-    found = answering.answer(loaded, method, task, config, folder, on_batch=lambda answered: report(0), **options)
+    found = ask(on_batch=lambda answered: report(0))
     report(size - said)
     return found
 
 
 def serve(ranks: Ranks) -> None:
-    """On all ranks but the first: answer shares until there are no more."""
-    from ..models import load_model
-    from ..models.load import of_rank, release
-    from . import answering
+    """On all ranks but the first: answer shares until there are no more.
+
+    What the vision tower computes is shared by cells that follow each other on the same model.
+    """
+    from . import answering, spec
     from .tasks import load_tasks
 
-    loaded, model = None, None
+    served: tuple[Any, ...] = ()
+    loaded: Any = None
     tasks: dict[tuple[str, str], Task] = {}
-    while (share := ranks.receive()) is not None:
-        config = share.config
-        wanted = (config.model, config.device, config.dtype, config.attention)
-        if loaded is None or wanted != model:
-            loaded, model = None, wanted
-            release()
-            device = of_rank(config.device, ranks.local_rank)
-            loaded = load_model(config.model, device=device, dtype=config.dtype, attn_implementation=config.attention)
-        key = config.task, config.origin
-        if key not in tasks:
-            tasks[key] = load_tasks([config.task], config.origin)[0]
-        shard = ranks.rank, ranks.count
-        answering.answer(loaded, share.method, tasks[key], config, share.folder, shard=shard)
-        ranks.done()
+    with ExitStack() as held:
+        while (share := ranks.receive()) is not None:
+            config = share.config
+            wanted = (config.model, config.device, config.dtype, config.attention, share.limit, share.keep)
+            if wanted != served:
+                held.close()
+                loaded = None  # before the next one is loaded
+                loaded, served = _load(config, ranks), wanted
+                features = held.enter_context(_features(loaded, share, ranks))
+            key = config.task, config.origin
+            if key not in tasks:
+                tasks[key] = load_tasks([config.task], config.origin)[0]
+            method, shard = spec.build(config.method, config.options), (ranks.rank, ranks.count)
+            answering.answer(loaded, method, tasks[key], config, share.folder, shard=shard, features=features)
+            ranks.done()
+
+
+def _load(config: CellConfig, ranks: Ranks) -> LoadedModel:
+    """A cell's model on this rank's device; nobody holds another one any more."""
+    from ..models import load_model
+    from ..models.load import of_rank, release
+
+    release()
+    device = of_rank(config.device, ranks.local_rank)
+    return load_model(config.model, device=device, dtype=config.dtype, attn_implementation=config.attention)
+
+
+def _features(loaded: LoadedModel, share: Share, ranks: Ranks) -> FeatureStore:
+    from .sharing import store_of
+
+    def say(line: str) -> None:
+        print(f"rank {ranks.rank}: {line}", file=sys.stderr)
+
+    return store_of(loaded, share.config.model, share.limit, share.keep, say)

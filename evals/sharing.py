@@ -17,19 +17,23 @@ GIB = 2**30
 
 
 def feature_store(loaded: LoadedModel, config: SweepConfig, say: Callable[[str], Any]) -> FeatureStore:
-    """The store of a sweep, with files under ``$VISIBENCH_CACHE`` or ``~/.cache/visibench``.
+    """The store of a process that works for a sweep; see :func:`store_of`."""
+    return store_of(loaded, config.model, int(config.feature_cache_gb * GIB), config.keep_features, say)
+
+
+def store_of(loaded: LoadedModel, name: str, limit: int, keep: bool, say: Callable[[str], Any]) -> FeatureStore:
+    """A store for the model that is called ``name``, with files under ``$VISIBENCH_CACHE`` or ``~/.cache/visibench``.
 
     Features belong to a checkpoint, its vision settings, dtype, device and machine, and versions of the libraries.
     """
     model: Any = loaded.model
     identity = digest(
         {
-            "checkpoint": fingerprint(config.model),
+            "checkpoint": fingerprint(name),
             "revision": getattr(model.config, "_commit_hash", None),
             "vision": model.config.vision_config.to_dict(),
             "model": {key: str(value) for key, value in loaded.describe().items()},
         }
     )
     root = Path(os.environ.get("VISIBENCH_CACHE") or Path.home() / ".cache" / "visibench")
-    limit = int(config.feature_cache_gb * GIB)
-    return FeatureStore(limit, root / "features", identity=identity, keep=config.keep_features, say=say)
+    return FeatureStore(limit, root / "features", identity=identity, keep=keep, say=say)

@@ -1,5 +1,6 @@
 """Several ranks answer the questions of a cell together: what one process would answer, bit for bit."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 import visibench
+from cases import METHODS
 from storing import untimed
 from visibench import cli, machine
 from visibench.commands import scale
+from visibench.engine.features import FeatureStore
 from visibench.errors import OptionError, VisibenchError
 from visibench.evals import answering, ranks
 from visibench.evals.lmms import evaluate
-from visibench.evals.spec import parse
+from visibench.evals.spec import build, parse, spell
 from visibench.evals.tasks import load_tasks
 from visibench.models import load_model
 from visibench.results.records import CellConfig
@@ -32,13 +35,19 @@ def two(monkeypatch):
     wait = first.wait
 
     def serve_and_wait() -> None:
-        store.set("share/2", ranks.pickle.dumps(None))  # the end, so that it serves once
+        store.set("share/2", "null")  # the end, so that it serves once
         ranks.serve(other)
         wait()
 
     first.wait = serve_and_wait
     monkeypatch.setattr(ranks, "_first", first)
     return first
+
+
+def cell(method, checkpoint, disk_data, **changes) -> CellConfig:
+    values = {"model": str(checkpoint), "method": method.name, "options": method.hyperparameters()}
+    values |= {"label": method.name, "task": "pope", "origin": str(disk_data), "batch_size": 3}
+    return CellConfig(**values | changes)
 
 
 def test_each_rank_answers_its_share_and_all_are_found(two, checkpoint, disk_data, tmp_path, monkeypatch):
@@ -49,15 +58,7 @@ def test_each_rank_answers_its_share_and_all_are_found(two, checkpoint, disk_dat
         return run(bridge, chunk)
 
     method = parse("random:keep=0.25,seed=3")
-    config = CellConfig(
-        model=str(checkpoint),
-        method=method.name,
-        options=method.hyperparameters(),
-        label="random",
-        task="pope",
-        origin=str(disk_data),
-        batch_size=3,
-    )
+    config = cell(method, checkpoint, disk_data)
     loaded, task, reported = load_model(str(checkpoint)), load_tasks(["pope"], str(disk_data))[0], []
     monkeypatch.setattr(answering.Bridge, "_run", spy)
     folder = Store(tmp_path).begin(config)
@@ -86,19 +87,57 @@ def test_what_a_rank_could_not_answer_runs_on_the_first(two, checkpoint, disk_da
 
     monkeypatch.setattr(answering, "answer", answer)
     method = parse("none")
-    config = CellConfig(
-        model=str(checkpoint),
-        method="none",
-        options=method.hyperparameters(),
-        label="none",
-        task="pope",
-        origin=str(disk_data),
-        batch_size=3,
-    )
+    config = cell(method, checkpoint, disk_data)
     loaded, task = load_model(str(checkpoint)), load_tasks(["pope"], str(disk_data))[0]
     found = ranks.answer(loaded, method, task, config, Store(tmp_path).begin(config))
     assert failing == [(1, 2)]
     assert sum(len(batch.records) for batch in found.batches.values()) == 8
+
+
+@pytest.mark.parametrize("limit", [2**30, 0])
+def test_a_rank_shares_vision_features_between_its_cells(two, limit, checkpoint, disk_data, tmp_path, monkeypatch):
+    """As the first one does: within the same bounds, in a store of its own that ends with it."""
+    loaded, task, store = load_model(str(checkpoint)), load_tasks(["pope"], str(disk_data))[0], Store(tmp_path / "run")
+    stores, make = [], FeatureStore.__init__
+    methods = [parse("none"), parse("fastv:layer=1,keep=0.5")]
+    configs = [cell(method, checkpoint, disk_data) for method in methods]
+    with monkeypatch.context() as first_alone:
+        first_alone.setattr(answering, "answer", lambda *arguments, **options: None)
+        two.wait = lambda: None
+        for method, config in zip(methods, configs, strict=True):
+            ranks.answer(loaded, method, task, config, store.begin(config), features=FeatureStore(limit, keep=True))
+        two.send(None)
+
+    def made(self, *arguments, **options):
+        make(self, *arguments, **options)
+        stores.append(self)
+
+    monkeypatch.setenv("VISIBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(FeatureStore, "__init__", made)
+    ranks.serve(ranks.Ranks(two.store, 1, 1, 2))
+    reused = []
+    for config in configs:
+        (line,) = (store.path(config) / "answers-1of2.jsonl").read_text().splitlines()[1:]
+        reused.append(json.loads(line)["reused"])
+    assert reused == [0, 3 if limit else 0], "the batch's images, seen in the cell before"
+    assert [(one.limit, one.keep) for one in stores] == [(limit, True)]
+    assert bool(list((tmp_path / "cache").rglob("*.safetensors"))) == bool(limit), "written where it is closed"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_comes_to_the_other_ranks_as_it_was_sent(name, checkpoint, disk_data):
+    first, other = (ranks.Ranks(dist.HashStore(), rank, rank, 2) for rank in range(2))
+    other.store = first.store
+    for example in METHODS[name].examples:
+        method = parse(spell(METHODS[name], example))
+        config = cell(method, checkpoint, disk_data)
+        first.send(ranks.Share(config=config, folder=Path("runs/ä"), limit=2**40, keep=True))
+        assert json.loads(first.store.get(f"share/{first.shares}"))["folder"] == "runs/ä", "nothing but data"
+        share = other.receive()
+        assert share == ranks.Share(config=config, folder=Path("runs/ä"), limit=2**40, keep=True)
+        assert build(share.config.method, share.config.options) == method
+    first.send(None)
+    assert other.receive() is None
 
 
 def test_executors_are_refused_on_several_ranks(two):
