@@ -5,7 +5,8 @@ machine but what it is handed: it works in a folder of its own and returns the f
 process puts into the run folder. So workers need not see the run folder; they need visibench in the same versions, and
 the model and data under the same names. A shard returns its answers, which the cell's last task is handed and scores.
 What a lost worker was at runs again on another one, and a new one comes in its place where the cluster has room: so
-nothing waits for a machine that does not come back.
+nothing waits for a machine that does not come back. Each worker keeps what the vision tower computes for all that it
+runs.
 """
 
 from __future__ import annotations
@@ -24,15 +25,20 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError, IncompleteError, OptionError, VisibenchError
+from rich.text import Text
+
+from ..engine.features import FeatureStore
+from ..errors import DataError, IncompleteError, OptionError, StorageError, VisibenchError
 from ..results.records import Failure
 from ..results.store import ANSWERS, DONE, Store
-from .answering import answer
+from .answering import answer, failure
 from .cell import run_cell
 from .config import SweepConfig
 from .executors import UNFINISHED, Job
 from .plan import Plan, fingerprint
 from .progress import Answered, CellFailed, CellFinished, CellStarted, Named, Note, Reporter, Stopwatch
+from .sharing import feature_store
+from .tasks import reason
 
 if TYPE_CHECKING:
     from .sweep import Prepared
@@ -110,10 +116,11 @@ def _needs(device: str, resources: Mapping[str, float]) -> tuple[dict[str, int],
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a task returns: files of the cell's folder that are new, by name, and how many questions it answered."""
+    """What a task returns: new files of the cell's folder by name, how many questions it answered, and what to say."""
 
     files: dict[str, bytes]
     answered: int
+    notes: tuple[str, ...] = ()
 
 
 class Worker:
@@ -123,6 +130,26 @@ class Worker:
         from .sweep import Prepared
 
         self.prepared = Prepared(SweepConfig.model_validate_json(config), Reporter())
+        self._notes: list[str] = []
+        self._features: FeatureStore | None = None
+
+    @property
+    def features(self) -> FeatureStore:
+        """What its cells and shards share."""
+        if self._features is None:
+            self._features = feature_store(self.prepared.loaded, self.prepared.config, self._notes.append)
+        return self._features
+
+    def close(self) -> tuple[str, ...]:
+        """Free what is shared; returns what to say of that."""
+        if self._features is not None:
+            self._features.close()
+        return self._told()
+
+    def _told(self) -> tuple[str, ...]:
+        told = tuple(self._notes)
+        self._notes.clear()
+        return told
 
     def run(self, cell: Plan, shard: Shard | None, files: dict[str, bytes], dense: dict[str, bytes]) -> Outcome:
         """Answer a shard, or with all that is answered in ``files`` what is left, and score and time the cell.
@@ -138,17 +165,21 @@ class Worker:
             if cell.dense is not None:
                 store.take(cell.dense, dense)
             folder = store.begin(config)
-            for name, content in files.items():
-                (folder / name).write_bytes(content)
-            answered: list[int] = []
+            store.take(config, files)
+            asked, answered = (prepared.loaded, cell.method, task, config), list[int]()
             if shard is None:
                 with suppress(IncompleteError):  # its file of failures says the same
-                    run_cell(prepared.loaded, cell.method, task, config, store, dense=cell.dense)
+                    run_cell(*asked, store, features=self.features, dense=cell.dense)
             else:
-                answer(prepared.loaded, cell.method, task, config, folder, shard=shard, on_batch=answered.append)
+                try:
+                    answer(*asked, folder, shard=shard, on_batch=answered.append, features=self.features)
+                except StorageError:
+                    raise
+                except VisibenchError as error:  # the cell's own, as in `run_cell`, which meets it again at the end
+                    store.fail(config, [failure(error)])
             found = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
         new = {name: content for name, content in found.items() if files.get(name) != content}
-        return Outcome(new, sum(answered))
+        return Outcome(new, sum(answered), self._told())
 
 
 # ---- here -----------------------------------------------------------------------------------------------------------
@@ -200,9 +231,19 @@ class _Driver:
                     self._look()
                 elif self.cells:
                     self._wait()
+            self._close()
         finally:
             for task in [*self.tasks, *(task for _, task in self.running.values())]:
                 task.state.claim.close()
+
+    def _close(self) -> None:
+        for told in [worker.close.remote() for worker in self.idle]:
+            with suppress(self.ray.exceptions.RayError):  # a lost one has nothing left
+                self._say(self.ray.get(told))
+
+    def _say(self, notes: tuple[str, ...]) -> None:
+        for text in notes:
+            self.report(Note(text=text))
 
     def _start(self) -> None:
         worker = self.start()
@@ -231,23 +272,33 @@ class _Driver:
                 ) from error
 
     def _back(self, worker: Any, task: _Task, ready: Any) -> None:
-        """Take in what a task returned, or have it run again if its worker was lost."""
+        """Take in what a task returned, or have it run again if its worker was lost.
+
+        Errors that a user can mend end the sweep, as they do in one process; others are failures of the cell.
+        """
         errors = self.ray.exceptions
         try:
             outcome = self.ray.get(ready)
             self.idle.append(worker)
         except errors.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, VisibenchError) else error from None
+            if isinstance(error.cause, VisibenchError):
+                raise error.cause from None
+            self.idle.append(worker)
+            outcome = self._failed(task, reason(error.cause), error)
         except errors.RayError as error:
             self.ray.kill(worker)  # it may go on where it cannot be reached
             self._start()
             if task.lost < RETRIES:
                 self.tasks.appendleft(replace(task, lost=task.lost + 1))
                 return
-            lost = Failure(doc_id=None, error=f"its worker was lost {RETRIES + 1} times", traceback=str(error))
-            self.job.store.fail(task.state.cell.config, [lost])
-            outcome = Outcome({}, 0)
+            outcome = self._failed(task, f"its worker was lost {RETRIES + 1} times", error)
         self._take(task, outcome)
+
+    def _failed(self, task: _Task, why: str, error: Exception) -> Outcome:
+        # Ray colours what it tells.
+        failed = Failure(doc_id=None, error=why, traceback=Text.from_ansi(str(error)).plain)
+        self.job.store.fail(task.state.cell.config, [failed])
+        return Outcome({}, 0)
 
     def _hand_out(self) -> None:
         """Give the next task to an idle worker."""
@@ -296,6 +347,7 @@ class _Driver:
 
     def _take(self, task: _Task, outcome: Outcome) -> None:
         state = task.state
+        self._say(outcome.notes)
         self.job.store.take(state.cell.config, outcome.files)
         if task.shard is not None:
             state.left -= 1

@@ -1,5 +1,6 @@
 """Sweeps by several processes and on a Ray cluster: the same results, also when a worker is killed."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -12,12 +13,13 @@ import pytest
 from rich.console import Console
 from storing import untimed
 from visibench.commands.scale import choose
-from visibench.errors import OptionError, VisibenchError
+from visibench.errors import IncompleteError, OptionError, UnsupportedModelError, VisibenchError
 from visibench.evals import executors
 from visibench.evals.config import parse_config
 from visibench.evals.executors import Processes
+from visibench.evals.plan import plan
 from visibench.evals.progress import Reporter
-from visibench.evals.ray import Ray, _needs
+from visibench.evals.ray import Outcome, Ray, Worker, _needs
 from visibench.evals.sweep import sweep
 from visibench.results.store import Store
 
@@ -194,9 +196,73 @@ def test_a_ray_cluster_gives_what_one_process_does_and_a_killed_worker_changes_n
     assert capsys.readouterr().out == ""
     assert outcomes(cells) == straight
     check_events(heard, len(straight))
+    # Sixteen shards have four sets of images, and three workers ran at most.
+    assert sum(cell.metrics.reused_images > 0 for cell in cells) >= (16 - 3 * 4) / 2
     counts = [event.answered for event in heard.of("progress") if event.cell.number == 1]
     assert counts in ([3, 7], [4, 7]), "shards of batches of two: 2 + 2 and 2 + 1 questions, in any order"
     assert not list(tmp_path.glob("cells/*/answers*"))
+
+
+def reused(outcome: Outcome) -> int:
+    (content,) = (content for name, content in outcome.files.items() if name.startswith("answers"))
+    return sum(json.loads(line)["reused"] for line in content.splitlines()[1:])
+
+
+@pytest.mark.parametrize("limit", [1.0, 0.0])
+def test_a_ray_worker_shares_vision_features_between_its_tasks(config, limit, tmp_path, monkeypatch):
+    monkeypatch.setenv("VISIBENCH_CACHE", str(tmp_path))
+    one = config.model_copy(update={"tasks": ["gqa"], "feature_cache_gb": limit, "keep_features": True})
+    worker, (dense, fastv, *_) = Worker(one.model_dump_json()), plan(one)
+    first, second = (worker.run(cell, (0, 2), {}, {}) for cell in (dense, fastv))
+    assert (first.answered, second.answered) == (4, 4)
+    assert reused(second) == (4 if limit else 0) >= reused(first)
+    assert first.notes == second.notes == worker.close() == ()
+    assert bool(list(tmp_path.rglob("*.safetensors"))) == bool(limit), "written where it is closed"
+
+
+def test_what_a_ray_worker_has_to_say_of_vision_features_comes_back(config, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("VISIBENCH_CACHE", str(tmp_path / "file"))
+    small = config.model_copy(update={"tasks": ["gqa"], "feature_cache_gb": 3e-6})  # one image of two
+    worker = Worker(small.model_dump_json())
+    (note,) = worker.run(plan(small)[0], (0, 2), {}, {}).notes
+    assert note.startswith("image features stay in memory, cannot write to")
+    assert worker.close() == ()
+
+
+def test_a_shard_that_cannot_run_is_left_to_the_end_of_its_cell(config, monkeypatch):
+    def fails(*arguments, **options):
+        raise UnsupportedModelError("no such layer")
+
+    monkeypatch.setattr("visibench.evals.ray.answer", fails)
+    one = config.model_copy(update={"tasks": ["gqa"]})
+    outcome = Worker(one.model_dump_json()).run(plan(one)[0], (0, 2), {}, {})
+    assert b"UnsupportedModelError: no such layer" in outcome.files["failures.jsonl"]
+    assert outcome.answered == 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_ray")
+@pytest.mark.parametrize("shard", [1000, 4])
+def test_an_unforeseen_error_of_a_ray_worker_is_a_failure_of_its_cell(shard, config, straight, tmp_path, monkeypatch):
+    class Failing(Worker):
+        def run(self, cell, shard, files, dense):
+            if (cell.method.name, cell.config.task) == ("fastv", "gqa"):
+                raise RuntimeError("no such head\nreally")
+            return Worker.run(self, cell, shard, files, dense)
+
+    monkeypatch.setattr("visibench.evals.ray.Worker", Failing)
+    with pytest.raises(IncompleteError) as caught:
+        sweep(config, tmp_path, QUIET, executor=Ray(workers=1, shard=shard))
+    assert caught.value.exit_code == 3
+    assert "fastv:keep=0.5 · gqa · seed 0: failed, RuntimeError: no such head: see" in str(caught.value)
+    left = [one for one in straight if (one[0].method, one[0].task) != ("fastv", "gqa")]
+    assert outcomes(caught.value.cells) == left
+    (file,) = tmp_path.glob("cells/*/failures.jsonl")
+    (line,) = map(json.loads, file.read_text().splitlines())
+    assert (line["doc_id"], line["error"]) == (None, "RuntimeError: no such head")
+    assert 'raise RuntimeError("no such head' in line["traceback"]
+    assert "\x1b" not in line["traceback"]
 
 
 @pytest.mark.slow
