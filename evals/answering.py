@@ -59,9 +59,10 @@ def answer(
 
     A batch that does not fit into memory, or fails otherwise, runs again in halves, down to single questions; those
     that fail even so are in ``failures`` of what is returned, and their batch is not kept, so that it runs again next
-    time. After ``HOPELESS`` failures in a row the rest is left. ``on_batch`` is called with the number of questions
-    after each batch, kept ones included; what it raises stops the work with nothing lost. ``features``: where cells
-    share what the vision tower computes; without one, or with another one, the answers are the same.
+    time. After ``HOPELESS`` failures in a row the rest is not asked, which the last of ``failures`` says. ``on_batch``
+    is called with the number of questions after each batch, kept ones included; what it raises stops the work with
+    nothing lost. ``features``: where cells share what the vision tower computes; without one, or with another one, the
+    answers are the same.
     """
     answers = Answers(folder, bound_to(config, loaded.describe()), shard)
     with harness.quiet(), prune(loaded.model, method, features=features or FeatureStore(0)) as session:
@@ -122,8 +123,8 @@ class Bridge:
 
     def answer(self, requests: list, shard: tuple[int, int] = (0, 1)) -> None:
         """Answer the batches of a shard, those that are not answered yet."""
-        chunks = batches(requests, self.batch_size)
-        for number, chunk in islice(enumerate(chunks), shard[0], None, shard[1]):
+        todo = islice(enumerate(batches(requests, self.batch_size)), shard[0], None, shard[1])
+        for number, chunk in todo:
             asked = batch_key(chunk)
             batch = self.answers.find(asked, self._image)
             if batch is None:
@@ -134,7 +135,14 @@ class Bridge:
             self.records |= batch.records
             self.on_batch(len(chunk))
             if self._in_a_row >= HOPELESS:
+                self._give_up([chunk for _, chunk in todo])
                 return
+
+    def _give_up(self, chunks: list[list[tuple]]) -> None:
+        """Note how many questions are left of those that come, if any."""
+        left = sum(len(chunk) for chunk in chunks if batch_key(chunk) not in self.answers.batches)
+        if left:
+            self.answers.failures.append(given_up(self._in_a_row, left))
 
     def _image(self, doc_id: int) -> str:
         try:
@@ -279,6 +287,12 @@ def failure(error: BaseException, doc_id: int | None = None) -> Failure:
     """The record of an exception."""
     lines = traceback.format_exception(error)
     return Failure(doc_id=doc_id, error=reason(error), traceback="".join(lines))
+
+
+def given_up(failed: int, left: int) -> Failure:
+    """The record of questions that were not asked."""
+    error = f"given up after {failed} failures in a row, {left} {'question' if left == 1 else 'questions'} not asked"
+    return Failure(doc_id=None, error=error, traceback="")
 
 
 def batch_key(chunk: list[tuple]) -> str:

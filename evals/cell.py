@@ -134,12 +134,14 @@ def agreed(cell: Cell, dense: CellConfig | None, store: Store) -> Cell:
 
 def _described(failures: list[Failure], size: int, folder: Path) -> str:
     """What failed, and where it is written down."""
-    first, count = failures[0], len(failures)
+    failed = [failure for failure in failures if failure.doc_id is not None]
+    whole = [failure.error for failure in failures if failure.doc_id is None]
     where = f"see {folder / FAILURES}"
-    if first.doc_id is None:
-        return f"failed, {first.error}: {where}"
-    which = f"question {first.doc_id}" if count == 1 else f"first question {first.doc_id}"
-    return f"{count} of {size} questions failed, {which}, {first.error}: {where}"
+    if not failed:
+        return f"failed, {whole[0]}: {where}"
+    which = f"question {failed[0].doc_id}" if len(failed) == 1 else f"first question {failed[0].doc_id}"
+    described = [f"{len(failed)} of {size} questions failed, {which}, {failed[0].error}", *whole]
+    return f"{'; '.join(described)}: {where}"
 
 
 def _no_room(error: BaseException | None) -> bool:

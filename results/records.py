@@ -119,7 +119,7 @@ class PrefillTime(Record):
 class Failure(Record):
     """What went wrong with a question; ``doc_id`` None: with the cell as a whole.
 
-    ``error`` in one line, ``traceback`` as Python prints it.
+    ``error`` in one line, ``traceback`` as Python prints it; empty where no exception was raised.
     """
 
     doc_id: int | None

@@ -246,9 +246,35 @@ def test_a_failing_method_does_not_stop_the_others(settings, tmp_path, monkeypat
     message = str(caught.value)
     assert message.startswith("2 of 4 cells are incomplete")
     assert "fastv:keep=0.5 · gqa · seed 0: 5 of 6 questions failed, first question" in message
-    assert "RuntimeError: no such head: see" in message
+    assert "RuntimeError: no such head; given up after 5 failures in a row, 1 question not asked: see" in message
     assert len(tried) == 2 * 5 < 2 * HOPELESS
     assert len(build(Store(tmp_path).cells())[0].rows) == 1
+
+
+def test_a_cell_that_is_given_up_says_so_and_counts_what_is_left(loaded, pope, tmp_path, monkeypatch):
+    """Of eight questions one by one: four answered, three failed; of the last, what another shard has is not left."""
+    run, fail = Bridge._run, []
+
+    def failing(self, chunk):
+        if fail:
+            raise RuntimeError("no such head")
+        return run(self, chunk)
+
+    monkeypatch.setattr(Bridge, "_run", failing)
+    monkeypatch.setattr(answering, "HOPELESS", 3)
+    config, store = asked(batch_size=1), Store(tmp_path)
+    answer(loaded, DENSE, pope, config, folder := store.begin(config), shard=(7, 8))
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(loaded, DENSE, pope, config, store, after(3))
+    fail.append(1)
+    with pytest.raises(IncompleteError, match=r"^3 of 8 questions failed, .* in a row, 1 question not asked: see"):
+        run_cell(loaded, DENSE, pope, config, store)
+    *failed, last = map(json.loads, (folder / "failures.jsonl").read_text().splitlines())
+    assert len(failed) == 3
+    assert (last["doc_id"], last["error"]) == (None, "given up after 3 failures in a row, 1 question not asked")
+    monkeypatch.setattr(answering, "HOPELESS", 4)
+    with pytest.raises(IncompleteError, match=r"^4 of 8 questions failed, .*: no such head: see"):
+        run_cell(loaded, DENSE, pope, config, store)
 
 
 def test_a_failing_scorer_keeps_the_answers(loaded, pope, tmp_path, ran, monkeypatch):
