@@ -41,7 +41,8 @@ def straight(config, tmp_path_factory) -> list:
 def outcomes(cells) -> list:
     """What must be the same whoever runs a cell: all but times, and what says that files are whole.
 
-    Nor the commit, which each process asks for itself: others may work on the checkout meanwhile.
+    Nor what was reused, which depends on what else a worker ran; nor the commit, which each process asks for itself:
+    others may work on the checkout meanwhile.
     """
     times = {"prefill": {"times_ms"}, "seconds": True, "reused_images": True, "samples_hash": True, "checksum": True}
     times["environment"] = {"code"}
@@ -243,8 +244,7 @@ def test_a_shard_that_cannot_run_is_left_to_the_end_of_its_cell(config, monkeypa
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_ray")
-@pytest.mark.parametrize("shard", [1000, 4])
-def test_an_unforeseen_error_of_a_ray_worker_is_a_failure_of_its_cell(shard, config, straight, tmp_path, monkeypatch):
+def test_an_unforeseen_error_of_a_ray_worker_is_a_failure_of_its_cell(config, straight, tmp_path, monkeypatch):
     class Failing(Worker):
         def run(self, cell, shard, files, dense):
             if (cell.method.name, cell.config.task) == ("fastv", "gqa"):
@@ -253,7 +253,7 @@ def test_an_unforeseen_error_of_a_ray_worker_is_a_failure_of_its_cell(shard, con
 
     monkeypatch.setattr("visibench.evals.ray.Worker", Failing)
     with pytest.raises(IncompleteError) as caught:
-        sweep(config, tmp_path, QUIET, executor=Ray(workers=1, shard=shard))
+        sweep(config, tmp_path, QUIET, executor=Ray(workers=1, shard=4))
     assert caught.value.exit_code == 3
     assert "fastv:keep=0.5 · gqa · seed 0: failed, RuntimeError: no such head: see" in str(caught.value)
     left = [one for one in straight if (one[0].method, one[0].task) != ("fastv", "gqa")]
