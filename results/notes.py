@@ -228,8 +228,9 @@ def origin(table: Table) -> str:
     named = ("visibench", "lmms-eval", "transformers", "torch")
     commits = {"visibench": f" (commit {' and '.join(table.commits)})" if table.commits else ""}
     packages = ", ".join(f"{name} {versions[name]}{commits.get(name, '')}" for name in named if name in versions)
+    threads = f"{model.get('threads')} thread{'' if model.get('threads') == 1 else 's'}"
     return (
         f"Model {table.facts['model']}: {model.get('dtype')}, {model.get('attention')} attention, "
         f"{model.get('image_processor')}, {model.get('device')} ({model.get('hardware')}, "
-        f"{model.get('threads')} threads); {packages}."
+        f"{threads}); {packages}."
     )
