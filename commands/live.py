@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,14 +20,16 @@ import typer
 from rich.console import Console
 
 from ..errors import DataError, OptionError, suggest
-from .wandb import destination
+from .wandb import FAILED, SENT, destination, sync_command
 
 if TYPE_CHECKING:
     from ..evals.progress import Reporter
     from ..results.wandb import Target
 
-WAIT, INTERRUPTED = 120.0, 5.0
-"""Seconds that the end of a sweep waits for what is still to be sent, and after Ctrl-C."""
+WAIT, SHORT = 120.0, 5.0
+"""Seconds that the end of a sweep waits for what is still to be sent; after Ctrl-C, or once sending has failed."""
+LOOK = 0.5
+"""Seconds between looks at how that goes."""
 
 Mode = Annotated[
     str,
@@ -71,25 +74,46 @@ class Live:
             os.write(self.pipe.fileno(), b"\n")
 
     def close(self, seconds: float) -> str:
-        """Let it finish, for so many seconds at most. Returns why it did not, or nothing."""
+        """Let it finish, for so many seconds at most, or until Ctrl-C. Returns why it did not, or nothing.
+
+        From the first failure on, it has :data:`SHORT` seconds left.
+        """
         with suppress(OSError):
             self.pipe.close()
         try:
-            code = self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
+            code = self._wait(seconds)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-            return f"not finished {seconds:g} s after the sweep"
-        lines = self.log.read_text(errors="replace").strip().splitlines()
+            return self.trouble() or ("interrupted" if isinstance(error, KeyboardInterrupt) else "not finished in time")
+        lines = self._lines()
         return "" if code == 0 else lines[-1].removeprefix("error: ") if lines else f"exit code {code}"
 
+    def trouble(self) -> str:
+        """Why the last try to send failed; empty if it did not."""
+        told = (line for line in reversed(self._lines()) if line.startswith((SENT, FAILED)))
+        last = next(told, SENT)
+        return last.removeprefix(FAILED) if last.startswith(FAILED) else ""
 
-@contextmanager
-def sending(
+    def _wait(self, seconds: float) -> int:
+        end = time.monotonic() + seconds
+        while True:
+            if self.trouble():
+                return self.process.wait(min(SHORT, max(end - time.monotonic(), 0)))
+            with suppress(subprocess.TimeoutExpired):
+                return self.process.wait(min(LOOK, max(end - time.monotonic(), 0)))
+            if time.monotonic() >= end:
+                raise subprocess.TimeoutExpired(self.process.args, seconds)
+
+    def _lines(self) -> list[str]:
+        return self.log.read_text(errors="replace").strip().splitlines()
+
+
+def target_of(
     folder: Path, mode: str, project: str | None, entity: str | None, group: str | None, tags: str | None
-) -> Iterator[Live | None]:
-    """A process that sends what is stored meanwhile, or None if ``mode`` is ``off``.
+) -> Target | None:
+    """Where cells go as they finish; None if ``mode`` is ``off``.
 
     Raises :class:`OptionError`, before anything runs, for options that cannot be and where a key is missing.
     """
@@ -98,25 +122,42 @@ def sending(
         stray = [name for name, value in given.items() if value is not None]
         if stray:
             raise OptionError(f"--wandb-{stray[0]} needs --wandb online or --wandb offline")
-        yield None
-        return
+        return None
     if mode not in ("online", "offline"):
         raise OptionError(f"--wandb: {suggest(mode, ('off', 'offline', 'online'))}")
     target = destination(folder, mode, project, entity, group, tags)
     target.check()
+    return target
+
+
+@contextmanager
+def sending(folder: Path, target: Target | None, *, quiet: bool = False) -> Iterator[Live | None]:
+    """A process that sends what is stored meanwhile to ``target``; the end waits for it, and says so unless ``quiet``.
+
+    Whatever becomes of it, the sweep's own outcome stays.
+    """
+    if target is None:
+        yield None
+        return
     live, wait = Live(folder, target), WAIT
     try:
         yield live
     except KeyboardInterrupt:
-        wait = INTERRUPTED
+        wait = SHORT
         raise
     finally:
+        later = sync_command(folder, target)
+        wait = SHORT if live.trouble() else wait
+        if not quiet and live.process.poll() is None:
+            _say(f"Sending the rest to W&B, up to {wait:g} s; Ctrl-C leaves it for `{later}`.")
         problem = live.close(wait)
         if problem:
-            Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(
-                f"warning: not all is in W&B ({problem}); results are complete in {folder}, and "
-                f"`visibench wandb sync {folder}` sends the rest"
-            )
+            told = f"not all is in W&B ({problem}); results are complete in {folder}, and `{later}` sends the rest"
+            _say(f"warning: {told}")
+
+
+def _say(text: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(text)
 
 
 def listening(report: Reporter | None, live: Live | None) -> Reporter | None:

@@ -77,8 +77,9 @@ def run(
         content["feature_cache_gb"] = feature_cache_gb
     folder = out or Path("runs") / Path(model).name
     parsed = parse_config(content, "visibench run")
+    target = live.target_of(folder, wandb, wandb_project, wandb_entity, wandb_group, wandb_tags)
     with (
-        live.sending(folder, wandb, wandb_project, wandb_entity, wandb_group, wandb_tags) as sink,
+        live.sending(folder, target) as sink,
         _sweep(parsed, folder, dense=False, report=live.listening(None, sink)) as cells,
     ):
         _print_run(cells, folder, as_json=as_json)
@@ -132,13 +133,14 @@ def sweep(
     folder = out or Path(chosen.out or f"runs/{name}")
     if quiet and as_json:
         raise OptionError("--quiet and --json exclude each other: give one")
+    runs = scale.choose(executor, workers, address, shard)
+    target = live.target_of(folder, wandb, wandb_project, wandb_entity, wandb_group, wandb_tags)
     if dry_run:
         show(chosen, folder, as_json=as_json)
         return
     report = JsonLines() if as_json else Reporter() if quiet else None
-    runs = scale.choose(executor, workers, address, shard)
     with (
-        live.sending(folder, wandb, wandb_project, wandb_entity, wandb_group, wandb_tags) as sink,
+        live.sending(folder, target, quiet=quiet) as sink,
         _sweep(chosen, folder, report=live.listening(report, sink), executor=runs) as cells,
     ):
         tables = save_tables(cells, folder)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from ..errors import OptionError, suggest
+from ..errors import OptionError, VisibenchError, suggest
 from .shared import check_writable, finished
 
 if TYPE_CHECKING:
-    from ..results.store import Cell
-    from ..results.wandb import Pictures, Target
+    from ..results.wandb import Pictures, Sink, Target
+
+SENT, FAILED = "sent: ", "not sent: "
+"""How lines begin that say what became of a try, while a sweep runs."""
 
 app = typer.Typer(no_args_is_help=True, help="Send results to Weights & Biases, and make reports there.")
 
@@ -47,24 +49,40 @@ def sync(
     follow: Annotated[bool, typer.Option("--follow", hidden=True)] = False,
 ) -> None:
     """Send what is new in a run folder, finished or not: a run for each cell, and one with tables and figures."""
-    from ..results.store import Store
     from ..results.wandb import Sink
 
     target = destination(folder, mode, project, entity, group, tags, samples)
     if follow:
         os.nice(10)  # cells that are being timed should not notice
-        rounds: Iterator[list[Cell]] = (Store(folder).usable() for _ in chain([""], sys.stdin))
-    else:
-        rounds = iter([finished(folder)])
-    sink, cells, new = Sink(folder, target, _overlaid() if images and samples else None), [], 0
-    for cells in rounds:
-        new += sum(sink.send(cell, cells) for cell in cells)
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # there is another try, and an end that waits
+    sink = Sink(folder, target, _overlaid() if images and samples else None)
+    new = _followed(sink) if follow else 0
+    cells = sink.store.usable() if follow else finished(folder)
+    new += sum(sink.send(cell, cells) for cell in cells)
     tables = bool(cells) and sink.finish(cells)
     Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(
         f"{'Sent' if mode == 'online' else f'Written to {folder}/wandb'}: {new} of {len(cells)} cells"
         f"{' and their tables' if tables else ''} in group {target.group!r} of project {target.project!r}."
         f"{'' if new == len(cells) else ' The others had gone before.'}"
     )
+
+
+def _followed(sink: Sink) -> int:
+    """Send cells whenever standard input says that there are new ones, until it ends; how many went.
+
+    Where W&B does not take one, a line says so, and all that is left is tried again with the next.
+    """
+    new, more = 0, True
+    while more:
+        try:
+            cells = sink.store.usable()
+            for cell in cells:
+                new += sink.send(cell, cells)
+            print(f"{SENT}{len(cells)} cells", flush=True)
+        except VisibenchError as error:
+            print(f"{FAILED}{error}", flush=True)
+        more = bool(os.read(sys.stdin.fileno(), 1 << 16))
+    return new
 
 
 def _overlaid() -> Pictures:
@@ -82,14 +100,53 @@ def destination(
     tags: str | None,
     samples: int = 32,
 ) -> Target:
-    """Where results go. Raises :class:`OptionError` for names that cannot be."""
+    """Where results go. Raises :class:`OptionError` for names that cannot be, by wandb's own rules where it has one."""
     from ..results.wandb import MODES, PROJECT, Target
 
     if mode not in MODES:
         raise OptionError(f"unknown mode {mode!r}; {suggest(mode, MODES)}")
+    given = {"project": project, "entity": entity, "group": group, "tags": tags}
+    empty = [name for name, value in given.items() if value is not None and not value.strip(" ,")]
+    if empty:
+        raise OptionError(f"the {empty[0]} for W&B is empty: name one, or leave the option out")
     named = tuple(tag.strip() for tag in (tags or "").split(",") if tag.strip())
     chosen = project or os.environ.get("WANDB_PROJECT") or PROJECT
-    return Target(group or folder.resolve().name, mode, chosen, entity, named, samples)
+    target = Target(group or folder.resolve().name, mode, chosen, entity, named, samples)
+    _check_names(target)
+    return target
+
+
+def _check_names(target: Target) -> None:
+    """Raise :class:`OptionError` for a name that wandb would refuse, if only once there is something to send."""
+    from pydantic import ValidationError
+    from wandb import Settings
+    from wandb.errors import UsageError
+    from wandb.sdk.artifacts._validators import validate_artifact_name
+
+    checks: dict[str, Callable[[], object]] = {
+        "project": lambda: Settings(project=target.project),
+        "entity": lambda: Settings(project=target.entity),  # part of the same addresses; has no rule of its own
+        "tags": lambda: Settings(run_tags=target.tags),
+        "group": lambda: validate_artifact_name(f"{target.group}-tables".replace("/", "-")),
+    }
+    for name, check in checks.items():
+        try:
+            check()
+        except (UsageError, ValueError) as error:
+            problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+            told = problem.removeprefix("Value error, ").replace("project name", f"{name} name")
+            raise OptionError(f"W&B takes no such {name}: {told}") from error
+
+
+def sync_command(folder: Path, target: Target) -> str:
+    """The command that sends ``folder`` to the same place, with the options that differ from what would be."""
+    from ..results.wandb import PROJECT, Target
+
+    given = target.options()
+    default = Target(folder.resolve().name, project=os.environ.get("WANDB_PROJECT") or PROJECT).options()
+    usual = set(zip(default[::2], default[1::2], strict=True))
+    options = [part for pair in zip(given[::2], given[1::2], strict=True) if pair not in usual for part in pair]
+    return shlex.join(["visibench", "wandb", "sync", str(folder), *options])
 
 
 @app.command()

@@ -1,25 +1,20 @@
-"""Weights & Biases: what wandb's own reader finds in what was written, and what happens when nobody answers."""
+"""Weights & Biases: what wandb's own reader finds in what was written, offline."""
 
 import base64
 import json
-import os
-import socket
 import statistics
 import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytest
+from accountless import KEY, environment
 from PIL import Image
 from storing import config, frame, put
-from visibench.cli import main
-from visibench.commands.live import sending
 from visibench.errors import OptionError
 from visibench.evals.pictures import DIMMED, Pictures
-from visibench.evals.progress import CellFinished, Listening, Named, Reporter
 from visibench.results import plots
 from visibench.results.records import ScoreRecord
 from visibench.results.store import Store
@@ -27,9 +22,7 @@ from visibench.results.tables import build
 from visibench.results.wandb import Target
 from visibench.results.wandb_content import BEHIND, summary
 
-KEY = "0123456789abcdef" * 3
 IMAGES = [f"i{n // 2}" for n in range(40)]
-QUICK = {f"WANDB__GRAPHQL_RETRY_{name}": "1" for name in ("MAX", "WAIT_MIN_SECONDS", "WAIT_MAX_SECONDS")}
 
 
 def answered(store, method, right, keep=1.0):
@@ -48,19 +41,6 @@ def full(folder: Path) -> Store:
     answered(store, "fastv", 0.6, 0.5)
     store.save("sweep.yaml", "model: tiny\n")
     return store
-
-
-def environment(home: Path, **changes: str) -> dict[str, str]:
-    """This process's, without an account."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_") and k != "NETRC"}
-    cache = os.environ.get("VISIBENCH_CACHE") or str(Path.home() / ".cache" / "visibench")
-    return clean | {"HOME": str(home), "VISIBENCH_CACHE": cache, "MPLCONFIGDIR": matplotlib.get_configdir(), **changes}
-
-
-def dead_server() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{free.getsockname()[1]}"
 
 
 def records(file: Path):
@@ -226,81 +206,6 @@ def test_retained_needs_a_dense_cell_on_the_same_questions(tmp_path):
 def test_the_same_cell_has_the_same_run_and_other_groups_have_others():
     assert Target("a").run_id("x") == Target("a", mode="offline", rows=3).run_id("x")
     assert Target("a").run_id("x") != Target("b").run_id("x")
-
-
-@pytest.mark.slow
-def test_a_dead_server_costs_one_warning(tmp_path, monkeypatch, capsys):
-    (tmp_path / "home").mkdir()
-    for name, value in environment(tmp_path / "home", **QUICK, WANDB_BASE_URL=dead_server()).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    folder = tmp_path / "run"
-    with sending(folder, "online", None, None, None, None) as live:
-        full(folder)
-        live()
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert said.startswith("warning: not all is in W&B")
-    assert f"visibench wandb sync {folder}" in said
-    assert KEY not in said
-    assert len(Store(folder).cells()) == 2
-    for file in tmp_path.rglob("*"):
-        assert not file.is_file() or KEY.encode() not in file.read_bytes(), file
-
-
-def test_a_process_that_hangs_or_dies_is_not_waited_for(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("visibench.commands.live.WAIT", 0.2)
-    for number, does in enumerate(("sleep 60", "exit 3")):
-        stand_in = tmp_path / f"stand-in-{number}"
-        stand_in.write_text(f"#!/bin/sh\n{does}\n")
-        stand_in.chmod(0o755)
-        monkeypatch.setattr(sys, "executable", str(stand_in))
-        with sending(tmp_path / "run", "offline", None, None, None, None) as live:
-            for _ in range(100_000):  # more than a pipe holds
-                live()
-        assert live.process.poll() is not None
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1
-        assert ("not finished 0.2 s after" if number == 0 else "exit code 3") in said
-
-
-def test_listeners_hear_of_finished_cells_alone():
-    told, heard = [], []
-    report = Reporter()
-    report.cell_finished = told.append
-    cell = Named.cell(config(), 1, 1, 1)
-    finished = CellFinished(cell=cell, scores=[], visual_tokens=1, executed_macs=1, seconds=1)
-    with Listening(report, lambda: heard.append(len(told))) as tell:
-        from visibench.evals.progress import Note
-
-        tell(Note(text="a"))
-        tell(finished)
-    assert told == [finished]
-    assert heard == [1], "after the event was told"
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (["--wandb", "onlin"], "did you mean 'online'"),
-        (["--wandb-project", "x"], "needs --wandb online"),
-        (["--wandb", "online"], "no W&B API key"),
-    ],
-)
-@pytest.mark.parametrize("command", ["sweep quick", "run --model tiny --method none --tasks gqa"])
-def test_refused_before_anything_runs(command, options, says, tmp_path, monkeypatch, capsys):
-    for name, value in environment(tmp_path).items():
-        monkeypatch.setenv(name, value)
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["visibench", *command.split(), *options])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    said = capsys.readouterr()
-    assert (stopped.value.code, said.out, said.err.count("\n")) == (2, "", 1)
-    assert says in said.err
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_key_that_cannot_be_one_is_refused_unprinted(monkeypatch, tmp_path):
