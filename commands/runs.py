@@ -128,7 +128,10 @@ def sweep(
     from ..evals.progress import JsonLines, Reporter
     from ..evals.sweep import save_tables
 
-    loaded, name = load_config(config, [*(settings or []), *_set(limit=limit, feature_cache_gb=feature_cache_gb)])
+    given = [*(settings or []), *_set(limit=limit, feature_cache_gb=feature_cache_gb)]
+    loaded, name = load_config(config, given)
+    if out is not None and any(setting.partition("=")[0].strip() == "out" for setting in given):
+        raise OptionError(f"out is given twice, in --set and as --out {out}: leave one of them out")
     chosen = select(loaded, only or [], only_tasks or [])
     folder = out or Path(chosen.out or f"runs/{name}")
     if quiet and as_json:

@@ -36,11 +36,16 @@ def override(content: dict[str, Any], settings: Iterable[str], known: Iterable[s
     """A copy of ``content`` with ``settings`` KEY=VALUE, later ones last; VALUE as in YAML.
 
     ``known``: the keys there may be. Dots lead into mappings (``timing.repeats=5``), and into the entries of a method,
-    by name or label (``methods.fastv.keep=0.5``), where an option takes the place of its grid.
+    by name or label (``methods.fastv.keep=0.5``), where an option takes the place of its grid. Raises
+    :class:`OptionError` for a key given twice, and for one as a whole behind a part of it, which would be lost.
     """
-    content = copy.deepcopy(content)
+    content, given = copy.deepcopy(content), {}
     for text in settings:
-        _set(content, text, known)
+        keys = _set(content, text, known)
+        lost = next((other for before, other in given.items() if before[: len(keys)] == keys), None)
+        if lost is not None:
+            raise OptionError(f"{'.'.join(keys)} is given twice, as {lost} and {text}: leave one of them out")
+        given[keys] = text
     return content
 
 
@@ -88,7 +93,7 @@ def _update(content: dict[str, Any], later: dict[str, Any]) -> None:
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -96,10 +101,28 @@ def _parse(path: Path) -> dict[str, Any]:
     return content
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without two values for one key, of which the first would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if any((key.tag, key.value) == (other.tag, other.value) for other in keys[:number]):
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value} stands twice", problem_mark=key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
 # ---- --set ----------------------------------------------------------------------------------------------------------
 
 
-def _set(content: dict[str, Any], text: str, known: Iterable[str]) -> None:
+def _set(content: dict[str, Any], text: str, known: Iterable[str]) -> tuple[str, ...]:
+    """Set what ``text`` says, and return the keys that lead there."""
     key, equals, value = text.partition("=")
     first, *rest = (part.strip() for part in key.split("."))
     if not equals or not all((first, *rest)):
@@ -107,15 +130,15 @@ def _set(content: dict[str, Any], text: str, known: Iterable[str]) -> None:
     if first not in known:
         raise OptionError(f"--set {text}: unknown key {first!r}; {suggest(first, known)}")
     if first == "methods" and rest:
-        _set_option(content, text)
-        return
+        return _set_option(content, text)
     if not rest:
         _update(content, {first: _value(value, text)})
-        return
+        return (min(first, _INSTEAD.get(first, first)),)
     _put(content, [first, *rest], _value(value, text), text)
+    return (first, *rest)
 
 
-def _set_option(content: dict[str, Any], text: str) -> None:
+def _set_option(content: dict[str, Any], text: str) -> tuple[str, ...]:
     """Set an option of all entries of a method. Names and labels may hold dots and equals signs."""
     given = content.get("methods")
     entries = given if isinstance(given, list) else []
@@ -133,6 +156,7 @@ def _set_option(content: dict[str, Any], text: str) -> None:
     content["methods"] = [
         _changed(entry, parts, _value(value, text), text) if name in _names(entry) else entry for entry in entries
     ]
+    return ("methods", name, *parts)
 
 
 def _names(entry: Any) -> set[str]:
@@ -166,8 +190,10 @@ def _put(mapping: dict[str, Any], parts: Sequence[str], value: Any, text: str) -
 
 
 def _value(text: str, setting: str) -> Any:
+    if not text.strip():
+        raise OptionError(f"--set {setting}: no value; write null for none")
     try:
-        return yaml.safe_load(text)
+        return _yaml(text)
     except yaml.YAMLError as error:
         problem = " ".join(str(error).split())
         raise OptionError(f"--set {setting}: the value is not valid YAML: {problem}") from error

@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from ..errors import OptionError, UnsupportedModelError, suggest
 from ..methods import Method
@@ -16,8 +17,18 @@ from ..results.records import TimingConfig
 from . import budget, spec
 from .compose import chosen, override, read
 
+
+def _no_boolean(value: Any) -> Any:
+    if spec.holds_boolean(value):
+        raise PydanticCustomError("boolean", "Expected a number, not true or false")
+    return value
+
+
+Numeric = BeforeValidator(_no_boolean)
 Count = Annotated[int, Field(ge=1, strict=True)]
-Budget = Annotated[dict[Literal["tokens", "tflops"], Annotated[float, Field(ge=0)]], Field(min_length=1, max_length=1)]
+Price = Annotated[float, Field(ge=0), Numeric]
+Budget = Annotated[dict[Literal["tokens", "tflops"], Price], Field(min_length=1, max_length=1)]
+Seeds = Annotated[list[Annotated[int, Numeric]], Field(min_length=1)]
 Solve = Callable[[str, Mapping[str, Any], budget.Target], Method]
 DENSE = budget.DENSE.name
 C = TypeVar("C", bound="Config")
@@ -35,8 +46,8 @@ class MethodEntry(BaseModel):
 
     name: str
     label: str | None = None
-    seeds: list[int] | None = None
-    grid: dict[str, list[Any]] = {}
+    seeds: Seeds | None = None
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
     budget: Budget | list[Budget] | None = None
 
 
@@ -57,7 +68,7 @@ class Config(BaseModel):
     device: str = "auto"
     dtype: str = "auto"
     attention: str = "sdpa"
-    seeds: list[int] = Field(default=[0], min_length=1)
+    seeds: Seeds = [0]
     budget: Budget | list[Budget] | None = None
 
 
@@ -77,10 +88,10 @@ class SweepConfig(Config):
     models: list[Annotated[str, Field(min_length=1)]] = []
     tasks: list[str] = Field(min_length=1)
     data: str = "embedded"
-    limit: Count | dict[str, Count] | None = None
+    limit: Count | Annotated[dict[str, Count], Field(min_length=1)] | None = None
     batch_size: Count = 8
-    timing: TimingConfig | None = TimingConfig()
-    feature_cache_gb: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    timing: Annotated[TimingConfig | None, Numeric] = TimingConfig()
+    feature_cache_gb: Annotated[float, Numeric] = Field(default=1.0, ge=0, allow_inf_nan=False)
     keep_features: bool = False
     references: bool = False
     out: str | None = None
@@ -92,6 +103,15 @@ class SweepConfig(Config):
         for name in self.models:
             if self.models.count(name) > 1:
                 raise ValueError(f"models names {name!r} twice: remove one")
+        return self
+
+    @model_validator(mode="after")
+    def _limited_tasks(self) -> SweepConfig:
+        stray = sorted(set(self.limit) - set(self.tasks)) if isinstance(self.limit, dict) else []
+        if stray:
+            raise ValueError(
+                f"limit names task {stray[0]!r}, which is not in the sweep; {suggest(stray[0], self.tasks)}"
+            )
         return self
 
     def by_model(self) -> list[SweepConfig]:
@@ -228,7 +248,8 @@ def _expand(entry: str | MethodEntry, config: Config) -> list[Point]:
 def select(config: SweepConfig, methods: Sequence[str] = (), tasks: Sequence[str] = ()) -> SweepConfig:
     """The part of a sweep with these methods, by name or label, and these tasks; of what is empty, all.
 
-    Each text may hold several names, separated by commas. Raises :class:`OptionError` for names that are not in it.
+    Each text may hold several names, separated by commas. Raises :class:`OptionError` for names that are not in it, and
+    where texts hold none.
     """
     changes: dict[str, Any] = {}
     if methods:
@@ -267,6 +288,8 @@ def _alone(point: Point) -> MethodEntry:
 
 
 def _known(names: Sequence[str], known: Collection[str], option: str, kind: str) -> None:
+    if not names:
+        raise OptionError(f"{option} names no {kind}: give at least one, or leave it out; {suggest('', known)}")
     for name in names:
         if name not in known:
             raise OptionError(f"{option} {name}: no such {kind} in the configuration; {suggest(name, known)}")

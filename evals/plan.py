@@ -7,7 +7,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import OptionError
 from ..methods import Method, load_method
 from ..models.load import EMBEDDED
 from ..results.records import CellConfig
@@ -36,10 +35,6 @@ def plan(config: SweepConfig, *, dense: bool = True, solve: Solve = nowhere) -> 
     ``solve`` is asked, after all checks, for the methods that have a budget.
     """
     check_data(config.data)
-    if isinstance(config.limit, dict):
-        stray = sorted(set(config.limit) - set(config.tasks))
-        if stray:
-            raise OptionError(f"limit names task {stray[0]!r}, which is not in the sweep")
     for task in config.tasks:
         definition(task)
     return [cell for one in config.by_model() for cell in _of_model(one, dense, solve)]

@@ -92,7 +92,19 @@ def _describe(cls: type[Method]) -> dict[str, Any]:
     }
 
 
+def _named(wanted: Any) -> str:
+    return wanted.__name__ if isinstance(wanted, type) else str(wanted).replace("typing.", "")
+
+
+def holds_boolean(value: Any) -> bool:
+    """Whether true or false stands in a value, where pydantic would take it for a number."""
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return isinstance(value, bool) or any(map(holds_boolean, inner))
+
+
 def _convert(name: str, key: str, value: Any, wanted: Any) -> Any:
+    if wanted is not bool and holds_boolean(value):
+        raise OptionError(f"{name}: {key}={value!r}: expected {_named(wanted)}, not true or false")
     if get_origin(wanted) is tuple and isinstance(value, str):
         value = tuple(part for part in value.split("+") if part)
     try:

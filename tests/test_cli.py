@@ -193,3 +193,22 @@ def assert_refused(result: tuple[int, str, str], says: str, *, code: int = 2) ->
     assert err.splitlines()[-1].startswith("error: ")
     assert err.count("\n") == (1 if code == 2 else 2), "one line, below one for a failed cell"
     assert says in err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--set", "limit=-3", "--limit", 10], "limit is given twice, as limit=-3 and limit=10"),
+        (["--set", "feature_cache_gb=3", "--feature-cache-gb", 1], "feature_cache_gb is given twice"),
+        (["--set", "out=zzz", "--out", "yyy"], "out is given twice"),
+        (["--only", ""], "--only names no method"),
+        (["--only-tasks", ","], "--only-tasks names no task"),
+        (["--only-tasks", "gqa", "--set", "limit={nope: 5}"], "limit names task 'nope'"),
+    ],
+)
+def test_nothing_given_to_a_sweep_is_passed_over(cli, tmp_path, monkeypatch, options, says):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = cli("sweep", "quick", *map(str, options))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert says in err
+    assert not list(tmp_path.iterdir())

@@ -98,11 +98,13 @@ def file(tmp_path) -> str:
     return str(tmp_path / "my.yaml")
 
 
-def test_values_are_yaml_and_later_ones_win(file):
-    config, _ = load_config(file, ["limit=20", "timing.repeats=5", "seeds=[1, 2]", "limit=30", "dtype=float32"])
+def test_values_are_yaml_and_win_over_the_file(file):
+    config, _ = load_config(file, ["timing.repeats=5", "seeds=[1, 2]", "limit=30", "dtype=float32"])
     assert (config.limit, config.timing.repeats, config.timing.warmup) == (30, 5, 3)
     assert (config.seeds, config.dtype) == ([1, 2], "float32")
     assert load_config(file, ["timing=null"])[0].timing is None
+    assert load_config(file, ["limit=null"])[0].limit is None
+    assert load_config(file, ["timing={repeats: 5}", "timing.warmup=1"])[0].timing.warmup == 1
     assert load_config(file, ["limit={gqa: 3}"])[0].limit == {"gqa": 3}
 
 
@@ -139,6 +141,19 @@ def test_what_is_set_need_not_touch_the_file(file):
         ("limit.gqa=3", "limit is 7, which has no keys"),
         ("limit=[1", "not valid YAML"),
         ("limit=-1", "limit: "),
+        ("limit=", "no value; write null"),
+        ("limit={}", "limit: "),
+        ("limit={gqa: 3, gqa: 4}", "gqa stands twice"),
+        ("limit={nope: 5}", "limit names task 'nope'"),
+        ("methods.fastv.keep= ", "no value; write null"),
+        ("methods.fastv.keep=true", "keep=True: expected float . None, not true or false"),
+        ("methods.fastv.grid.keep=[0.5, true]", "keep=True: expected "),
+        ("methods.fastv.grid.keep=[]", "grid.keep: "),
+        ("methods.random.seeds=[]", "seeds: "),
+        ("feature_cache_gb=true", "feature_cache_gb: expected a number"),
+        ("timing.repeats=true", "timing: expected a number"),
+        ("seeds=[true]", "seeds.0: expected a number"),
+        ("budget={tokens: true}", "tokens: expected a number"),
         ("methods.fastvv.keep=0.5", "did you mean 'fastv'"),
         ("methods.fastv=0.5", "expected methods.NAME.OPTION=VALUE"),
         ("methods.fastv.kep=0.5", "did you mean 'keep'"),
@@ -149,6 +164,43 @@ def test_unusable_settings(file, setting, message):
     with pytest.raises(OptionError, match=message) as caught:
         plan(load_config(file, [setting])[0])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["limit=-3", "limit=10"],
+        ["limit=10", " limit =10"],
+        ["timing.repeats=5", "timing=null"],
+        ["model=tiny", "models=[a/b]"],
+        ["timing.repeats=5", "timing.repeats=6"],
+        ["methods.fastv.keep=0.5", "methods.fastv.keep=0.6"],
+    ],
+)
+def test_a_key_is_set_once(file, settings):
+    with pytest.raises(OptionError, match=r"is given twice, as .+ and .+: leave one") as caught:
+        load_config(file, settings)
+    assert all(setting in str(caught.value) for setting in settings)
+
+
+def test_options_of_a_label_with_an_equals_sign_are_told_apart(tmp_path):
+    methods = [{"name": "fastv", "label": "a=b", "keep": 0.5}]
+    write(tmp_path, my={"model": "tiny", "tasks": ["gqa"], "methods": methods})
+    config, _ = load_config(str(tmp_path / "my.yaml"), ["methods.a=b.keep=0.3", "methods.a=b.layer=4"])
+    assert (variants(config)[1].method.keep, variants(config)[1].method.layer) == (0.3, 4)
+
+
+@pytest.mark.parametrize("text", ["tasks: [gqa]\ntasks: [pope]", "tasks: [gqa]\nlimit:\n  gqa: 3\n  'gqa': 4"])
+def test_a_file_says_each_thing_once(tmp_path, text):
+    (tmp_path / "a.yaml").write_text(f"model: tiny\nmethods: [none]\n{text}\n")
+    with pytest.raises(DataError, match=r"a.yaml is not valid YAML: (tasks|gqa) stands twice .* line \d"):
+        load_config(str(tmp_path / "a.yaml"))
+
+
+def test_merged_keys_of_an_anchor_may_be_replaced(tmp_path):
+    anchors = "methods: [&a {name: fastv, keep: 0.5}, {<<: *a, keep: 0.25}]"
+    (tmp_path / "a.yaml").write_text(f"model: tiny\ntasks: [gqa]\n{anchors}\n")
+    assert labels(load_config(str(tmp_path / "a.yaml"))[0]) == ["none", "fastv:keep=0.5", "fastv:keep=0.25"]
 
 
 # ---- --only -------------------------------------------------------------------------------------------------------
@@ -191,7 +243,14 @@ def test_tasks_take_their_limits_along(file):
 
 
 @pytest.mark.parametrize(
-    ("only", "tasks", "message"), [(["fastvv"], [], "did you mean 'fastv'"), ([], ["popo"], "did you mean 'pope'")]
+    ("only", "tasks", "message"),
+    [
+        (["fastvv"], [], "did you mean 'fastv'"),
+        ([], ["popo"], "did you mean 'pope'"),
+        ([""], [], "--only names no method"),
+        ([","], [], "--only names no method"),
+        ([], [" , "], "--only-tasks names no task"),
+    ],
 )
 def test_parts_that_are_not_there(file, only, tasks, message):
     with pytest.raises(OptionError, match=message):
