@@ -37,7 +37,7 @@ def _row(cell: Forecast) -> list[str]:
         str(cell.config.seed),
         _upto(cell),
         "done" if cell.done else "to do",
-        "?" if cell.tflops is None else f"{cell.tflops:.3g}",
+        "?" if cell.tflops is None else f"{'≤ ' if cell.basis == 'bound' else ''}{cell.tflops:.3g}",
         cell.basis or "",
         "?" if cell.seconds is None else duration(cell.seconds),
     ]
@@ -57,16 +57,27 @@ def _summary(cells: list[Forecast], folder: Path) -> list[str]:
     questions = [cell.questions for cell in rest if cell.questions is not None]
     tflops = [cell.tflops for cell in rest if cell.tflops is not None]
     lines.append(f"Questions to ask: {sum(questions)}{_but(rest, len(questions), 'from the hub, not counted before')}.")
+    bound = "≤ " if any(cell.basis == "bound" for cell in rest) else ""
     lines.append(
-        f"Prefills to execute: {sum(tflops):.4g} TFLOPs{_but(rest, len(tflops), 'unknown')}. Measured: by finished "
-        "cells of the same method and task. Planned: by the method's plan of visual tokens on the first questions, "
-        "without its scoring and savings in the vision tower."
+        f"Prefills to execute: {bound}{sum(tflops):.4g} TFLOPs{_but(rest, len(tflops), 'unknown')}. Measured: by "
+        "finished cells of the same method and task. Planned: by the method's plan of visual tokens on the first "
+        "questions. Bound: the dense model's, where a method decides by what it sees. Neither of these two counts "
+        "scoring, or savings in the vision tower."
     )
+    return [*lines, _time(rest)]
+
+
+def _time(rest: list[Forecast]) -> str:
     known = [cell.seconds for cell in rest if cell.seconds is not None]
-    basis = "by the seconds per question of finished cells in the folder; loading the model not counted"
-    total = f"about {duration(sum(known))} in one process{_but(rest, len(known), 'unknown')}, {basis}"
-    lines.append(f"Time: {total if known else 'unknown, as no cell of this model and batch size is finished here'}.")
-    return lines
+    if not known:
+        return "Time: unknown, until the sweep has finished a first cell: then --dry-run goes by that."
+    bases = {
+        "cells": "by the seconds per question of finished cells in the folder",
+        "batch": "estimated from one batch of the dense model for each task, here and now",
+    }
+    used = [told for clock, told in bases.items() if any(cell.clock == clock for cell in rest)]
+    total = f"about {duration(sum(known))} in one process{_but(rest, len(known), 'unknown')}"
+    return f"Time: {total}, {', else '.join(used)}; loading the model not counted."
 
 
 def _but(cells: list[Forecast], known: int, reason: str) -> str:
@@ -90,4 +101,5 @@ def _json(cell: Forecast) -> dict[str, Any]:
         "executed_tflops": cell.tflops,
         "basis": cell.basis,
         "seconds": cell.seconds,
+        "seconds_by": cell.clock,
     }

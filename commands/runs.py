@@ -136,7 +136,7 @@ def sweep(
     folder = out or Path(chosen.out or f"runs/{name}")
     if quiet and as_json:
         raise OptionError("--quiet and --json exclude each other: give one")
-    runs = scale.choose(executor, workers, address, shard)
+    runs = scale.choose(executor, workers, address, shard, chosen.device)
     target = live.target_of(folder, wandb, wandb_project, wandb_entity, wandb_group, wandb_tags)
     if dry_run:
         show(chosen, folder, as_json=as_json)

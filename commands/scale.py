@@ -38,8 +38,10 @@ Shard = Annotated[
 ]
 
 
-def choose(executor: str, workers: int | None, address: str | None, shard: int | None) -> Executor | None:
-    """What runs the cells; None: this process."""
+def choose(
+    executor: str, workers: int | None, address: str | None, shard: int | None, device: str = "auto"
+) -> Executor | None:
+    """What runs the cells, on ``device`` as the configuration names it; None: this process."""
     from ..evals.ranks import together
 
     if executor not in KNOWN:
@@ -56,4 +58,8 @@ def choose(executor: str, workers: int | None, address: str | None, shard: int |
         raise OptionError(f"--{next(iter(given))} is for --executor ray: add that, or leave it out")
     from ..evals.executors import Processes
 
-    return Processes(workers) if workers is not None and workers > 1 else None
+    if workers is None or workers == 1:
+        return None
+    processes = Processes(workers)
+    processes.environments(device)
+    return processes

@@ -85,7 +85,7 @@ class Processes:
         """Run a job; :class:`VisibenchError` if no worker is left."""
         prepared.forget()
         job.check()
-        environments = [_environment(number, self.workers, job.config.device) for number in range(self.workers)]
+        environments = self.environments(job.config.device)
         team: list[_Worker] = []
         try:
             with _held():
@@ -98,6 +98,10 @@ class Processes:
         if len(problems) == len(team):
             raise VisibenchError(problems[0])
         return job.failed()
+
+    def environments(self, device: str) -> list[dict[str, str]]:
+        """Variables that give each worker its device. Raises :class:`OptionError` if there are too few."""
+        return [_environment(number, self.workers, device) for number in range(self.workers)]
 
 
 @dataclass

@@ -1,15 +1,21 @@
 """What ``visibench sweep --dry-run`` says of a sweep, against what the sweep then does."""
 
+import io
 import json
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 from visibench.cli import app
+from visibench.evals import estimate, probe
 from visibench.evals import sweep as sweeps
 from visibench.evals.config import parse_config, select
 from visibench.evals.estimate import forecast
+from visibench.evals.tasks import load_tasks
 
 QUIET = Console(quiet=True)
 METHODS = ["random:layer=2,keep=0.5", "fastv:keep=0.5", "visipruner:shallow_layers=4"]
@@ -40,14 +46,14 @@ def _no_model(monkeypatch):
     monkeypatch.setattr(sweeps, "load_model", lambda *args, **options: pytest.fail("a model was loaded"))
 
 
-@pytest.mark.usefixtures("_no_model")
-def test_a_plan_prices_what_then_runs(settings, ran, tmp_path):
+def test_a_plan_prices_what_then_runs(settings, ran, tmp_path, monkeypatch):
     """Plans give all of dense and random, which score nothing; FastV scores, VisiPruner adapts."""
+    monkeypatch.setattr(probe, "pace", lambda *given: probe.Pace(0.5, 0.25))
     cells = forecast(select(parse_config(settings, "test"), tasks=["gqa"]), tmp_path / "new", QUIET)
     assert not (tmp_path / "new").exists()
     assert [cell.questions for cell in cells] == [6] * 4
-    assert [cell.basis for cell in cells] == ["planned"] * 3 + [None]
-    assert [cell.seconds for cell in cells] == [None] * 4
+    assert [cell.basis for cell in cells] == ["planned"] * 3 + ["bound"]
+    assert [(cell.seconds, cell.clock) for cell in cells] == [(6 * 0.5 + 0.25, "batch")] * 4
     ours = {(cell.config.label): cell.metrics for cell in sweeps.Store(ran).cells() if cell.config.task == "gqa"}
     dense, random, fastv, visipruner = cells
     assert dense.macs == pytest.approx(ours["none"].compute.macs, rel=1e-12)
@@ -55,7 +61,7 @@ def test_a_plan_prices_what_then_runs(settings, ran, tmp_path):
     scoring = ours["fastv:keep=0.5"].compute.components["scoring"]
     assert scoring > 0
     assert fastv.macs == pytest.approx(ours["fastv:keep=0.5"].compute.macs - scoring, rel=1e-12)
-    assert visipruner.tflops is None
+    assert visipruner.macs == dense.macs
     assert dense.tflops == pytest.approx(dense.macs * 6e-12)
 
 
@@ -84,16 +90,84 @@ def test_what_is_done_gives_the_time_of_the_rest(settings, ran):
     assert state["none", 0, "gqa"].seconds == pytest.approx(took(finished["none", "gqa"]))
 
 
-def test_times_of_other_settings_are_not_taken(settings, ran):
+def test_times_of_other_settings_are_not_taken(settings, ran, monkeypatch):
+    monkeypatch.setattr(probe, "LARGEST", 0)
     for change in ({"batch_size": 3}, {"dtype": "bfloat16"}, {"attention": "eager"}):
         cells = forecast(parse_config(settings | change, "test"), ran, QUIET)
-        assert not any(cell.done or cell.seconds for cell in cells)
+        assert not any(cell.done or cell.seconds or cell.clock for cell in cells)
+
+
+def test_one_batch_of_the_dense_model_is_timed_behind_a_warm_up(settings, loaded):
+    config = parse_config(settings | {"batch_size": 4, "timing": {"repeats": 5, "warmup": 1}}, "test")
+    (task,) = load_tasks(["gqa"], settings["data"])
+    rows, slow = [], [1.0]  # seconds of what is to be warm by then
+
+    def slowly(module, args, options):
+        rows.append(len(options["input_ids"]))
+        time.sleep(slow.pop() if slow else 0.0)
+
+    hook = loaded.model.register_forward_pre_hook(slowly, with_kwargs=True)
+    began = time.monotonic()
+    found = probe.pace(loaded, task, config)
+    took = time.monotonic() - began - 1
+    hook.remove()
+    assert max(rows) == 4
+    assert 0 < 4 * found.question < took
+    assert 0 < found.prefill / 6 < took
+
+
+def test_what_fails_in_that_batch_leaves_the_time_unknown(settings, tmp_path, monkeypatch):
+    def fail(*given):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(probe, "pace", fail)
+    console = Console(record=True, quiet=False, file=io.StringIO())
+    cells = forecast(select(parse_config(settings, "test"), ["none"]), tmp_path, console)
+    assert [(cell.seconds, cell.clock) for cell in cells] == [(None, None)] * 2
+    assert console.export_text().splitlines() == [
+        f"No time for {task}: RuntimeError: no kernel" for task in ("gqa", "mme")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (["--set", "device=banana"], "unknown device 'banana'"),
+        (["--set", "dtype=banana"], "unknown dtype 'banana'"),
+        (["--set", "attention=banana"], "banana"),
+        (["--set", "methods.fastv.layer=99"], "layer=99"),
+        (["--executor", "banana"], "unknown executor 'banana'"),
+        (["--workers", "99", "--address", "x"], "--address is for --executor ray"),
+        (["--workers", "2", "--set", "device=cpu:1"], "give device cpu, not cpu:1"),
+        (["--wandb", "onlin"], "did you mean 'online'"),
+        (["--wandb", "offline", "--wandb-project", "a/b"], "no such project"),
+    ],
+)
+def test_what_the_sweep_refuses_is_refused(settings, tmp_path, cli, change, says):
+    file = tmp_path / "my.yaml"
+    file.write_text(json.dumps(settings))
+    ways = [cli("sweep", file, "--out", tmp_path / "out", *change, *more) for more in ([], ["--dry-run"])]
+    for code, out, err in ways:
+        assert (code, out) == (2, "")
+        assert says in err.splitlines()[-1]
+    assert not (tmp_path / "out" / "cells").exists()
 
 
 def test_questions_of_the_hub_are_not_downloaded_to_be_counted(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(sweeps, "load_tasks", lambda *args: pytest.fail("a task was loaded"))
     config = parse_config(settings | {"data": "hub", "limit": None}, "test")
     assert {(cell.questions, cell.macs, cell.seconds) for cell in forecast(config, tmp_path, QUIET)} == {(None,) * 3}
+
+
+@pytest.mark.usefixtures("_no_model")
+def test_a_model_that_is_nowhere_is_said_to_be_unchecked(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "hub_or_cache", nullcontext)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    console = Console(record=True, quiet=False, file=io.StringIO(), width=400)
+    config = parse_config(settings | {"data": "hub", "limit": None, "model": "no/body"}, "test")
+    assert len(forecast(config, tmp_path, console)) == 8
+    (told,) = console.export_text().splitlines()
+    assert told.startswith("Not checked against the model: cannot load model 'no/body'")
 
 
 def test_the_command_prints_the_plan_and_stops(settings, ran, tmp_path):
@@ -104,7 +178,9 @@ def test_the_command_prints_the_plan_and_stops(settings, ran, tmp_path):
     assert (result.exit_code, contents(ran)) == (0, before)
     assert f"8 cells: 5 done in {ran}, 3 to do." in result.stdout
     assert "Questions to ask: 18." in result.stdout
-    assert "TFLOPs (1 of 3 cells unknown)" in result.stdout
+    assert "Prefills to execute: ≤ " in result.stdout
+    (row,) = [line.split() for line in result.stdout.splitlines() if line.startswith("visipruner") and "to do" in line]
+    assert (row[-5], row[-3]) == ("≤", "bound")
     assert "in one process, by the seconds per question of finished cells" in result.stdout
     printed = CliRunner().invoke(app, ["sweep", str(file), "--out", str(ran), "--dry-run", "--json", "--only", "fastv"])
     cells = json.loads(printed.stdout)
