@@ -31,6 +31,8 @@ def show(config: SweepConfig, folder: Path, *, as_json: bool) -> None:
 
 
 def _row(cell: Forecast) -> list[str]:
+    from ..evals.progress import duration
+
     return [
         cell.config.label,
         cell.config.task,
@@ -68,6 +70,8 @@ def _summary(cells: list[Forecast], folder: Path) -> list[str]:
 
 
 def _time(rest: list[Forecast]) -> str:
+    from ..evals.progress import duration
+
     known = [cell.seconds for cell in rest if cell.seconds is not None]
     if not known:
         return "Time: unknown, until the sweep has finished a first cell: then --dry-run goes by that."
@@ -83,14 +87,6 @@ def _time(rest: list[Forecast]) -> str:
 def _but(cells: list[Forecast], known: int, reason: str) -> str:
     missing = len(cells) - known
     return f" ({missing} of {len(cells)} cells {reason})" if missing else ""
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, as many as matter."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{seconds / 60:.1f} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _json(cell: Forecast) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def override(content: dict[str, Any], settings: Iterable[str], known: Iterable[s
     by name or label (``methods.fastv.keep=0.5``), where an option takes the place of its grid. Raises
     :class:`OptionError` for a key given twice, and for one as a whole behind a part of it, which would be lost.
     """
-    content, given = copy.deepcopy(content), {}
+    content = copy.deepcopy(content)
+    given: dict[tuple[str, ...], str] = {}
     for text in settings:
         keys = _set(content, text, known)
         lost = next((other for before, other in given.items() if before[: len(keys)] == keys), None)

@@ -146,10 +146,11 @@ class _Known:
         if cell.config.origin == HUB:
             return None, None
         prompts = self.prompts(cell.config.task)
-        macs, basis = prompts.macs(cell.method), "planned"
-        if macs is None:
-            macs, basis = prompts.macs(load_method(DENSE)), "bound"
-        return (None, None) if macs is None else (macs, basis)
+        macs = prompts.macs(cell.method)
+        if macs is not None:
+            return macs, "planned"
+        most = prompts.macs(load_method(DENSE))
+        return most, None if most is None else "bound"
 
     def seconds(self, config: CellConfig, questions: int | None) -> float | None:
         """By finished cells of the same method and task, else of the task, else by all on the same settings."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Literal
@@ -158,11 +159,42 @@ class JsonLines(Reporter):
         print(event.model_dump_json(), file=self.stream, flush=True)
 
 
+EVERY = 60.0
+"""Seconds between plain lines on a cell that runs."""
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as many as matter."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{seconds / 60:.1f} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 class Lines(Reporter):
-    """A line for every finished cell."""
+    """A line for every finished cell, and one now and then on those that run."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self.told = time.monotonic()
+        self.recent: dict[str, deque[tuple[int, float]]] = {}
+
+    def cell_started(self, event: CellStarted) -> None:
+        self.recent[event.cell.folder] = deque([(0, 0.0)])
+
+    def progress(self, event: Answered) -> None:
+        # The pace of late: what an interrupted run had kept comes first, and in no time.
+        recent = self.recent[event.cell.folder]
+        recent.append((event.answered, event.seconds))
+        while len(recent) > 2 and recent[1][1] <= event.seconds - EVERY / 2:
+            recent.popleft()
+        answered, seconds = (now - then for now, then in zip(recent[-1], recent[0], strict=True))
+        if time.monotonic() - self.told < EVERY or not answered or not seconds:
+            return
+        self.told = time.monotonic()
+        left = duration((event.cell.questions - event.answered) * seconds / answered)
+        so_far = f"{event.answered} of {event.cell.questions} questions"
+        self._outcome(event.cell, f"{so_far}, {answered / seconds:.3g} questions/s, {left} left in this cell")
 
     def model_started(self, event: ModelStarted) -> None:
         if event.done:

@@ -144,6 +144,38 @@ def test_bars_count_a_cell_once_that_a_second_worker_takes_over():
     assert "[1/2] none · gqa · seed 0: no luck" in console.file.getvalue()
 
 
+def test_a_long_cell_tells_of_itself_now_and_then(monkeypatch):
+    """The pace is of late, not of the 1000 answers that an earlier run had left."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    console = Console(file=StringIO(), width=200)
+    names = {"model": "m", "method": "none", "label": "none", "task": "gqa", "seed": 0, "of": 2}
+    cell = progress.Named(**names, number=1, questions=9000, folder="f")
+    tell = progress.Lines(console)
+    tell(progress.CellStarted(cell=cell))
+    for answered, seconds in [(500, 0.5), (1000, 1.0), *((1000 + 8 * i, 1.0 + 2 * i) for i in range(1, 100))]:
+        now[0] = seconds
+        tell(progress.Answered(cell=cell, answered=answered, seconds=seconds))
+    assert console.file.getvalue().splitlines() == [
+        "[1/2] none · gqa · seed 0: 1240 of 9000 questions, 4 questions/s, 32.3 min left in this cell",
+        "[1/2] none · gqa · seed 0: 1480 of 9000 questions, 4 questions/s, 31.3 min left in this cell",
+        "[1/2] none · gqa · seed 0: 1720 of 9000 questions, 4 questions/s, 30.3 min left in this cell",
+    ]
+
+
+def test_one_slow_batch_is_told_of(monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    console = Console(file=StringIO(), width=200)
+    names = {"model": "m", "method": "none", "label": "none", "task": "gqa", "seed": 0, "of": 2}
+    cell = progress.Named(**names, number=1, questions=24, folder="f")
+    tell = progress.Lines(console)
+    tell(progress.CellStarted(cell=cell))
+    tell(progress.Answered(cell=cell, answered=8, seconds=4000.0))
+    assert console.file.getvalue() == (
+        "[1/2] none · gqa · seed 0: 8 of 24 questions, 0.002 questions/s, 2 h 13 min left in this cell\n"
+    )
+
+
 def test_quiet_and_json_exclude_each_other(file):
     told = sweep(file, file.parent / "new", "--quiet", "--json")
     assert told.code == 2
