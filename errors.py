@@ -4,6 +4,7 @@ The exit code is 2, 3 where the work was done but for what failed, and 130 after
 """
 
 import difflib
+import errno
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -52,6 +53,15 @@ class StoppedError(VisibenchError):
     """Ctrl-C, where the command can say what is left of its work."""
 
     exit_code = 130
+
+
+def disk_full(error: BaseException | None) -> bool:
+    """Whether a disk without room, or a used-up quota, lies behind an exception."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError, InputError, OptionError, UnknownNameError, suggest
+from ..errors import DataError, InputError, OptionError, StorageError, UnknownNameError, disk_full, suggest
 from .hub import hub_or_cache
 
 if TYPE_CHECKING:
@@ -261,6 +261,12 @@ def _load(name: str, file: Path, origin: str) -> Task:
     except DataError:
         raise
     except Exception as error:  # whatever datasets, the hub client or Pillow raise
+        if disk_full(error):
+            place = "VISIBENCH_CACHE" if origin == EMBEDDED else "HF_HOME"
+            raise StorageError(
+                f"no room left on the disk for the data of task {name!r} ({reason(error)}): make room, or set {place} "
+                "to a folder on another disk"
+            ) from error
         mend = "check the network, or give a local copy with --data DIR" if origin == HUB else "repair or replace it"
         raise DataError(f"cannot load task {name!r} from {_described(origin)} ({reason(error)}): {mend}") from error
 

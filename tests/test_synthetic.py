@@ -1,5 +1,6 @@
 """The synthetic data: schemas, split, balance, and answers checked against the scenes by other means."""
 
+import errno
 import json
 import re
 from collections import Counter, defaultdict
@@ -9,7 +10,7 @@ import hubdata
 import numpy as np
 import pytest
 from datasets import load_from_disk
-from visibench.errors import DataError
+from visibench.errors import DataError, StorageError
 from visibench.evals.synthetic import datasets, tables
 from visibench.evals.synthetic.questions import FORBIDDEN, KINDS, NUMBERS, WORDS
 from visibench.evals.synthetic.scene import (
@@ -26,6 +27,7 @@ from visibench.evals.synthetic.scene import (
     sample_scene,
     shape_mask,
 )
+from visibench.evals.tasks import load_tasks
 
 SPLITS = {
     "GQA_images": "testdev",
@@ -161,6 +163,21 @@ def test_unwritable_cache_is_one_clear_line(small):
     small.write_text("a file")
     with pytest.raises(DataError, match="VISIBENCH_CACHE"):
         datasets.ensure(small / "x")
+
+
+def test_a_full_disk_is_called_so(monkeypatch, tmp_path):
+    def fail(folder):
+        try:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        except OSError as error:
+            raise RuntimeError("what wraps it") from error
+
+    monkeypatch.setenv("VISIBENCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(datasets, "_build", fail)
+    with pytest.raises(StorageError, match=r"no room left on the disk .* set VISIBENCH_CACHE to") as caught:
+        load_tasks(["gqa"])
+    assert "repair" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
 # ---- scenes -----------------------------------------------------------------------------------------------------
