@@ -23,6 +23,7 @@ from ..engine.layout import TokenLayout
 from ..errors import DataError
 from ..methods import Method, load_method
 from ..models import LoadedModel, load_model
+from ..models.geometry import check_weights
 from ..results.records import CellConfig, CellMetrics
 from ..results.store import Cell, Store
 from . import probe
@@ -86,6 +87,7 @@ def _of_model(config: SweepConfig, store: Store, console: Console) -> list[Forec
 
 def _check(config: SweepConfig, methods: Sequence[Method], prepared: Prepared) -> None:
     """Raise what the engine has against the methods, or the model's settings against this machine."""
+    check_weights(config.model, "pretrained", None)
     local = bool(fingerprint(config.model))
     try:
         with nullcontext() if local else hub_or_cache():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -103,7 +103,7 @@ def holds_boolean(value: Any) -> bool:
 
 
 def _convert(name: str, key: str, value: Any, wanted: Any) -> Any:
-    if wanted is not bool and holds_boolean(value):
+    if holds_boolean(value) and bool not in (wanted, *get_args(wanted)):
         raise OptionError(f"{name}: {key}={value!r}: expected {_named(wanted)}, not true or false")
     if get_origin(wanted) is tuple and isinstance(value, str):
         value = tuple(part for part in value.split("+") if part)

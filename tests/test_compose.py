@@ -104,6 +104,8 @@ def test_values_are_yaml_and_win_over_the_file(file):
     assert (config.seeds, config.dtype) == ([1, 2], "float32")
     assert load_config(file, ["timing=null"])[0].timing is None
     assert load_config(file, ["limit=null"])[0].limit is None
+    (visipruner,) = variants(load_config(file, ["methods=[{name: visipruner, forced: true}]"])[0])[1:]
+    assert visipruner.method.forced is True
     assert load_config(file, ["timing={repeats: 5}", "timing.warmup=1"])[0].timing.warmup == 1
     assert load_config(file, ["limit={gqa: 3}"])[0].limit == {"gqa": 3}
 

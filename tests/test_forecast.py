@@ -136,6 +136,7 @@ def test_what_fails_in_that_batch_leaves_the_time_unknown(settings, tmp_path, mo
         (["--set", "dtype=banana"], "unknown dtype 'banana'"),
         (["--set", "attention=banana"], "banana"),
         (["--set", "methods.fastv.layer=99"], "layer=99"),
+        (["--set", "model=llava-1.5-7b"], "known by its sizes alone"),
         (["--executor", "banana"], "unknown executor 'banana'"),
         (["--workers", "99", "--address", "x"], "--address is for --executor ray"),
         (["--workers", "2", "--set", "device=cpu:1"], "give device cpu, not cpu:1"),

@@ -164,7 +164,9 @@ def test_listeners_hear_of_finished_cells_alone():
         (["--wandb", "offline", "--wandb-project", ""], "the project for W&B is empty"),
     ],
 )
-@pytest.mark.parametrize("command", ["sweep quick", "run --model tiny --method none --tasks gqa"])
+@pytest.mark.parametrize(
+    "command", ["sweep quick", "sweep quick --dry-run", "run --model tiny --method none --tasks gqa"]
+)
 def test_refused_before_anything_runs(command, options, says, tmp_path, monkeypatch, capsys):
     for name, value in environment(tmp_path).items():
         monkeypatch.setenv(name, value)
