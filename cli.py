@@ -45,7 +45,7 @@ COMMANDS = (
 )
 
 TOGETHER = ("run", "sweep")
-"""Commands that several ranks can run."""
+"""Commands that several ranks can run, and that go on where they stopped."""
 
 
 def main() -> NoReturn:
@@ -64,7 +64,8 @@ def main() -> NoReturn:
         _fail(f"{error.format_message()} (see `visibench --help`)", error.exit_code)
     if code == 130:  # Ctrl-C: raised or returned, depending on typer's version
         again = shlex.join(["visibench", *sys.argv[1:]])
-        _fail(f"interrupted: the same command goes on where this one stopped: {again}", 130)
+        resumes = sys.argv[1:2] and sys.argv[1] in TOGETHER
+        _fail(f"interrupted{f': the same command goes on where this one stopped: {again}' if resumes else ''}", 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 

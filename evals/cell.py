@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import statistics
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from ..engine.features import FeatureStore
-from ..errors import IncompleteError, StorageError
+from ..errors import IncompleteError, StorageError, disk_full
 from ..methods import Method
 from ..models import LoadedModel
 from ..results.metrics import agreement
@@ -111,7 +110,7 @@ def run_cell(
     except StorageError:
         raise
     except Exception as error:
-        if _no_room(error):
+        if disk_full(error):
             raise StorageError(f"no room left on the disk ({error}): make room; what is finished is kept") from error
         failures = [failure(error)]
     store.fail(config, failures)
@@ -142,15 +141,6 @@ def _described(failures: list[Failure], size: int, folder: Path) -> str:
     which = f"question {failed[0].doc_id}" if len(failed) == 1 else f"first question {failed[0].doc_id}"
     described = [f"{len(failed)} of {size} questions failed, {which}, {failed[0].error}", *whole]
     return f"{'; '.join(described)}: {where}"
-
-
-def _no_room(error: BaseException | None) -> bool:
-    """Whether a full disk lies behind an exception."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _agreement(
