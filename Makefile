@@ -1,4 +1,4 @@
-.PHONY: install test lint quick bench-sweep bench-none
+.PHONY: install test lint quick bench-sweep bench-none bench-attainable
 
 install:
 	pip install -c constraints.txt -e ".[dev]"
@@ -19,3 +19,6 @@ bench-sweep:
 
 bench-none:
 	python benchmarks/generate.py
+
+bench-attainable:
+	python benchmarks/attainable.py
