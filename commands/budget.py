@@ -16,7 +16,7 @@ from ..errors import OptionError, UnsupportedModelError
 from .shared import AsJson, prompt_lengths
 
 if TYPE_CHECKING:
-    from ..evals.budget import Cost, Prompts, Solution
+    from ..evals.budget import Cost, Prompts, Solution, Target
     from ..evals.timing import Timing
 
 _LEGEND = (
@@ -63,10 +63,9 @@ def budget(
     as_json: AsJson = False,
 ) -> None:
     """Solve each method's options for one budget: what to pass to run and sweep, and what it really costs."""
-    from ..evals import budget as budgets
-    from ..evals import spec
+    from ..evals.budget import DENSE, Target
 
-    wanted = budgets.Target.parse(target)
+    wanted = Target.parse(target)
     asked = _asked(methods)
     if weights in (None, "pretrained"):
         if layers is not None or lengths is not None:
@@ -79,15 +78,8 @@ def budget(
         raise OptionError(f"--weights {weights} means one prompt of any kind: give --lengths, not {others}")
     else:
         prompts, where = _sizes(model, device, dtype, str(weights), layers, lengths or "64/576")
-    solved, refused = [], {}
-    with Console(stderr=True).status("Solving …") as status:
-        for name, options in asked:
-            status.update(f"Solving {name} for {wanted} …")
-            try:
-                solved.append(budgets.solve(name, options, wanted, prompts))
-            except (OptionError, UnsupportedModelError) as error:
-                refused[spec.written(name, options)] = str(error)
-        dense = prompts.time(budgets.DENSE) if wanted.kind == "ms" else None
+    solved, refused = _solved(asked, wanted, prompts)
+    dense = prompts.time(DENSE) if wanted.kind == "ms" else None
     if not solved and len(refused) == 1:
         raise OptionError(*refused.values())
     result = {
@@ -101,6 +93,24 @@ def budget(
     print(json.dumps(result, indent=1)) if as_json else _print(result, str(wanted))
     if not solved:
         raise OptionError(f"{wanted} is out of reach of all {len(refused)} methods: the reasons stand above")
+
+
+def _solved(
+    asked: list[tuple[str, dict[str, str]]], wanted: Target, prompts: Prompts
+) -> tuple[list[Solution], dict[str, str]]:
+    """The methods that meet the target, and why the others do not."""
+    from ..evals import spec
+    from ..evals.budget import solve
+
+    solved, refused = [], {}
+    with Console(stderr=True).status("Solving …") as status:
+        for name, options in asked:
+            status.update(f"Solving {name} for {wanted} …")
+            try:
+                solved.append(solve(name, options, wanted, prompts))
+            except (OptionError, UnsupportedModelError) as error:
+                refused[spec.written(name, options)] = str(error)
+    return solved, refused
 
 
 def _questions(

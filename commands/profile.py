@@ -14,6 +14,7 @@ from ..errors import IncompleteError, OptionError, StoppedError
 from .shared import AsJson, check_writable, integers, width
 
 if TYPE_CHECKING:
+    from ..evals.profile import ProfileConfig
     from ..results.profiles import Profile, Row, Spread
 
 HEADER = (
@@ -64,8 +65,6 @@ def profile(
     """
     from ..evals.config import parse, read
     from ..evals.profile import ProfileConfig
-    from ..evals.profile import profile as measure
-    from ..results import disk
 
     given: dict[str, Any] = {
         "model": model,
@@ -88,25 +87,34 @@ def profile(
     settings = parse(ProfileConfig, content, str(source))
     if out is not None:
         check_writable(out)
-    kept = [0]
-
-    def keep(so_far: Profile) -> None:
-        kept[0] = len(so_far.together())
-        if out is not None:
-            with disk.writing(out):
-                out.write_text(so_far.model_dump_json(indent=1), encoding="utf-8")
-
-    try:
-        result = measure(settings, Console(stderr=True), keep)
-    except KeyboardInterrupt:
-        held = f"{out} holds the {kept[0]} batch sizes and lengths that were done" if out and kept[0] else ""
-        raise StoppedError(f"interrupted: {held or 'nothing is stored'}") from None
+    result = _measured(settings, out)
     if as_json:
         print(result.model_dump_json(indent=1))
     else:
         _print(result)
     if result.left_out:
         raise IncompleteError(f"{', '.join(result.left_out)}: left out, since it does not fit in memory: ask for less")
+
+
+def _measured(settings: ProfileConfig, out: Path | None) -> Profile:
+    """Measure, and write to ``out`` what there is after each batch size and length."""
+    from ..evals.profile import profile as measure
+    from ..results import disk
+
+    done = 0
+
+    def keep(so_far: Profile) -> None:
+        nonlocal done
+        done = len(so_far.together())
+        if out is not None:
+            with disk.writing(out):
+                out.write_text(so_far.model_dump_json(indent=1), encoding="utf-8")
+
+    try:
+        return measure(settings, Console(stderr=True), keep)
+    except KeyboardInterrupt:
+        held = f"{out} holds the {done} batch sizes and lengths that were done" if out and done else "nothing is stored"
+        raise StoppedError(f"interrupted: {held}") from None
 
 
 def _lengths(text: str) -> dict[str, int]:
