@@ -191,7 +191,8 @@ class Bridge:
     def _run(self, chunk: list[tuple]) -> Batch:
         prompts, ids, wanted = [a[0] for a in chunk], [a[3] for a in chunk], chunk[0][1]
         images = [self.task.images(doc_id) for doc_id in ids]
-        inputs = self.loaded.inputs(prompts, images)
+        pixels = [_pixels(pictures) for pictures in images]
+        inputs = self.loaded.inputs(prompts, images, digest([prompts, pixels]) if self._shares else None)
         watch, reused = Nonfinite(), self._reused
         start = self.clock.mark()
         new = self._generate(inputs, generation(wanted), watch)
@@ -203,7 +204,7 @@ class Bridge:
         rows = zip(
             prompts,
             self.loaded.decode(new),
-            map(_pixels, images),
+            pixels,
             inputs["attention_mask"].sum(1).tolist(),
             _lengths(new, self.loaded),
             trace.prompt.visual_counts,
@@ -224,6 +225,12 @@ class Bridge:
             seconds={"generate": latency / 1e3},
             reused=self._reused - reused,
         )
+
+    @property
+    def _shares(self) -> bool:
+        """Whether cells share what they have in common."""
+        features = self.session.features
+        return features is not None and features.limit > 0
 
     @property
     def _reused(self) -> int:

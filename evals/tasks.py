@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, InputError, OptionError, StorageError, UnknownNameError, disk_full, suggest
+from ..kept import Kept
 from .hub import hub_or_cache
 
 if TYPE_CHECKING:
@@ -115,8 +116,8 @@ class Task:
         return self.harness.fewshot_context(self.docs[doc_id], 0), self.images(doc_id)
 
     @cached_property
-    def _album(self) -> Album:
-        return Album()
+    def _album(self) -> Kept[list[Image]]:
+        return Kept(_bytes)
 
     def images(self, doc_id: int) -> list[Image]:
         """The decoded images of a question, not to be changed; see :func:`decoded`."""
@@ -140,27 +141,8 @@ class Task:
         return size, f"limit {wanted} raised to {size}: MME scores pairs of questions" if size != wanted else ""
 
 
-class Album:
-    """Decoded images of questions, for the cells of a sweep, which go over the same questions one after the other.
-
-    What fits into ``limit`` bytes stays, the rest is decoded each time: making room for it would throw out just what
-    the next round starts with.
-    """
-
-    def __init__(self, limit: int = 2**30) -> None:
-        self.room = limit
-        self._kept: dict[int, list[Image]] = {}
-
-    def get(self, doc_id: int, decode: Callable[[], list[Image]]) -> list[Image]:
-        """The images of a question, decoded now or before."""
-        found = self._kept.get(doc_id)
-        if found is None:
-            found = decode()
-            size = sum(image.width * image.height * len(image.getbands()) for image in found)
-            if size <= self.room:
-                self.room -= size
-                self._kept[doc_id] = found
-        return found
+def _bytes(images: list[Image]) -> int:
+    return sum(image.width * image.height * len(image.getbands()) for image in images)
 
 
 def decoded(task: str, doc_id: int, look: Callable[[], list[Image]]) -> list[Image]:

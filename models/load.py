@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +24,7 @@ from ..errors import (
     VisibenchError,
     suggest,
 )
+from ..kept import Kept
 from ..machine import processor, version
 from .adapters import FAMILIES, Adapter, Geometry
 from .geometry import Weights, about, build, check_weights, configuration, published, synthetic_inputs
@@ -59,12 +60,26 @@ class LoadedModel:
         """Bytes of its weights."""
         return sum(weight.nbytes for weight in self.model.parameters())
 
-    def inputs(self, questions: list[str], images: list[list[Image.Image]]) -> BatchFeature:
+    @cached_property
+    def _processed(self) -> Kept[BatchFeature]:
+        return Kept(lambda found: sum(tensor.nbytes for tensor in found.values()))
+
+    def inputs(
+        self, questions: list[str], images: list[list[Image.Image]], key: Hashable | None = None
+    ) -> BatchFeature:
         """Model inputs for a batch: the checkpoint's chat template, images first, left padded, on the model's device.
 
-        ``images[i]`` are the images of ``questions[i]``, possibly none. Token ids are (B, L).
+        ``images[i]`` are the images of ``questions[i]``, possibly none. Token ids are (B, L). ``key``: names questions
+        and images, so that those which come again need not be processed again; up to 1 GiB of such inputs stay on the
+        host.
         """
-        return self.encoded(questions, images).to(self.model.device, dtype=self.model.dtype)
+        found = (
+            self.encoded(questions, images)
+            if key is None
+            else self._processed.get(key, lambda: self.encoded(questions, images))
+        )
+        # A copy, since moving changes what is moved.
+        return BatchFeature(dict(found)).to(self.model.device, dtype=self.model.dtype)
 
     def encoded(self, questions: list[str], images: list[list[Image.Image]]) -> BatchFeature:
         """The same as the processor gives them: on the host, and of its own precision."""

@@ -9,6 +9,8 @@ from visibench.errors import DataError
 from visibench.evals import tasks
 from visibench.evals.config import parse_config
 from visibench.evals.sweep import sweep
+from visibench.kept import Kept
+from visibench.models import LoadedModel
 
 
 def picture(side: int) -> list[Image.Image]:
@@ -17,7 +19,7 @@ def picture(side: int) -> list[Image.Image]:
 
 def test_what_fits_stays_and_nothing_makes_room_for_the_rest():
     """An image of 10 × 10 in RGB is 300 bytes: two fit, and a smaller one beside them, round after round."""
-    album, decoded = tasks.Album(limit=700), Counter()
+    album, decoded = Kept(tasks._bytes, limit=700), Counter()
 
     def get(doc_id: int, side: int) -> Image.Image:
         def decode() -> list[Image.Image]:
@@ -34,7 +36,7 @@ def test_what_fits_stays_and_nothing_makes_room_for_the_rest():
 
 
 def test_a_failure_is_not_kept():
-    album = tasks.Album()
+    album = Kept(tasks._bytes)
 
     def damaged() -> list[Image.Image]:
         raise DataError("damaged")
@@ -42,6 +44,26 @@ def test_a_failure_is_not_kept():
     with pytest.raises(DataError):
         album.get(0, damaged)
     assert album.get(0, lambda: picture(4))[0].size == (4, 4)
+
+
+def test_a_sweep_processes_every_batch_once_unless_nothing_is_shared(disk_data, tmp_path, monkeypatch):
+    asked, encoded = Counter(), LoadedModel.encoded
+
+    def spy(self, questions, images):
+        asked[tuple(questions)] += 1
+        return encoded(self, questions, images)
+
+    monkeypatch.setattr(LoadedModel, "encoded", spy)
+    content = {"model": "tiny", "data": str(disk_data), "tasks": ["gqa", "pope"], "limit": 4, "batch_size": 2}
+    content |= {"methods": ["fastv:keep=0.5", "pooling:tokens=54"], "timing": None}
+    shared = sweep(parse_config(content, "test"), tmp_path / "shared", Console(quiet=True))
+    assert list(asked.values()) == [1] * 4
+    asked.clear()
+    alone = sweep(parse_config(content | {"feature_cache_gb": 0}, "test"), tmp_path / "alone", Console(quiet=True))
+    assert list(asked.values()) == [3] * 4
+    for one, other in zip(shared, alone, strict=True):
+        columns = ["doc_id", "answer", "score", "executed_macs", "prompt_visual_tokens"]
+        assert one.samples()[columns].equals(other.samples()[columns])
 
 
 def test_a_sweep_decodes_every_image_once(disk_data, tmp_path, monkeypatch):
