@@ -64,7 +64,7 @@ def test_maximum_of_mme_counts_perception_categories(loaded, disk_data):
 def test_each_answer_goes_to_its_own_question(loaded, disk_data):
     prompts, inputs = [], loaded.inputs
 
-    def spy(questions, images):
+    def spy(questions, images, key=None):
         prompts.append(questions)
         return inputs(questions, images)
 
