@@ -158,6 +158,7 @@ def spread(estimate: Estimate, spelled: Callable[[float], str]) -> str:
     below, above = estimate.value - estimate.low, estimate.high - estimate.value
     if math.isnan(below) or math.isnan(above):
         return ""
+    below, above = max(below, 0.0), max(above, 0.0)  # at the end of a scale, rounding may put a limit behind the value
     if max(below, above) <= SIDES * min(below, above):
         return f"± {spelled((below + above) / 2)}"
     return f"+{spelled(above)} −{spelled(below)}"
