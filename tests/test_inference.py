@@ -164,6 +164,7 @@ def test_where_no_difference_can_be_shown_the_table_says_so(store):
         (0.806, 0.9, "± 4.7"),
         (0.75, 0.9, "+5.0 −10.0"),
         (0.85, 0.9, "+5.0 −0.0"),
+        (0.8, 0.85 - 1e-15, "+0.0 −5.0"),
         (math.nan, 1, ""),
     ],
 )
