@@ -264,7 +264,7 @@ def _t(measured: Measured) -> float:
     """The t quantile of the interval's level; NaN for one image."""
     sizes = measured.sizes
     alike = sizes.sum() ** 2 / (sizes**2).sum()  # images of one size that these amount to
-    return float(stdtrit(alike - 1, (1 + LEVEL) / 2)) if measured.images > 1 else math.nan
+    return float(stdtrit(max(alike - 1, 1.0), (1 + LEVEL) / 2)) if measured.images > 1 else math.nan
 
 
 def _bootstrap(measured: Measured) -> Floats:

@@ -237,6 +237,18 @@ def test_no_variation_is_no_certainty(key):
     assert versus.high == -versus.low == pytest.approx(1 - found.low)
 
 
+def test_one_image_that_outweighs_the_others_gives_a_wide_interval_and_no_nan():
+    sizes, right = np.array([1000, 1, 1, 1, 1, 1, 1]), np.array([600, 1, 0, 1, 1, 0, 1])
+    samples = frame(
+        np.repeat(np.arange(7), sizes), np.concatenate([np.arange(n) < k for n, k in zip(sizes, right, strict=True)])
+    )
+    found = measure("exact_match", [samples], 1.0)
+    interval, versus = estimate(found), compare(found, found)
+    assert 0 <= interval.low < interval.value < interval.high <= 1
+    assert not math.isnan(versus.low)
+    assert versus.detectable is None or math.isfinite(versus.detectable)
+
+
 def test_one_image_has_no_interval():
     one = measure("exact_match", [frame(["a"] * 4, [1, 0, 1, 1])])
     found = estimate(one)
