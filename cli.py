@@ -13,9 +13,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from . import __version__, machine
+from . import __version__
 from .commands import budget, check, compare, fit, flops, lists, plot, profile, published, report, runs, wandb
 from .errors import VisibenchError
+from .utils import machine
 
 app = typer.Typer(
     name="visibench",
@@ -77,13 +78,13 @@ def _fail(message: str, code: int = 2) -> NoReturn:
 
 def _meet(context: typer.Context) -> None:
     """Go on as the first rank, which the others serve until the command ends; they end here."""
-    from .evals import ranks
+    from .evals.sweeps import torchrun
 
-    here = ranks.join()
+    here = torchrun.join()
     if here.rank == 0:
         context.call_on_close(lambda: here.send(None))
         return
-    ranks.serve(here)
+    torchrun.serve(here)
     raise typer.Exit
 
 

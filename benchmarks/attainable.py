@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 import visibench
-from visibench.evals.memory import keep_freed_memory
-from visibench.evals.spec import parse
-from visibench.evals.timing import clock_of, iqr, undisturbed
+from visibench.evals.compute.memory import keep_freed_memory
+from visibench.evals.compute.timing import clock_of, iqr, undisturbed
+from visibench.evals.settings.method_spec import parse
 
 PROMPT = 64
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 import visibench
-from visibench.evals.memory import keep_freed_memory
-from visibench.evals.timing import clock_of, iqr, undisturbed
+from visibench.evals.compute.memory import keep_freed_memory
+from visibench.evals.compute.timing import clock_of, iqr, undisturbed
 from visibench.models import LoadedModel
 
 LIMIT = 1.02

@@ -59,7 +59,7 @@ def measure(calls: list[list[str]]) -> tuple[float, float]:
 
 def answers(folder: Path) -> dict[str, list]:
     """What was answered, and at what compute, in each cell."""
-    from visibench.results.store import Store
+    from visibench.results.store.store import Store
 
     columns = ["doc_id", "output", "visual_tokens", "executed_macs"]
     return {cell.config.folder: cell.samples()[columns].to_numpy().tolist() for cell in Store(folder).cells()}

@@ -16,8 +16,8 @@ from ..errors import OptionError, UnsupportedModelError
 from .shared import AsJson, prompt_lengths
 
 if TYPE_CHECKING:
-    from ..evals.budget import Cost, Prompts, Solution, Target
-    from ..evals.timing import Timing
+    from ..evals.compute.budget import Cost, Prompts, Solution, Target
+    from ..evals.compute.timing import Timing
 
 _LEGEND = (
     "T: visual tokens, mean over decoder-layer inputs and prompts, {how}. TFLOPs: {what}, one multiply-add = 1. The "
@@ -63,7 +63,7 @@ def budget(
     as_json: AsJson = False,
 ) -> None:
     """Solve each method's options for one budget: what to pass to run and sweep, and what it really costs."""
-    from ..evals.budget import DENSE, Target
+    from ..evals.compute.budget import DENSE, Target
 
     wanted = Target.parse(target)
     asked = _asked(methods)
@@ -99,8 +99,8 @@ def _solved(
     asked: list[tuple[str, dict[str, str]]], wanted: Target, prompts: Prompts
 ) -> tuple[list[Solution], dict[str, str]]:
     """The methods that meet the target, and why the others do not."""
-    from ..evals import spec
-    from ..evals.budget import solve
+    from ..evals.compute.budget import solve
+    from ..evals.settings import method_spec
 
     solved, refused = [], {}
     with Console(stderr=True).status("Solving …") as status:
@@ -109,7 +109,7 @@ def _solved(
             try:
                 solved.append(solve(name, options, wanted, prompts))
             except (OptionError, UnsupportedModelError) as error:
-                refused[spec.written(name, options)] = str(error)
+                refused[method_spec.written(name, options)] = str(error)
     return solved, refused
 
 
@@ -117,8 +117,8 @@ def _questions(
     model: str, device: str, dtype: str, task: str, data: str, samples: int, batch_size: int
 ) -> tuple[Prompts, dict[str, Any]]:
     """The first questions of a task, and what they are."""
-    from ..evals.budget import Prompts
-    from ..evals.tasks import load_tasks
+    from ..evals.compute.budget import Prompts
+    from ..evals.tasks.tasks import load_tasks
     from ..models import load_model
 
     (loaded_task,) = load_tasks([task], data)
@@ -131,7 +131,7 @@ def _sizes(
     model: str, device: str, dtype: str, weights: str, layers: int | None, lengths: str
 ) -> tuple[Prompts, dict[str, Any]]:
     """One random prompt on random weights, or one that only has a size; and what it is."""
-    from ..evals.budget import Planned, Prompts
+    from ..evals.compute.budget import Planned, Prompts
     from ..models import load_model
 
     text, visual = prompt_lengths(lengths)
@@ -145,20 +145,20 @@ def _sizes(
 
 def _asked(methods: list[str] | None) -> list[tuple[str, dict[str, str]]]:
     """Names and options, checked: those given, or the plainest example of every method less what a budget decides."""
-    from ..evals import spec
-    from ..evals.budget import decided, knobs
+    from ..evals.compute.budget import decided, knobs
+    from ..evals.settings import method_spec
     from ..methods import list_methods
 
     if methods is None:
         turned = [cls for cls in list_methods().values() if cls.knobs]
-        plainest = [(cls, spec.split(spec.spell(cls, cls.examples[0]))[1]) for cls in turned]
+        plainest = [(cls, method_spec.split(method_spec.spell(cls, cls.examples[0]))[1]) for cls in turned]
         return [
             (cls.name, {key: value for key, value in options.items() if key not in decided(cls.knobs[0])})
             for cls, options in plainest
         ]
     # A comma in front of key=value goes on with the same method.
     texts = [text for several in methods for text in re.split(r",(?!\s*\w+\s*=)", several)]
-    asked = [spec.split(text) for text in texts]
+    asked = [method_spec.split(text) for text in texts]
     for name, options in asked:
         knobs(name, options)
     return asked

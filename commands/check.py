@@ -12,7 +12,7 @@ from rich.markup import escape
 from .shared import AsJson, finished, width
 
 if TYPE_CHECKING:
-    from ..results.gate import CellChange, MetricChange, Report
+    from ..results.gate.gate import CellChange, MetricChange, Report
 
 
 def check(
@@ -27,8 +27,8 @@ def check(
     """Compare a run with a baseline, question by question; exit code 1 if a score dropped or token counts changed."""
     from pydantic_core import to_json
 
-    from ..results import baseline as baselines
-    from ..results import gate
+    from ..results.gate import baseline as baselines
+    from ..results.gate import gate
 
     file, cells = baseline or baselines.PACKAGED, finished(folder)
     if update:
@@ -48,7 +48,7 @@ def _print(report: Report) -> None:
     from rich import box
     from rich.table import Table
 
-    from ..results.inference import ALPHA
+    from ..results.statistics.inference import ALPHA
 
     for note in report.notes:
         print(f"Noted, not compared: {note}.")

@@ -13,8 +13,8 @@ from ..errors import DataError, OptionError, UnknownNameError, suggest
 from .shared import AsJson, width
 
 if TYPE_CHECKING:
-    from ..results.paired import PairedMetric, Pairing
-    from ..results.store import Cell
+    from ..results.statistics.paired import PairedMetric, Pairing
+    from ..results.store.store import Cell
 
 _SIDE = "A cell's folder, or DIR#LABEL:TASK of a run folder (all seeds)."
 
@@ -28,7 +28,7 @@ def compare(
     """Compare two methods on the same questions: differences with intervals, tests, and where they disagree."""
     from pydantic_core import to_json
 
-    from ..results.paired import pair
+    from ..results.statistics.paired import pair
 
     sides = [_cells(first), _cells(second)]
     result = pair(*sides)
@@ -43,7 +43,7 @@ def compare(
 
 def _cells(text: str) -> list[Cell]:
     """The cells that an argument names: one, or all seeds of a label on a task."""
-    from ..results.store import Store
+    from ..results.store.store import Store
 
     path = Path(text)
     if path.is_dir() and path.resolve().parent.name == "cells":

@@ -14,7 +14,7 @@ from .shared import AsJson
 
 if TYPE_CHECKING:
     from ..analysis.fit import Fitted
-    from ..evals.tasks import Task
+    from ..evals.tasks.tasks import Task
     from ..models import LoadedModel
 
 
@@ -41,7 +41,7 @@ def fit(
 ) -> None:
     """Fit a method to a model: FitPrune's schedule for a target, VTW's layer for a threshold."""
     from ..analysis import fit as searches
-    from ..evals.tasks import load_tasks
+    from ..evals.tasks.tasks import load_tasks
     from ..models import load_model
 
     given = {"target": target, "tolerance": tolerance, "threshold": threshold, "first": first}

@@ -14,7 +14,7 @@ from .shared import AsJson, print_list, prompt_lengths
 if TYPE_CHECKING:
     import pandas as pd
 
-    from ..evals.paper_flops import Reproduction
+    from ..evals.compute.paper_flops import Reproduction
 
 MARKS = {"rounded": "✓", "cut": "✓ cut off", "differs": "✗"}
 HEADER = ["printed in", "setting", "text tokens", "printed", "by its formula", "executed", "÷ printed"]
@@ -84,7 +84,7 @@ def _published(markdown: bool, as_json: bool) -> None:
     if markdown:
         print(published_markdown(found))
         return
-    from ..evals.paper_flops import FORMULAS
+    from ..evals.compute.paper_flops import FORMULAS
 
     rows = [[*_row(one), one.claim.formula] for one in found]
     formulas = [f"{name}: {formula.words}" for name, formula in FORMULAS.items()]
@@ -95,7 +95,7 @@ def _published(markdown: bool, as_json: bool) -> None:
 
 def reproductions() -> list[Reproduction]:
     """All figures in print, recomputed."""
-    from ..evals.paper_flops import claims, reproduce
+    from ..evals.compute.paper_flops import claims, reproduce
 
     return [reproduce(claim) for claim in claims()]
 
@@ -127,7 +127,7 @@ def _row(one: Reproduction) -> list[str]:
 
 
 def _json(one: Reproduction) -> dict[str, Any]:
-    from ..evals.paper_flops import FORMULAS, arxiv
+    from ..evals.compute.paper_flops import FORMULAS, arxiv
 
     return one.claim.model_dump(exclude={"agrees"}) | {
         "arxiv": arxiv(one.claim.paper),
@@ -145,9 +145,9 @@ def _json(one: Reproduction) -> dict[str, Any]:
 
 def _asked(model: str, method: str, task_name: str, data: str, limit: int) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Prefills of a task's first questions, and what they are."""
-    from ..evals.compute import prefills, prompts
-    from ..evals.spec import parse
-    from ..evals.tasks import load_tasks
+    from ..evals.compute.prefills import prefills, prompts
+    from ..evals.settings.method_spec import parse
+    from ..evals.tasks.tasks import load_tasks
     from ..models import load_model
 
     chosen = parse(method)
@@ -164,8 +164,8 @@ def _sized(
     model: str, method: str, weights: str, layers: int | None, lengths: str
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The prefill of one random prompt, run or planned, and what it is."""
-    from ..evals.compute import plan, prefills
-    from ..evals.spec import parse
+    from ..evals.compute.prefills import plan, prefills
+    from ..evals.settings.method_spec import parse
     from ..models import load_model
 
     chosen, tokens = parse(method), prompt_lengths(lengths)

@@ -10,15 +10,15 @@ from rich.console import Console
 from .shared import print_list
 
 if TYPE_CHECKING:
-    from ..evals.config import SweepConfig
-    from ..evals.estimate import Forecast
+    from ..evals.sweeps.config import SweepConfig
+    from ..evals.sweeps.dry_run import Forecast
 
 HEADER = ["method", "task", "seed", "questions", "state", "TFLOPs", "basis", "time"]
 
 
 def show(config: SweepConfig, folder: Path, *, as_json: bool) -> None:
     """Print the cells of a sweep into ``folder``, what is done, and what the rest will take."""
-    from ..evals.estimate import forecast
+    from ..evals.sweeps.dry_run import forecast
 
     cells = forecast(config, folder, Console(stderr=True))
     lines = _summary(cells, folder)
@@ -31,7 +31,7 @@ def show(config: SweepConfig, folder: Path, *, as_json: bool) -> None:
 
 
 def _row(cell: Forecast) -> list[str]:
-    from ..evals.progress import duration
+    from ..evals.sweeps.events import duration
 
     return [
         cell.config.label,
@@ -70,7 +70,7 @@ def _summary(cells: list[Forecast], folder: Path) -> list[str]:
 
 
 def _time(rest: list[Forecast]) -> str:
-    from ..evals.progress import duration
+    from ..evals.sweeps.events import duration
 
     known = [cell.seconds for cell in rest if cell.seconds is not None]
     if not known:

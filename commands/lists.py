@@ -10,7 +10,7 @@ from .shared import AsJson, print_list
 
 def methods(as_json: AsJson = False) -> None:
     """List the pruning methods with their options."""
-    from ..evals.spec import describe_methods
+    from ..evals.settings.method_spec import describe_methods
 
     found = describe_methods()
     rows = [[m["name"], m["about"], _defaults(m["options"]), m["examples"][0], m["paper"]] for m in found]
@@ -28,7 +28,7 @@ def models(as_json: AsJson = False) -> None:
 
 def tasks(as_json: AsJson = False) -> None:
     """List the tasks with embedded data. Any other generate_until task of lmms-eval works by name, from the hub."""
-    from ..evals.tasks import TASKS
+    from ..evals.tasks.tasks import TASKS
 
     found = [dataclasses.asdict(info) for info in TASKS.values()]
     rows = [[t["name"], t["about"], ", ".join(m["key"] for m in t["metrics"])] for t in found]

@@ -23,8 +23,8 @@ from ..errors import DataError, OptionError, suggest
 from .wandb import FAILED, SENT, destination, sync_command
 
 if TYPE_CHECKING:
-    from ..evals.progress import Reporter
-    from ..results.wandb import Target
+    from ..evals.sweeps.events import Reporter
+    from ..reports.wandb.sink import Target
 
 WAIT, SHORT = 120.0, 5.0
 """Seconds that the end of a sweep waits for what is still to be sent; after Ctrl-C, or once sending has failed."""
@@ -164,6 +164,6 @@ def listening(report: Reporter | None, live: Live | None) -> Reporter | None:
     """``report``, or what a sweep reports with by itself, that tells ``live`` of finished cells as well."""
     if live is None:
         return report
-    from ..evals.progress import Listening, reporter
+    from ..evals.sweeps.events import Listening, reporter
 
     return Listening(report or reporter(Console(stderr=True)), live)

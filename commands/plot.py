@@ -13,8 +13,8 @@ from ..errors import DataError, OptionError, UnknownNameError, suggest
 from .shared import finished
 
 if TYPE_CHECKING:
-    from ..results.store import Cell
-    from ..results.tables import Table
+    from ..results.store.store import Cell
+    from ..results.tables.tables import Table
 
 
 def plot(
@@ -43,7 +43,7 @@ def plot(
 
     A file that `visibench profile --out` wrote is drawn as the time of vision, prefill and decoding, by method.
     """
-    from ..results.plots import FORMATS
+    from ..results.figures.plots import FORMATS
 
     single = out is not None and bool(out.suffix) and not out.is_dir()
     if single and form is not None:
@@ -66,7 +66,8 @@ def plot(
 
 def _profile(source: Path, files: list[Path]) -> None:
     """Write the figure of a profile."""
-    from ..results import plots, profiles, timeplot
+    from ..results.figures import plots, timeplot
+    from ..results.store import profiles
 
     if any(file.resolve() == source.resolve() for file in files):
         raise OptionError(f"the figure would take the place of {source} itself: give another file to --out")
@@ -78,8 +79,8 @@ def _profile(source: Path, files: list[Path]) -> None:
 
 def _run(folder: Path, kind: str | None, task: str | None, out: Path | None, forms: list[str] | None) -> None:
     """Write the figures of a run; ``forms`` None: one figure, to the file ``out``."""
-    from ..results.plots import KINDS
-    from ..results.tables import build
+    from ..results.figures.plots import KINDS
+    from ..results.tables.tables import build
 
     kinds = _listed(kind, KINDS, "--kind") or list(KINDS)
     if forms is None and len(kinds) > 1:
@@ -100,7 +101,7 @@ def _run(folder: Path, kind: str | None, task: str | None, out: Path | None, for
 
 def _draw(table: Table, kind: str, files: list[Path], *, needed: bool) -> None:
     """Write one figure; without its data, an error if it is ``needed`` and else a line."""
-    from ..results import plots
+    from ..results.figures import plots
 
     try:
         figure = plots.draw(table, kind)

@@ -14,8 +14,8 @@ from ..errors import IncompleteError, OptionError, StoppedError
 from .shared import AsJson, check_writable, integers, width
 
 if TYPE_CHECKING:
-    from ..evals.profile import ProfileConfig
-    from ..results.profiles import Profile, Row, Spread
+    from ..evals.compute.profile import ProfileConfig
+    from ..results.store.profiles import Profile, Row, Spread
 
 HEADER = (
     ("visual", "tokens T"),
@@ -63,8 +63,8 @@ def profile(
 
     Takes a configuration, or --model and --methods; options replace what the configuration says.
     """
-    from ..evals.config import parse, read
-    from ..evals.profile import ProfileConfig
+    from ..evals.compute.profile import ProfileConfig
+    from ..evals.sweeps.config import parse, read
 
     given: dict[str, Any] = {
         "model": model,
@@ -98,8 +98,8 @@ def profile(
 
 def _measured(settings: ProfileConfig, out: Path | None) -> Profile:
     """Measure, and write to ``out`` what there is after each batch size and length."""
-    from ..evals.profile import profile as measure
-    from ..results import disk
+    from ..evals.compute.profile import profile as measure
+    from ..results.store import disk
 
     done = 0
 
@@ -140,7 +140,7 @@ def _print(result: Profile) -> None:
 
 
 def _cells(row: Row, dense: Row) -> list[str]:
-    from ..results.profiles import quartiles, ratios
+    from ..results.store.profiles import quartiles, ratios
 
     lower, upper = quartiles(ratios(dense.ms["prefill"].times, row.ms["prefill"].times))
     spread = f" ±{(upper - lower) / row.promised:.0%}" if len(row.ms["prefill"].times) > 1 else ""

@@ -27,9 +27,9 @@ def report(
 
     The page is one file that loads nothing. Images that cannot be loaded any more are left out with the reason.
     """
-    from ..results.report import no_pictures
-    from ..results.report import report as page_of
-    from ..results.tables import build
+    from ..reports.html.report import no_pictures
+    from ..reports.html.report import report as page_of
+    from ..results.tables.tables import build
 
     cells = finished(folder)
     file = out or folder / "report.html"
@@ -49,14 +49,14 @@ def report(
 
 
 def _pictures() -> Any:
-    from ..evals.pictures import Pictures
+    from ..reports.html.pictures import Pictures
 
     return Pictures()
 
 
 def _about() -> dict[str, dict[str, Any]]:
     """Facts about all methods by name, with the description of the file that each is written in."""
-    from ..evals.spec import describe_methods
+    from ..evals.settings.method_spec import describe_methods
     from ..methods import list_methods
 
     modules = {name: sys.modules[cls.__module__] for name, cls in list_methods().items()}

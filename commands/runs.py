@@ -17,11 +17,11 @@ from .forecast import show
 from .shared import AsJson, FeatureCache, Limit, finished
 
 if TYPE_CHECKING:
-    from ..evals.config import SweepConfig
-    from ..evals.executors import Executor
-    from ..evals.progress import Reporter
-    from ..results.store import Cell
-    from ..results.tables import Table
+    from ..evals.sweeps.config import SweepConfig
+    from ..evals.sweeps.events import Reporter
+    from ..evals.sweeps.processes import Executor
+    from ..results.store.store import Cell
+    from ..results.tables.tables import Table
 
 
 def run(
@@ -54,8 +54,8 @@ def run(
     wandb_tags: live.Tags = None,
 ) -> None:
     """Run one method on some tasks: scores, visual tokens by layer, compute and prefill time."""
-    from ..evals.config import parse_config
-    from ..evals.spec import split
+    from ..evals.settings.method_spec import split
+    from ..evals.sweeps.config import parse_config
 
     _, options = split(method)
     if seed is not None and options.get("seed", str(seed)) != str(seed):
@@ -124,9 +124,9 @@ def sweep(
     wandb_tags: live.Tags = None,
 ) -> None:
     """Run all methods × tasks of a configuration; run again, it skips what is done."""
-    from ..evals.config import load_config, select
-    from ..evals.progress import JsonLines, Reporter
-    from ..evals.sweep import save_tables
+    from ..evals.sweeps.config import load_config, select
+    from ..evals.sweeps.events import JsonLines, Reporter
+    from ..evals.sweeps.sweep import save_tables
 
     given = [*(settings or []), *_set(limit=limit, feature_cache_gb=feature_cache_gb)]
     loaded, name = load_config(config, given)
@@ -176,8 +176,8 @@ def table(
             raise OptionError("--columns and --against exclude each other: give one")
         print(_against(against, folder, form))
         return
-    from ..results.render import FORMATS, render
-    from ..results.tables import build
+    from ..results.tables.render import FORMATS, render
+    from ..results.tables.tables import build
 
     if form not in FORMATS:
         raise OptionError(f"unknown format {form!r}: choose {', '.join(FORMATS)}")
@@ -206,7 +206,7 @@ def _sweep(
     executor: Executor | None = None,
 ) -> Iterator[list[Cell]]:
     """Run a sweep and yield what is done; what failed is raised afterwards, or at once where nothing is done."""
-    from ..evals.sweep import sweep as run_sweep
+    from ..evals.sweeps.sweep import sweep as run_sweep
 
     try:
         cells = run_sweep(config, folder, Console(stderr=True), dense=dense, report=report, executor=executor)
@@ -226,7 +226,7 @@ def _set(**given: float | None) -> list[str]:
 
 
 def _print_run(cells: list[Cell], folder: Path, *, as_json: bool) -> None:
-    from ..results.tables import build
+    from ..results.tables.tables import build
 
     if as_json:
         print(json.dumps({"out": str(folder), "cells": [_cell_json(cell) for cell in cells]}, indent=1))
@@ -238,7 +238,7 @@ def _print_run(cells: list[Cell], folder: Path, *, as_json: bool) -> None:
 
 
 def _print_tables(tables: list[Table], folder: Path, *, quiet: bool = False) -> None:
-    from ..results.render import render
+    from ..results.tables.render import render
 
     print(render(tables))
     Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet).print(

@@ -9,7 +9,7 @@ import typer
 from ..errors import OptionError, suggest
 
 if TYPE_CHECKING:
-    from ..evals.executors import Executor
+    from ..evals.sweeps.processes import Executor
 
 KNOWN = ("local", "ray")
 
@@ -42,7 +42,7 @@ def choose(
     executor: str, workers: int | None, address: str | None, shard: int | None, device: str = "auto"
 ) -> Executor | None:
     """What runs the cells, on ``device`` as the configuration names it; None: this process."""
-    from ..evals.ranks import together
+    from ..evals.sweeps.torchrun import together
 
     if executor not in KNOWN:
         raise OptionError(f"unknown executor {executor!r}; {suggest(executor, KNOWN)}")
@@ -51,12 +51,12 @@ def choose(
     given: dict[str, Any] = {"address": address, "shard": shard}
     given = {name: value for name, value in given.items() if value is not None}
     if executor == "ray":
-        from ..evals.ray import Ray
+        from ..evals.sweeps.ray import Ray
 
         return Ray(workers=workers, **given)
     if given:
         raise OptionError(f"--{next(iter(given))} is for --executor ray: add that, or leave it out")
-    from ..evals.executors import Processes
+    from ..evals.sweeps.processes import Processes
 
     if workers is None or workers == 1:
         return None

@@ -16,7 +16,7 @@ from rich.table import Table as RichTable
 from ..errors import DataError, OptionError
 
 if TYPE_CHECKING:
-    from ..results.store import Cell
+    from ..results.store.store import Cell
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
 FeatureCache = Annotated[
@@ -51,7 +51,7 @@ def print_list(
 
 def finished(folder: Path) -> list[Cell]:
     """The finished cells of a run folder; a line on standard error says if there are others."""
-    from ..results.store import FAILURES, Store
+    from ..results.store.store import FAILURES, Store
 
     store = Store(folder)
     cells, others = store.cells(), store.unfinished()

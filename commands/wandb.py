@@ -17,7 +17,7 @@ from ..errors import OptionError, VisibenchError, suggest
 from .shared import check_writable, finished
 
 if TYPE_CHECKING:
-    from ..results.wandb import Pictures, Sink, Target
+    from ..reports.wandb.sink import Pictures, Sink, Target
 
 SENT, FAILED = "sent: ", "not sent: "
 """How lines begin that say what became of a try, while a sweep runs."""
@@ -49,7 +49,7 @@ def sync(
     follow: Annotated[bool, typer.Option("--follow", hidden=True)] = False,
 ) -> None:
     """Send what is new in a run folder, finished or not: a run for each cell, and one with tables and figures."""
-    from ..results.wandb import Sink
+    from ..reports.wandb.sink import Sink
 
     target = destination(folder, mode, project, entity, group, tags, samples)
     if follow:
@@ -86,7 +86,7 @@ def _followed(sink: Sink) -> int:
 
 
 def _overlaid() -> Pictures:
-    from ..evals.pictures import Pictures
+    from ..reports.html.pictures import Pictures
 
     return Pictures().overlaid
 
@@ -101,7 +101,7 @@ def destination(
     samples: int = 32,
 ) -> Target:
     """Where results go. Raises :class:`OptionError` for names that cannot be, by wandb's own rules where it has one."""
-    from ..results.wandb import MODES, PROJECT, Target
+    from ..reports.wandb.sink import MODES, PROJECT, Target
 
     if mode not in MODES:
         raise OptionError(f"unknown mode {mode!r}; {suggest(mode, MODES)}")
@@ -140,7 +140,7 @@ def _check_names(target: Target) -> None:
 
 def sync_command(folder: Path, target: Target) -> str:
     """The command that sends ``folder`` to the same place, with the options that differ from what would be."""
-    from ..results.wandb import PROJECT, Target
+    from ..reports.wandb.sink import PROJECT, Target
 
     given = target.options()
     default = Target(folder.resolve().name, project=os.environ.get("WANDB_PROJECT") or PROJECT).options()
@@ -164,9 +164,9 @@ def report(
         import wandb_workspaces  # noqa: F401
     except ImportError as error:
         raise OptionError("reports need wandb-workspaces: pip install 'visibench[report]'") from error
-    from ..results.tables import build
-    from ..results.wandb import prepare
-    from ..results.wandb_report import as_json, document, save
+    from ..reports.wandb.document import as_json, document, save
+    from ..reports.wandb.sink import prepare
+    from ..results.tables.tables import build
 
     target = destination(folder, "offline" if dry_run else "online", project, entity, group, None)
     tables = build(finished(folder))

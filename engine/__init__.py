@@ -1,8 +1,8 @@
 """The engine: runs a model under a pruning method. The only part of visibench that touches tensors of the model."""
 
-from .. import _torchvision
+from ..utils import torchvision
 
-_torchvision.ensure_importable()
+torchvision.ensure_importable()
 
 from .layout import TokenLayout  # noqa: E402
 from .session import PruningSession, prune  # noqa: E402

@@ -1,1 +1,3 @@
-"""Evaluation: tasks, the bridge to lmms-eval, compute, time, and sweeps over all of them."""
+"""Evaluation, in the order of the arrows: what is asked (tasks), what a user's text means (settings), compute and time
+(compute), what a model answers and how it is scored (answers), and many such cells (sweeps).
+"""

@@ -100,7 +100,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class Knob:
-    """What sets how much a method keeps; :mod:`visibench.evals.budget` turns it until a target is met.
+    """What sets how much a method keeps; :mod:`visibench.evals.compute.budget` turns it until a target is met.
 
     ``values(visual_tokens, geometry)``: what to choose from for prompts of so many visual tokens, in an order in which
     the number of visual tokens left only rises or only falls. Values that the method refuses may stand at both ends.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .grid import Gridded
+from .grids import Gridded
 from .pieces import precise
 from .registry import register
 

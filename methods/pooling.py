@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
 from .base import Merge
-from .grid import Gridded
+from .grids import Gridded
 from .pieces import precise
 from .registry import register
 

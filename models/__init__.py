@@ -1,8 +1,8 @@
 """Models: loading, and where each family keeps its parts."""
 
-from .. import _torchvision
+from ..utils import torchvision
 
-_torchvision.ensure_importable()
+torchvision.ensure_importable()
 
 from .load import LoadedModel, list_models, load_model  # noqa: E402
 

@@ -132,8 +132,8 @@ def _grids(vision: VisionGeometry, args: tuple, kwargs: Mapping[str, Any]) -> Te
     return kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
 
 
-# Where the tokens of one image lie in it: see visibench.results.places. Arguments: the model's configuration, its image
-# processor, the inputs of the batch, and the image's number and size (width, height) there.
+# Where the tokens of one image lie in it: see visibench.results.store.token_grids. Arguments: the model's
+# configuration, its image processor, the inputs of the batch, and the image's number and size (width, height) there.
 Views = Callable[[Any, Any, Mapping[str, Any], int, tuple[int, int]], list[list[int]]]
 
 

@@ -24,8 +24,8 @@ from ..errors import (
     VisibenchError,
     suggest,
 )
-from ..kept import Kept
-from ..machine import processor, version
+from ..utils.bounded_cache import Kept
+from ..utils.machine import processor, version
 from .adapters import FAMILIES, Adapter, Geometry
 from .geometry import Weights, about, build, check_weights, configuration, published, synthetic_inputs
 

@@ -1,1 +1,3 @@
-"""Results: what is stored of a run, and the tables, figures and comparisons made of it."""
+"""Results: what is stored of a run (store), what it shows (statistics), and the tables, figures, checks and comparisons
+with printed figures made of it.
+"""

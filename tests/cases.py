@@ -2,7 +2,7 @@
 
 import visibench
 from probes import PROBES
-from visibench.evals.spec import parse, spell
+from visibench.evals.settings.method_spec import parse, spell
 
 METHODS = visibench.list_methods()
 REGISTERED = [parse(spell(cls, options)) for cls in METHODS.values() for options in cls.examples]

@@ -12,11 +12,11 @@ import sys
 import time
 from pathlib import Path
 
-import visibench.evals.lmms
-import visibench.evals.timing  # noqa: F401
+import visibench.evals.answers.score
+import visibench.evals.compute.timing  # noqa: F401
 from visibench.cli import main
-from visibench.evals import sweep as sweeping
-from visibench.results import disk
+from visibench.evals.sweeps import sweep as sweeping
+from visibench.results.store.store import disk
 
 config, out, count = sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
 

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 from storing import frame
-from visibench.results.metrics import MEAN, Measured, measure
+from visibench.results.statistics.metrics import MEAN, Measured, measure
 
 
 def of_scores(scores) -> Measured:

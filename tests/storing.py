@@ -2,7 +2,7 @@
 
 import numpy as np
 import pandas as pd
-from visibench.results.records import (
+from visibench.results.store.records import (
     CellConfig,
     CellMetrics,
     Compute,
@@ -11,7 +11,7 @@ from visibench.results.records import (
     ScoreRecord,
     VisualTokens,
 )
-from visibench.results.store import Store
+from visibench.results.store.store import Store
 
 SAMPLES = pd.DataFrame(
     {

@@ -11,10 +11,11 @@ from support import IMAGE, collate, make_batch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from visibench.cli import main
 from visibench.errors import OptionError
-from visibench.evals import budget, compute, flops, spec
-from visibench.evals.budget import Planned, Prompts, Target, accepted, decided, knobs, solve
-from visibench.evals.tasks import load_tasks
-from visibench.evals.timing import Timing
+from visibench.evals.compute.budget import Planned, Prompts, Target, accepted, decided, knobs, solve
+from visibench.evals.compute.prefills import budget, flops, prefills
+from visibench.evals.compute.timing import Timing
+from visibench.evals.settings import method_spec
+from visibench.evals.tasks.tasks import load_tasks
 from visibench.methods import fitprune
 from visibench.models import LoadedModel
 
@@ -25,7 +26,7 @@ TURNED = [cls for cls in visibench.list_methods().values() if cls.knobs]
 
 def open_options(cls, example=0):
     """Options of an example without those that a budget decides."""
-    _, options = spec.split(spec.spell(cls, cls.examples[example]))
+    _, options = method_spec.split(method_spec.spell(cls, cls.examples[example]))
     return {key: value for key, value in options.items() if key not in decided(cls.knobs[0])}
 
 
@@ -62,7 +63,7 @@ def test_achieved_is_what_a_trace_finds_and_no_neighbour_is_nearer(cls, llava, p
         assert found.cost.tokens.mean == pytest.approx(achieved)
         others = every or [prompts.tokens(method) for method in settings[max(place - 1, 0) : place + 2]]
         assert abs(achieved - target) == pytest.approx(min(abs(other - target) for other in others), abs=1e-9)
-        assert spec.parse(str(found.method)) == found.method
+        assert method_spec.parse(str(found.method)) == found.method
 
 
 @pytest.mark.parametrize("text", ["random:layer=1", "divprune", "fitprune:layers=scaled"])
@@ -70,7 +71,7 @@ def test_prompts_may_hold_any_number_of_images(text, llava):
     rows = [(5, 9, 1), (3, 12, 3), (4, 6, 0)]
     samples = make_batch(rows)
     mixed = Prompts(LoadedModel("small", llava, None), [collate(samples)], samples[0])
-    found = solve(*spec.split(text), Target("tokens", 12), mixed)
+    found = solve(*method_spec.split(text), Target("tokens", 12), mixed)
     assert found.cost.tokens.mean == pytest.approx(traced(llava, found.method, rows))
     assert found.cost.tokens.mean == pytest.approx(12, abs=1)
     assert mixed.dense.tokens.mean == pytest.approx(64 / 3)
@@ -86,7 +87,7 @@ def test_prompts_may_hold_any_number_of_images(text, llava):
     ],
 )
 def test_a_method_has_several_knobs(text, knob, llava, prompts):
-    found = solve(*spec.split(text), Target("tokens", 11), prompts)
+    found = solve(*method_spec.split(text), Target("tokens", 11), prompts)
     assert found.knob == knob
     assert found.cost.tokens.mean == pytest.approx(traced(llava, found.method))
     assert found.cost.tokens.mean == pytest.approx(11, abs=1.6)
@@ -105,7 +106,7 @@ def test_the_next_knob_is_turned_where_the_first_does_not_reach(llava, prompts):
 
 @pytest.mark.parametrize("text", ["fastv:layer=2", "downsample", "vtw"])
 def test_compute_is_that_of_the_nearest_setting(text, llava, prompts):
-    name, options = spec.split(text)
+    name, options = method_spec.split(text)
     settings, _ = accepted(name, options, knobs(name, options)[0], prompts)
     macs = {}
     for method in settings:
@@ -296,9 +297,9 @@ def test_vtw_by_its_layer(published):
 )
 def test_the_impossible_is_refused_with_the_reason(text, target, reason, prompts):
     with pytest.raises(OptionError, match=reason) as caught:
-        solve(*spec.split(text), Target("tokens", target), prompts)
+        solve(*method_spec.split(text), Target("tokens", target), prompts)
     assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith(spec.split(text)[0])
+    assert str(caught.value).startswith(method_spec.split(text)[0])
 
 
 @pytest.mark.parametrize("text", ["token=4", "tokens", "tokens=many", "tokens=-1", "ms=nan", "tflops=inf"])
@@ -337,7 +338,7 @@ def test_command_gives_what_run_takes(call, loaded, disk_data):
     assert "layers='scaled'" in refused["reason"]
     (task,) = load_tasks(["gqa"], str(disk_data))
     for one in result["solved"]:
-        frame = compute.prefills(loaded, spec.parse(one["spec"]), compute.prompts(loaded, task, 3))
+        frame = prefills.prefills(loaded, method_spec.parse(one["spec"]), prefills.prompts(loaded, task, 3))
         counts = torch.tensor(frame["visual_tokens"].tolist()).double()
         assert one["achieved"]["tokens"] == pytest.approx(float(counts.mean()))
         assert one["achieved"]["per_layer"] == pytest.approx(counts.mean(0).tolist())

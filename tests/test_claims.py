@@ -5,8 +5,8 @@ import sys
 
 import visibench
 from storing import config
-from visibench.evals import cell
-from visibench.results.store import Store
+from visibench.evals.answers.checkpoint import cell
+from visibench.results.store.store import Store
 
 
 def test_cells_of_others_come_last_and_only_when_they_let_go(tmp_path):

@@ -180,7 +180,7 @@ def test_ctrl_c_says_how_to_go_on(cli, checkpoint, disk_data, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("visibench.evals.answering.answer", interrupted)
+    monkeypatch.setattr("visibench.evals.answers.generate.answer", interrupted)
     code, out, err = cli(*run(checkpoint, "--data", disk_data))
     assert (code, out) == (130, "")
     assert "goes on where" in err

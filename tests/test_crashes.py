@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 from storing import outcome
-from visibench.evals.config import load_config
-from visibench.evals.sweep import plan
-from visibench.results.store import Store
+from visibench.evals.sweeps.config import load_config
+from visibench.evals.sweeps.sweep import plan
+from visibench.results.store.store import Store
 
 KILLS = 12
 

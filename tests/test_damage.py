@@ -14,9 +14,9 @@ import typer.main
 from storing import config, frame, put
 from test_cli import assert_refused
 from visibench.cli import app
-from visibench.results import baseline as baselines
-from visibench.results.records import Failure, ScoreRecord, digest
-from visibench.results.store import Store
+from visibench.results.gate.gate import baseline as baselines
+from visibench.results.store.records import Failure, ScoreRecord, digest
+from visibench.results.store.store import Store
 
 COMMANDS = {
     "table": ["table", "run"],

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 from simulated import clustered, of_scores, quick
-from visibench.results.stats import compare, detectable
+from visibench.results.statistics.stats import compare, detectable
 
 
 def churned(rng, images, each, rate, gain):

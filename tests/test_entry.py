@@ -15,14 +15,14 @@ import visibench
 from loguru import logger
 from transformers import AutoImageProcessor
 from visibench.errors import OptionError, VisibenchError
-from visibench.evals import entry, harness
-from visibench.evals.entry import Visibench
-from visibench.evals.lmms import evaluate
-from visibench.evals.spec import parse
-from visibench.evals.tasks import definition, load_tasks
+from visibench.evals.answers.checkpoint import lmms_model
+from visibench.evals.answers.lmms_model import Visibench
+from visibench.evals.answers.score import evaluate
+from visibench.evals.settings.method_spec import parse
+from visibench.evals.tasks.tasks import definition, lmms_eval, load_tasks
 from visibench.models import load_model
 from visibench.models.load import EMBEDDED
-from visibench.results.places import read
+from visibench.results.store.token_grids import read
 
 FOLDERS = {"pope": "POPE", "mme": "MME", "textvqa_val": "textvqa"}
 METHODS = ("none", "visipruner", "random:keep=0.25,seed=3")
@@ -54,11 +54,11 @@ def expected(tiny, method, name, data, limit=None):
 def ask(arguments, tasks, definitions, tmp_path, **options):
     """lmms-eval's ``simple_evaluate`` with its model and tasks by name, as its command line calls it."""
     model = Visibench.create_from_arg_string(arguments, {"batch_size": "3", "max_batch_size": None, "device": None})
-    with harness.quiet():
-        return harness.simple_evaluate(
+    with lmms_eval.quiet():
+        return lmms_eval.simple_evaluate(
             model=model,
             tasks=tasks,
-            task_manager=harness.TaskManager(include_path=str(definitions), include_defaults=False),
+            task_manager=lmms_eval.TaskManager(include_path=str(definitions), include_defaults=False),
             bootstrap_iters=0,
             cli_args=Namespace(process_with_media=False, output_path=str(tmp_path)),
             **options,
@@ -175,12 +175,12 @@ def test_mistakes_end_in_one_line(arguments, options, message, capsys):
 
 def test_each_rank_takes_its_own_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert entry._own("auto") == "auto"  # one rank: as load_model decides
+    assert lmms_model._own("auto") == "auto"  # one rank: as load_model decides
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert [entry._own(device) for device in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
+    assert [lmms_model._own(device) for device in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
     with pytest.raises(OptionError, match="one GPU"):
-        entry._own("cuda:0")
+        lmms_model._own("cuda:0")
 
 
 def test_mistakes_raise_in_python():

@@ -14,14 +14,14 @@ from rich.console import Console
 from storing import untimed
 from visibench.commands.scale import choose
 from visibench.errors import IncompleteError, OptionError, UnsupportedModelError, VisibenchError
-from visibench.evals import executors
-from visibench.evals.config import parse_config
-from visibench.evals.executors import Processes
-from visibench.evals.plan import plan
-from visibench.evals.progress import Reporter
-from visibench.evals.ray import Outcome, Ray, Worker, _needs
-from visibench.evals.sweep import sweep
-from visibench.results.store import Store
+from visibench.evals.sweeps import processes
+from visibench.evals.sweeps.cells import plan
+from visibench.evals.sweeps.config import parse_config
+from visibench.evals.sweeps.events import Reporter
+from visibench.evals.sweeps.processes import Processes
+from visibench.evals.sweeps.ray import Outcome, Ray, Worker, _needs
+from visibench.evals.sweeps.sweep import sweep
+from visibench.results.store.store import Store
 
 QUIET = Console(quiet=True)
 
@@ -140,25 +140,25 @@ def test_when_no_process_is_left_the_sweep_says_so_and_goes_on_later(config, str
 
 def test_what_a_worker_cannot_load_is_said_once(config, tmp_path, monkeypatch):
     broken = config.model_copy(update={"methods": ["fastv:layer=11,keep=0.5"]})
-    monkeypatch.setattr(executors, "_start", lambda *args: pytest.fail("a worker was started"))
+    monkeypatch.setattr(processes, "_start", lambda *args: pytest.fail("a worker was started"))
     with pytest.raises(OptionError, match="10 layers"):
         sweep(broken, tmp_path, QUIET, executor=Processes(2))
 
 
 def test_each_worker_has_a_device_of_its_own(monkeypatch):
-    monkeypatch.setattr(executors.torch, "get_num_threads", lambda: 8)
-    assert executors._environment(1, 3, "cpu") == {"OMP_NUM_THREADS": "2"}
-    assert executors._environment(8, 9, "auto") == {"OMP_NUM_THREADS": "1"}
-    monkeypatch.setattr(executors.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(executors.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(processes.torch, "get_num_threads", lambda: 8)
+    assert processes._environment(1, 3, "cpu") == {"OMP_NUM_THREADS": "2"}
+    assert processes._environment(8, 9, "auto") == {"OMP_NUM_THREADS": "1"}
+    monkeypatch.setattr(processes.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(processes.torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [executors._environment(i, 2, "auto") for i in (0, 1)] == [{"CUDA_VISIBLE_DEVICES": str(i)} for i in (0, 1)]
+    assert [processes._environment(i, 2, "auto") for i in (0, 1)] == [{"CUDA_VISIBLE_DEVICES": str(i)} for i in (0, 1)]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert executors._environment(1, 2, "cuda") == {"CUDA_VISIBLE_DEVICES": "7"}
+    assert processes._environment(1, 2, "cuda") == {"CUDA_VISIBLE_DEVICES": "7"}
     with pytest.raises(OptionError, match="2 CUDA devices"):
-        executors._environment(0, 3, "cuda")
+        processes._environment(0, 3, "cuda")
     with pytest.raises(OptionError, match="give device cuda, not cuda:1"):
-        executors._environment(0, 2, "cuda:1")
+        processes._environment(0, 2, "cuda:1")
 
 
 # ---- Ray ----------------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def test_a_shard_that_cannot_run_is_left_to_the_end_of_its_cell(config, monkeypa
     def fails(*arguments, **options):
         raise UnsupportedModelError("no such layer")
 
-    monkeypatch.setattr("visibench.evals.ray.answer", fails)
+    monkeypatch.setattr("visibench.evals.sweeps.ray.answer", fails)
     one = config.model_copy(update={"tasks": ["gqa"]})
     outcome = Worker(one.model_dump_json()).run(plan(one)[0], (0, 2), {}, {})
     assert b"UnsupportedModelError: no such layer" in outcome.files["failures.jsonl"]
@@ -251,7 +251,7 @@ def test_an_unforeseen_error_of_a_ray_worker_is_a_failure_of_its_cell(config, st
                 raise RuntimeError("no such head\nreally")
             return Worker.run(self, cell, shard, files, dense)
 
-    monkeypatch.setattr("visibench.evals.ray.Worker", Failing)
+    monkeypatch.setattr("visibench.evals.sweeps.ray.Worker", Failing)
     with pytest.raises(IncompleteError) as caught:
         sweep(config, tmp_path, QUIET, executor=Ray(workers=1, shard=4))
     assert caught.value.exit_code == 3
@@ -268,7 +268,7 @@ def test_an_unforeseen_error_of_a_ray_worker_is_a_failure_of_its_cell(config, st
 @pytest.mark.slow
 @pytest.mark.usefixtures("_ray")
 def test_an_error_of_a_ray_worker_is_one_line(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("visibench.evals.plan.fingerprint", lambda model: "0123456789abcdef")
+    monkeypatch.setattr("visibench.evals.sweeps.cells.fingerprint", lambda model: "0123456789abcdef")
     with pytest.raises(VisibenchError, match=r"^model '.*' is another one on .*: copy the folder there$"):
         sweep(config, tmp_path, QUIET, executor=Ray(workers=1))
 
@@ -280,7 +280,7 @@ def test_workers_that_cannot_start_are_one_line(config, tmp_path, monkeypatch):
         def __init__(self, config: str) -> None:
             raise ImportError("no visibench here")
 
-    monkeypatch.setattr("visibench.evals.ray.Worker", Broken)
+    monkeypatch.setattr("visibench.evals.sweeps.ray.Worker", Broken)
     with pytest.raises(VisibenchError, match=r"^no worker of the Ray cluster can start \(.*no visibench here\): mend"):
         sweep(config, tmp_path, QUIET, executor=Ray(workers=2))
 

@@ -8,8 +8,8 @@ from probes import Probe
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText
 from visibench.errors import InputError, UnsupportedModelError
-from visibench.evals import compute, flops
-from visibench.evals.timing import greedy
+from visibench.evals.compute.prefills import flops, prefills
+from visibench.evals.compute.timing import greedy
 from visibench.models import LoadedModel
 from visibench.models.adapters import Adapter
 from visibench.models.geometry import synthetic_inputs
@@ -291,6 +291,6 @@ def test_a_plan_equals_the_prefill_that_runs(kind, method):
     """What the vision side computes, too: of tiles, of images of any shape, and of windows inside."""
     loaded = LoadedModel(kind, model_of(kind), None, "random")
     for text, visual in ROWS[kind]:
-        planned = compute.plan(loaded, method, text, visual)
-        ran = compute.prefills(loaded, method, [loaded.synthetic_inputs(1, text, visual)])
+        planned = prefills.plan(loaded, method, text, visual)
+        ran = prefills.prefills(loaded, method, [loaded.synthetic_inputs(1, text, visual)])
         pd.testing.assert_frame_equal(planned, ran)

@@ -14,13 +14,13 @@ from storing import untimed
 from support import IMAGE, collate, make_batch, state
 from visibench.engine.features import DISK, FeatureStore
 from visibench.engine.vision import CHANGING
-from visibench.evals import timing
-from visibench.evals.config import parse_config
-from visibench.evals.spec import parse, spell
-from visibench.evals.sweep import sweep
+from visibench.evals.compute.prefills import timing
+from visibench.evals.settings.method_spec import parse, spell
+from visibench.evals.sweeps.config import parse_config
+from visibench.evals.sweeps.sweep import sweep
 from visibench.models.adapters import Adapter
-from visibench.results.render import render
-from visibench.results.tables import build
+from visibench.results.tables.render import render
+from visibench.results.tables.tables import build
 
 # Each registered method, by the plainest of its examples.
 EACH = pytest.mark.parametrize("method", [parse(spell(cls, cls.examples[0])) for cls in METHODS.values()], ids=str)

@@ -15,8 +15,8 @@ from test_cli import assert_refused
 from torch.distributions import Categorical, kl_divergence
 from visibench.analysis import fit
 from visibench.errors import InputError, OptionError, VisibenchError
-from visibench.evals import spec
-from visibench.evals.tasks import load_tasks
+from visibench.evals.settings import method_spec
+from visibench.evals.tasks.tasks import load_tasks
 from visibench.models.adapters import Adapter
 
 EQUAL = [(5, 9, 1), (3, 12, 1)]
@@ -125,7 +125,7 @@ def test_the_fitted_schedule_is_what_fitprune_does(rows, llava):
             assert counts == [counts[0] - counts[0] * n // out_of for n in gone]
         # Half a token a layer, of which the compute is at most twice that of a token's share.
         assert found.found["reduction"] >= target - 1 / out_of
-        assert spec.parse(str(method)) == method
+        assert method_spec.parse(str(method)) == method
         tokens.append(found.found["visual_tokens"])
     assert tokens == sorted(tokens, reverse=True)
     assert len({*tokens}) == len(tokens)
@@ -260,9 +260,9 @@ def test_cli_fits_on_prompts_of_a_task(cli, checkpoint, disk_data, loaded, tmp_p
     samples = [dict(loaded.inputs([question], [images])) for question, images in map(task.question, ids)]
     by_hand = fit.fit("fitprune", loaded.model, samples, target=0.5, tolerance=0.05)
     assert out.endswith(f'--method "{by_hand.method}"\n')
-    assert spec.parse(written["spec"]) == by_hand.method
+    assert method_spec.parse(written["spec"]) == by_hand.method
     options = dict(written["method"])
-    assert spec.build(options.pop("name"), options) == by_hand.method
+    assert method_spec.build(options.pop("name"), options) == by_hand.method
     assert written["found"] == pytest.approx(by_hand.found)
     assert written["settings"] == {"target": 0.5, "tolerance": 0.05}
     code, out, _ = cli(*fitting("fitprune", checkpoint, *data, *wanted, "--json"))

@@ -7,7 +7,7 @@ from cases import CASES, REGISTERED
 from probes import VisionProbe
 from support import collate, make_batch, make_llava
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from visibench.evals import flops
+from visibench.evals.compute.prefills import flops
 
 CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, out_shape=None, **kwargs: (

@@ -11,11 +11,11 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 from visibench.cli import app
-from visibench.evals import estimate, probe
-from visibench.evals import sweep as sweeps
-from visibench.evals.config import parse_config, select
-from visibench.evals.estimate import forecast
-from visibench.evals.tasks import load_tasks
+from visibench.evals.sweeps import dry_run, pace
+from visibench.evals.sweeps import sweep as sweeps
+from visibench.evals.sweeps.config import parse_config, select
+from visibench.evals.sweeps.dry_run import forecast
+from visibench.evals.tasks.tasks import load_tasks
 
 QUIET = Console(quiet=True)
 METHODS = ["random:layer=2,keep=0.5", "fastv:keep=0.5", "visipruner:shallow_layers=4"]
@@ -48,7 +48,7 @@ def _no_model(monkeypatch):
 
 def test_a_plan_prices_what_then_runs(settings, ran, tmp_path, monkeypatch):
     """Plans give all of dense and random, which score nothing; FastV scores, VisiPruner adapts."""
-    monkeypatch.setattr(probe, "pace", lambda *given: probe.Pace(0.5, 0.25))
+    monkeypatch.setattr(pace, "pace", lambda *given: pace.Pace(0.5, 0.25))
     cells = forecast(select(parse_config(settings, "test"), tasks=["gqa"]), tmp_path / "new", QUIET)
     assert not (tmp_path / "new").exists()
     assert [cell.questions for cell in cells] == [6] * 4
@@ -91,7 +91,7 @@ def test_what_is_done_gives_the_time_of_the_rest(settings, ran):
 
 
 def test_times_of_other_settings_are_not_taken(settings, ran, monkeypatch):
-    monkeypatch.setattr(probe, "LARGEST", 0)
+    monkeypatch.setattr(pace, "LARGEST", 0)
     for change in ({"batch_size": 3}, {"dtype": "bfloat16"}, {"attention": "eager"}):
         cells = forecast(parse_config(settings | change, "test"), ran, QUIET)
         assert not any(cell.done or cell.seconds or cell.clock for cell in cells)
@@ -108,7 +108,7 @@ def test_one_batch_of_the_dense_model_is_timed_behind_a_warm_up(settings, loaded
 
     hook = loaded.model.register_forward_pre_hook(slowly, with_kwargs=True)
     began = time.monotonic()
-    found = probe.pace(loaded, task, config)
+    found = pace.pace(loaded, task, config)
     took = time.monotonic() - began - 1
     hook.remove()
     assert max(rows) == 4
@@ -120,7 +120,7 @@ def test_what_fails_in_that_batch_leaves_the_time_unknown(settings, tmp_path, mo
     def fail(*given):
         raise RuntimeError("no kernel")
 
-    monkeypatch.setattr(probe, "pace", fail)
+    monkeypatch.setattr(pace, "pace", fail)
     console = Console(record=True, quiet=False, file=io.StringIO())
     cells = forecast(select(parse_config(settings, "test"), ["none"]), tmp_path, console)
     assert [(cell.seconds, cell.clock) for cell in cells] == [(None, None)] * 2
@@ -162,7 +162,7 @@ def test_questions_of_the_hub_are_not_downloaded_to_be_counted(settings, tmp_pat
 
 @pytest.mark.usefixtures("_no_model")
 def test_a_model_that_is_nowhere_is_said_to_be_unchecked(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(estimate, "hub_or_cache", nullcontext)
+    monkeypatch.setattr(dry_run, "hub_or_cache", nullcontext)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     console = Console(record=True, quiet=False, file=io.StringIO(), width=400)
     config = parse_config(settings | {"data": "hub", "limit": None, "model": "no/body"}, "test")

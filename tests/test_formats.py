@@ -17,13 +17,13 @@ from markdown_it import MarkdownIt
 from storing import config, frame, full, put
 from visibench.cli import main
 from visibench.errors import OptionError
-from visibench.results.formats import grouped
-from visibench.results.inference import ALPHA, Entrant, budgets
-from visibench.results.records import ScoreRecord, VisualTokens
-from visibench.results.render import render
-from visibench.results.stats import compare
-from visibench.results.store import Store
-from visibench.results.tables import build
+from visibench.results.statistics.inference import ALPHA, Entrant, budgets
+from visibench.results.statistics.stats import compare
+from visibench.results.store.records import ScoreRecord, VisualTokens
+from visibench.results.store.store import Store
+from visibench.results.tables.formats import grouped
+from visibench.results.tables.render import render
+from visibench.results.tables.tables import build
 
 HOSTILE = r"a_b%c&d#$e{f}~^\g<script>alert(1)</script>"
 

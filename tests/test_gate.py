@@ -10,13 +10,13 @@ from rich.console import Console
 from storing import config, frame, put
 from test_cli import assert_refused
 from visibench.errors import DataError
-from visibench.evals.config import load_config, parse_config
-from visibench.evals.sweep import plan, sweep
+from visibench.evals.sweeps.config import load_config, parse_config
+from visibench.evals.sweeps.sweep import plan, sweep
 from visibench.methods import fastv, registry
-from visibench.results import baseline as baselines
-from visibench.results.gate import ALPHA, check
-from visibench.results.records import ScoreRecord
-from visibench.results.store import Store
+from visibench.results.gate.gate import ALPHA, check
+from visibench.results.gate.gate import baseline as baselines
+from visibench.results.store.records import ScoreRecord
+from visibench.results.store.store import Store
 
 IMAGES, EACH = 40, 3
 LABELS = ("none", "fastv", "random")

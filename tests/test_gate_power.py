@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest, permutation_test
 from simulated import quick
-from visibench.results.gate import judge, p_drop
-from visibench.results.stats import ALPHA, MCNEMAR, SIGN_FLIP, compare, detectable
+from visibench.results.gate.gate import judge, p_drop
+from visibench.results.statistics.stats import ALPHA, MCNEMAR, SIGN_FLIP, compare, detectable
 
 
 def test_p_values_are_those_of_one_sided_tests():

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from visibench.evals.config import load_config
-from visibench.evals.plan import plan
+from visibench.evals.sweeps.cells import plan
+from visibench.evals.sweeps.config import load_config
 
 PINNED = json.loads((Path(__file__).parent / "identity.json").read_text())
 """Recorded at commit bb2d683: for each packaged sweep its cells in order, label, seed and task → digest."""

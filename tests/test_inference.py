@@ -12,14 +12,14 @@ import pytest
 from storing import config, frame, full, put
 from visibench.cli import main
 from visibench.errors import DataError
-from visibench.results.columns import spread
-from visibench.results.inference import Entrant, mean_of
-from visibench.results.metrics import difficulty, loyalty, measure, normalised
-from visibench.results.records import ScoreRecord, VisualTokens
-from visibench.results.render import render
-from visibench.results.stats import Estimate, compare
-from visibench.results.store import Store
-from visibench.results.tables import build
+from visibench.results.statistics.inference import Entrant, mean_of
+from visibench.results.statistics.metrics import difficulty, loyalty, measure, normalised
+from visibench.results.statistics.stats import Estimate, compare
+from visibench.results.store.records import ScoreRecord, VisualTokens
+from visibench.results.store.store import Store
+from visibench.results.tables.columns import spread
+from visibench.results.tables.render import render
+from visibench.results.tables.tables import build
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from cases import CASES, EVERYTHING, METHODS, REGISTERED
 from support import IMAGE, collate, make_batch, make_llava, state
 from visibench.engine.trace import Trace
 from visibench.errors import InputError, OptionError
-from visibench.evals import flops, spec
+from visibench.evals.compute.prefills import flops
+from visibench.evals.settings import method_spec
 from visibench.methods import Forward
 from visibench.models import load_model
 from visibench.models.adapters import Adapter
@@ -232,14 +233,14 @@ def test_promised_counts_are_those_of_the_published_settings(text, left, publish
     for layer in range(32):
         now = left.get(layer, now)
         expected.append(now)
-    method = spec.parse(text)
+    method = method_spec.parse(text)
     assert method.visual_counts(layout, published_geometry).tolist() == [expected]
 
 
 @pytest.mark.parametrize("cls", METHODS.values(), ids=METHODS)
 def test_examples_run_on_published_sizes_too(cls, published_geometry):
     for options in cls.examples:
-        spec.parse(spec.spell(cls, options)).check(published_geometry)
+        method_spec.parse(method_spec.spell(cls, options)).check(published_geometry)
 
 
 # ---- new tokens ---------------------------------------------------------------------------------------------------
@@ -334,4 +335,4 @@ def test_model_is_as_before_after_the_block_and_after_exceptions(llava, method):
 def test_unknown_option_raises_and_names_the_nearest(cls):
     for option in (field.name for field in dataclasses.fields(cls)):
         with pytest.raises(OptionError, match=f"^{cls.name}: unknown option '{option}_'; did you mean '{option}'"):
-            spec.parse(f"{cls.name}:{option}_=1")
+            method_spec.parse(f"{cls.name}:{option}_=1")

@@ -11,9 +11,9 @@ import pytest
 import torch
 import visibench
 from visibench.errors import DataError, InputError, OptionError, UnknownNameError
-from visibench.evals import tasks as tasks_module
-from visibench.evals.lmms import DEFAULT_MAX_NEW_TOKENS, evaluate
-from visibench.evals.tasks import TASKS, load_tasks
+from visibench.evals.answers.score import DEFAULT_MAX_NEW_TOKENS, evaluate
+from visibench.evals.tasks.tasks import TASKS, load_tasks
+from visibench.evals.tasks.tasks import tasks as tasks_module
 
 DENSE = visibench.load_method("none")
 CONSTANT = {"gqa": "yes", "mme": "Yes.", "textvqa_val": "Yes", "pope": "yes"}
@@ -279,7 +279,7 @@ def test_import_of_lmms_eval_is_contained():
 import torch, warnings, loguru
 from PIL import ImageFile
 before = set(loguru.logger._core.handlers)
-import visibench.evals.harness
+import visibench.evals.tasks.lmms_eval
 assert set(loguru.logger._core.handlers) == before
 assert ("ignore", None, Warning, None, 0) not in warnings.filters
 assert not ImageFile.LOAD_TRUNCATED_IMAGES

@@ -4,8 +4,8 @@ import os
 import subprocess
 
 import pytest
-from visibench import machine
-from visibench.results.records import environment
+from visibench.results.store.records import environment
+from visibench.utils import machine
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import pytest
 from rich.console import Console
 from storing import untimed
 from visibench.errors import OptionError, UnknownNameError
-from visibench.evals import sweep as sweeps
-from visibench.evals.config import parse_config
-from visibench.results.tables import build
+from visibench.evals.sweeps import sweep as sweeps
+from visibench.evals.sweeps.config import parse_config
+from visibench.results.tables.tables import build
 
 QUIET = Console(quiet=True)
 

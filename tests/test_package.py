@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import visibench
-from visibench import _torchvision
+from visibench.utils import torchvision
 
 ROOT = Path(visibench.__file__).parent
 
@@ -72,4 +72,4 @@ except RuntimeError as error:
 
 
 def test_cure_is_idempotent():
-    assert _torchvision.ensure_importable() == _torchvision.ensure_importable()
+    assert torchvision.ensure_importable() == torchvision.ensure_importable()

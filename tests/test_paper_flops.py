@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaModel, LlavaConfig, LlavaForConditionalGeneration
 from visibench.cli import main
 from visibench.commands.flops import published_markdown, reproductions
-from visibench.evals import flops, paper_flops
-from visibench.evals.paper_flops import FORMULAS, UNITS, Work, claims, reproduce, sizes
-from visibench.evals.spec import parse
+from visibench.evals.compute.paper_flops import FORMULAS, UNITS, Work, claims, reproduce, sizes
+from visibench.evals.compute.prefills import flops, paper_flops
+from visibench.evals.settings.method_spec import parse
 
 ROOT = Path(visibench.__file__).parent
 CLAIMS = claims()

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 import visibench
 from support import collate, make_batch, make_llava
 from visibench.errors import OptionError, UnsupportedModelError
-from visibench.evals import flops
-from visibench.methods import cdpruner, divprune, grid, pieces, prumerge, tome, visionzip, vispruner
+from visibench.evals.compute.prefills import flops
+from visibench.methods import cdpruner, divprune, pieces, prumerge, tome, visionzip, vispruner
 from visibench.models.adapters import Adapter
 
 ROWS = [(5, 9, 1), (3, 12, 2), (4, 6, 0)]
@@ -156,8 +156,8 @@ def test_grids_within_a_budget(side):
     for budget in range(1, side * side + 1):
         grids = [(h, w) for h in range(1, side + 1) for w in range(h, min(2 * h, side) + 1) if h * w <= budget]
         most = max(h * w for h, w in grids)
-        assert grid.grid_within(budget, side) == max(grid for grid in grids if grid[0] * grid[1] == most)
-    assert [grid.grid_within(n, 24) for n in (192, 128, 64, 576) if side == 24] == [
+        assert grids.grid_within(budget, side) == max(grid for grid in grids if grid[0] * grid[1] == most)
+    assert [grids.grid_within(n, 24) for n in (192, 128, 64, 576) if side == 24] == [
         (12, 16),
         (8, 16),
         (8, 8),

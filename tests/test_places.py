@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 from test_families import model_of
-from visibench.evals.pictures import DIMMED, dimmed
 from visibench.models.adapters import FAMILIES
-from visibench.results.places import size, views
-from visibench.results.questions import placed
+from visibench.reports.html.pictures import DIMMED, dimmed
+from visibench.reports.html.questions import placed
+from visibench.results.store.token_grids import size, views
 
 TILED = SimpleNamespace(
     crop_to_patches=False, min_patches=1, max_patches=12, size={"height": 48, "width": 48}

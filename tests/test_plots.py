@@ -12,11 +12,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from storing import config, frame, put
 from visibench.errors import DataError, OptionError
-from visibench.results import plots
-from visibench.results.records import Compute, PrefillTime, ScoreRecord, VisualTokens
-from visibench.results.series import series
-from visibench.results.store import Store
-from visibench.results.tables import build
+from visibench.results.figures import plots
+from visibench.results.figures.series import series
+from visibench.results.store.records import Compute, PrefillTime, ScoreRecord, VisualTokens
+from visibench.results.store.store import Store
+from visibench.results.tables.tables import build
 
 IMAGES = [f"i{i // 3}" for i in range(60)]
 COMPONENTS = {"vision_tower": 0.3, "projector": 0.01, "projections": 0.2, "ffn": 0.3, "attention": 0.1, "scoring": 0.09}

@@ -14,11 +14,11 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 from visibench.cli import main
 from visibench.errors import OptionError, VisibenchError
-from visibench.evals import profile as profiling
-from visibench.evals import timing
-from visibench.evals.config import parse, read, variants
-from visibench.evals.profile import ProfileConfig, profile
-from visibench.results.profiles import read as read_profile
+from visibench.evals.compute.prefills import profile as profiling
+from visibench.evals.compute.prefills import timing
+from visibench.evals.compute.profile import ProfileConfig, profile
+from visibench.evals.sweeps.config import parse, read, variants
+from visibench.results.store.profiles import read as read_profile
 
 # Installed with the package, but not needed here.
 ABSENT = ["lmms_eval", "wandb", "datasets", "pandas", "pyarrow", "statsmodels", "matplotlib"]
@@ -254,9 +254,9 @@ def test_ctrl_c_keeps_what_is_done_and_says_so(monkeypatch, capsys, tmp_path):
 
 def test_memory_is_kept_by_the_process_and_given_back_where_it_ran_out(monkeypatch):
     called = []
-    monkeypatch.setattr("visibench.evals.profile.keep_freed_memory", lambda: called.append("kept"))
-    monkeypatch.setattr("visibench.evals.profile.release", lambda: called.append("released"))
-    monkeypatch.setattr("visibench.evals.profile.compare", lambda *_: called.append("measured"))
+    monkeypatch.setattr("visibench.evals.compute.profile.keep_freed_memory", lambda: called.append("kept"))
+    monkeypatch.setattr("visibench.evals.compute.profile.release", lambda: called.append("released"))
+    monkeypatch.setattr("visibench.evals.compute.profile.compare", lambda *_: called.append("measured"))
     with pytest.raises(OptionError, match="does not fit"):
         profile(config(methods=["none"]), Console(quiet=True))
     assert called == ["kept", "measured", "released"]

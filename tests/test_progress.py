@@ -15,9 +15,9 @@ import pytest
 import visibench
 from rich.console import Console
 from visibench.cli import main
-from visibench.evals import progress
-from visibench.results.records import ScoreRecord
-from visibench.results.store import Store
+from visibench.evals.sweeps import events
+from visibench.results.store.records import ScoreRecord
+from visibench.results.store.store import Store
 
 
 class Told(NamedTuple):
@@ -85,12 +85,12 @@ def test_json_events_say_what_happened_and_nothing_else_is_on_standard_output(fi
 
 def test_the_schema_is_documented():
     text = DOCS.read_text()
-    kinds = [kind for kind in vars(progress).values() if "event" in getattr(kind, "model_fields", {})]
+    kinds = [kind for kind in vars(events).values() if "event" in getattr(kind, "model_fields", {})]
     assert len(kinds) == 8
     for kind in kinds:
         (line,) = [line for line in text.splitlines() if line.startswith(f"| `{kind.model_fields['event'].default}`")]
         assert all(f"`{key}`" in line for key in kind.model_fields if key != "event")
-    assert all(f"`{key}`" in text for key in progress.Named.model_fields)
+    assert all(f"`{key}`" in text for key in events.Named.model_fields)
 
 
 def test_quiet_prints_the_table_alone_and_lines_tell_of_each_cell(file, ran):
@@ -127,18 +127,18 @@ def test_a_terminal_shows_cells_questions_rate_time_left_and_score(file, ran):
 def test_bars_count_a_cell_once_that_a_second_worker_takes_over():
     console = Console(file=StringIO(), force_terminal=True, width=200)
     names = {"model": "m", "method": "none", "label": "none", "task": "gqa", "seed": 0, "of": 2, "questions": 10}
-    first, second = (progress.Named(**names, number=i, folder=f"f{i}") for i in (1, 2))
-    with progress.Bars(console) as tell:
-        tell(progress.ModelStarted(model="m", cells=2, done=0, questions=20))
-        tell(progress.CellStarted(cell=first))
-        tell(progress.Answered(cell=first, answered=6, seconds=1))
-        tell(progress.CellStarted(cell=first))
-        tell(progress.Answered(cell=first, answered=8, seconds=1))
+    first, second = (events.Named(**names, number=i, folder=f"f{i}") for i in (1, 2))
+    with events.Bars(console) as tell:
+        tell(events.ModelStarted(model="m", cells=2, done=0, questions=20))
+        tell(events.CellStarted(cell=first))
+        tell(events.Answered(cell=first, answered=6, seconds=1))
+        tell(events.CellStarted(cell=first))
+        tell(events.Answered(cell=first, answered=8, seconds=1))
         (total, bar) = tell.bars.tasks
         assert (total.completed, bar.completed) == (8, 8)
-        tell(progress.CellFailed(cell=first, problem="no luck", seconds=1))
-        tell(progress.CellStarted(cell=second))
-        tell(progress.CellFinished(cell=second, scores=SCORES, visual_tokens=1, executed_macs=1, seconds=1))
+        tell(events.CellFailed(cell=first, problem="no luck", seconds=1))
+        tell(events.CellStarted(cell=second))
+        tell(events.CellFinished(cell=second, scores=SCORES, visual_tokens=1, executed_macs=1, seconds=1))
         (total,) = tell.bars.tasks
         assert (total.completed, total.description) == (20, "0 of 2 cells left")
     assert "[1/2] none · gqa · seed 0: no luck" in console.file.getvalue()
@@ -147,15 +147,15 @@ def test_bars_count_a_cell_once_that_a_second_worker_takes_over():
 def test_a_long_cell_tells_of_itself_now_and_then(monkeypatch):
     """The pace is of late, not of the 1000 answers that an earlier run had left."""
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(events.time, "monotonic", lambda: now[0])
     console = Console(file=StringIO(), width=200)
     names = {"model": "m", "method": "none", "label": "none", "task": "gqa", "seed": 0, "of": 2}
-    cell = progress.Named(**names, number=1, questions=9000, folder="f")
-    tell = progress.Lines(console)
-    tell(progress.CellStarted(cell=cell))
+    cell = events.Named(**names, number=1, questions=9000, folder="f")
+    tell = events.Lines(console)
+    tell(events.CellStarted(cell=cell))
     for answered, seconds in [(500, 0.5), (1000, 1.0), *((1000 + 8 * i, 1.0 + 2 * i) for i in range(1, 100))]:
         now[0] = seconds
-        tell(progress.Answered(cell=cell, answered=answered, seconds=seconds))
+        tell(events.Answered(cell=cell, answered=answered, seconds=seconds))
     assert console.file.getvalue().splitlines() == [
         "[1/2] none · gqa · seed 0: 1240 of 9000 questions, 4 questions/s, 32.3 min left in this cell",
         "[1/2] none · gqa · seed 0: 1480 of 9000 questions, 4 questions/s, 31.3 min left in this cell",
@@ -164,13 +164,13 @@ def test_a_long_cell_tells_of_itself_now_and_then(monkeypatch):
 
 
 def test_one_slow_batch_is_told_of(monkeypatch):
-    monkeypatch.setattr(progress, "EVERY", 0.0)
+    monkeypatch.setattr(events, "EVERY", 0.0)
     console = Console(file=StringIO(), width=200)
     names = {"model": "m", "method": "none", "label": "none", "task": "gqa", "seed": 0, "of": 2}
-    cell = progress.Named(**names, number=1, questions=24, folder="f")
-    tell = progress.Lines(console)
-    tell(progress.CellStarted(cell=cell))
-    tell(progress.Answered(cell=cell, answered=8, seconds=4000.0))
+    cell = events.Named(**names, number=1, questions=24, folder="f")
+    tell = events.Lines(console)
+    tell(events.CellStarted(cell=cell))
+    tell(events.Answered(cell=cell, answered=8, seconds=4000.0))
     assert console.file.getvalue() == (
         "[1/2] none · gqa · seed 0: 8 of 24 questions, 0.002 questions/s, 2 h 13 min left in this cell\n"
     )

@@ -152,7 +152,7 @@ def test_options_are_those_of_our_methods():
 
 
 def test_metrics_exist_in_lmms_eval():
-    from visibench.evals.tasks import TASKS
+    from visibench.evals.tasks.tasks import TASKS
 
     for quantity in vocabulary().quantities.values():
         if quantity.task:

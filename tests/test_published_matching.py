@@ -10,8 +10,15 @@ import pytest
 from storing import SAMPLES
 from visibench.methods.registry import load_method
 from visibench.results.published import figures, matching
-from visibench.results.records import CellConfig, CellMetrics, Compute, Environment, ScoreRecord, VisualTokens
-from visibench.results.store import Store
+from visibench.results.store.records import (
+    CellConfig,
+    CellMetrics,
+    Compute,
+    Environment,
+    ScoreRecord,
+    VisualTokens,
+)
+from visibench.results.store.store import Store
 
 LLAVA = "llava-hf/llava-1.5-7b-hf"
 FULL = {"gqa": 12578, "mme": 2374, "pope": 9000, "textvqa_val": 5000}

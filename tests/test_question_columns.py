@@ -16,18 +16,18 @@ from rich.console import Console
 from storing import config as made_up
 from storing import frame, put, untimed
 from visibench.errors import IncompleteError
-from visibench.evals import answering, cell
-from visibench.evals.answering import Bridge
-from visibench.evals.config import parse_config
-from visibench.evals.progress import Reporter
-from visibench.evals.ray import Ray
-from visibench.evals.sweep import plan, sweep
-from visibench.evals.tasks import load_tasks
-from visibench.results.metrics import answers, loyalty
-from visibench.results.records import CellConfig
-from visibench.results.render import render
-from visibench.results.store import Store
-from visibench.results.tables import build
+from visibench.evals.answers.checkpoint import cell, generate
+from visibench.evals.answers.generate import Bridge
+from visibench.evals.sweeps.config import parse_config
+from visibench.evals.sweeps.events import Reporter
+from visibench.evals.sweeps.ray import Ray
+from visibench.evals.sweeps.sweep import plan, sweep
+from visibench.evals.tasks.tasks import load_tasks
+from visibench.results.statistics.metrics import answers, loyalty
+from visibench.results.store.records import CellConfig
+from visibench.results.store.store import Store
+from visibench.results.tables.render import render
+from visibench.results.tables.tables import build
 
 DENSE = visibench.load_method("none")
 QUIET = Console(quiet=True)
@@ -103,7 +103,7 @@ def test_latency_is_the_time_of_the_batch_of_a_question(loaded, pope, tmp_path, 
 
 def test_the_clock_is_read_without_waiting_for_the_device(loaded, pope, tmp_path, monkeypatch):
     """As with CUDA events: two marks a batch, and what lies between them only once results have been read."""
-    told, rows = [], answering.Nonfinite.rows
+    told, rows = [], generate.Nonfinite.rows
 
     class Clock:
         def mark(self):
@@ -121,8 +121,8 @@ def test_the_clock_is_read_without_waiting_for_the_device(loaded, pope, tmp_path
         told.append("read")
         return rows(self)
 
-    monkeypatch.setattr(answering, "clock_of", lambda device: Clock())
-    monkeypatch.setattr(answering.Nonfinite, "rows", read)
+    monkeypatch.setattr(generate, "clock_of", lambda device: Clock())
+    monkeypatch.setattr(generate.Nonfinite, "rows", read)
     done = cell.run_cell(loaded, DENSE, pope, asked(), Store(tmp_path))
     assert told == ["mark", "mark", "read"] * 3
     assert (done.samples()["latency_ms"] == 12.5).all()

@@ -12,17 +12,19 @@ import torch.distributed as dist
 import visibench
 from cases import METHODS
 from storing import untimed
-from visibench import cli, machine
+from visibench import cli
 from visibench.commands import scale
 from visibench.engine.features import FeatureStore
 from visibench.errors import OptionError, VisibenchError
-from visibench.evals import answering, ranks
-from visibench.evals.lmms import evaluate
-from visibench.evals.spec import build, parse, spell
-from visibench.evals.tasks import load_tasks
+from visibench.evals.answers.checkpoint import generate
+from visibench.evals.answers.score import evaluate
+from visibench.evals.settings.method_spec import build, parse, spell
+from visibench.evals.sweeps import torchrun
+from visibench.evals.tasks.tasks import load_tasks
 from visibench.models import load_model
-from visibench.results.records import CellConfig
-from visibench.results.store import Store
+from visibench.results.store.records import CellConfig
+from visibench.results.store.store import Store
+from visibench.utils import machine
 
 ROOT = Path(visibench.__file__).parent
 
@@ -31,16 +33,16 @@ ROOT = Path(visibench.__file__).parent
 def two(monkeypatch):
     """The first of two ranks; the other one works while the first waits for it."""
     store = dist.HashStore()
-    first, other = (ranks.Ranks(store, rank, rank, 2) for rank in range(2))
+    first, other = (torchrun.Ranks(store, rank, rank, 2) for rank in range(2))
     wait = first.wait
 
     def serve_and_wait() -> None:
         store.set("share/2", "null")  # the end, so that it serves once
-        ranks.serve(other)
+        torchrun.serve(other)
         wait()
 
     first.wait = serve_and_wait
-    monkeypatch.setattr(ranks, "_first", first)
+    monkeypatch.setattr(torchrun, "_first", first)
     return first
 
 
@@ -51,7 +53,7 @@ def cell(method, checkpoint, disk_data, **changes) -> CellConfig:
 
 
 def test_each_rank_answers_its_share_and_all_are_found(two, checkpoint, disk_data, tmp_path, monkeypatch):
-    asked, run = [], answering.Bridge._run
+    asked, run = [], generate.Bridge._run
 
     def spy(bridge, chunk):
         asked.append((id(bridge.loaded), [arguments[3] for arguments in chunk]))
@@ -60,9 +62,9 @@ def test_each_rank_answers_its_share_and_all_are_found(two, checkpoint, disk_dat
     method = parse("random:keep=0.25,seed=3")
     config = cell(method, checkpoint, disk_data)
     loaded, task, reported = load_model(str(checkpoint)), load_tasks(["pope"], str(disk_data))[0], []
-    monkeypatch.setattr(answering.Bridge, "_run", spy)
+    monkeypatch.setattr(generate.Bridge, "_run", spy)
     folder = Store(tmp_path).begin(config)
-    found = ranks.answer(loaded, method, task, config, folder, on_batch=reported.append)
+    found = torchrun.answer(loaded, method, task, config, folder, on_batch=reported.append)
     (first, a), (_, b), (second, c) = asked
     assert first != second
     assert {first, second} == {model for model, _ in asked}
@@ -77,7 +79,7 @@ def test_each_rank_answers_its_share_and_all_are_found(two, checkpoint, disk_dat
 
 
 def test_what_a_rank_could_not_answer_runs_on_the_first(two, checkpoint, disk_data, tmp_path, monkeypatch):
-    real, failing = answering.answer, []
+    real, failing = generate.answer, []
 
     def answer(*arguments, shard=(0, 1), **options):
         if shard[0] == 1:
@@ -85,11 +87,11 @@ def test_what_a_rank_could_not_answer_runs_on_the_first(two, checkpoint, disk_da
             return None  # as when every question fails there: nothing is kept
         return real(*arguments, shard=shard, **options)
 
-    monkeypatch.setattr(answering, "answer", answer)
+    monkeypatch.setattr(generate, "answer", answer)
     method = parse("none")
     config = cell(method, checkpoint, disk_data)
     loaded, task = load_model(str(checkpoint)), load_tasks(["pope"], str(disk_data))[0]
-    found = ranks.answer(loaded, method, task, config, Store(tmp_path).begin(config))
+    found = torchrun.answer(loaded, method, task, config, Store(tmp_path).begin(config))
     assert failing == [(1, 2)]
     assert sum(len(batch.records) for batch in found.batches.values()) == 8
 
@@ -102,10 +104,10 @@ def test_a_rank_shares_vision_features_between_its_cells(two, limit, checkpoint,
     methods = [parse("none"), parse("fastv:layer=1,keep=0.5")]
     configs = [cell(method, checkpoint, disk_data) for method in methods]
     with monkeypatch.context() as first_alone:
-        first_alone.setattr(answering, "answer", lambda *arguments, **options: None)
+        first_alone.setattr(generate, "answer", lambda *arguments, **options: None)
         two.wait = lambda: None
         for method, config in zip(methods, configs, strict=True):
-            ranks.answer(loaded, method, task, config, store.begin(config), features=FeatureStore(limit, keep=True))
+            torchrun.answer(loaded, method, task, config, store.begin(config), features=FeatureStore(limit, keep=True))
         two.send(None)
 
     def made(self, *arguments, **options):
@@ -114,7 +116,7 @@ def test_a_rank_shares_vision_features_between_its_cells(two, limit, checkpoint,
 
     monkeypatch.setenv("VISIBENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(FeatureStore, "__init__", made)
-    ranks.serve(ranks.Ranks(two.store, 1, 1, 2))
+    torchrun.serve(torchrun.Ranks(two.store, 1, 1, 2))
     reused = []
     for config in configs:
         (line,) = (store.path(config) / "answers-1of2.jsonl").read_text().splitlines()[1:]
@@ -126,15 +128,15 @@ def test_a_rank_shares_vision_features_between_its_cells(two, limit, checkpoint,
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_comes_to_the_other_ranks_as_it_was_sent(name, checkpoint, disk_data):
-    first, other = (ranks.Ranks(dist.HashStore(), rank, rank, 2) for rank in range(2))
+    first, other = (torchrun.Ranks(dist.HashStore(), rank, rank, 2) for rank in range(2))
     other.store = first.store
     for example in METHODS[name].examples:
         method = parse(spell(METHODS[name], example))
         config = cell(method, checkpoint, disk_data)
-        first.send(ranks.Share(config=config, folder=Path("runs/ä"), limit=2**40, keep=True))
+        first.send(torchrun.Share(config=config, folder=Path("runs/ä"), limit=2**40, keep=True))
         assert json.loads(first.store.get(f"share/{first.shares}"))["folder"] == "runs/ä", "nothing but data"
         share = other.receive()
-        assert share == ranks.Share(config=config, folder=Path("runs/ä"), limit=2**40, keep=True)
+        assert share == torchrun.Share(config=config, folder=Path("runs/ä"), limit=2**40, keep=True)
         assert build(share.config.method, share.config.options) == method
     first.send(None)
     assert other.receive() is None
@@ -153,7 +155,7 @@ def test_a_lost_connection_is_one_line():
             raise dist.DistNetworkError("Broken pipe")
 
     with pytest.raises(VisibenchError, match="connection to the other ranks is lost"):
-        ranks.Ranks(Gone(), 1, 1, 2).receive()
+        torchrun.Ranks(Gone(), 1, 1, 2).receive()
 
 
 @pytest.mark.parametrize(
@@ -166,7 +168,7 @@ def test_a_lost_connection_is_one_line():
     ],
 )
 def test_ranks_that_cannot_work_together_are_refused(command, environment, message, monkeypatch, capsys):
-    for name in ranks._VARIABLES:
+    for name in torchrun._VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -12,9 +12,9 @@ import visibench
 import yaml
 from rich.console import Console
 from test_executors import outcomes
-from visibench.evals.config import parse_config
-from visibench.evals.sweep import sweep
-from visibench.results.store import Store
+from visibench.evals.sweeps.config import parse_config
+from visibench.evals.sweeps.sweep import sweep
+from visibench.results.store.store import Store
 
 ray = pytest.importorskip("ray")
 ROOT = Path(visibench.__file__).parent

@@ -31,8 +31,8 @@ def test_readme_names_the_commands_that_ci_runs():
 
 
 def test_table_of_times_is_the_stored_profile():
-    (file,) = (Path(visibench.__file__).parent / "results" / "tables").glob("profile_cpu_*.json")
-    assert f"results/tables/{file.name}" in README
+    (file,) = (Path(visibench.__file__).parent / "results" / "measured").glob("profile_cpu_*.json")
+    assert f"results/measured/{file.name}" in README
     for row in json.loads(file.read_text())["rows"]:
         prefill, speedup = row["ms"]["prefill"], row["speedup"]["prefill"]
         assert (

@@ -6,12 +6,12 @@ import pandas as pd
 import pytest
 from rich.console import Console
 from visibench.errors import OptionError
-from visibench.evals import references as rows
-from visibench.evals import sweep as sweeps
-from visibench.evals.config import parse_config
-from visibench.evals.progress import Note, Reporter
-from visibench.results.store import Store
-from visibench.results.tables import build
+from visibench.evals.sweeps import references as rows
+from visibench.evals.sweeps import sweep as sweeps
+from visibench.evals.sweeps.config import parse_config
+from visibench.evals.sweeps.events import Note, Reporter
+from visibench.results.store.store import Store
+from visibench.results.tables.tables import build
 
 QUIET = Console(quiet=True)
 

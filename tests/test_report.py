@@ -13,17 +13,17 @@ from storing import config, frame, put
 from typer.testing import CliRunner
 from visibench.cli import app
 from visibench.errors import DataError
-from visibench.evals.pictures import LONGEST, Pictures, seen, stored
-from visibench.evals.spec import describe_methods
-from visibench.evals.tasks import load_tasks
+from visibench.evals.settings.method_spec import describe_methods
+from visibench.evals.tasks.tasks import load_tasks
 from visibench.models import load_model
-from visibench.results import plots, summary
-from visibench.results.inline import inline, veil
-from visibench.results.questions import choose
-from visibench.results.records import ScoreRecord, VisualTokens
-from visibench.results.report import Picture, report
-from visibench.results.store import Store
-from visibench.results.tables import build
+from visibench.reports.html.inline import inline, veil
+from visibench.reports.html.pictures import LONGEST, Pictures, seen, stored
+from visibench.reports.html.questions import choose
+from visibench.reports.html.report import Picture, report
+from visibench.results.figures import plots
+from visibench.results.store.records import ScoreRecord, VisualTokens
+from visibench.results.store.store import Store
+from visibench.results.tables.tables import build, summary
 
 N = 40
 RIGHT, WRONG = np.ones(N), np.zeros(N)
@@ -50,7 +50,7 @@ def cell(store, method, scores, tokens=16, task="gqa", seed=0, kept=None, label=
 @pytest.fixture(autouse=True)
 def _pages_without_figures(monkeypatch):
     """Drawing them takes most of a page's time; the tests in a browser have them."""
-    monkeypatch.setattr("visibench.results.report._FIGURES", {})
+    monkeypatch.setattr("visibench.reports.html.report._FIGURES", {})
 
 
 @pytest.fixture

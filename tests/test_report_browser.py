@@ -8,9 +8,9 @@ import shutil
 import numpy as np
 import pytest
 from test_report import HALF, HOSTILE, RIGHT, WRONG, N, cell, hostile_store
-from visibench.results.report import Picture, report
-from visibench.results.store import Store
-from visibench.results.tables import build
+from visibench.reports.html.report import Picture, report
+from visibench.results.store.store import Store
+from visibench.results.tables.tables import build
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")

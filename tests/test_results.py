@@ -10,11 +10,11 @@ import pytest
 import yaml
 from storing import SAMPLES, config, full, metrics, put
 from visibench.errors import DataError, OptionError
-from visibench.evals.config import parse_config
-from visibench.results.records import ScoreRecord, TimingConfig
-from visibench.results.render import render
-from visibench.results.store import Store
-from visibench.results.tables import build
+from visibench.evals.sweeps.config import parse_config
+from visibench.results.store.records import ScoreRecord, TimingConfig
+from visibench.results.store.store import Store
+from visibench.results.tables.render import render
+from visibench.results.tables.tables import build
 
 
 @pytest.fixture

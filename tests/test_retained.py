@@ -8,12 +8,12 @@ import pytest
 from scipy.stats import t
 from storing import config, frame, put
 from test_stats import assert_covers, clustered, of_scores, quick
-from visibench.results.metrics import measure
-from visibench.results.records import Compute, ScoreRecord, VisualTokens
-from visibench.results.render import render
-from visibench.results.stats import estimate, ratio
-from visibench.results.store import Store
-from visibench.results.tables import build
+from visibench.results.statistics.metrics import measure
+from visibench.results.statistics.stats import estimate, ratio
+from visibench.results.store.records import Compute, ScoreRecord, VisualTokens
+from visibench.results.store.store import Store
+from visibench.results.tables.render import render
+from visibench.results.tables.tables import build
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import pytest
 import typer.main
 import visibench
 from visibench import cli
-from visibench.evals import entry, harness
+from visibench.evals.answers.checkpoint import lmms_model
+from visibench.evals.tasks.tasks import lmms_eval
 
 PAGE = (Path(visibench.__file__).parent / "docs" / "scale.md").read_text()
 SCRIPTS = re.findall(r"^```bash\n(.+?)^```", PAGE, re.MULTILINE | re.DOTALL)
@@ -32,8 +33,8 @@ def takes_lmms_eval(words: list[str]) -> None:
 
     sys.argv = ["lmms-eval", *words]
     _, parsed = parse_eval_args()
-    given = entry._arguments(entry.Visibench, parsed.model_args, {"batch_size": parsed.batch_size})
-    entry._method(given["method"], given.get("method_args", ""))
+    given = lmms_model._arguments(lmms_model.Visibench, parsed.model_args, {"batch_size": parsed.batch_size})
+    lmms_model._method(given["method"], given.get("method_args", ""))
 
 
 def takes_torchrun(words: list[str]) -> None:
@@ -61,7 +62,7 @@ PROGRAMS = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_is_one_that_its_program_takes(command, monkeypatch):
     monkeypatch.setattr(sys, "argv", sys.argv)
-    assert harness.lmms  # imported first: lmms-eval's import takes over the process
+    assert lmms_eval.lmms  # imported first: lmms-eval's import takes over the process
     program, *words = shlex.split(re.sub(r"\$\w+", "8", command), comments=True)
     PROGRAMS[program](words)
 

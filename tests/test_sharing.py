@@ -6,11 +6,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 from visibench.errors import DataError
-from visibench.evals import tasks
-from visibench.evals.config import parse_config
-from visibench.evals.sweep import sweep
-from visibench.kept import Kept
+from visibench.evals.sweeps.config import parse_config
+from visibench.evals.sweeps.sweep import sweep
+from visibench.evals.tasks.tasks import tasks
 from visibench.models import LoadedModel
+from visibench.utils.bounded_cache import Kept
 
 
 def picture(side: int) -> list[Image.Image]:

@@ -12,9 +12,9 @@ import test_executors
 import test_scale
 import yaml
 from rich.console import Console
-from visibench.evals.config import load_config
-from visibench.evals.sweep import sweep
-from visibench.results.store import Store
+from visibench.evals.sweeps.config import load_config
+from visibench.evals.sweeps.sweep import sweep
+from visibench.results.store.store import Store
 
 ROOT = Path(test_scale.visibench.__file__).parent
 NODES = ["node0", "node1"]

@@ -14,11 +14,11 @@ from scipy.stats import binomtest, permutation_test, t
 from simulated import assert_covers, clustered, of_scores, quick
 from storing import frame
 from visibench.errors import DataError
-from visibench.evals.lmms import evaluate
-from visibench.evals.tasks import load_tasks
-from visibench.results import metrics
-from visibench.results.metrics import METRICS, Measured, measure, reproduces
-from visibench.results.stats import MCNEMAR, SIGN_FLIP, _bootstrap, _resamples, compare, estimate, holm
+from visibench.evals.answers.score import evaluate
+from visibench.evals.tasks.tasks import load_tasks
+from visibench.results.statistics import metrics
+from visibench.results.statistics.metrics import METRICS, Measured, measure, reproduces
+from visibench.results.statistics.stats import MCNEMAR, SIGN_FLIP, _bootstrap, _resamples, compare, estimate, holm
 
 CATEGORIES = ("count", "color", "OCR", "code_reasoning")
 

@@ -14,18 +14,17 @@ import visibench
 from rich.console import Console
 from storing import outcome
 from visibench.errors import IncompleteError, StorageError
-from visibench.evals import answering
-from visibench.evals.answering import HOPELESS, Bridge, Nonfinite, answer
-from visibench.evals.answers import Answers, Batch, Record
-from visibench.evals.cell import run_cell
-from visibench.evals.config import parse_config
-from visibench.evals.sweep import sweep
-from visibench.evals.tasks import load_tasks
+from visibench.evals.answers.cell import run_cell
+from visibench.evals.answers.checkpoint import Answers, Batch, Record, generate
+from visibench.evals.answers.generate import HOPELESS, Bridge, Nonfinite, answer
+from visibench.evals.sweeps.config import parse_config
+from visibench.evals.sweeps.sweep import sweep
+from visibench.evals.tasks.tasks import load_tasks
 from visibench.methods.base import Budgeted, Forward, Keep, top
-from visibench.results.records import CellConfig
-from visibench.results.render import render
-from visibench.results.store import Store
-from visibench.results.tables import build
+from visibench.results.store.records import CellConfig
+from visibench.results.store.store import Store
+from visibench.results.tables.render import render
+from visibench.results.tables.tables import build
 
 DENSE = visibench.load_method("none")
 
@@ -235,7 +234,7 @@ def test_a_failing_method_does_not_stop_the_others(settings, tmp_path, monkeypat
         raise RuntimeError("no such head\nreally")
 
     monkeypatch.setattr(type(visibench.load_method("fastv", keep=0.5)), "begin", begin)
-    monkeypatch.setattr(answering, "HOPELESS", 5)
+    monkeypatch.setattr(generate, "HOPELESS", 5)
     with pytest.raises(IncompleteError) as caught:
         sweep(parse_config(settings, "test"), tmp_path, Console(quiet=True))
     assert [(done.config.method, done.config.task) for done in caught.value.cells] == [
@@ -261,7 +260,7 @@ def test_a_cell_that_is_given_up_says_so_and_counts_what_is_left(loaded, pope, t
         return run(self, chunk)
 
     monkeypatch.setattr(Bridge, "_run", failing)
-    monkeypatch.setattr(answering, "HOPELESS", 3)
+    monkeypatch.setattr(generate, "HOPELESS", 3)
     config, store = asked(batch_size=1), Store(tmp_path)
     answer(loaded, DENSE, pope, config, folder := store.begin(config), shard=(7, 8))
     with pytest.raises(KeyboardInterrupt):
@@ -272,7 +271,7 @@ def test_a_cell_that_is_given_up_says_so_and_counts_what_is_left(loaded, pope, t
     *failed, last = map(json.loads, (folder / "failures.jsonl").read_text().splitlines())
     assert len(failed) == 3
     assert (last["doc_id"], last["error"]) == (None, "given up after 3 failures in a row, 1 question not asked")
-    monkeypatch.setattr(answering, "HOPELESS", 4)
+    monkeypatch.setattr(generate, "HOPELESS", 4)
     with pytest.raises(IncompleteError, match=r"^4 of 8 questions failed, .*: no such head: see"):
         run_cell(loaded, DENSE, pope, config, store)
 
@@ -280,7 +279,7 @@ def test_a_cell_that_is_given_up_says_so_and_counts_what_is_left(loaded, pope, t
 def test_a_failing_scorer_keeps_the_answers(loaded, pope, tmp_path, ran, monkeypatch):
     store, config = Store(tmp_path), asked()
     with monkeypatch.context() as patched:
-        patched.setattr("visibench.evals.lmms._metrics", lambda results: 1 / 0)
+        patched.setattr("visibench.evals.answers.score._metrics", lambda results: 1 / 0)
         with pytest.raises(IncompleteError, match="failed, ZeroDivisionError"):
             run_cell(loaded, DENSE, pope, config, store)
     assert [failure.doc_id for failure in store.failures(config, since=0)] == [None]
@@ -356,7 +355,7 @@ def test_a_full_disk_behind_a_scorer_ends_the_sweep(loaded, pope, tmp_path, monk
         except OSError as error:
             raise RuntimeError("scorer failed") from error
 
-    monkeypatch.setattr("visibench.evals.lmms._simple_evaluate", full)
+    monkeypatch.setattr("visibench.evals.answers.score._simple_evaluate", full)
     with pytest.raises(StorageError, match="no room left"):
         run_cell(loaded, DENSE, pope, asked(), Store(tmp_path))
 

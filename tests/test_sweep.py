@@ -13,12 +13,13 @@ import yaml
 from rich.console import Console
 from storing import outcome
 from visibench.errors import DataError, OptionError, UnknownNameError
-from visibench.evals import answering, spec
-from visibench.evals.compose import PACKAGED
-from visibench.evals.config import load_config, parse_config, variants
-from visibench.evals.sweep import fingerprint, plan, sweep
-from visibench.results.store import Store
-from visibench.results.tables import build
+from visibench.evals.answers.checkpoint import generate
+from visibench.evals.settings import method_spec
+from visibench.evals.settings.include import PACKAGED
+from visibench.evals.sweeps.config import load_config, parse_config, variants
+from visibench.evals.sweeps.sweep import fingerprint, plan, sweep
+from visibench.results.store.store import Store
+from visibench.results.tables.tables import build
 
 QUIET = Console(quiet=True)
 
@@ -32,18 +33,18 @@ def configured(**changes):
 
 
 def test_spec_is_typed_by_the_methods_fields():
-    method = spec.parse("fastv:layer=3,keep=0.5")
+    method = method_spec.parse("fastv:layer=3,keep=0.5")
     assert (method.layer, method.keep, method.tokens) == (3, 0.5, None)
     assert isinstance(method.layer, int)
-    assert spec.parse("random:tokens=64,seed=2").tokens == 64
-    method = spec.parse("visipruner: stages=shallow+middle , skip=true,layer0=13b")
+    assert method_spec.parse("random:tokens=64,seed=2").tokens == 64
+    method = method_spec.parse("visipruner: stages=shallow+middle , skip=true,layer0=13b")
     assert (method.stages, method.skip, method.layer0) == (("shallow", "middle"), True, "13b")
-    assert spec.parse("visipruner:stages=middle").stages == ("middle",)
+    assert method_spec.parse("visipruner:stages=middle").stages == ("middle",)
 
 
 @pytest.mark.parametrize("text", ["none", "fastv:keep=0.5", "visipruner:stages=shallow+middle,shallow_layers=4"])
 def test_a_method_reads_its_own_spelling(text):
-    assert spec.parse(str(spec.parse(text))) == spec.parse(text)
+    assert method_spec.parse(str(method_spec.parse(text))) == method_spec.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_a_method_reads_its_own_spelling(text):
 )
 def test_unusable_specs(text, error, message):
     with pytest.raises(error, match=message) as caught:
-        spec.parse(text)
+        method_spec.parse(text)
     assert "\n" not in str(caught.value)
 
 
@@ -205,19 +206,19 @@ def test_a_sweep_stores_every_cell_and_is_skipped_the_second_time(settings, tmp_
     assert (fastv.size, fastv.total) == (6, 8)
     assert len(cells[0].samples()) == 6
     assert not cells[4].samples()["output"].equals(cells[6].samples()["output"]), "seeds must differ"
-    monkeypatch.setattr(answering, "answer", lambda *args, **options: pytest.fail("ran again"))
+    monkeypatch.setattr(generate, "answer", lambda *args, **options: pytest.fail("ran again"))
     assert sweep(config, tmp_path, QUIET) == cells
 
 
 def test_only_new_cells_run(settings, tmp_path, monkeypatch):
     sweep(parse_config(settings | {"methods": ["none"]}, "test"), tmp_path, QUIET)
-    asked, answer = [], answering.answer
+    asked, answer = [], generate.answer
 
     def spy(loaded, method, task, *args, **options):
         asked.append((method.name, task.name))
         return answer(loaded, method, task, *args, **options)
 
-    monkeypatch.setattr(answering, "answer", spy)
+    monkeypatch.setattr(generate, "answer", spy)
     sweep(parse_config(settings | {"methods": ["fastv:keep=0.5"]}, "test"), tmp_path, QUIET)
     assert asked == [("fastv", "gqa"), ("fastv", "mme")]
 
@@ -232,7 +233,9 @@ def test_only_new_cells_run(settings, tmp_path, monkeypatch):
     ],
 )
 def test_mistakes_show_before_the_model_is_loaded(changes, error, settings, tmp_path, monkeypatch):
-    monkeypatch.setattr("visibench.evals.sweep.load_model", lambda *args, **options: pytest.fail("model was loaded"))
+    monkeypatch.setattr(
+        "visibench.evals.sweeps.sweep.load_model", lambda *args, **options: pytest.fail("model was loaded")
+    )
     with pytest.raises(error):
         sweep(parse_config(settings | changes, "test"), tmp_path, QUIET)
 
@@ -247,7 +250,7 @@ def test_methods_are_checked_against_the_model_before_the_first_cell(settings, t
 def test_a_killed_sweep_goes_on_and_ends_the_same(settings, tmp_path):
     file, killed = tmp_path / "sweep.yaml", tmp_path / "killed"
     file.write_text(yaml.safe_dump(settings | {"batch_size": 1}))
-    code = "import time; from visibench.evals.answering import Bridge; generate = Bridge._generate\n"
+    code = "import time; from visibench.evals.answers.generate import Bridge; generate = Bridge._generate\n"
     code += "Bridge._generate = lambda *args: time.sleep(0.05) or generate(*args)\n"  # time to hit a cell's middle
     code += "import sys; from visibench.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "sweep", str(file), "--out", str(killed)]

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from datasets import load_from_disk
 from visibench.errors import DataError, StorageError
-from visibench.evals.synthetic import datasets, tables
-from visibench.evals.synthetic.questions import FORBIDDEN, KINDS, NUMBERS, WORDS
-from visibench.evals.synthetic.scene import (
+from visibench.evals.tasks.tasks import load_tasks
+from visibench.synthetic import datasets, tables
+from visibench.synthetic.questions import FORBIDDEN, KINDS, NUMBERS, WORDS
+from visibench.synthetic.scene import (
     COLOURS,
     GAP,
     HELD_OUT,
@@ -27,7 +28,6 @@ from visibench.evals.synthetic.scene import (
     sample_scene,
     shape_mask,
 )
-from visibench.evals.tasks import load_tasks
 
 SPLITS = {
     "GQA_images": "testdev",

@@ -13,9 +13,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from test_cli import assert_refused
 from visibench.errors import DataError
-from visibench.results import plots, profiles, timeplot
+from visibench.results.figures import plots, timeplot
+from visibench.results.store.store import profiles
 
-(COMMITTED,) = (Path(visibench.__file__).parent / "results" / "tables").glob("profile_cpu_*.json")
+(COMMITTED,) = (Path(visibench.__file__).parent / "results" / "measured").glob("profile_cpu_*.json")
 PARTS = ("vision", "prefill", "decode")
 
 

@@ -10,8 +10,8 @@ import torch
 import visibench
 from visibench.engine import session
 from visibench.errors import OptionError
-from visibench.evals import timing as clocks
-from visibench.evals.timing import (
+from visibench.evals.compute.prefills import timing as clocks
+from visibench.evals.compute.timing import (
     HostClock,
     Stopwatch,
     Timing,

@@ -11,12 +11,12 @@ import torch
 import yaml
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
-from visibench.evals.synthetic.questions import FORBIDDEN, KINDS, WORDS, Question
-from visibench.evals.synthetic.scene import GRID, HELD_OUT, SIZE, render, sample_scene, sample_word
-from visibench.models.tiny import train as training
-from visibench.models.tiny.batches import IGNORE, SUFFIX, Packer, Phase, Stream
-from visibench.models.tiny.build import make_model, make_processor, make_tokenizer
-from visibench.models.tiny.knowledge import LABEL_WORDS, MOST, ORDINALS, hints, patch_words
+from visibench.synthetic.questions import FORBIDDEN, KINDS, WORDS, Question
+from visibench.synthetic.scene import GRID, HELD_OUT, SIZE, render, sample_scene, sample_word
+from visibench.training import train as training
+from visibench.training.batches import IGNORE, SUFFIX, Packer, Phase, Stream
+from visibench.training.build import make_model, make_processor, make_tokenizer
+from visibench.training.knowledge import LABEL_WORDS, MOST, ORDINALS, hints, patch_words
 
 FOLDER = Path(training.__file__).parent
 CHECKPOINT = FOLDER / "checkpoint"

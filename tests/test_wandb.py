@@ -14,13 +14,13 @@ from accountless import KEY, environment
 from PIL import Image
 from storing import config, frame, put
 from visibench.errors import OptionError
-from visibench.evals.pictures import DIMMED, Pictures
-from visibench.results import plots
-from visibench.results.records import ScoreRecord
-from visibench.results.store import Store
-from visibench.results.tables import build
-from visibench.results.wandb import Target
-from visibench.results.wandb_content import BEHIND, summary
+from visibench.reports.html.pictures import DIMMED, Pictures
+from visibench.reports.wandb.content import BEHIND, summary
+from visibench.reports.wandb.sink import Target
+from visibench.results.figures import plots
+from visibench.results.store.records import ScoreRecord
+from visibench.results.store.store import Store
+from visibench.results.tables.tables import build
 
 IMAGES = [f"i{n // 2}" for n in range(40)]
 
@@ -227,7 +227,7 @@ def test_other_commands_do_not_load_wandb(command):
 
 def asked(folder: Path) -> Store:
     """Two real questions, of which half of the image stayed in the first, and merged tokens alone in the second."""
-    from visibench.evals.tasks import load_tasks
+    from visibench.evals.tasks.tasks import load_tasks
 
     (task,) = load_tasks(["gqa"])
     samples = frame(["a", "b"], [1.0, 0.0], output="a word", prompt_visual_tokens=144)

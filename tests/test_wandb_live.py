@@ -14,9 +14,9 @@ from storing import config, full
 from visibench.cli import app, main
 from visibench.commands.live import sending, target_of
 from visibench.errors import DataError
-from visibench.evals.progress import CellFinished, Listening, Named, Reporter
-from visibench.results.store import Store
-from visibench.results.wandb import Target
+from visibench.evals.sweeps.events import CellFinished, Listening, Named, Reporter
+from visibench.reports.wandb.sink import Target
+from visibench.results.store.store import Store
 
 QUICK = {f"WANDB__GRAPHQL_RETRY_{name}": "1" for name in ("MAX", "WAIT_MIN_SECONDS", "WAIT_MAX_SECONDS")}
 
@@ -121,9 +121,9 @@ def test_what_is_not_taken_is_tried_again_with_later_cells(tmp_path, monkeypatch
             raise DataError("no network")
         return True
 
-    monkeypatch.setattr("visibench.results.wandb.prepare", lambda folder: None)
-    monkeypatch.setattr("visibench.results.wandb.Sink.send", send)
-    monkeypatch.setattr("visibench.results.wandb.Sink.finish", lambda self, cells: True)
+    monkeypatch.setattr("visibench.reports.wandb.sink.prepare", lambda folder: None)
+    monkeypatch.setattr("visibench.reports.wandb.sink.Sink.send", send)
+    monkeypatch.setattr("visibench.reports.wandb.sink.Sink.finish", lambda self, cells: True)
     monkeypatch.setattr(os, "nice", lambda more: None)
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
     ours, theirs = os.pipe()
@@ -143,7 +143,7 @@ def test_listeners_hear_of_finished_cells_alone():
     cell = Named.cell(config(), 1, 1, 1)
     finished = CellFinished(cell=cell, scores=[], visual_tokens=1, executed_macs=1, seconds=1)
     with Listening(report, lambda: heard.append(len(told))) as tell:
-        from visibench.evals.progress import Note
+        from visibench.evals.sweeps.events import Note
 
         tell(Note(text="a"))
         tell(finished)

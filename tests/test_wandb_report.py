@@ -12,11 +12,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from storing import config, full, put
 from visibench.cli import main
-from visibench.results.render import render
-from visibench.results.store import Store
-from visibench.results.tables import build
-from visibench.results.wandb import Target
-from visibench.results.wandb_report import as_json, document
+from visibench.reports.wandb.document import as_json, document
+from visibench.reports.wandb.sink import Target
+from visibench.results.store.store import Store
+from visibench.results.tables.render import render
+from visibench.results.tables.tables import build
 
 pytest.importorskip("wandb_workspaces")
 KEY = "0123456789abcdef" * 3

@@ -17,7 +17,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from ...errors import DataError, UnknownNameError, suggest
-from ..records import Record
+from ..store.records import Record
 
 FOLDER = Path(__file__).parent
 VOCABULARY = "vocabulary.yaml"

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..records import VisualTokens
-from ..store import Cell
+from ..store.records import VisualTokens
+from ..store.store import Cell
 from . import Figure, figures, in_order, vocabulary
 from .show import COUNTED, Grid, formatted, origin, record
 

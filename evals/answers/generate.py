@@ -1,0 +1,353 @@
+"""A pruned model answers questions batch by batch; what is answered already is not asked again."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import random
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from ...engine import prune
+from ...engine.features import FeatureStore
+from ...engine.trace import Trace
+from ...errors import VisibenchError
+from ...methods import Method
+from ...models import LoadedModel
+from ...models.load import release
+from ...results.store.records import CellConfig, Failure, digest
+from ...results.store.token_grids import Places, size
+from ..compute import flops
+from ..compute.memory import out_of_memory
+from ..compute.timing import clock_of
+from ..tasks import lmms_eval
+from ..tasks.tasks import Task, reason
+from .checkpoint import Answers, Batch, Record, bound_to
+
+DEFAULT_MAX_NEW_TOKENS = 32
+"""Cap on new tokens for tasks that set none (TextVQA): lmms-eval asks for a word or phrase there."""
+HOPELESS = 16
+"""After so many failed questions in a row a cell is given up."""
+
+
+def answer(
+    loaded: LoadedModel,
+    method: Method,
+    task: Task,
+    config: CellConfig,
+    folder: Path,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    on_batch: Callable[[int], Any] | None = None,
+    features: FeatureStore | None = None,
+) -> Answers:
+    """Answer the questions of a cell, or a share of them, and keep the answers in ``folder``.
+
+    The basis of executors. A cell is cut into the same batches whoever runs it; ``shard`` (k, n) takes every n-th of
+    them, from the k-th on, and writes a file of its own. Any number of processes that share ``folder`` may do so at
+    once. A last call without ``shard``, as :func:`visibench.evals.answers.cell.run_cell` makes, finds all answers
+    there, runs what is still missing, and scores. Who runs a batch changes nothing about it, apart from hardware.
+
+    A batch that does not fit into memory, or fails otherwise, runs again in halves, down to single questions; those
+    that fail even so are in ``failures`` of what is returned, and their batch is not kept, so that it runs again next
+    time. After ``HOPELESS`` failures in a row the rest is not asked, which the last of ``failures`` says. ``on_batch``
+    is called with the number of questions after each batch, kept ones included; what it raises stops the work with
+    nothing lost. ``features``: where cells share what the vision tower computes; without one, or with another one, the
+    answers are the same.
+    """
+    answers = Answers(folder, bound_to(config, loaded.describe()), shard)
+    with lmms_eval.quiet(), prune(loaded.model, method, features=features or FeatureStore(0)) as session:
+        bridge = Bridge(loaded, session, task, config.batch_size, on_batch, answers, config.seed, forgiving=True)
+        bridge.answer(requests(task, task.size(config.limit)[0]), shard)
+    return answers
+
+
+def requests(task: Task, size: int) -> list:
+    """lmms-eval's requests for the first ``size`` questions, as its ``simple_evaluate`` builds them."""
+    with lmms_eval.quiet():
+        task.harness.build_all_requests(limit=size)
+    return [request for request in task.harness.instances for _ in range(request.repeats)]
+
+
+class Pictured(Protocol):
+    """Where the images of a question come from, such as a :class:`Task`."""
+
+    def images(self, doc_id: int) -> list[Image]:
+        """The decoded images of a question."""
+        ...
+
+
+class Bridge:
+    """Answers lmms-eval's requests with a model inside a pruning session.
+
+    ``answers`` holds what is answered and takes what is new. ``seed``: each batch starts from generators of Python,
+    NumPy and torch seeded with it and the batch's number, so that a method that draws from them draws the same
+    whatever ran before; None leaves them alone. ``forgiving``: failures are noted in ``answers``, not raised.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        session: Any,
+        task: Pictured,
+        batch_size: int,
+        on_batch: Callable[[int], Any] | None = None,
+        answers: Answers | None = None,
+        seed: int | None = None,
+        *,
+        forgiving: bool = False,
+    ) -> None:
+        self.loaded, self.session, self.task = loaded, session, task
+        self.batch_size, self.on_batch = batch_size, on_batch or (lambda answered: None)
+        self.answers = answers if answers is not None else Answers()
+        self.seed, self.forgiving = seed, forgiving
+        self.hardware = loaded.describe()["hardware"]
+        self.clock = clock_of(loaded.model.device)
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.records: dict[int, Record] = {}
+        self._in_a_row = 0
+
+    def generate_until(self, requests: list) -> list[str]:
+        """Answers to all requests, in their order."""
+        self.answer(requests)
+        return [text_of(request, self.records) for request in requests]
+
+    def answer(self, requests: list, shard: tuple[int, int] = (0, 1)) -> None:
+        """Answer the batches of a shard, those that are not answered yet."""
+        todo = islice(enumerate(batches(requests, self.batch_size)), shard[0], None, shard[1])
+        for number, chunk in todo:
+            asked = batch_key(chunk)
+            batch = self.answers.find(asked, self._image)
+            if batch is None:
+                batch = self._answered(asked, number, chunk)
+                self.answers.add(batch)
+                for key, seconds in batch.seconds.items():
+                    self.seconds[key] += seconds
+            self.records |= batch.records
+            self.on_batch(len(chunk))
+            if self._in_a_row >= HOPELESS:
+                self._give_up([chunk for _, chunk in todo])
+                return
+
+    def _give_up(self, chunks: list[list[tuple]]) -> None:
+        """Note how many questions are left of those that come, if any."""
+        left = sum(len(chunk) for chunk in chunks if batch_key(chunk) not in self.answers.batches)
+        if left:
+            self.answers.failures.append(given_up(self._in_a_row, left))
+
+    def _image(self, doc_id: int) -> str:
+        try:
+            return _pixels(self.task.images(doc_id))
+        except VisibenchError:  # said when the question is asked again
+            return ""
+
+    def _answered(self, asked: str, number: int, chunk: list[tuple]) -> Batch:
+        started = time.perf_counter()
+        if self.seed is not None:
+            _seed(self.seed + number)
+        batch = Batch(asked, hardware=self.hardware)
+        self._attempt(chunk, batch)
+        batch.seconds["answer"] = time.perf_counter() - started
+        return batch
+
+    def _attempt(self, chunk: list[tuple], batch: Batch) -> None:
+        """Run questions, in halves if they fail together."""
+        try:
+            batch.join(self._run(chunk))
+            self._in_a_row = 0
+            return
+        except Exception as error:
+            no_room = out_of_memory(error)
+            if not (no_room or self.forgiving):
+                raise
+            why = "out of memory" if no_room else reason(error)
+            if len(chunk) == 1:
+                self._fail(chunk[0][3], error, no_room, batch)
+        if no_room:  # outside the clause above: what the failed run holds goes with its traceback
+            release()
+        if len(chunk) > 1:
+            batch.smaller = batch.smaller or why
+            for part in (chunk[: len(chunk) // 2], chunk[len(chunk) // 2 :]):
+                self._attempt(part, batch)
+
+    def _fail(self, doc_id: int, error: Exception, no_room: bool, batch: Batch) -> None:
+        if not self.forgiving:
+            raise VisibenchError(
+                f"out of memory at batch size 1 (question {doc_id}): choose a smaller model, another --dtype, or "
+                "another device"
+            ) from error
+        self._in_a_row += 1
+        batch.failures.append(failure(error, doc_id))
+
+    def _run(self, chunk: list[tuple]) -> Batch:
+        prompts, ids, wanted = [a[0] for a in chunk], [a[3] for a in chunk], chunk[0][1]
+        images = [self.task.images(doc_id) for doc_id in ids]
+        pixels = [_pixels(pictures) for pictures in images]
+        inputs = self.loaded.inputs(prompts, images, digest([prompts, pixels]) if self._shares else None)
+        watch, reused = Nonfinite(), self._reused
+        start = self.clock.mark()
+        new = self._generate(inputs, generation(wanted), watch)
+        end = self.clock.mark()
+        trace = self.session.trace
+        compute = flops.executed(trace, self.loaded.geometry)
+        nonfinite = watch.rows()  # read from the device behind ``end``, which therefore lies in the past
+        latency = self.clock.between(start, end)
+        rows = zip(
+            prompts,
+            self.loaded.decode(new),
+            pixels,
+            inputs["attention_mask"].sum(1).tolist(),
+            _lengths(new, self.loaded),
+            trace.prompt.visual_counts,
+            trace.visual_counts().tolist(),
+            trace.kv_lengths().tolist(),
+            compute.total(),
+            _kept(trace),
+            nonfinite,
+            [latency] * len(ids),
+            [len(ids)] * len(ids),
+            _places(self.loaded, inputs, images, trace),
+            strict=True,
+        )
+        return Batch(
+            asked="",
+            records={doc_id: Record(*row) for doc_id, row in zip(ids, rows, strict=True)},
+            components={component: sum(macs) for component, macs in compute.components().items()},
+            seconds={"generate": latency / 1e3},
+            reused=self._reused - reused,
+        )
+
+    @property
+    def _shares(self) -> bool:
+        """Whether cells share what they have in common."""
+        features = self.session.features
+        return features is not None and features.limit > 0
+
+    @property
+    def _reused(self) -> int:
+        features = self.session.features
+        return 0 if features is None else features.reused
+
+    def _generate(self, inputs: Any, options: dict[str, Any], watch: Nonfinite) -> torch.Tensor:
+        """New token ids (B, n), on the host."""
+        model: Any = self.loaded.model
+        greedy = {"temperature": None, "top_p": None, "top_k": None}
+        with torch.inference_mode():
+            ids = model.generate(**inputs, **options, **greedy, logits_processor=LogitsProcessorList([watch]))
+        return ids[:, inputs["input_ids"].shape[1] :].cpu()
+
+
+class Nonfinite(LogitsProcessor):
+    """Notes rows whose logits are NaN or infinite at some step, without a look at the device before the end.
+
+    Minus infinity alone counts only where it is all there is: it is how tokens are forbidden.
+    """
+
+    def __init__(self) -> None:
+        self._seen: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        bad = ~torch.isfinite(scores.amax(-1))
+        self._seen = bad if self._seen is None else self._seen | bad
+        return scores
+
+    def rows(self) -> list[bool]:
+        """Whether it happened, a row each."""
+        return [] if self._seen is None else self._seen.tolist()
+
+
+def batches(requests: list, size: int) -> list[list[tuple]]:
+    """The arguments of requests in batches of one way of generating and of prompts of similar length, to pad little.
+
+    They depend on all requests of a task, and on nothing else.
+    """
+    arguments = [request.args for request in requests]
+    collator = lmms_eval.Collator(arguments, lambda a: (-len(a[0]), a[0], a[3]), group_fn=lambda a: a[1], grouping=True)
+    return list(collator.get_batched(n=size))
+
+
+def generation(wanted: dict[str, Any]) -> dict[str, Any]:
+    """Options of ``generate``: greedy, whatever the task asks, within its cap on new tokens."""
+    cap = wanted.get("max_new_tokens") or DEFAULT_MAX_NEW_TOKENS
+    return {"max_new_tokens": int(cap), "do_sample": False, "num_beams": 1}
+
+
+def text_of(request: Any, records: dict[int, Record]) -> str:
+    """The answer to a request, up to the task's stop strings."""
+    _, wanted, _, doc_id, *_ = request.args
+    output, stops = records[doc_id].output, wanted.get("until")
+    for stop in [stops] if isinstance(stops, str) else stops or []:
+        output = output.split(stop, 1)[0] if stop else output
+    return output
+
+
+def failure(error: BaseException, doc_id: int | None = None) -> Failure:
+    """The record of an exception."""
+    lines = traceback.format_exception(error)
+    return Failure(doc_id=doc_id, error=reason(error), traceback="".join(lines))
+
+
+def given_up(failed: int, left: int) -> Failure:
+    """The record of questions that were not asked."""
+    error = f"given up after {failed} failures in a row, {left} {'question' if left == 1 else 'questions'} not asked"
+    return Failure(doc_id=None, error=error, traceback="")
+
+
+def batch_key(chunk: list[tuple]) -> str:
+    """Hash of a batch's questions, their prompts, and the way of generating."""
+    return digest([chunk[0][1], [[a[3], a[0]] for a in chunk]])
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _lengths(new: torch.Tensor, loaded: LoadedModel) -> list[int]:
+    special = torch.tensor(loaded.processor.tokenizer.all_special_ids)
+    return (~torch.isin(new, special)).sum(1).tolist()
+
+
+def _kept(trace: Trace) -> list[str]:
+    """For each row, which visual tokens of the prompt, in their order there, are at the input of the last layer.
+
+    A bit each, packed from the highest bit of a byte down, in base64. Tokens that a merge made do not show.
+    """
+    kept = trace.kept(trace.layers - 1).cpu().numpy()
+    rows = zip(kept, trace.prompt.visual_counts, strict=True)
+    return [base64.b64encode(np.packbits(row[:count]).tobytes()).decode() for row, count in rows]
+
+
+def _places(loaded: LoadedModel, inputs: Any, images: list[list[Image]], trace: Trace) -> list[Places]:
+    """Where the visual tokens of each row lie; empty for a row whose tokens are not those that its images say."""
+    views, number, rows = loaded.adapter.family.views, 0, []
+    for pictures, count in zip(images, trace.prompt.visual_counts, strict=True):
+        own: Places = []
+        for picture in pictures:
+            if views is None:
+                break
+            processor = getattr(loaded.processor, "image_processor", None)
+            own.append(views(loaded.model.config, processor, inputs, number, picture.size))
+            number += 1
+        rows.append(own if size(own) == count else [])
+    return rows
+
+
+def _pixels(images: list[Image]) -> str:
+    """Hash of decoded images, which names an image where the data set does not."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for image in images:
+        hashed.update(f"{image.mode}{image.size}".encode())
+        hashed.update(image.tobytes())
+    return hashed.hexdigest()

@@ -1,0 +1,297 @@
+"""A pruned model under lmms-eval's own command line: ``lmms-eval --model visibench --model_args pretrained=…``."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import json
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from loguru import logger
+from tqdm import tqdm
+
+from ...engine import prune
+from ...errors import OptionError, VisibenchError, suggest
+from ...methods import Method
+from ...models import LoadedModel, load_model
+from ...models.load import of_rank
+from ...results.store.records import environment
+from ..settings.method_spec import parse
+from ..tasks import lmms_eval
+from ..tasks.tasks import decoded
+from .score import Bridge, Record
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_UNITS = {
+    "visual_tokens": "visual tokens at the input of each decoder layer, in prefill",
+    "kv_lengths": "entries of each decoder layer's KV cache after prefill",
+    "executed_macs": "executed multiply-adds (MACs) of the prefill",
+    "kept": "bits in base64, one a visual token of the prompt: whether it is at the input of the last decoder layer",
+    "pixels": "hash of the decoded images",
+}
+_GREEDY = {"do_sample": False, "temperature": 0, "num_beams": 1}
+_USED = {"max_new_tokens", "until"}
+_OF_SAMPLING = {"top_p", "top_k"}
+
+
+class Visibench(lmms_eval.lmms):
+    """The model that lmms-eval calls ``visibench``.
+
+    Parameters
+    ----------
+    pretrained
+        ``tiny``, a local folder, or a hub id such as ``llava-hf/llava-1.5-7b-hf``.
+    method, method_args
+        A method and its options: ``method=fastv,method_args=layer=2;keep=0.5``, or in one ``method=fastv:keep=0.5``.
+        Options are separated by semicolons, since lmms-eval takes arguments apart at commas.
+    device, dtype, attn_implementation, trust_remote_code
+        As for :func:`visibench.load_model`. Of several ranks each takes the GPU of its local rank.
+    batch_size
+        Questions answered at once.
+    record
+        A JSON file, which must not exist yet, for what lmms-eval's own results have no place for: the visual tokens,
+        KV-cache entries and executed MACs of every question.
+
+    Raises :class:`~visibench.errors.VisibenchError`. A model made by :meth:`create_from_arg_string`, as lmms-eval's
+    command line does, ends the process instead, with one line and exit code 2: lmms-eval itself would print the
+    traceback and exit with 0, and other ranks would wait forever.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str,
+        method: str = "none",
+        method_args: str = "",
+        device: str = "auto",
+        dtype: str = "auto",
+        attn_implementation: str = "sdpa",
+        batch_size: int | str = 1,
+        trust_remote_code: bool = False,
+        record: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.method = _method(str(method), str(method_args))
+        self.batch_size, self.record = _batch_size(batch_size), _fresh(record)
+        self.loaded: LoadedModel | None = load_model(
+            str(pretrained),
+            device=_own(str(device)),
+            dtype=str(dtype),
+            attn_implementation=str(attn_implementation),
+            trust_remote_code=bool(trust_remote_code),
+        )
+        self.method.check(self.loaded.geometry)
+        self.device = self.loaded.model.device
+        self.records: dict[tuple[str, int], Record] = {}
+        self.seconds = 0.0
+        self._mendable: Callable[[], AbstractContextManager] = nullcontext
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Visibench:
+        """What ``--model_args`` describes; ``additional_config`` holds options of lmms-eval's own command line."""
+        with _one_line():
+            model = cls(**_arguments(cls, arg_string, additional_config or {}))
+        model._mendable = _one_line
+        return model
+
+    def loglikelihood(self, requests: list) -> NoReturn:
+        """Refused: answers are generated."""
+        with self._mendable():
+            raise OptionError("tasks scored by log-likelihood cannot run here: choose one of kind generate_until")
+
+    def generate_until_multi_round(self, requests: list) -> NoReturn:
+        """Refused: a question has one answer."""
+        with self._mendable():
+            raise OptionError("tasks of several rounds cannot run here: choose one of kind generate_until")
+
+    def generate_until(self, requests: list) -> list[Any]:
+        """Answers to all requests, in their order: those that :func:`~visibench.evals.answers.score.evaluate` gives."""
+        answers: list[Any] = [None] * len(requests)
+        bar = tqdm(total=len(requests), desc="Model Responding", disable=self.rank != 0)
+        with bar, self._mendable():
+            if self.loaded is None:
+                raise VisibenchError("lmms-eval has dropped this model after its run: make another one")
+            with prune(self.loaded.model, self.method) as session:
+                for places in _by_task(requests):
+                    first = requests[places[0]].args
+                    _warn(first[4], first[1])
+                    bridge = Bridge(self.loaded, session, _Asked(self, first), self.batch_size, bar.update)
+                    texts = bridge.generate_until([requests[place] for place in places])
+                    for place, text in zip(places, texts, strict=True):
+                        doc_id = requests[place].args[3]
+                        record = self.records[first[4], doc_id] = bridge.records[doc_id]
+                        counts = lmms_eval.TokenCounts(record.prompt_tokens, record.new_tokens)
+                        answers[place] = lmms_eval.GenerationResult(text, counts)
+                    self.seconds += bridge.seconds["answer"]
+        return answers
+
+    def clean(self) -> None:
+        """Called once on every rank after generation: report what all of them did, and drop the model."""
+        ranks = _gathered((self.records, self.seconds))
+        if ranks is not None:
+            # Ranks with fewer questions ask their last one again to keep step: it counts once.
+            records = {key: record for found, _ in ranks for key, record in found.items()}
+            with self._mendable():
+                self._report(dict(sorted(records.items())), max(seconds for _, seconds in ranks))
+        self.loaded = None
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def _report(self, records: dict[tuple[str, int], Record], seconds: float) -> None:
+        """Means go to ``throughput`` of lmms-eval's results, each question to the file of ``record``."""
+        if not records:
+            return
+        new = sum(record.new_tokens for record in records.values())
+        means = {
+            "visual_tokens": fmean(fmean(record.visual_tokens) for record in records.values()),
+            "executed_macs": fmean(record.executed_macs for record in records.values()),
+        }
+        lmms_eval.log_metrics(seconds, new, new / seconds, means | {"total_requests": len(records)})
+        if self.record is not None and self.loaded is not None:
+            content = {
+                "method": self.method.name,
+                "options": self.method.hyperparameters(),
+                "batch_size": self.batch_size,
+                "environment": environment(self.loaded.describe()).model_dump(mode="json"),
+                "units": _UNITS,
+                "samples": [
+                    {"task": task, "doc_id": doc_id} | asdict(record) for (task, doc_id), record in records.items()
+                ],
+            }
+            _save(self.record, json.dumps(content))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The images that the requests of a task show, in the place of a task of this package."""
+
+    model: Visibench
+    arguments: tuple
+
+    def images(self, doc_id: int) -> list[Image]:
+        _, _, visual, _, task, split = self.arguments
+        return decoded(task, doc_id, lambda: visual(self.model.task_dict[task][split][doc_id]))
+
+
+# ---- arguments ----------------------------------------------------------------------------------------------------
+
+
+def _arguments(cls: type, text: str, additional: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of ``cls`` from lmms-eval's ``--model_args`` and options such as ``--batch_size``."""
+    known = list(inspect.signature(cls).parameters)
+    try:
+        given = lmms_eval.simple_parse_args_string(text)
+    except ValueError:
+        raise OptionError(f"--model_args {text!r}: expected key=value,key=value") from None
+    given = {key.strip(): _bare(value) for key, value in given.items()}
+    for key in given:
+        if key not in known:
+            raise OptionError(
+                f"unknown model argument {key!r}; {suggest(key, known)}. Options of the method are separated by "
+                "semicolons: method=fastv,method_args=layer=2;keep=0.5"
+            )
+    if "pretrained" not in given:
+        raise OptionError("--model_args needs pretrained=…: tiny, a local folder or a hub id")
+    outside = {key: value for key, value in additional.items() if value is not None}
+    if str(outside.get("batch_size", 1)) == "1":  # also lmms-eval's default, so it may not have been given
+        outside.pop("batch_size", None)
+    for key, value in outside.items():
+        if key not in known:
+            raise OptionError(f"--{key} {value} is not used by the model visibench: leave it out")
+        if str(given.setdefault(key, value)) != str(value):
+            raise OptionError(f"{key} is given twice: {given[key]} in --model_args and {value} in --{key}")
+    return given
+
+
+def _bare(value: Any) -> Any:
+    """``value`` without the quotes that protect commas, which lmms-eval leaves on."""
+    quoted = isinstance(value, str) and len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    return value[1:-1] if quoted else value
+
+
+def _method(name: str, options: str) -> Method:
+    if options and ":" in name:
+        raise OptionError(f"options of the method are given twice: in method={name} and method_args={options}")
+    return parse((f"{name}:{options}" if options else name).replace(";", ","))
+
+
+def _batch_size(given: int | str) -> int:
+    if not str(given).isdecimal() or int(given) < 1:
+        raise OptionError(f"batch_size must be a whole number of at least 1, not {given}")
+    return int(given)
+
+
+def _fresh(record: str | None) -> Path | None:
+    path = None if record is None else Path(str(record))
+    if path is not None and path.exists():
+        raise OptionError(f"record={path} is there already: remove it, or name another file")
+    return path
+
+
+def _own(device: str) -> str:
+    """``device``, or that of this rank if there are several."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return of_rank(device, int(os.environ.get("LOCAL_RANK", 0))) if several else device
+
+
+# ---- running ------------------------------------------------------------------------------------------------------
+
+
+def _by_task(requests: list) -> list[list[int]]:
+    """Places of the requests of each task: they are batched apart, as when the task runs alone."""
+    found: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
+    for place, request in enumerate(requests):
+        found[request.args[4], request.args[5]].append(place)
+    return list(found.values())
+
+
+def _warn(task: str, wanted: dict[str, Any]) -> None:
+    """Say which generation options of a task are not followed."""
+    unused = {
+        key: value
+        for key, value in wanted.items()
+        if key not in _USED and value is not None and value != _GREEDY.get(key) and key not in _OF_SAMPLING
+    }
+    if unused:
+        text = ", ".join(f"{key}={value}" for key, value in unused.items())
+        logger.warning(f"{task}: answers are generated greedily, without its {text}")
+
+
+def _gathered(value: Any) -> list[Any] | None:
+    """The values of all ranks, on the first one; None on the others."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    found: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, found, dst=0)
+    return found
+
+
+def _save(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Turn what a user can mend into one line on standard error and exit code 2."""
+    try:
+        yield
+    except VisibenchError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from error

@@ -1,0 +1,184 @@
+"""Compute of one prefill, in multiply-adds (MACs): what really ran, in closed form, and fvcore's count of the same.
+
+And that of the decoding which follows, where each layer attends to as many tokens as its KV cache really holds.
+
+Papers on pruning and fvcore print multiply-adds as "FLOPs", one per multiply-add; so do our tables. Matrix products and
+the patch convolution are counted; element-wise work, norms and softmax are not. Attention over n queries and m keys
+counts n·m pairs a head, the masked half included, as kernels and papers do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from math import prod
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from ...engine.trace import Trace
+from ...models.adapters import Geometry, VisionGeometry
+
+_NORMS = ("aten::layer_norm", "aten::batch_norm", "aten::group_norm")
+
+
+@dataclass(frozen=True)
+class Flops:
+    """MACs of a prefill, or of decoding, by component: arrays (B,) with one figure a sample, without padding."""
+
+    vision_tower: np.ndarray
+    projector: np.ndarray
+    projections: np.ndarray
+    ffn: np.ndarray
+    attention: np.ndarray
+    lm_head: np.ndarray
+    scoring: np.ndarray
+
+    def components(self) -> dict[str, list[float]]:
+        """MACs by component, one figure a sample."""
+        return {f.name: getattr(self, f.name).tolist() for f in fields(self)}
+
+    def total(self) -> list[float]:
+        """MACs of each sample."""
+        return np.sum([getattr(self, f.name) for f in fields(self)], axis=0).tolist()
+
+
+def executed(trace: Trace, geometry: Geometry, logits: int | None = 1) -> Flops:
+    """What one traced prefill really computed, per sample.
+
+    ``logits``: positions for which the LM head ran; 1 in ``generate``, None for all that are left as in ``model(...)``.
+    """
+    g = geometry
+    tokens = trace.kv_lengths().double().numpy()
+    tower, projector = _vision(trace, g.vision)
+    heads = g.heads * g.head_size
+    kv_heads = g.kv_heads * g.head_size
+    return Flops(
+        vision_tower=tower,
+        projector=projector,
+        projections=tokens.sum(1) * (2 * g.hidden * heads + 2 * g.hidden * kv_heads),
+        ffn=tokens.sum(1) * 3 * g.hidden * g.intermediate,
+        attention=trace.attention_pairs().double().numpy().sum(1) * 2 * heads,
+        lm_head=(tokens[:, -1] if logits is None else np.full(len(tokens), float(logits))) * g.hidden * g.vocabulary,
+        scoring=trace.scoring_macs().double().numpy().sum(1),
+    )
+
+
+def _vision(trace: Trace, vision: VisionGeometry | None) -> tuple[np.ndarray, np.ndarray]:
+    """MACs of tower and projector for each row (B,).
+
+    Images of several shapes are known for the batch: their work is shared out by visual tokens, which is exact for one
+    row and for rows alike.
+    """
+    counts = np.array(trace.prompt.visual_counts, dtype=float)
+    if vision is None:
+        return np.zeros_like(counts), np.zeros_like(counts)
+    if vision.tokens and trace.grids is None:
+        images = counts / vision.tokens
+        return images * vision_tower_macs(vision, trace.tower), trace.projected.double().numpy() * vision.projector_macs
+    grids = [] if trace.grids is None else trace.grids.tolist()
+    tower = sum(grid_macs(vision, grid) for grid in grids)
+    tokens = sum(prod(grid) for grid in grids) / vision.merged
+    share = counts / max(counts.sum(), 1)
+    return share * tower, share * tokens * vision.projector_macs
+
+
+def decode(trace: Trace, geometry: Geometry, steps: Any = 1) -> Flops:
+    """What the first ``steps`` decoding steps after the traced prefill compute, per sample.
+
+    ``steps``: int or int (B,). A step takes one token and gives the next; the logits of the prefill gave the first, so
+    an answer of n tokens takes n - 1. Step s attends in each layer to that layer's KV cache after prefill and to s new
+    tokens, its own included; methods score nothing here.
+    """
+    g = geometry
+    cached = trace.kv_lengths().double().numpy()
+    steps = np.broadcast_to(np.asarray(steps, dtype=float), len(cached))
+    heads, kv_heads = g.heads * g.head_size, g.kv_heads * g.head_size
+    pairs = steps * cached.sum(1) + g.layers * steps * (steps + 1) / 2
+    nothing = np.zeros(len(cached))
+    return Flops(
+        vision_tower=nothing,
+        projector=nothing,
+        projections=steps * g.layers * (2 * g.hidden * heads + 2 * g.hidden * kv_heads),
+        ffn=steps * g.layers * 3 * g.hidden * g.intermediate,
+        attention=pairs * 2 * heads,
+        lm_head=steps * g.hidden * g.vocabulary,
+        scoring=nothing,
+    )
+
+
+def vision_tower_macs(vision: VisionGeometry, tokens: Sequence[tuple[int, int]] | None = None) -> float:
+    """MACs of the vision tower for one image: patch convolution and all its blocks, two FFN matrices each.
+
+    ``tokens``: tokens at the attention and at the MLP of each block, CLS included; None: the full image throughout.
+    """
+    full = vision.patches + vision.has_cls
+    tokens = tokens or [(full, full)] * vision.layers
+    d = vision.hidden
+    blocks = [4 * n * d * d + 2 * n * n * d + 2 * m * d * vision.intermediate for n, m in tokens]
+    return float((tokens[0][0] - vision.has_cls) * vision.patch_inputs * d + sum(blocks))
+
+
+def grid_macs(vision: VisionGeometry, grid: Sequence[int]) -> float:
+    """MACs of the vision tower for one image or tile of (frames, rows, columns) patches, which attend by frame."""
+    frames, rows, columns = grid
+    patches, d = frames * rows * columns, vision.hidden
+    tokens = patches + frames * vision.has_cls
+    full = frames * (rows * columns + vision.has_cls) ** 2
+    linear = 4 * d * d + vision.ffn_matrices * d * vision.intermediate
+    pairs = vision.layers * full
+    if vision.window is not None:
+        windows = frames * _squares(rows, vision.window) * _squares(columns, vision.window)
+        pairs = vision.full_blocks * full + (vision.layers - vision.full_blocks) * windows
+    return float(patches * vision.patch_inputs * d + vision.layers * tokens * linear + pairs * 2 * d)
+
+
+def _squares(length: int, window: int) -> int:
+    """Sum of the squared lengths of the windows along one side; the last one may be shorter."""
+    whole, rest = divmod(length, window)
+    return whole * window**2 + rest**2
+
+
+def counted(model: nn.Module, inputs: dict[str, Any]) -> tuple[float, dict[str, int]]:
+    """MACs of ``model(**inputs)`` by fvcore's trace, and the operators that it does not count, with their numbers.
+
+    fvcore counts fused attention as zero: a handle is added. It counts norms, which are left out here.
+    Tensors of ``inputs`` only; run it inside ``prune()`` to count a pruned forward.
+    """
+    from fvcore.nn import FlopCountAnalysis
+
+    names, tensors = zip(*inputs.items(), strict=True)
+    analysis = FlopCountAnalysis(_Everything(model, names), tensors)
+    analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
+    analysis.set_op_handle(**dict.fromkeys(_NORMS, lambda inputs, outputs: 0))
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    return float(analysis.total()), dict(analysis.unsupported_ops())
+
+
+class _Everything(nn.Module):
+    """Positional tensors in, tensors out, as tracing wants them; every linear layer's output is returned as well.
+
+    A trace drops what its outputs do not need, such as the vision blocks behind the feature layer: they did run.
+    """
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        outputs: list[Tensor] = []
+        linear = [m for m in self.model.modules() if isinstance(m, nn.Linear)]
+        hooks = [m.register_forward_hook(lambda module, args, out: outputs.append(out)) for m in linear]
+        try:
+            self.model(**dict(zip(self.names, tensors, strict=True)), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return outputs
+
+
+def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    query, key, value = (tuple(v.type().sizes()) for v in inputs[:3])
+    pairs = prod(query[:-1]) * key[-2]
+    return pairs * (query[-1] + value[-1])

@@ -1,0 +1,96 @@
+"""What a sweep's configuration comes to: its cells."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...methods import Method, load_method
+from ...models.load import EMBEDDED
+from ...results.store.records import CellConfig
+from ..tasks.tasks import check_data, definition, origin_of
+from .config import DENSE, Solve, SweepConfig, Variant, nowhere, variants
+
+_WHOLE_FILE = 32 << 20
+_EDGE = 64 << 10
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One cell to be: its configuration, and the method and task that it names.
+
+    ``dense``: the cell of the dense model on the same questions, which its answers are compared with.
+    """
+
+    config: CellConfig
+    method: Method
+    dense: CellConfig | None = None
+
+
+def plan(config: SweepConfig, *, dense: bool = True, solve: Solve = nowhere) -> list[Plan]:
+    """All cells of a sweep, the dense model first. Names and options are checked; nothing is loaded.
+
+    ``solve`` is asked, after all checks, for the methods that have a budget.
+    """
+    check_data(config.data)
+    for task in config.tasks:
+        definition(task)
+    return [cell for one in config.by_model() for cell in _of_model(one, dense, solve)]
+
+
+def _of_model(config: SweepConfig, dense: bool, solve: Solve) -> list[Plan]:
+    checkpoint = fingerprint(config.model)
+    found = variants(config, dense=dense, solve=solve)
+    reference = next(
+        (one for one in found if one.method.name == DENSE), Variant(load_method(DENSE), DENSE, found[0].seed)
+    )
+    cells = []
+    for variant in found:
+        for task in config.tasks:
+            cell = _cell(config, checkpoint, variant, task)
+            own = cell if cell.method == DENSE else _cell(config, checkpoint, reference, task)
+            cells.append(Plan(cell, variant.method, own))
+    return cells
+
+
+def _cell(config: SweepConfig, checkpoint: str, variant: Variant, task: str) -> CellConfig:
+    return CellConfig(
+        model=config.model,
+        checkpoint=checkpoint,
+        device=config.device,
+        dtype=config.dtype,
+        attention=config.attention,
+        method=variant.method.name,
+        options=variant.method.hyperparameters(),
+        label=variant.label,
+        seed=variant.seed,
+        task=task,
+        origin=origin_of(task, config.data),
+        limit=config.limit_of(task),
+        batch_size=config.batch_size,
+        timing=config.timing,
+    )
+
+
+def fingerprint(model: str) -> str:
+    """Hash of a local checkpoint, so that results of other weights are not taken for its own; empty for a hub name.
+
+    Of files above 32 MiB only the size and both ends are read.
+    """
+    folder = EMBEDDED.get(model, Path(model))
+    if not folder.is_dir():
+        return ""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder)}:{size}".encode())
+        with file.open("rb") as stream:
+            if size <= _WHOLE_FILE:
+                digest.update(stream.read())
+            else:
+                digest.update(stream.read(_EDGE))
+                stream.seek(-_EDGE, os.SEEK_END)
+                digest.update(stream.read())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,220 @@
+"""What a sweep has still to do: cells, questions, compute and time, each from what is known and named as such.
+
+Compute per question is that of a finished cell of the same model, method and task, else that of the method's own plan
+of visual tokens on the task's first questions, which leaves out scoring and what is saved in the vision tower; of
+methods whose plan depends on what they see, that of keeping all tokens, as an upper bound. Time per question is that of
+finished cells, else that of the dense model on one batch. What none of these gives is None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from typing import Literal
+
+from rich.console import Console
+
+from ...engine import prune
+from ...engine.layout import TokenLayout
+from ...errors import DataError
+from ...methods import Method, load_method
+from ...models import LoadedModel, load_model
+from ...models.geometry import check_weights
+from ...results.store.records import CellConfig, CellMetrics
+from ...results.store.store import Cell, Store
+from ..compute.flops import executed
+from ..compute.paper_flops import Work, planned
+from ..tasks.hub import hub_or_cache
+from ..tasks.tasks import HUB, reason
+from . import pace
+from .config import DENSE, SweepConfig
+from .events import Lines, Note
+from .sweep import Plan, Prepared, fingerprint, plan
+
+PROMPTS = 8
+"""Questions of a task on which a method's plan is priced."""
+
+
+Basis = Literal["measured", "planned", "bound"]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One cell. ``macs``: executed in one prefill, mean over questions; ``seconds``: for all of the cell.
+
+    ``questions``: None where the task would have to be downloaded first. ``basis``: of ``macs``, which are an upper
+    bound with ``bound``. ``clock``: whether finished cells or one batch of the dense model gave ``seconds``.
+    """
+
+    config: CellConfig
+    done: bool
+    questions: int | None
+    macs: float | None
+    basis: Basis | None
+    seconds: float | None
+    clock: Literal["cells", "batch"] | None
+
+    @property
+    def tflops(self) -> float | None:
+        """Executed by the prefills of all questions, 10¹² multiply-adds."""
+        return None if self.macs is None or self.questions is None else self.macs * self.questions * 1e-12
+
+
+def forecast(config: SweepConfig, out: Path, console: Console) -> list[Forecast]:
+    """All cells of a sweep in their order. Nothing is written to ``out``.
+
+    A model is loaded for budgets, and to time a batch if it is on this disk and not large. Raises
+    :class:`VisibenchError` for what the sweep itself would refuse.
+    """
+    store = Store(out)
+    return [cell for one in config.by_model() for cell in _of_model(one, store, console)]
+
+
+def _of_model(config: SweepConfig, store: Store, console: Console) -> list[Forecast]:
+    prepared = Prepared(config, Lines(console))
+    cells = plan(config, solve=prepared.solve)
+    _check(config, [cell.method for cell in cells], prepared)
+    known = _Known(config, prepared, store.usable())
+    try:
+        return [_cell(cell, store.found(cell.config), known) for cell in cells]
+    finally:
+        prepared.forget()
+
+
+def _check(config: SweepConfig, methods: Sequence[Method], prepared: Prepared) -> None:
+    """Raise what the engine has against the methods, or the model's settings against this machine."""
+    check_weights(config.model, "pretrained", None)
+    local = bool(fingerprint(config.model))
+    try:
+        with nullcontext() if local else hub_or_cache():
+            sizes = _sizes(config)
+    except DataError as error:
+        if local:
+            raise
+        prepared.report(Note(text=f"Not checked against the model: {error}"))
+        return
+    for method in methods:
+        prune(sizes.model, method)
+
+
+def _cell(cell: Plan, found: Cell | None, known: _Known) -> Forecast:
+    config = cell.config
+    if found:
+        size, compute = found.metrics.size, found.metrics.compute.macs
+        return Forecast(config, True, size, compute, "measured", _seconds(found.metrics), "cells")
+    questions = known.questions(config)
+    seconds = known.seconds(config, questions)
+    clock: Literal["cells", "batch"] | None = "cells" if seconds else None
+    if seconds is None and questions is not None and (found_pace := known.pace(config.task)):
+        seconds, clock = found_pace.question * questions + found_pace.prefill, "batch"
+    return Forecast(config, False, questions, *known.compute(cell), seconds, clock)
+
+
+def _what(config: CellConfig) -> tuple:
+    """What decides the compute of one question, the seed aside."""
+    options = {key: value for key, value in config.options.items() if key != "seed"}
+    return (*_where(config)[:2], config.method, sorted(map(str, options.items())), config.task, config.origin)
+
+
+def _where(config: CellConfig) -> tuple:
+    """What decides the speed of the model itself."""
+    return config.model, config.checkpoint, config.device, config.dtype, config.attention, config.batch_size
+
+
+class _Known:
+    """What finished cells, plans and the first batch of a task tell of the cells of one model."""
+
+    def __init__(self, config: SweepConfig, prepared: Prepared, finished: Sequence[Cell]) -> None:
+        self.config, self.prepared, self.finished = config, prepared, finished
+        self.prompts = cache(lambda task: _Prompts(config, prepared, task))
+        self.pace = cache(self._pace)
+
+    def questions(self, config: CellConfig) -> int | None:
+        for one in self.finished:
+            if (one.config.task, one.config.origin, one.config.limit) == (config.task, config.origin, config.limit):
+                return one.metrics.size
+        if config.origin == HUB:
+            return None
+        return self.prepared.tasks([config.task])[config.task].size(config.limit)[0]
+
+    def compute(self, cell: Plan) -> tuple[float | None, Basis | None]:
+        measured = [one.metrics.compute.macs for one in self.finished if _what(one.config) == _what(cell.config)]
+        if measured:
+            return fmean(measured), "measured"
+        if cell.config.origin == HUB:
+            return None, None
+        prompts = self.prompts(cell.config.task)
+        macs = prompts.macs(cell.method)
+        if macs is not None:
+            return macs, "planned"
+        most = prompts.macs(load_method(DENSE))
+        return most, None if most is None else "bound"
+
+    def seconds(self, config: CellConfig, questions: int | None) -> float | None:
+        """By finished cells of the same method and task, else of the task, else by all on the same settings."""
+        alike = [one for one in self.finished if _where(one.config) == _where(config)]
+        same = [one for one in alike if one.config.task == config.task]
+        basis = [one for one in same if _what(one.config) == _what(config)] or same or alike
+        if not basis or questions is None:
+            return None
+        answering = fmean(one.metrics.seconds["total"] / one.metrics.size for one in basis)
+        timed = [_prefill_seconds(one.metrics) for one in basis if one.config.timing == config.timing]
+        return answering * questions + (fmean(timed) if timed and config.timing else 0.0)
+
+    def _pace(self, task: str) -> pace.Pace | None:
+        """Of the dense model, if it is on this disk and not large."""
+        if not fingerprint(self.config.model) or _sizes(self.config).nbytes > pace.LARGEST:
+            return None
+        try:
+            return pace.pace(self.prepared.loaded, self.prepared.tasks([task])[task], self.config)
+        except Exception as error:  # whatever a sweep would note of single questions
+            self.prepared.report(Note(text=f"No time for {task}: {reason(error)}"))
+            return None
+
+
+def _seconds(metrics: CellMetrics) -> float:
+    return metrics.seconds["total"] + _prefill_seconds(metrics)
+
+
+def _prefill_seconds(metrics: CellMetrics) -> float:
+    if metrics.prefill is None:
+        return 0.0
+    return fmean(metrics.prefill.times_ms) * (len(metrics.prefill.times_ms) + metrics.prefill.warmup) * 1e-3
+
+
+class _Prompts:
+    """The first questions of a task, as the processor lays them out, and a model known by its sizes alone."""
+
+    def __init__(self, config: SweepConfig, prepared: Prepared, name: str) -> None:
+        task = prepared.tasks([name])[name]
+        count = min(PROMPTS, task.size(config.limit_of(name))[0])
+        self.model = _sizes(config)
+        questions = [task.question(i) for i in range(count)]
+        inputs = self.model.encoded([text for text, _ in questions], [images for _, images in questions])
+        visual = inputs["input_ids"] == self.model.adapter.image_token
+        self.layout = TokenLayout.from_masks(visual, inputs["attention_mask"])
+
+    def macs(self, method: Method) -> float | None:
+        """Executed in one prefill, mean over the questions; None where no plan says so."""
+        geometry = self.model.geometry
+        if geometry.vision is None or not geometry.vision.tokens:
+            return None
+        counts = method.visual_counts(self.layout, geometry)
+        if counts is None:
+            return None
+        rows = zip(counts, self.layout.visual_counts, self.layout.lengths, strict=True)
+        traces = (planned(row[None], visual, Work(), geometry, 0, length - visual) for row, visual, length in rows)
+        return fmean(executed(trace, geometry).total()[0] for trace in traces)
+
+
+def _sizes(config: SweepConfig) -> LoadedModel:
+    return _of_sizes(config.model, config.device, config.dtype, config.attention)
+
+
+@cache
+def _of_sizes(model: str, device: str, dtype: str, attention: str) -> LoadedModel:
+    return load_model(model, device=device, dtype=dtype, attn_implementation=attention, weights="meta")

@@ -1,0 +1,67 @@
+"""The rows that a comparison is read against: chance, pooling and a smaller image, at the budgets that methods spent.
+
+    groups = the finished methods in groups of similar T, as tables have them
+    for each group, and each of random (five seeds), pooling and downsample that it lacks:
+        the method with the options that come nearest to the group's mean T, unless it cannot spend as much or as little
+
+They come behind all other cells, since T of adaptive methods is known only then; so every method gets them, and a
+sweep that goes on finds the same ones again.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
+from typing import Any
+
+from ...errors import OptionError
+from ...results.statistics.inference import BASELINES, DENSE, RANDOM, budgets
+from ...results.store.records import CellConfig
+from ...results.store.store import Cell
+from .cells import Plan, plan
+from .config import MethodEntry, Solve, SweepConfig
+
+REFERENCES = [method for method in BASELINES if method != DENSE]
+SEEDS = 5
+"""Of methods that draw."""
+
+
+def references(config: SweepConfig, cells: Sequence[Cell], solve: Solve, say: Callable[[str], Any]) -> list[Plan]:
+    """The cells to add to the finished ``cells`` of a sweep. ``say`` hears of budgets that a reference cannot meet."""
+    present = {_setting(cell.config) for cell in cells}
+    found: list[Plan] = []
+    for name, tokens in lacking(cells):
+        first = config.seeds[0]
+        seeds = list(range(first, first + SEEDS)) if name == RANDOM else None
+        entry = MethodEntry(name=name, budget={"tokens": tokens}, seeds=seeds)
+        try:
+            mine = plan(config.model_copy(update={"methods": [entry], "budget": None}), dense=False, solve=solve)
+        except OptionError as error:
+            say(f"No reference {error}")
+            continue
+        new = {_setting(cell.config) for cell in mine}
+        if not new <= present:
+            present |= new
+            found += mine
+    return found
+
+
+def _setting(config: CellConfig) -> tuple[str, str]:
+    return config.method, repr(sorted(config.options.items()))
+
+
+def lacking(cells: Sequence[Cell]) -> Iterator[tuple[str, float]]:
+    """The references that groups of similar T lack, with the mean T of each group, which is the largest first."""
+    rows = defaultdict(list)
+    for cell in cells:
+        if cell.config.method != DENSE:
+            rows[cell.config.method, cell.config.label].append(cell.metrics.visual_tokens.mean)
+    means = {row: fmean(counts) for row, counts in rows.items()}
+    groups = dict(zip(means, budgets(list(means.values())), strict=True))
+    for group in sorted(set(groups.values())):
+        own = [row for row in means if groups[row] == group]
+        tokens = float(f"{fmean(means[row] for row in own):.4g}")
+        for name in REFERENCES:
+            if name not in {method for method, _ in own}:
+                yield name, tokens

@@ -1,0 +1,1 @@
+"""What is asked: task definitions and data (tasks), the hub's cache (hub), lmms-eval as a library (lmms_eval)."""

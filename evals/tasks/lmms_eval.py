@@ -1,0 +1,79 @@
+"""lmms-eval, imported with its side effects contained.
+
+Importing lmms-eval takes over the process: it removes every loguru sink of the host and logs to standard output,
+silences all warnings, and tells Pillow to accept truncated images. Import its names from here and none of that lasts.
+Where lmms-eval runs already, and imports this package for one of its models, it is the host and keeps its ways.
+"""
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from typing import Any
+from unittest.mock import patch
+
+from loguru import logger
+from PIL import ImageFile
+
+from ...utils.torchvision import ensure_importable
+
+ensure_importable()
+_is_host = "lmms_eval.evaluator" in sys.modules
+
+
+@contextmanager
+def _contained() -> Iterator[None]:
+    """Undo what an import of lmms-eval does to logging, warnings and Pillow."""
+    truncated = ImageFile.LOAD_TRUNCATED_IMAGES
+    sinks = patch.multiple(logger, remove=lambda *args: None, add=lambda *args, **options: -1)
+    try:
+        with warnings.catch_warnings(), sinks:
+            yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = truncated
+
+
+with _contained():
+    import lmms_eval.api.task as _task
+    import lmms_eval.evaluator as _evaluator
+    from lmms_eval.api.instance import GenerationResult, TokenCounts
+    from lmms_eval.api.model import lmms
+    from lmms_eval.api.task import ConfigurableTask
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.models.model_utils.gen_metrics import log_metrics
+    from lmms_eval.tasks import TaskManager
+    from lmms_eval.utils import Collator, load_yaml_config, simple_parse_args_string
+
+__all__ = [
+    "Collator",
+    "ConfigurableTask",
+    "GenerationResult",
+    "TaskManager",
+    "TokenCounts",
+    "lmms",
+    "load_yaml_config",
+    "log_metrics",
+    "quiet",
+    "simple_evaluate",
+    "simple_parse_args_string",
+]
+
+if not _is_host:  # loguru's own switch for libraries: what matters reaches the user as an exception
+    logger.disable("lmms_eval")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within: lmms-eval draws no bars, logs nothing, and leaves standard output, which may carry JSON, alone."""
+    real = _evaluator.tqdm
+
+    def no_bar(*args: Any, **options: Any) -> Any:
+        return real(*args, **options | {"disable": True})
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(_evaluator, "tqdm", no_bar))
+        stack.enter_context(patch.object(_task, "tqdm", no_bar))
+        stack.enter_context(redirect_stdout(sys.stderr))
+        logger.disable("utils")  # the name under which lmms-eval imports the code of its tasks
+        stack.callback(logger.enable, "utils")
+        yield

@@ -1,0 +1,160 @@
+"""Images of questions for reports: loaded again from where the run had them, and shown as its model saw them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from ...errors import VisibenchError
+from ...evals.tasks.tasks import Task, load_tasks
+from ...models import LoadedModel, load_model
+from ...results.store.records import CellConfig
+from ...results.store.store import Cell
+from ...results.store.token_grids import read, views
+from .questions import drawable, kept_tokens, placed
+from .report import Picture
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+LONGEST = 336
+"""Pixels of the longer side of an image in a report, at most."""
+DIMMED = 0.25
+"""Brightness of patches whose tokens did not stay, of their own."""
+_LOSSLESS = 40_000  # bytes up to which an image is stored as PNG
+
+
+class Pictures:
+    """Callable as :data:`visibench.reports.html.report.Pictures`; keeps tasks, and the processor of each model."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, LoadedModel | str] = {}
+        self._tasks: dict[tuple[str, str], Task | str] = {}
+
+    def __call__(self, config: CellConfig, prompts: Mapping[int, str]) -> dict[int, list[Picture] | str]:
+        """The images of the questions ``prompts`` (by doc_id) of a cell, or why one cannot be shown."""
+        task = self._task(config.task, config.origin)
+        if isinstance(task, str):
+            return dict.fromkeys(prompts, task)
+        return {doc_id: self._pictures(config.model, task, doc_id, prompt) for doc_id, prompt in prompts.items()}
+
+    def overlaid(self, cell: Cell, doc_ids: Sequence[int]) -> dict[int, dict[str, Image.Image]]:
+        """Images of questions of a cell: ``image``, and ``kept``, where patches are dim whose tokens did not stay.
+
+        More images, and more views of one, are numbered: ``image_2``, ``kept_2`` …
+
+        Callable as :data:`visibench.reports.wandb.sink.Pictures`. What cannot be shown is missing.
+        """
+        rows = cell.samples().set_index("doc_id").loc[list(doc_ids)]
+        found = {}
+        for doc_id, pictures in self(cell.config, rows["prompt"].to_dict()).items():
+            if isinstance(pictures, str):
+                continue
+            row, tokens = rows.loc[doc_id], int(rows.loc[doc_id].get("prompt_visual_tokens", 0))
+            images = [_decoded(picture) for picture in pictures]
+            kept = kept_tokens(row.get("kept"), tokens)
+            grids, whole = [picture.grid for picture in pictures], all(picture.whole for picture in pictures)
+            places = placed(read(row.get("places")), tokens, grids, whole)
+            found[doc_id] = {numbered("image", number): image for number, image in enumerate(images)}
+            if kept and drawable(kept, row["visual_tokens"][-1], places):
+                for number, view in enumerate(views(kept, places)):
+                    found[doc_id][numbered("kept", number)] = dimmed(images[view.image], view.cells)
+        return found
+
+    def _task(self, name: str, origin: str) -> Task | str:
+        """A task; or why its data cannot be had."""
+        if (name, origin) not in self._tasks:
+            try:
+                (self._tasks[name, origin],) = load_tasks([name], origin)
+            except VisibenchError as error:
+                self._tasks[name, origin] = str(error)
+        return self._tasks[name, origin]
+
+    def _pictures(self, model: str, task: Task, doc_id: int, prompt: str) -> list[Picture] | str:
+        if not 0 <= doc_id < len(task.docs):
+            return f"the data have changed since the run: there is no question {doc_id}"
+        try:
+            now, images = task.question(doc_id)
+        except VisibenchError as error:
+            return str(error)
+        if now != prompt:
+            return "the data have changed since the run: this question is another one now"
+        loaded = self._model(model)
+        if isinstance(loaded, str):
+            about = f"as in the data (what the model saw is not known: {loaded})"
+            return [stored(image, about, whole=False) for image in images]
+        return [_as_seen(loaded, image) for image in images]
+
+    def _model(self, name: str) -> LoadedModel | str:
+        """The model without weights, for its sizes and its processor; or why there is none."""
+        if name not in self._models:
+            try:
+                self._models[name] = load_model(name, device="cpu", weights="meta")
+            except VisibenchError as error:
+                self._models[name] = str(error)
+        return self._models[name]
+
+
+def _as_seen(loaded: LoadedModel, image: Image.Image) -> Picture:
+    """The image behind resizing and cropping, before its values are scaled; as it is where it is cut into tiles."""
+    vision = loaded.geometry.vision
+    pixels = None if loaded.processor is None or loaded.adapter.kind != "llava" else seen(loaded.processor, image)
+    if pixels is None or vision is None:
+        return stored(
+            image,
+            "as in the data (the model sees it in other sizes, or as tiles)",
+            whole=loaded.adapter.kind != "llava",
+        )
+    side = math.isqrt(vision.tokens)
+    about = f"as the model saw it, {pixels.shape[1]} × {pixels.shape[0]} pixels"
+    square = side**2 == vision.tokens and pixels.shape[0] == pixels.shape[1]
+    return stored(Image.fromarray(pixels), about, side if square else 0)
+
+
+def numbered(name: str, number: int) -> str:
+    """The name, with a number from the second on."""
+    return f"{name}_{number + 1}" if number else name
+
+
+def _decoded(picture: Picture) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(picture.uri.partition(",")[2]))).convert("RGB")
+
+
+def dimmed(image: Image.Image, kept: NDArray[np.bool_]) -> Image.Image:
+    """The image with all cells of a grid dark but those that are ``kept``, bool (rows, columns)."""
+    cells = np.where(kept, 255, round(255 * DIMMED)).astype(np.uint8)
+    mask = Image.fromarray(cells).resize(image.size, Image.Resampling.NEAREST)
+    return Image.composite(image, Image.new("RGB", image.size), mask)
+
+
+def seen(processor: Any, image: Image.Image) -> NDArray[np.uint8] | None:
+    """What the image processor makes of an image, uint8 (height, width, 3); None if it makes several images of it."""
+    made = processor.image_processor(
+        images=[image.convert("RGB")], do_rescale=False, do_normalize=False, return_tensors="pt"
+    )["pixel_values"]
+    if made.ndim != 4 or len(made) != 1:
+        return None
+    return made[0].float().round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+
+
+def stored(image: Image.Image, about: str, grid: int = 0, *, whole: bool = True) -> Picture:
+    """The image in a page, at most :data:`LONGEST` pixels wide and high: PNG, or JPEG where that is large."""
+    small = image.convert("RGB")
+    small.thumbnail((LONGEST, LONGEST))
+    data, kind = _encoded(small, "PNG"), "png"
+    if len(data) > _LOSSLESS:
+        data, kind = _encoded(small, "JPEG", quality=85), "jpeg"
+    uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return Picture(uri, small.width, small.height, grid, about, whole)
+
+
+def _encoded(image: Image.Image, form: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, form, optimize=True, **options)
+    return stream.getvalue()

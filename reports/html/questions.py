@@ -1,0 +1,209 @@
+"""Questions of a table on which methods and the dense model part, with every method's answer and what it kept.
+
+A method is right on a question if its score is at least :data:`~visibench.results.statistics.metrics.RIGHT` with every
+seed, wrong if it is with none; between them it counts as neither.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from ...results.statistics.inference import DENSE
+from ...results.statistics.metrics import RIGHT
+from ...results.store.records import CellConfig
+from ...results.store.token_grids import Places, read, size
+from ...results.tables.tables import Row, Table
+
+Kind = Literal["lost", "gained"]
+KINDS: dict[Kind, str] = {"lost": "dense right, methods wrong", "gained": "dense wrong, methods right"}
+RULE = (
+    "Chosen from the questions on which the dense model is right and some method wrong, or the other way round, in "
+    "turn from every task and kind: there first one about an image that is not shown yet, then one on which methods "
+    "part from dense that were shown least, then the one that divides the methods most evenly, then the first."
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one method said: ``answers`` and ``score`` by seed, the mean score. ``parts``: not as the dense model.
+
+    ``left``: visual tokens at the last layer's input, and ``kept``, which of the prompt's they are (None: not
+    recorded). ``latency_ms``: time in which its batch of ``batch`` questions was answered (None: not recorded), in a
+    cell that ``reused`` vision features or not. All these are of the first seed.
+    """
+
+    row: Row
+    answers: list[str]
+    score: float
+    right: bool | None
+    parts: bool
+    left: int
+    kept: list[bool] | None
+    latency_ms: float | None = None
+    batch: int | None = None
+    reused: bool = False
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with the answers of all rows that were asked it. ``config``: of the dense model's cell."""
+
+    config: CellConfig
+    doc_id: int
+    question_id: str
+    image: str
+    category: str
+    prompt: str
+    target: str
+    kind: Kind
+    visual_tokens: int
+    places: Places
+    answers: list[Answer]
+
+
+class Asked:
+    """The answers of all rows to one task: ``scores`` (rows, questions), means over seeds."""
+
+    def __init__(self, task: str, rows: Sequence[Row]) -> None:
+        self.task = task
+        self.rows = [row for row in rows if any(cell.config.task == task for cell in row.cells)]
+        self.cells = [[cell for cell in row.cells if cell.config.task == task] for row in self.rows]
+        self.runs = [
+            [cell.samples().sort_values("doc_id", ignore_index=True) for cell in cells] for cells in self.cells
+        ]
+        seeds = [np.stack([run["score"].to_numpy(float) for run in runs]) for runs in self.runs]
+        self.scores = np.stack([scores.mean(0) for scores in seeds])
+        self.right = np.stack([(scores >= RIGHT).all(0) for scores in seeds])
+        self.wrong = np.stack([(scores < RIGHT).all(0) for scores in seeds])
+        self.dense = next((place for place, row in enumerate(self.rows) if row.method == DENSE), None)
+
+    def parting(self, kind: Kind) -> NDArray[np.bool_]:
+        """Bool (rows, questions): the dense model is right (wrong, for ``gained``), the row the opposite."""
+        if self.dense is None:
+            return np.zeros_like(self.right)
+        return self.right[self.dense] & self.wrong if kind == "lost" else self.wrong[self.dense] & self.right
+
+    @cached_property
+    def images(self) -> list[str]:
+        """The image of each question."""
+        return [str(image) for image in self.runs[0][0]["image"]]
+
+    def question(self, place: int, kind: Kind) -> Question:
+        """The question at ``place``."""
+        assert self.dense is not None
+        sample = self.runs[self.dense][0].iloc[place]
+        parting = self.parting(kind)[:, place]
+        return Question(
+            config=self.cells[self.dense][0].config,
+            doc_id=int(sample["doc_id"]),
+            question_id=str(sample["question_id"]),
+            image=str(sample["image"]),
+            category=str(sample["category"]) if pd.notna(sample["category"]) else "",
+            prompt=str(sample["prompt"]),
+            target=str(sample["target"]),
+            kind=kind,
+            visual_tokens=int(sample.get("prompt_visual_tokens", 0)),
+            places=read(sample.get("places")),
+            answers=[self._answer(number, place, bool(parts)) for number, parts in enumerate(parting)],
+        )
+
+    def _answer(self, number: int, place: int, parts: bool) -> Answer:
+        samples = [run.iloc[place] for run in self.runs[number]]
+        first = samples[0]
+        timed = pd.notna(first["latency_ms"])
+        right, wrong = bool(self.right[number, place]), bool(self.wrong[number, place])
+        return Answer(
+            row=self.rows[number],
+            answers=[str(sample["answer"]) for sample in samples],
+            score=float(self.scores[number, place]),
+            right=right if right or wrong else None,
+            parts=parts,
+            left=int(first["visual_tokens"][-1]),
+            kept=kept_tokens(first.get("kept"), int(first.get("prompt_visual_tokens", 0))),
+            latency_ms=float(first["latency_ms"]) if timed else None,
+            batch=int(first["batch_questions"]) if timed else None,
+            reused=self.cells[number][0].metrics.reused_images > 0,
+        )
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    asked: Asked
+    place: int
+    kind: Kind
+    parting: tuple[int, ...]
+    even: int
+
+    @property
+    def image(self) -> tuple[str, str]:
+        return self.asked.task, self.asked.images[self.place]
+
+
+def choose(table: Table, count: int) -> list[Question]:
+    """Up to ``count`` questions by :data:`RULE`; none without a dense row."""
+    queues = {}
+    asked = [Asked(task, table.rows) for task in table.questions]
+    for kind in KINDS:
+        for each in asked:
+            queues[each.task, kind] = _candidates(each, kind)
+    shown: dict[str, Counter[int]] = defaultdict(Counter)
+    images: set[tuple[str, str]] = set()
+    chosen: list[_Candidate] = []
+    while len(chosen) < count and any(queues.values()):
+        for (task, _), queue in queues.items():
+            if not queue or len(chosen) == count:
+                continue
+            best = min(queue, key=lambda one: _order(one, images, shown[one.asked.task]))
+            queue.remove(best)
+            chosen.append(best)
+            images.add(best.image)
+            shown[task].update(best.parting)
+    return [one.asked.question(one.place, one.kind) for one in chosen]
+
+
+def _order(one: _Candidate, images: set[tuple[str, str]], shown: Counter[int]) -> tuple[bool, int, int, int]:
+    return one.image in images, min(shown[row] for row in one.parting), -one.even, one.place
+
+
+def _candidates(asked: Asked, kind: Kind) -> list[_Candidate]:
+    parting = asked.parting(kind)
+    counts, others = parting.sum(0), len(asked.rows) - 1
+    return [
+        _Candidate(asked, int(place), kind, tuple(map(int, np.flatnonzero(parting[:, place]))), int(even))
+        for place, even in enumerate(np.minimum(counts, others - counts))
+        if counts[place]
+    ]
+
+
+def drawable(kept: Sequence[bool] | None, left: int, places: Places) -> bool:
+    """Whether tokens ``kept``, of ``left`` at the last layer, can be shown at ``places``.
+
+    Where merging left none of the prompt's own tokens, a dark image would say that nothing was seen.
+    """
+    return bool(places) and kept is not None and len(kept) == size(places) and (any(kept) or not left)
+
+
+def placed(places: Places, tokens: int, grids: Sequence[int], whole: bool) -> Places:
+    """Where ``tokens`` can be drawn on pictures: as recorded, or in a run of old on its only square ``grids``."""
+    if not whole:
+        return []
+    if not places and len(grids) == 1 and grids[0] and grids[0] ** 2 == tokens:
+        return [[[grids[0], grids[0], 1, 1, 0]]]
+    return places if len(places) == len(grids) and size(places) == tokens else []
+
+
+def kept_tokens(packed: Any, count: int) -> list[bool] | None:
+    """The column ``kept`` of :func:`~visibench.evals.answers.score.evaluate`, one bool a visual token of the prompt."""
+    if not isinstance(packed, str):
+        return None
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(packed), np.uint8))
+    return [bool(bit) for bit in bits[:count]] if len(bits) >= count else None

@@ -1,0 +1,166 @@
+"""What goes to Weights & Biases: configuration and numbers of a cell, and the tables and figures of a sweep."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ...errors import DataError
+from ...results.tables.columns import columns
+from ...results.statistics.inference import DENSE
+from ...results.store.store import Cell
+from ...results.tables.tables import Row, Table, build
+
+GIGA = 1e-9
+SHOWN = ["doc_id", "question_id", "category", "prompt", "target", "output", "answer", "score"]
+
+
+def dense_of(cell: Cell, cells: Iterable[Cell]) -> list[Cell]:
+    """The dense model's cells on the same questions."""
+    if cell.config.method == DENSE:
+        return []
+    wanted = (cell.config.task, cell.metrics.data_hash)
+    return [c for c in cells if c.config.method == DENSE and (c.config.task, c.metrics.data_hash) == wanted]
+
+
+def row_of(cell: Cell, dense: Sequence[Cell]) -> Row:
+    """The cell as a row of a table of its own, beside those of the ``dense`` cells that it can be compared with."""
+    own = (cell.config.label, cell.config.method)
+    return next(row for table in build([cell, *dense]) for row in table.rows if (row.label, row.method) == own)
+
+
+def config_of(cell: Cell) -> dict[str, Any]:
+    """The whole configuration, and the environment."""
+    return cell.config.model_dump(mode="json") | {
+        "config_hash": cell.metrics.config_hash,
+        "data_hash": cell.metrics.data_hash,
+        "questions": cell.metrics.size,
+        "questions_of": cell.metrics.total,
+        "generation": cell.metrics.generation,
+        "environment": cell.metrics.environment.model_dump(mode="json"),
+    }
+
+
+def names(cells: list[Cell]) -> dict[str, list[str]]:
+    return {f"{name}s": sorted({getattr(cell.config, name) for cell in cells}) for name in ("model", "task", "method")}
+
+
+def summary(cell: Cell, dense: Sequence[Cell]) -> dict[str, Any]:
+    """The cell's numbers by the names they have in W&B; units stand in the names, scores are in lmms-eval's.
+
+    ``TASK/METRIC`` with ``…/ci_low`` and ``…/ci_high`` (95 %, clustered by image), ``score_percent`` (the headline as
+    a share of its maximum), ``retained_percent``, ``loyalty_percent``, ``visual_tokens/…``, ``compute/…gflops`` (one
+    multiply-add = 1), ``kv_cache/entries`` (mean over decoder layers), ``prefill_ms/…``, ``seconds/…``.
+    """
+    task, row = cell.config.task, row_of(cell, dense)
+    found: dict[str, Any] = {}
+    for score in cell.metrics.scores:
+        found[f"{task}/{score.key}"] = score.value
+        interval = row.evidence.scores.get(task, {}).get(score.key)
+        if interval:
+            found |= {f"{task}/{score.key}/ci_low": interval.low, f"{task}/{score.key}/ci_high": interval.high}
+    headline = cell.metrics.scores[0]
+    if headline.maximum:
+        found["score_percent"] = 100 * headline.value / headline.maximum
+    if row.retained:
+        found["retained_percent"] = row.retained.mean
+    if row.evidence.loyalty_mean:
+        found["loyalty_percent"] = 100 * row.evidence.loyalty_mean.value
+    tokens = cell.metrics.visual_tokens
+    found |= {"visual_tokens/prompt": tokens.prompt, "visual_tokens/T": tokens.mean, "visual_tokens/last": tokens.last}
+    found["compute/gflops"] = cell.metrics.compute.macs * GIGA
+    found["compute/tflops"] = cell.metrics.compute.macs * 1e-12
+    found |= {f"compute/{name}_gflops": macs * GIGA for name, macs in cell.metrics.compute.components.items()}
+    answered = cell.samples()
+    if "kv_lengths" in answered:
+        found["kv_cache/entries"] = statistics.fmean(statistics.fmean(lengths) for lengths in answered["kv_lengths"])
+    if row.prefill:
+        found |= {"prefill_ms/median": row.prefill.median, "prefill_ms/iqr": row.prefill.iqr}
+    return found | {f"seconds/{name}": seconds for name, seconds in cell.metrics.seconds.items()}
+
+
+def samples(cell: Cell, rows: int) -> pd.DataFrame:
+    """The first ``rows`` questions with answers, tokens and compute."""
+    found = cell.samples().sort_values("doc_id", ignore_index=True)[:rows]
+    frame = found[[name for name in SHOWN if name in found]].copy()
+    for name in ("visual_tokens", "kv_lengths"):
+        if name in found:
+            frame[f"{name}_mean"] = [float(statistics.fmean(counts)) for counts in found[name]]
+            frame[f"{name}_last"] = [int(counts[-1]) for counts in found[name]]
+    if "executed_macs" in found:
+        frame["executed_gflops"] = found["executed_macs"] * GIGA
+    return frame
+
+
+def sweep_content(tables: Sequence[Table], scratch: Path) -> dict[str, Any]:
+    """Tables with the figures that their numbers allow, each as PNG and as data; those after the first numbered."""
+    return {
+        numbered(name, number): value
+        for number, table in enumerate(tables, start=1)
+        for name, value in _drawn(table, scratch / str(number)).items()
+    }
+
+
+def numbered(name: str, number: int) -> str:
+    """What the sweep's run calls ``name`` of its table with this number, from 1."""
+    return f"{name}_{number}" if number > 1 else name
+
+
+def _drawn(table: Table, scratch: Path) -> dict[str, Any]:
+    import wandb
+
+    from ...results.figures import plots
+
+    figures = [{key: v for column in columns(table) for key, v in column.figures(row).items()} for row in table.rows]
+    found: dict[str, Any] = {"table": wandb.Table(dataframe=pd.DataFrame(figures))}
+    for kind in plots.KINDS:
+        try:
+            figure = plots.draw(table, kind)
+        except DataError:  # nothing was timed
+            continue
+        file = scratch / f"{kind}.png"
+        plots.save(figure, file)
+        found[f"plots/{kind}"] = wandb.Image(str(file))
+        found[f"plots/{kind}_data"] = wandb.Table(dataframe=pd.DataFrame(BEHIND[kind](table)))
+    return found
+
+
+def _scores(table: Table, name: str, cost: Callable[[Row], float]) -> list[dict[str, Any]]:
+    from ...results.figures.plots import panels_of
+
+    return [
+        {"panel": p.title, "unit": p.axis, "method": q.row.label, name: q.x, "score": q.y, "low": q.low, "high": q.high}
+        for p in panels_of(table, cost)
+        for q in p.points
+    ]
+
+
+def _layers(table: Table) -> list[dict[str, Any]]:
+    return [
+        {"method": row.label, "layer": layer, "visual_tokens": count}
+        for row in table.rows
+        for layer, count in enumerate(row.tokens.per_layer)
+    ]
+
+
+def _components(table: Table) -> list[dict[str, Any]]:
+    return [
+        {"method": row.label, "component": name, "gflops": macs * GIGA}
+        for row in table.rows
+        for name, macs in row.components.items()
+    ]
+
+
+BEHIND: dict[str, Callable[[Table], list[dict[str, Any]]]] = {
+    "pareto": lambda table: _scores(table, "tflops", lambda row: row.macs * 1e-12),
+    "latency": lambda table: _scores(
+        table, "prefill_ms", lambda row: row.prefill.median if row.prefill else float("nan")
+    ),
+    "tokens": _layers,
+    "stages": _components,
+}
+"""The numbers of each figure, by the names of :data:`~visibench.results.figures.plots.KINDS`."""

@@ -1,0 +1,274 @@
+"""Weights & Biases as a sink: runs made from a run folder, at any time, and again without doubles.
+
+A run for each cell (configuration, scores with their intervals, tokens, compute, times, some answers, the cell's files)
+and one for the sweep (its tables and figures, with the numbers behind them), all in one group. What was sent is noted
+in ``<root>/wandb/sent.json``, so that only what is new goes out; ids follow from what a cell is, so that a run is
+updated and never doubled.
+
+Nothing but results leaves: no source code, git state, requirements, console output, host name, user name or system
+measurements. Everything that wandb writes lies in ``<root>/wandb``; temporary files apart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from ...errors import DataError, OptionError, VisibenchError
+from ...results.store.records import digest
+from ...results.tables.render import render
+from ...results.store.store import Cell, Store
+from ...results.tables.tables import build
+from .content import config_of, dense_of, names, samples, summary, sweep_content
+
+if TYPE_CHECKING:
+    import wandb
+    from PIL.Image import Image
+
+MODES = ("online", "offline")
+PROJECT = "visibench"
+KEYLESS = "no W&B API key: set WANDB_API_KEY, run `wandb login`, or choose offline"
+Pictures = Callable[[Cell, Sequence[int]], Mapping[int, Mapping[str, "Image"]]]
+"""Images of a cell's questions: doc_id → column → image."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where results go. Without ``entity`` the account's default; ``rows``: how many answers of each cell are sent."""
+
+    group: str
+    mode: str = "online"
+    project: str = PROJECT
+    entity: str | None = None
+    tags: tuple[str, ...] = ()
+    rows: int = 32
+
+    def check(self) -> None:
+        """Raise :class:`OptionError` where a key is needed and none that could be one is there."""
+        if self.mode == "online" and not credentials():
+            raise OptionError(KEYLESS)
+
+    def options(self) -> list[str]:
+        """This target as options of ``visibench wandb sync``."""
+        given = {"mode": self.mode, "project": self.project, "entity": self.entity, "group": self.group}
+        named = given | {"tags": ",".join(self.tags) or None, "samples": self.rows}
+        return [part for key, value in named.items() if value is not None for part in (f"--{key}", str(value))]
+
+    def run_id(self, *facts: Any) -> str:
+        """The same for the same facts in the same group."""
+        return digest([self.group, *facts])
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run to be: ``content`` makes what is logged, ``files`` go into an artifact named ``artifact``."""
+
+    id: str
+    name: str
+    kind: str
+    config: dict[str, Any]
+    content: Callable[[], dict[str, Any]]
+    artifact: str
+    files: Sequence[Path]
+
+
+# ---- sending --------------------------------------------------------------------------------------------------------
+
+
+class Sink:
+    """Sends cells of a run folder, and then its tables. Raises :class:`VisibenchError` where W&B does not take them."""
+
+    def __init__(self, folder: Path, target: Target, pictures: Pictures | None = None) -> None:
+        self.store, self.target, self.pictures = Store(folder), target, pictures
+        prepare(folder)
+        target.check()
+        self.sent = Sent(folder)
+
+    def send(self, cell: Cell, cells: Iterable[Cell]) -> bool:
+        """Send one cell; ``cells``: where to look for its dense counterpart. False if it is there already."""
+        dense, config = dense_of(cell, cells), config_of(cell)
+        environment = cell.metrics.environment.model_dump(mode="json", exclude={"host", "code"})
+        run = Run(
+            id=self.target.run_id(cell.metrics.config_hash, environment),
+            name=f"{cell.config.label} · {cell.config.task} · seed {cell.config.seed}",
+            kind="cell",
+            config=config,
+            content=lambda: summary(cell, dense) | {"samples": self._samples(cell)},
+            artifact=cell.config.folder,
+            files=[cell.path],
+        )
+        return self._once(run, digest([config, cell.metrics.model_dump_json(), len(dense), self._asked()]))
+
+    def finish(self, cells: list[Cell]) -> bool:
+        """Send tables and figures of all ``cells`` as a run of the whole sweep."""
+        tables, group = build(cells), self.target.group
+        with tempfile.TemporaryDirectory() as scratch:
+            files = [Path(scratch) / f"table.{form}" for form in ("md", "csv", "json")]
+            for file in files:
+                file.write_text(render(tables, file.suffix[1:]) + "\n", encoding="utf-8")
+            run = Run(
+                id=self.target.run_id("sweep"),
+                name=group,
+                kind="sweep",
+                config={"cells": len(cells)} | names(cells),
+                content=lambda: sweep_content(tables, Path(scratch)),
+                artifact=f"{group}-tables",
+                files=[*files, *self.store.root.glob("sweep.yaml")],
+            )
+            marks = sorted(cell.config.label + cell.metrics.model_dump_json() for cell in cells)
+            return self._once(run, digest([marks, self._asked()]))
+
+    def _once(self, run: Run, mark: str) -> bool:
+        """Make or update a run, unless it was sent with the same ``mark``."""
+        target = self.target
+        place = "/".join([_server(target.mode), target.entity or "", target.project, run.id])
+        if self.sent.get(place) == mark:
+            return False
+        import wandb
+
+        settings = wandb.Settings(**_PRIVATE, mode="online" if target.mode == "online" else "offline")
+        try:
+            with wandb.init(
+                project=target.project,
+                entity=target.entity,
+                group=target.group,
+                tags=target.tags,
+                dir=str(self.store.root),
+                id=run.id,
+                name=run.name,
+                job_type=run.kind,
+                config=run.config,
+                resume="allow" if target.mode == "online" else None,
+                settings=settings,
+            ) as opened:
+                opened.log(run.content())
+                opened.log_artifact(_artifact(run))
+        except VisibenchError:
+            raise
+        except Exception as error:  # an outage, a refusal, or a fault of wandb itself: results are on disk
+            raise DataError(f"W&B did not take {run.name!r}: {reason(error)}") from error
+        self.sent.put(place, mark)
+        return True
+
+    def _samples(self, cell: Cell) -> wandb.Table:
+        import wandb
+
+        frame = samples(cell, self.target.rows)
+        found = self.pictures(cell, frame["doc_id"].tolist()) if self.pictures else {}
+        for column in dict.fromkeys(name for by in found.values() for name in by):
+            images = [found.get(doc, {}).get(column) for doc in frame["doc_id"]]
+            frame[column] = pd.Series([wandb.Image(i) if i is not None else None for i in images], dtype=object)
+        return wandb.Table(dataframe=frame)
+
+    def _asked(self) -> list[Any]:
+        return [self.target.tags, self.target.rows, self.pictures is not None]
+
+
+class Sent:
+    """What was sent, by place, with a hash of what it was: ``<root>/wandb/sent.json``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.store, self.marks = Store(folder / "wandb"), {}
+        with suppress(OSError, ValueError):  # without it everything is sent again, to the same runs
+            self.marks = dict(json.loads((folder / "wandb" / "sent.json").read_text(encoding="utf-8")))
+
+    def get(self, place: str) -> str | None:
+        """The hash of what went to ``place``."""
+        return self.marks.get(place)
+
+    def put(self, place: str, mark: str) -> None:
+        """Note what went there."""
+        self.marks[place] = mark
+        self.store.save("sent.json", json.dumps(self.marks, indent=1) + "\n")
+
+
+def prepare(folder: Path) -> None:
+    """Set wandb's environment: its files below ``folder``, no reports of its crashes, no lines of its own, an
+    end to tries that fail.
+
+    Limits that are set already stay. Must come before wandb is used in this process.
+    """
+    inner = (folder / "wandb").resolve()
+    inner.mkdir(parents=True, exist_ok=True)
+    os.environ |= {
+        "WANDB_DIR": str(inner.parent),
+        "WANDB_CACHE_DIR": str(inner / "cache"),
+        "WANDB_DATA_DIR": str(inner / "staging"),
+        "WANDB_ARTIFACT_DIR": str(inner / "artifacts"),
+        "WANDB_ERROR_REPORTING": "false",
+        "WANDB_SILENT": "true",
+    }
+    for name, value in _LIMITS.items():
+        os.environ.setdefault(name, value)
+
+
+def credentials() -> bool:
+    """Whether wandb finds a key or an identity token. Raises :class:`OptionError` for a key that cannot be one."""
+    from wandb.sdk.internal.internal_api import Api
+    from wandb.sdk.lib.wbauth.validation import check_api_key
+
+    key = Api().api_key
+    problem = check_api_key(key) if key else None
+    if problem:
+        raise OptionError(f"the W&B API key cannot be used: {problem} Mend WANDB_API_KEY or run `wandb login`")
+    return bool(key or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"))
+
+
+_LIMITS = {
+    "WANDB_INIT_TIMEOUT": "60",
+    "WANDB__GRAPHQL_RETRY_MAX": "4",
+    "WANDB__GRAPHQL_RETRY_WAIT_MIN_SECONDS": "1",
+    "WANDB__GRAPHQL_RETRY_WAIT_MAX_SECONDS": "8",
+    "WANDB__GRAPHQL_TIMEOUT_SECONDS": "20",
+    "WANDB__FILE_STREAM_RETRY_MAX": "4",
+    "WANDB__FILE_STREAM_RETRY_WAIT_MAX_SECONDS": "8",
+    "WANDB__FILE_TRANSFER_RETRY_MAX": "4",
+    "WANDB__FILE_TRANSFER_RETRY_WAIT_MAX_SECONDS": "8",
+}
+_PRIVATE: dict[str, Any] = {
+    "console": "off",
+    "disable_code": True,
+    "disable_git": True,
+    "disable_job_creation": True,
+    "save_code": False,
+    "silent": True,
+    "host": "",
+    "program": "visibench",
+    "x_disable_machine_info": True,
+    "x_disable_meta": True,
+    "x_disable_stats": True,
+    "x_save_requirements": False,
+}
+
+
+def _server(mode: str) -> str:
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai") if mode == "online" else mode
+
+
+def _artifact(run: Run) -> wandb.Artifact:
+    import wandb
+
+    artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", run.artifact), type=run.kind)
+    for path in run.files:
+        inner = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
+        for file in inner:
+            artifact.add_file(str(file), name=str(file.relative_to(path if path.is_dir() else path.parent)))
+    return artifact
+
+
+def reason(error: Exception) -> str:
+    """One line, without the key."""
+    lines = str(error).strip().splitlines()
+    line = textwrap.shorten(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__, 200)
+    key = os.environ.get("WANDB_API_KEY")
+    return line.replace(key, "…") if key else line

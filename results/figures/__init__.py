@@ -1,0 +1,1 @@
+"""Pictures: accuracy against compute (plots, series) and stage times (timeplot)."""

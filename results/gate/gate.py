@@ -1,0 +1,225 @@
+"""A regression gate: a run against the baseline of an earlier one, question by question.
+
+    what a prefill kept and computed   deterministic: one question that differs fails the gate
+    what was answered                  rounding may change it: only a drop of a score that is shown fails the gate
+
+A drop is shown by the paired tests of :mod:`~visibench.results.statistics.stats`, one-sided, under Holm's adjustment
+over all cells × metrics: a run without any drop fails with at most 5 % probability, however many tests there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from ...errors import DataError
+from ..statistics.metrics import Measured
+from ..statistics.stats import ALPHA, FLIPS, Comparison, compare, detectable, holm
+from ..store.records import CellConfig
+from ..store.store import Cell
+from .baseline import (
+    FACTS,
+    Baseline,
+    BaselineCell,
+    Questions,
+    asked_of,
+    by_name,
+    measured,
+    model_of,
+    name_of,
+    prefills_of,
+    samples_of,
+)
+
+IF_MEANT = "if the change is meant, write a new baseline with --update"
+# Settings that are no matter of equality: the cell's name holds the first three, fingerprint and data hash stand for
+# model and data, options are compared one by one, machines may differ, and times are not compared.
+_ELSEWHERE = {"label", "task", "seed", "model", "checkpoint", "origin", "options", "device", "timing"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``comparison``: now minus before, in the metric's units. ``p_drop``: one-sided; ``p_holm``: over all tests.
+
+    ``detectable``: a true drop that :func:`~visibench.results.statistics.stats.detectable` says is shown; None if none
+    can be.
+    """
+
+    comparison: Comparison
+    p_drop: float
+    p_holm: float
+    detectable: float | None
+
+    @property
+    def dropped(self) -> bool:
+        """Whether a drop is shown."""
+        return self.p_holm < ALPHA
+
+
+@dataclass(frozen=True)
+class MetricChange:
+    """A metric before and now, in lmms-eval's units."""
+
+    key: str
+    title: str
+    maximum: float | None
+    before: float
+    now: float
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class FactChange:
+    """``questions`` of a cell differ in a deterministic fact; before and now of the first, number ``doc_id``."""
+
+    fact: str
+    questions: int
+    doc_id: int
+    before: Any
+    now: Any
+
+
+@dataclass(frozen=True)
+class CellChange:
+    """A cell against its baseline; ``answers``: how many of its ``questions`` got another one."""
+
+    name: str
+    questions: int
+    images: int
+    answers: int
+    facts: list[FactChange]
+    metrics: list[MetricChange]
+
+    @property
+    def failed(self) -> bool:
+        """Whether a deterministic fact changed or a drop is shown."""
+        return bool(self.facts) or any(metric.verdict.dropped for metric in self.metrics)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of the gate. ``notes``: what differs and does not count."""
+
+    passed: bool
+    tests: int
+    cells: list[CellChange]
+    notes: list[str]
+
+
+def check(cells: Sequence[Cell], baseline: Baseline) -> Report:
+    """Compare a run with a baseline.
+
+    Raises :class:`DataError` unless both hold the same cells of the same model with the same settings and questions.
+    """
+    run, stored = by_name(cells), {name_of(cell.config): cell for cell in baseline.cells}
+    _same_cells(run, stored)
+    pairs = []
+    for name, before in stored.items():
+        _same_experiment(name, before, run[name], baseline.questions[before.config.task])
+        now = samples_of(run[name])
+        pairs.append((name, before, now.assign(answer=before.answers, score=before.scores), now))
+    scores = [
+        (measured(name, then, old), measured(name, now, new))
+        for name, before, then, now in pairs
+        for old, new in zip(before.metrics, run[name].metrics.scores, strict=True)
+    ]
+    verdicts = iter(judge(scores))
+    changes = [
+        CellChange(
+            name=name,
+            questions=len(now),
+            images=now["image"].nunique(),
+            answers=int((then["answer"] != now["answer"]).sum()),
+            facts=_facts(before, now),
+            metrics=[
+                MetricChange(old.key, old.title, old.maximum, old.value, new.value, next(verdicts))
+                for old, new in zip(before.metrics, run[name].metrics.scores, strict=True)
+            ],
+        )
+        for name, before, then, now in pairs
+    ]
+    return Report(not any(change.failed for change in changes), len(scores), changes, _notes(baseline, run))
+
+
+def judge(pairs: Sequence[tuple[Measured, Measured]]) -> list[Verdict]:
+    """Has any of these metrics dropped? Each before and now, on the same questions; all are one family of tests."""
+    # Adjusted p-values must be able to fall below α, however many tests there are.
+    flips = max(FLIPS, 40 * len(pairs))
+    compared = [compare(now, before, flips) for before, now in pairs]
+    drops = [p_drop(comparison) for comparison in compared]
+    return [
+        Verdict(comparison, p, adjusted, detectable(comparison.error, before, sides=1, tests=len(pairs)))
+        for (before, _), comparison, p, adjusted in zip(pairs, compared, drops, holm(drops), strict=True)
+    ]
+
+
+def p_drop(comparison: Comparison) -> float:
+    """One-sided p of a drop: half of two-sided p, since without a difference both tests are symmetric."""
+    return comparison.p / 2 if comparison.difference < 0 else 1.0
+
+
+def _facts(before: BaselineCell, now: pd.DataFrame) -> list[FactChange]:
+    """The deterministic facts that changed."""
+    pairs = list(zip((before.prefills[number] for number in before.prefill), prefills_of(now), strict=True))
+    found = []
+    for fact, title in FACTS.items():
+        differ = [row for row, (old, new) in enumerate(pairs) if not old.agrees(new, fact)]
+        if differ:
+            old, new = (getattr(side, fact) for side in pairs[differ[0]])
+            found.append(FactChange(title, len(differ), int(now.at[differ[0], "doc_id"]), old, new))
+    return found
+
+
+def _notes(baseline: Baseline, run: dict[str, Cell]) -> list[str]:
+    """What differs and does not count: versions, the machine, options that only one side knows."""
+    notes: dict[str, None] = {}
+    for part, before in baseline.environment.model_dump(exclude={"host"}).items():
+        for cell in run.values():
+            now = getattr(cell.metrics.environment, part)
+            keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+            notes |= {f"{part}: {key} was {before.get(key)} and is {now.get(key)}": None for key in keys}
+    for stored in baseline.cells:
+        old, new = stored.config.options, run[name_of(stored.config)].config.options
+        notes |= {f"{stored.config.method}: option {key} is new, {new[key]}": None for key in sorted({*new} - {*old})}
+        notes |= {f"{stored.config.method}: option {key} is gone": None for key in sorted({*old} - {*new})}
+    return list(notes)
+
+
+def _same_cells(run: dict[str, Cell], stored: dict[str, BaselineCell]) -> None:
+    missing, extra = [name for name in stored if name not in run], [name for name in run if name not in stored]
+    if missing:
+        instead = f", and has {len(extra)} that it does not know (first: {extra[0]})" if extra else ""
+        remedy = "run the baseline's own configuration" if extra else "let the sweep finish"
+        raise DataError(
+            f"the run lacks {len(missing)} of the baseline's {len(stored)} cells (first: {missing[0]}){instead}: "
+            f"{remedy}; {IF_MEANT}"
+        )
+    if extra:
+        raise DataError(f"the baseline lacks {len(extra)} of the run's cells (first: {extra[0]}): {IF_MEANT}")
+
+
+def _same_experiment(name: str, before: BaselineCell, cell: Cell, asked: Questions) -> None:
+    """Raise :class:`DataError` unless model, settings, questions and metrics agree."""
+    models = model_of(cell.config), model_of(before.config)
+    if models[0] != models[1]:
+        raise DataError(f"{name} is of model {models[0]}, the baseline of {models[1]}: load that one; {IF_MEANT}")
+    old, new = _settings(before.config), _settings(cell.config)
+    for key in old:
+        if key in new and old[key] != new[key]:
+            raise DataError(f"{name} ran with {key} {new[key]}, the baseline with {old[key]}: set it so; {IF_MEANT}")
+    if asked_of(cell) != asked:
+        raise DataError(
+            f"{name} was asked other questions than the baseline (data hash {cell.metrics.data_hash}, there "
+            f"{asked.data_hash}): run on the same data; {IF_MEANT}"
+        )
+    keys = [[score.key for score in scores] for scores in (cell.metrics.scores, before.metrics)]
+    if keys[0] != keys[1]:
+        raise DataError(f"{name} is scored by {', '.join(keys[0])}, the baseline by {', '.join(keys[1])}: {IF_MEANT}")
+
+
+def _settings(config: CellConfig) -> dict[str, Any]:
+    own = config.model_dump(mode="json", exclude=_ELSEWHERE)
+    return own | {f"option {key}": value for key, value in config.options.items()}

@@ -1,0 +1,85 @@
+"""Writing files that are whole or not there at all, also after a crash, a power cut or a full disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ...errors import StorageError
+
+PARTIAL = ".partial"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within: an :class:`OSError` becomes a :class:`StorageError` about ``path``."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"cannot write to {path} ({error.strerror or error}): make room, or choose another --out; what is finished "
+            "is kept"
+        ) from error
+
+
+@contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    """Yield a name to write to; afterwards that file stands in the place of ``file``, or nothing has changed."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}{PARTIAL}")
+    try:
+        yield partial
+        with partial.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(partial, file)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    sync(file.parent)
+
+
+def write(file: Path, text: str) -> None:
+    """Write a text file as a whole."""
+    with whole(file) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def append(file: Path, line: bytes) -> None:
+    """Add a line to a file and force it to disk. A line that does not fit is taken back."""
+    with file.open("ab", buffering=0) as stream:
+        length = stream.seek(0, os.SEEK_END)
+        try:
+            if stream.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(stream.fileno())
+        except OSError:
+            with suppress(OSError):
+                stream.truncate(length)
+            raise
+
+
+def make(folder: Path) -> None:
+    """Make a folder, and those that it lies in, so that they are there after a power cut."""
+    if not folder.is_dir():
+        make(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
+def sync(folder: Path) -> None:
+    """Force the names in a folder to disk: a renamed file is there only when its folder is."""
+    if os.name == "nt":  # cannot open folders
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems know no such thing
+            raise
+    finally:
+        os.close(handle)

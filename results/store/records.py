@@ -1,0 +1,201 @@
+"""What is stored of a cell: one method with one seed on one task.
+
+The configuration holds all that decides the outcome and is written first; its hash names the cell. The metrics are
+written last and carry that hash, the numbers with their units, and the environment they came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ...utils import machine
+
+CONFIG_SCHEMA: Literal[1] = 1
+METRICS_SCHEMA: Literal[2] = 2
+PACKAGES = ("visibench", "torch", "torchvision", "transformers", "lmms-eval", "datasets", "pillow", "numpy")
+
+
+class Record(BaseModel):
+    """Base of all records: unknown keys are refused, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), ser_json_inf_nan="strings")
+
+    def hashed(self, *, without: str) -> str:
+        """Hash of all but one key as they stand in the file, so that a file can be checked without knowing its keys."""
+        return digest(json.loads(self.model_dump_json(exclude={without})))
+
+
+class TimingConfig(Record):
+    """How prefill is timed: on the first ``batch_size`` questions of a task."""
+
+    batch_size: int = Field(default=1, ge=1)
+    warmup: int = Field(default=3, ge=0)
+    repeats: int = Field(default=20, ge=1)
+
+
+class CellConfig(Record):
+    """All that decides the outcome of a cell. ``label`` is how tables call the method; it does not count.
+
+    ``checkpoint``: hash of a local checkpoint's files, empty for one from the hub. ``options``: every hyperparameter of
+    the method. ``origin``: ``embedded``, ``hub``, or the folder of the data. ``timing`` None: prefill is not timed.
+    """
+
+    schemas: ClassVar[tuple[int, ...]] = (CONFIG_SCHEMA,)
+
+    schema_version: Literal[1] = CONFIG_SCHEMA
+    model: str
+    checkpoint: str = ""
+    device: str = "auto"
+    dtype: str = "auto"
+    attention: str = "sdpa"
+    method: str
+    options: dict[str, Any]
+    label: str
+    seed: int = 0
+    task: str
+    origin: str = "embedded"
+    limit: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    timing: TimingConfig | None = TimingConfig()
+
+    def digest(self) -> str:
+        """Hash of everything but the label, 16 hex digits."""
+        return self.hashed(without="label")
+
+    @property
+    def folder(self) -> str:
+        """Name of the cell's folder: readable, and unique through the hash."""
+        return f"{self.task}-{self.method}-s{self.seed}-{self.digest()[:8]}"
+
+
+class ScoreRecord(Record):
+    """A headline metric in lmms-eval's units; ``maximum`` None where it is not known."""
+
+    key: str
+    title: str
+    value: float
+    maximum: float | None
+
+
+class VisualTokens(Record):
+    """Visual tokens really there, mean over questions: in the prompt, and at the input of each decoder layer."""
+
+    prompt: float
+    per_layer: list[float]
+
+    @property
+    def mean(self) -> float:
+        """T: mean over decoder-layer inputs."""
+        return sum(self.per_layer) / len(self.per_layer)
+
+    @property
+    def last(self) -> float:
+        """At the input of the last layer: after the last cut."""
+        return self.per_layer[-1]
+
+
+class Compute(Record):
+    """Executed multiply-adds (MACs, the papers' FLOPs) of one prefill: mean and standard deviation over questions."""
+
+    macs: float
+    macs_sd: float
+    components: dict[str, float]
+
+
+class PrefillTime(Record):
+    """Measured prefill times in milliseconds, after warm-up, synchronised."""
+
+    times_ms: list[float]
+    warmup: int
+    batch_size: int
+    device: str
+
+
+class Failure(Record):
+    """What went wrong with a question; ``doc_id`` None: with the cell as a whole.
+
+    ``error`` in one line, ``traceback`` as Python prints it; empty where no exception was raised.
+    """
+
+    doc_id: int | None
+    error: str
+    traceback: str
+
+
+class Environment(Record):
+    """Where the numbers were made: facts about the loaded model, package versions, the machine.
+
+    ``host`` and ``code`` (:mod:`visibench.utils.machine`) tell where and by which commit, and keep no results apart:
+    what of a machine can change a number is in ``model`` and ``machine``.
+    """
+
+    model: dict[str, Any]
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    host: dict[str, Any] = {}
+    code: dict[str, Any] = {}
+
+
+class CellMetrics(Record):
+    """The outcome of a cell.
+
+    ``config_hash`` ties it to its configuration. ``size`` questions of ``total`` were asked. ``metrics`` are
+    lmms-eval's by its own keys; ``categories`` the mean per-question score by category; ``seconds`` wall times.
+    ``remarks``: what a reader must know of this cell beside the numbers. ``nonfinite``: questions for which some step
+    gave logits that are NaN or infinite. ``reused_images``: images whose vision features were kept from an earlier
+    batch, attempt or cell: ``seconds`` and latency leave out that work, ``compute`` and ``prefill`` do not. It is
+    history of the run, as times are: it depends on what the process ran before, and differs after a restart.
+    ``data_hash`` covers the questions, targets and pixels used, ``samples_hash`` the file of samples, ``checksum`` all
+    the rest of this record; both are empty in files of early versions. Schema 1 is read too: its samples lack latency
+    and dense agreement, which are null then.
+    """
+
+    schemas: ClassVar[tuple[int, ...]] = (1, METRICS_SCHEMA)
+
+    schema_version: Literal[1, 2] = METRICS_SCHEMA
+    config_hash: str
+    size: int
+    total: int
+    note: str = ""
+    remarks: list[str] = []
+    nonfinite: int = 0
+    reused_images: int = 0
+    scores: list[ScoreRecord]
+    metrics: dict[str, float]
+    categories: dict[str, float] = {}
+    visual_tokens: VisualTokens
+    compute: Compute
+    prefill: PrefillTime | None = None
+    generation: dict[str, Any]
+    seconds: dict[str, float]
+    data_hash: str
+    environment: Environment
+    samples_hash: str = ""
+    checksum: str = ""
+
+    def sealed(self, samples_hash: str) -> CellMetrics:
+        """This record with the hash of its samples and its own."""
+        found = self.model_copy(update={"samples_hash": samples_hash})
+        return found.model_copy(update={"checksum": found.hashed(without="checksum")})
+
+
+def environment(model: dict[str, Any]) -> Environment:
+    """This machine and its packages, with the facts ``model`` about the loaded model."""
+    found = {name: machine.version(name) for name in PACKAGES}
+    return Environment(
+        model={key: value for key, value in model.items() if key != "versions"},
+        versions={name: version for name, version in found.items() if version is not None},
+        machine={"python": platform.python_version(), "system": platform.system(), "architecture": platform.machine()},
+        host=machine.host(),
+        code=machine.code(),
+    )
+
+
+def digest(value: Any) -> str:
+    """Hash of a JSON value, 16 hex digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,309 @@
+"""The run folder: one sub-folder a cell, its configuration written first, its metrics last and atomically.
+
+<root>/sweep.yaml                                            what was asked of the run, written before its first cell
+<root>/cells/<task>-<method>-s<seed>-<hash>/config.json      what was asked
+                                            samples.parquet  one row a question
+                                            metrics.json     the outcome; its presence means done
+                                            answers*.jsonl   until then: the batches answered so far
+                                            failures.jsonl   what failed in its last run; such a cell is not done
+                                            lock             held by the process that works on the cell
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pandas as pd
+import pyarrow as pa
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from ...errors import DataError
+from . import disk
+from .records import CellConfig, CellMetrics, Failure, Record, digest
+
+CONFIG, SAMPLES, METRICS = "config.json", "samples.parquet", "metrics.json"
+ANSWERS, FAILURES, LOCK = "answers", "failures.jsonl", "lock"
+DONE = CONFIG, SAMPLES, METRICS
+# Columns that statistics need and the kinds of NumPy that they may have; None: text, or nothing at all.
+KINDS = {
+    "doc_id": "iu",
+    "question_id": None,
+    "image": None,
+    "category": None,
+    "prompt": None,
+    "target": None,
+    "answer": None,
+    "score": "fiub",
+}
+# Columns that cells of schema 1 lack: the type in which they hold nulls, and the kinds that they may have.
+LATER = {"latency_ms": ("float64", "f"), "batch_questions": ("Int64", "iu"), "dense_agreement": ("boolean", "b")}
+AnyRecord = TypeVar("AnyRecord", CellConfig, CellMetrics)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A finished cell, read back."""
+
+    path: Path
+    config: CellConfig
+    metrics: CellMetrics
+
+    def samples(self) -> pd.DataFrame:
+        """One row a question; see :func:`visibench.evals.answers.score.evaluate` for the columns.
+
+        Raises :class:`DataError` unless they are whole, and those that the metrics were made of.
+        """
+        file, metrics = self.path / SAMPLES, self.metrics
+        remedy = f"delete {self.path} and run again"
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read {file} ({error.strerror or error}): {remedy}") from error
+        if metrics.samples_hash and metrics.samples_hash != _hash(content):
+            raise DataError(f"{file} is damaged, or was changed after its run (its hash differs): {remedy}")
+        try:
+            samples = pd.read_parquet(io.BytesIO(content))
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise DataError(f"{file} is damaged (no whole Parquet file): {remedy}") from error
+        if len(samples) != metrics.size:
+            raise DataError(f"{file} holds {len(samples)} questions, but its metrics {metrics.size}: {remedy}")
+        for column, (kind, _) in LATER.items():
+            if column not in samples:
+                samples[column] = pd.Series(None, samples.index, dtype=kind)
+        for column, kinds in (KINDS | {column: kinds for column, (_, kinds) in LATER.items()}).items():
+            if column not in samples:
+                raise DataError(f"{file} has no column {column!r}: {remedy}")
+            kind = samples[column].dtype.kind
+            if kind not in (kinds or "OUST"):
+                raise DataError(f"{file} holds no {'numbers' if kinds else 'text'} in column {column!r}: {remedy}")
+        return samples
+
+
+class Store:
+    """A run folder on disk."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+
+    def path(self, config: CellConfig) -> Path:
+        """Where the cell lies or will lie."""
+        return self.root / "cells" / config.folder
+
+    def done(self, config: CellConfig) -> Cell | None:
+        """The finished cell of this configuration, or None if it has yet to run, in part or in whole.
+
+        What a crash has left behind in it goes, and its lock: whoever takes that anew finds the cell done.
+        """
+        cell = self.found(config)
+        if cell:
+            self._relabel(config)
+            with disk.writing(cell.path):
+                self.tidy(config, f"{ANSWERS}*.jsonl", FAILURES, LOCK)
+        return cell
+
+    def _relabel(self, config: CellConfig) -> None:
+        file = self.path(config) / CONFIG
+        with suppress(DataError):
+            if _read(file, CellConfig)[0] == config:
+                return
+        with disk.writing(file):
+            _write(file, config)
+
+    def found(self, config: CellConfig) -> Cell | None:
+        """The same, with nothing written."""
+        path = self.path(config)
+        try:
+            metrics, _ = _read(path / METRICS, CellMetrics)
+            cell = Cell(path, config, metrics)
+            cell.samples()
+        except DataError:
+            return None
+        return cell if metrics.config_hash == config.digest() else None
+
+    def begin(self, config: CellConfig) -> Path:
+        """Make the cell's folder and write its configuration; leftovers go, but for the answers given so far."""
+        path = self.path(config)
+        with disk.writing(path):
+            disk.make(path)
+            for name in (METRICS, SAMPLES, FAILURES):
+                (path / name).unlink(missing_ok=True)
+            self.tidy(config)
+            _write(path / CONFIG, config)
+        return path
+
+    def finish(self, config: CellConfig, samples: pd.DataFrame, metrics: CellMetrics) -> Cell:
+        """Write samples, then metrics; after this, and only then, the cell is done."""
+        path = self.path(config)
+        with disk.writing(path):
+            with disk.whole(path / SAMPLES) as partial:
+                samples.to_parquet(partial, index=False)
+                metrics = metrics.sealed(_hash(partial.read_bytes()))
+            _write(path / METRICS, metrics)
+            self.tidy(config, f"{ANSWERS}*.jsonl")
+        return Cell(path, config, metrics)
+
+    def take(self, config: CellConfig, files: Mapping[str, bytes]) -> None:
+        """Write files of a cell that were made elsewhere, the metrics last."""
+        path = self.path(config)
+        with disk.writing(path):
+            disk.make(path)
+            for name in sorted(files, key=lambda name: name == METRICS):
+                with disk.whole(path / name) as partial:
+                    partial.write_bytes(files[name])
+            if METRICS in files:
+                self.tidy(config, f"{ANSWERS}*.jsonl", FAILURES)
+
+    def fail(self, config: CellConfig, failures: Sequence[Failure]) -> Path:
+        """Write what went wrong in a cell, which stays unfinished; the file is removed when it begins again."""
+        file = self.path(config) / FAILURES
+        with disk.writing(file):
+            disk.make(file.parent)
+            disk.write(file, "".join(failure.model_dump_json() + "\n" for failure in failures))
+        return file
+
+    def failures(self, config: CellConfig, since: float) -> list[Failure]:
+        """What went wrong in a cell, if that was written at or after ``since``, in seconds since the epoch."""
+        file = self.path(config) / FAILURES
+        try:
+            if file.stat().st_mtime < since:
+                return []
+            return [Failure.model_validate_json(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValidationError):
+            return []
+
+    def tidy(self, config: CellConfig, *patterns: str) -> None:
+        """Remove what crashed writers have left in a cell's folder, and what else has one of these names."""
+        for pattern in (f"*{disk.PARTIAL}", *patterns):
+            for file in self.path(config).glob(pattern):
+                file.unlink(missing_ok=True)
+
+    @contextmanager
+    def claim(self, config: CellConfig, *, wait: float = 0) -> Iterator[bool]:
+        """Within: whether this process alone works on the cell; if not, another one has for ``wait`` seconds.
+
+        The lock is the operating system's (``flock``) and ends with its process, however that ends. Processes on
+        several machines see each other's where the file system carries locks over, as NFS from version 4 does; where
+        it does not, two may do the same cell, with the same outcome.
+        """
+        path = self.path(config)
+        with disk.writing(path), ExitStack() as held:
+            disk.make(path)
+            lock, mine = FileLock(path / LOCK), False
+            with suppress(Timeout):
+                held.enter_context(lock.acquire(timeout=wait))
+                mine = True
+            release = held.pop_all()
+        with release:
+            yield mine
+
+    def save(self, name: str, text: str) -> None:
+        """Write a file of the run as a whole, such as its configuration or a table."""
+        with disk.writing(self.root):
+            disk.make(self.root)
+            disk.write(self.root / name, text)
+
+    def cells(self) -> list[Cell]:
+        """All finished cells. Raises :class:`DataError` if there are none, or one is damaged."""
+        found = [_open(folder) for folder, files in self._folders() if METRICS in files]
+        if not found:
+            raise DataError(f"no finished results in {str(self.root)!r}{self._hint()}")
+        paths: dict[str, Path] = {}
+        for cell in found:
+            other = paths.setdefault(cell.metrics.config_hash, cell.path)
+            if other != cell.path:
+                raise DataError(f"{other} and {cell.path} hold the same cell twice: delete the copy")
+        return found
+
+    def usable(self) -> list[Cell]:
+        """All finished cells that can be read, possibly none."""
+        found = []
+        for folder, files in self._folders() if self.root.is_dir() else []:
+            with suppress(DataError):
+                found += [_open(folder)] if METRICS in files else []
+        return found
+
+    def unfinished(self) -> list[Path]:
+        """The folders of cells that were begun and are not done."""
+        return [folder for folder, files in self._folders() if METRICS not in files]
+
+    def _folders(self) -> list[tuple[Path, list[str]]]:
+        """The cells' folders with the names of their files."""
+        if not self.root.is_dir():
+            what = "is a file" if self.root.exists() else "does not exist"
+            raise DataError(f"no folder {str(self.root)!r} (it {what}): give the folder of a run or sweep")
+        cells = self.root / "cells"
+        return [(cells / name, _names(cells / name)) for name in _names(cells) if (cells / name).is_dir()]
+
+    def _hint(self) -> str:
+        inner = sorted(folder for folder in _names(self.root) if (self.root / folder / "cells").is_dir())
+        if inner:
+            return f": did you mean {str(self.root / inner[0])!r}?"
+        begun = len(self.unfinished())
+        if begun:
+            return f": {begun} cells were begun and none is done; run the same command again to finish them"
+        why = "it is empty" if not _names(self.root) else "this is not the folder of a run"
+        return f" ({why}): run a sweep with --out {self.root} first, or give another folder"
+
+
+def _open(path: Path) -> Cell:
+    config, asked = _read(path / CONFIG, CellConfig)
+    metrics, told = _read(path / METRICS, CellMetrics)
+    checksum = told.pop("checksum", "")
+    del asked["label"]
+    if metrics.config_hash != digest(asked):
+        raise DataError(f"{path / CONFIG} was changed after its run: restore it, or delete {path} and run again")
+    if checksum and checksum != digest(told):
+        raise DataError(f"{path / METRICS} was changed after its run: restore it, or delete {path} and run again")
+    return Cell(path, config, metrics)
+
+
+def _names(folder: Path) -> list[str]:
+    """What a folder holds, sorted; nothing if there is no such folder."""
+    try:
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DataError(f"cannot read {folder} ({error.strerror or error}): mend that, or give another run") from error
+
+
+def _read(file: Path, kind: type[AnyRecord]) -> tuple[AnyRecord, dict[str, Any]]:
+    """A record, and the JSON object that it was read from."""
+    remedy = f"delete {file.parent} and run again"
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text)
+    except OSError as error:
+        raise DataError(f"cannot read {file} ({error.strerror or error}): {remedy}") from error
+    except ValueError as error:
+        raise DataError(f"{file} is damaged (no whole JSON file): {remedy}") from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version not in kind.schemas:
+        known = " and ".join(map(str, kind.schemas))
+        raise DataError(
+            f"{file} has schema version {version}, this visibench knows {known}: read it with the visibench that "
+            "wrote it, or run again into another folder (--out)"
+        )
+    try:
+        return kind.model_validate_json(text), content
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DataError(f"{file} is damaged ({where}: {first['msg']}): {remedy}") from error
+
+
+def _write(file: Path, record: Record) -> None:
+    disk.write(file, record.model_dump_json(indent=1) + "\n")
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -1,0 +1,119 @@
+"""What a table shows, in plain words made from its numbers. Nothing is called better or worse that no test shows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from ..statistics.inference import ALPHA, DENSE
+from .columns import compute_unit
+from .formats import grouped
+from .tables import Row, Table
+
+
+def lead(table: Table) -> list[str]:
+    """What was run, and the cheapest row that is on no task shown to be below the dense model."""
+    return [_scope(table), *_cheapest(table)]
+
+
+def by_budget(table: Table) -> list[tuple[str, str]]:
+    """For each group of rows of similar T, its title and what it shows; nothing without a dense row."""
+    if not any(row.method == DENSE for row in table.rows):
+        return []
+    return [(title, _group(table, rows)) for title, rows in grouped(table) if title]
+
+
+def _scope(table: Table) -> str:
+    pruned = [row for row in table.rows if row.method != DENSE]
+    dense = next((row for row in table.rows if row.method == DENSE), None)
+    asked = sum(questions.asked for questions in table.questions.values())
+    subset = ", a subset, so these are no full-set scores" if table.is_subset else ""
+    what = f"{_count(len(pruned), 'setting')} of {_count(len({row.method for row in pruned}), 'method')}"
+    where = f"{table.facts['model']}, {_count(asked, 'question')} of {_count(len(table.questions), 'task')}{subset}"
+    if dense is None:
+        return f"{what} on {where}; the dense model was not run, so no share of its scores can be given."
+    return f"{what} on {where}, compared with the dense model at {_cost(table, dense)}."
+
+
+def _cheapest(table: Table) -> list[str]:
+    """Rows are compared on the headline metrics of all tasks; one that lacks a comparison cannot be the answer."""
+    if not any(row.method == DENSE for row in table.rows):
+        return []
+    compared = [row for row in table.rows if len(_signs(table, row, "dense")) == len(table.questions)]
+    if not compared:
+        return ["No setting could be compared with the dense model on every task."]
+    tied = [row for row in compared if -1 not in _signs(table, row, "dense").values()]
+    if not tied:
+        return [f"Each of the {len(compared)} settings compared is shown to score below dense on at least one task."]
+    row = min(tied, key=lambda row: row.macs)
+    least = f"The setting of least compute that is shown below dense on no task is {row.label}, which keeps"
+    return [
+        f"{least} {_retained(row)} at {_cost(table, row)}. Not shown is not the same as equal: the notes of the table "
+        "say which differences this many questions can show."
+    ]
+
+
+def _group(table: Table, rows: Sequence[Row]) -> str:
+    known = [row for row in rows if row.retained is not None]
+    if not known:
+        return "No row has all the scores that a share of the dense scores needs."
+    first = max(known, key=lambda row: row.retained.mean if row.retained else 0.0)
+    most = f", the highest figure of {len(known)} rows" if len(known) > 1 else ""
+    parts = [f"{first.label} keeps {_retained(first)} at {_cost(table, first)}{most}."]
+    for name, of in (("dense", "dense"), ("random", "random tokens")):
+        signs = _signs(table, first, name)
+        said = [
+            f"{word} {of} on {', '.join(tasks)}"
+            for sign, word in ((1, "above"), (-1, "below"))
+            if (tasks := [task for task, found in signs.items() if found == sign])
+        ]
+        ties = [task for task, found in signs.items() if found == 0]
+        parts += [f"It is shown {' and '.join(said)}."] * bool(said)
+        parts += [f"No difference from {of} is shown on {', '.join(ties)}."] * bool(ties)
+    return " ".join([*parts, _best(table, rows)]).strip()
+
+
+def _best(table: Table, rows: Sequence[Row]) -> str:
+    """Who is shown to be best of a group, by task; nobody is called so for a higher number alone."""
+    if len(rows) < 2:
+        return ""
+    best = []
+    for task, (score, *_) in table.columns.items():
+        best += [f"{row.label} on {task}" for row in rows if row.evidence.best.get(task, {}).get(score.key, 1) < ALPHA]
+    return f"Shown best of all: {', '.join(best)}." if best else "No row is shown to be the best on any task."
+
+
+def verdicts(table: Table) -> str:
+    """How many rows × tasks are shown above, below, or not to differ from dense; empty without any."""
+    found = Counter(sign for row in table.rows for sign in _signs(table, row, "dense").values())
+    if not found:
+        return ""
+    return (
+        f"Of {found.total()} comparisons with dense (settings × tasks, headline scores), {found[-1]} show a lower "
+        f"score, {found[1]} a higher one, and {found[0]} no difference."
+    )
+
+
+def _signs(table: Table, row: Row, reference: str) -> dict[str, int]:
+    """How the row's headline scores compare: 1 shown higher, -1 shown lower, 0 no difference shown."""
+    against = row.evidence.against[reference]
+    found = {task: against.get(task, {}).get(score.key) for task, (score, *_) in table.columns.items()}
+    return {task: verdict.sign for task, verdict in found.items() if verdict is not None}
+
+
+def _retained(row: Row) -> str:
+    if row.retained is None:
+        return "an unknown share of the dense scores"
+    interval = row.evidence.retained
+    known = interval is not None and interval.half_width == interval.half_width
+    spread = f" (95 % interval {100 * interval.low:.1f} to {100 * interval.high:.1f})" if interval and known else ""
+    return f"{row.retained.mean:.1f} % of the dense scores{spread}"
+
+
+def _cost(table: Table, row: Row) -> str:
+    unit, name = compute_unit(table)
+    return f"T = {row.tokens.mean:.1f} visual tokens and {row.macs / unit:#.3g} {name}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

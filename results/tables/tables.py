@@ -1,0 +1,305 @@
+"""Tables of a run folder: methods × tasks, with what each method really kept, computed and took.
+
+Only cells that can be compared stand in one table: same model, data, questions, settings, versions and machine. Others
+come as tables of their own, and each says in what it differs.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, groupby
+from typing import Any
+
+import pandas as pd
+
+from ...errors import DataError
+from ..statistics.inference import BASELINES, DENSE, Evidence, weigh
+from ..store.records import ScoreRecord, VisualTokens
+from ..store.store import Cell
+
+_QUESTIONS = ("limit", "origin")
+_ORDER = {method: place for place, method in enumerate(BASELINES)}
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A mean over ``n`` seeds, with their standard deviation (None for a single one)."""
+
+    mean: float
+    sd: float | None = None
+    n: int = 1
+
+    @classmethod
+    def over(cls, values: Sequence[float]) -> Quantity | None:
+        """Mean and standard deviation of ``values``; None if there are none."""
+        if not values:
+            return None
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Median, quartiles, their range and minimum of ``n`` prefill times over tasks and seeds, in milliseconds."""
+
+    median: float
+    lower: float
+    upper: float
+    iqr: float
+    min: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Median over ``questions`` of all tasks and seeds of the milliseconds in which their batches were answered.
+
+    ``batch``: the median number of questions in such a batch. ``reused``: questions of cells in which vision features
+    were reused, so that some of these times leave out the vision tower.
+    """
+
+    median: float
+    questions: int
+    batch: float
+    reused: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method. ``scores``: by task and metric, lmms-eval's units. Tokens and MACs are means over tasks and seeds.
+
+    ``components``: the MACs by what spent them (:class:`~visibench.results.store.records.Compute`).
+    ``evidence``: intervals, comparisons and loyalty from the answers to single questions. ``cells``: what it is made
+    of, by task and seed.
+    """
+
+    label: str
+    method: str
+    options: dict[str, Any]
+    seeds: list[int]
+    scores: dict[str, dict[str, Quantity]]
+    retained: Quantity | None
+    tokens: VisualTokens
+    macs: float
+    components: dict[str, float]
+    prefill: Prefill | None
+    evidence: Evidence
+    cells: tuple[Cell, ...] = ()
+
+    def named(self, chosen: Callable[[Cell], bool]) -> str:
+        """Its ``chosen`` cells by label, task and, where not all of a task's are, seed; empty if there are none."""
+        tasks = []
+        for task, group in groupby(self.cells, key=lambda cell: cell.config.task):
+            cells = list(group)
+            seeds = [cell.config.seed for cell in cells if chosen(cell)]
+            only = f" (seed {' and '.join(map(str, seeds))})" if len(seeds) < len(cells) else ""
+            tasks += [f"{task}{only}"] if seeds else []
+        if len(tasks) > 1 and all(map(chosen, self.cells)):
+            tasks = ["all tasks"]
+        return f"{self.label} · {', '.join(tasks)}" if tasks else ""
+
+    @cached_property
+    def latency(self) -> Latency | None:
+        """What the cells' samples say of the time of each question; None where they say nothing."""
+        samples = [cell.samples().assign(reused=cell.metrics.reused_images > 0) for cell in self.cells]
+        found = pd.concat(samples)[["latency_ms", "batch_questions", "reused"]].dropna() if samples else pd.DataFrame()
+        if found.empty:
+            return None
+        median = found[["latency_ms", "batch_questions"]].astype(float).median()
+        return Latency(median["latency_ms"], len(found), median["batch_questions"], int(found["reused"].sum()))
+
+
+@dataclass(frozen=True)
+class Questions:
+    """How many questions of a task were asked, of how many, and where they come from."""
+
+    asked: int
+    of: int
+    origin: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows that can be compared. ``columns``: the metrics of each task; ``facts``: what all cells have in common.
+
+    ``differs``: in what this table differs from the others of the same folder. ``commits``: of visibench, where cells
+    were made from a checkout. ``remarks``: what a reader must know of single cells.
+    """
+
+    rows: list[Row]
+    columns: dict[str, list[ScoreRecord]]
+    questions: dict[str, Questions]
+    facts: dict[str, Any]
+    differs: dict[str, Any]
+    commits: list[str]
+    remarks: list[str]
+
+    @property
+    def is_subset(self) -> bool:
+        """Whether some task was asked only in part."""
+        return any(asked.asked < asked.of for asked in self.questions.values())
+
+
+def build(cells: Iterable[Cell]) -> list[Table]:
+    """Tables of comparable cells, the largest first. Raises :class:`DataError` for cells that contradict each other."""
+    groups = _comparable(list(cells))
+    differs = differences([group[0] for group in groups])
+    return [_table(group, own) for group, own in zip(groups, differs, strict=True)]
+
+
+def differences(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """For each cell, the facts beside its method and task that are not the same in all of ``cells``."""
+    facts = [_flat(_facts(cell) | _chosen(cell)) for cell in cells]
+    return [
+        {key: own.get(key) for key in own if len({json.dumps(other.get(key)) for other in facts}) > 1} for own in facts
+    ]
+
+
+def _comparable(cells: list[Cell]) -> list[list[Cell]]:
+    """Cells in groups that may stand in one table."""
+    groups = _grouped(cells, lambda cell: json.dumps(_facts(cell), sort_keys=True))
+    result: list[list[Cell]] = []
+    for group in groups:
+        # One set of questions a task is a plan; several for one task are several experiments.
+        mixed = any(len(chosen) > 1 for chosen in _by_task(group, lambda cell: json.dumps(_chosen(cell))).values())
+        result += _grouped(group, lambda cell: json.dumps(_chosen(cell))) if mixed else [group]
+    for group in result:
+        for task, hashes in _by_task(group, lambda cell: cell.metrics.data_hash).items():
+            if len(hashes) > 1:
+                raise DataError(
+                    f"cells of task {task!r} in {group[0].path.parent} were asked different questions although their "
+                    "settings agree (the data have changed): delete the older cells and run them again"
+                )
+    return sorted(result, key=len, reverse=True)
+
+
+def _facts(cell: Cell) -> dict[str, Any]:
+    """All that two cells must have in common to be compared, whatever their tasks."""
+    own = {"method", "options", "label", "seed", "task", *_QUESTIONS}
+    config = cell.config.model_dump(mode="json", exclude=own)
+    return config | {"environment": cell.metrics.environment.model_dump(mode="json", exclude={"host", "code"})}
+
+
+def _chosen(cell: Cell) -> dict[str, Any]:
+    """Which questions of its task a cell asks."""
+    return cell.config.model_dump(mode="json", include=set(_QUESTIONS))
+
+
+def _table(cells: list[Cell], differs: dict[str, Any]) -> Table:
+    columns = {cell.config.task: list(cell.metrics.scores) for cell in sorted(cells, key=lambda cell: cell.config.task)}
+    questions = {
+        c.config.task: Questions(c.metrics.size, c.metrics.total, c.config.origin, c.metrics.note) for c in cells
+    }
+    dense = {cell.config.task: cell.metrics.scores[0].value for cell in cells if cell.config.method == DENSE}
+    groups = _grouped(cells, _method_key)
+    rows = [_row(group, dense, evidence) for group, evidence in zip(groups, weigh(groups), strict=True)]
+    rows.sort(key=lambda row: (_ORDER.get(row.method, len(_ORDER)), row.method, -row.tokens.mean, row.label))
+    return Table(
+        rows=rows,
+        columns=columns,
+        questions=dict(sorted(questions.items())),
+        facts=_facts(cells[0]),
+        differs=differs,
+        commits=_commits(cells),
+        remarks=[f"{_name(cell)}: {remark}" for cell in cells for remark in cell.metrics.remarks],
+    )
+
+
+def _name(cell: Cell) -> str:
+    return f"{cell.config.label} · {cell.config.task} · seed {cell.config.seed}"
+
+
+def _commits(cells: list[Cell]) -> list[str]:
+    codes = [cell.metrics.environment.code for cell in cells]
+    named = [
+        f"{code['commit'][:9]}{' with changes' if code.get('dirty') else ''}" for code in codes if "commit" in code
+    ]
+    return sorted(set(named))
+
+
+def _method_key(cell: Cell) -> str:
+    options = {key: value for key, value in cell.config.options.items() if key != "seed"}
+    return json.dumps([cell.config.label, cell.config.method, options], sort_keys=True)
+
+
+def _row(cells: list[Cell], dense: dict[str, float], evidence: Evidence) -> Row:
+    config = cells[0].config
+    scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for cell in cells:
+        for score in cell.metrics.scores:
+            scores[cell.config.task][score.key].append(score.value)
+    tokens = [cell.metrics.visual_tokens for cell in cells]
+    return Row(
+        label=config.label,
+        method=config.method,
+        options=config.options,
+        seeds=sorted({cell.config.seed for cell in cells}),
+        scores={task: {key: _quantity(values) for key, values in by.items()} for task, by in scores.items()},
+        retained=_retained(cells, dense),
+        tokens=VisualTokens(
+            prompt=statistics.fmean(t.prompt for t in tokens),
+            per_layer=[statistics.fmean(layer) for layer in zip(*(t.per_layer for t in tokens), strict=True)],
+        ),
+        macs=statistics.fmean(cell.metrics.compute.macs for cell in cells),
+        components=_components(cells),
+        prefill=_prefill(cells),
+        evidence=evidence,
+        cells=tuple(sorted(cells, key=lambda cell: (cell.config.task, cell.config.seed))),
+    )
+
+
+def _quantity(values: list[float]) -> Quantity:
+    quantity = Quantity.over(values)
+    assert quantity is not None
+    return quantity
+
+
+def _retained(cells: list[Cell], dense: dict[str, float]) -> Quantity | None:
+    """Percent of the dense score, mean over the dense model's tasks, for each seed that has them all."""
+    by_seed: dict[int, list[float]] = defaultdict(list)
+    for cell in cells:
+        reference = dense.get(cell.config.task, 0.0)
+        if reference > 0:
+            by_seed[cell.config.seed].append(100 * cell.metrics.scores[0].value / reference)
+    wanted = sum(value > 0 for value in dense.values())
+    return Quantity.over([statistics.fmean(values) for values in by_seed.values() if len(values) == wanted])
+
+
+def _components(cells: list[Cell]) -> dict[str, float]:
+    parts = [cell.metrics.compute.components for cell in cells]
+    return {name: statistics.fmean(part.get(name, 0.0) for part in parts) for name in dict.fromkeys(chain(*parts))}
+
+
+def _prefill(cells: list[Cell]) -> Prefill | None:
+    times = [time for cell in cells if cell.metrics.prefill for time in cell.metrics.prefill.times_ms]
+    if not times:
+        return None
+    lower, _, upper = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+    return Prefill(statistics.median(times), lower, upper, upper - lower, min(times), len(times))
+
+
+def _grouped(cells: list[Cell], key: Callable[[Cell], str]) -> list[list[Cell]]:
+    groups: dict[str, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        groups[key(cell)].append(cell)
+    return list(groups.values())
+
+
+def _by_task(cells: list[Cell], value: Callable[[Cell], Any]) -> dict[str, set[Any]]:
+    found: dict[str, set[Any]] = defaultdict(set)
+    for cell in cells:
+        found[cell.config.task].add(value(cell))
+    return found
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {prefix + key: item}
+    return flat

@@ -1,0 +1,126 @@
+"""The four data sets in the cache: built on first use, checked against a manifest, rebuilt when damaged.
+
+The manifest holds a SHA-256 for each data set over its questions and the decoded pixels of its images, so it does
+not depend on how some version of a library writes files.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict, Image, load_from_disk
+from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+from ..errors import DataError
+from .schemas import FEATURES, SPLITS
+from .tables import all_tables
+
+MANIFEST = Path(__file__).with_name("manifest.json")
+_SEAL = "built.json"  # written last into a finished folder: the manifest it satisfied, and the hashes of its files
+
+
+def ensure(root: Path | None = None) -> Path:
+    """Folder with ``GQA_images``, ``GQA_instructions``, ``MME``, ``POPE`` and ``textvqa``, each for ``load_from_disk``.
+
+    Built under ``root`` (default: ``$VISIBENCH_CACHE`` or ``~/.cache/visibench``) in some seconds when it is missing or
+    damaged. Raises DataError when the generator does not give the data of the manifest.
+    """
+    root = Path(root or os.environ.get("VISIBENCH_CACHE") or Path.home() / ".cache" / "visibench")
+    manifest = json.loads(MANIFEST.read_text())
+    folder = root / f"synthetic-{_sha(json.dumps(manifest, sort_keys=True).encode())[:12]}"
+    if _sealed(folder):
+        return folder
+    _check_writable(root)
+    part = Path(tempfile.mkdtemp(prefix=".synthetic-", dir=root))
+    try:
+        found = _build(part)
+        wrong = [name for name in manifest if found.get(name) != manifest[name]]
+        if wrong:
+            raise DataError(
+                f"synthetic data differ from the manifest in {', '.join(wrong)}: install the versions of "
+                "constraints.txt (numpy, pillow), or, if scenes or questions were meant to change, run "
+                "python -m visibench.synthetic --write-manifest"
+            )
+        _seal(part)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.replace(folder)
+    except OSError:
+        if not _sealed(folder):  # unless another process was quicker
+            raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def write_manifest() -> Path:
+    """Build the data sets anew and write their hashes into the package."""
+    with tempfile.TemporaryDirectory() as part:
+        MANIFEST.write_text(json.dumps(_build(Path(part)), indent=2) + "\n")
+    return MANIFEST
+
+
+def digest(rows: Dataset) -> str:
+    """SHA-256 over all columns of all rows; images by their decoded pixels."""
+    total = hashlib.sha256()
+    seen: dict[bytes, str] = {}  # the same image stands behind several questions
+    images = [name for name, kind in rows.features.items() if isinstance(kind, Image)]
+    plain = rows
+    for name in images:
+        plain = plain.cast_column(name, Image(decode=False))
+    for row in plain:
+        for name in images:
+            png = row[name]["bytes"]
+            if png not in seen:
+                seen[png] = _sha(np.ascontiguousarray(Image().decode_example(row[name])).tobytes())
+            row[name] = seen[png]
+        total.update(json.dumps(row, sort_keys=True, ensure_ascii=True).encode() + b"\n")
+    return total.hexdigest()
+
+
+def _build(folder: Path) -> dict[str, str]:
+    """Write all data sets into ``folder`` and return the digests of what was written, read back."""
+    bars = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        digests = {}
+        for name, rows in all_tables().items():
+            table = Dataset.from_list(rows, features=FEATURES[name])
+            DatasetDict({SPLITS[name]: table}).save_to_disk(folder / name)
+            digests[name] = digest(load_from_disk(str(folder / name))[SPLITS[name]])
+        return digests
+    finally:
+        if bars:
+            enable_progress_bar()
+
+
+def _seal(folder: Path) -> None:
+    (folder / _SEAL).write_text(json.dumps(_files(folder), indent=2) + "\n")
+
+
+def _sealed(folder: Path) -> bool:
+    """Whether the folder was finished and every file in it is still what it was (a fraction of a second)."""
+    try:
+        return json.loads((folder / _SEAL).read_text()) == _files(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def _files(folder: Path) -> dict[str, Any]:
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _SEAL and not p.name.startswith("cache-"))
+    return {str(p.relative_to(folder)): _sha(p.read_bytes()) for p in paths}
+
+
+def _check_writable(root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write to {root}: set VISIBENCH_CACHE to a folder of yours ({error})") from None
+
+
+def _sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,1 @@
+"""What every room may use: the machine, bounded caches, Ctrl-C, and torchvision beside a CPU torch."""
