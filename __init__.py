@@ -1,10 +1,13 @@
 """visibench: visual-token pruning methods behind one interface, and a benchmark that compares them.
 
-The public names are loaded on first use, so that ``import visibench`` costs no torch import.
+The public names are loaded on first use, so that ``import visibench`` costs no torch import. It makes a
+CUDA build of torchvision importable beside a CPU build of torch, for whoever imports it next.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from .utils import torchvision
 
 if TYPE_CHECKING:
     from .engine import TokenLayout, prune
@@ -13,6 +16,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["TokenLayout", "__version__", "list_methods", "load_method", "load_model", "prune"]
+
+torchvision.install()
 
 _HOME = {
     "prune": ".engine",

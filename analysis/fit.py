@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 
 from ..engine import prune
+from ..engine.contract import Forward, Keep
 from ..engine.layout import TokenLayout
 from ..engine.trace import Trace
 from ..engine.views import AttentionView, LayerView
 from ..errors import InputError, OptionError, VisibenchError
 from ..methods import Method, load_method
-from ..methods.base import Forward, Keep
 from ..methods.fitprune import received
 from ..methods.registry import get
 from ..models.adapters import Adapter, Geometry

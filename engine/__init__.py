@@ -1,11 +1,23 @@
-"""The engine: runs a model under a pruning method. The only part of visibench that touches tensors of the model."""
+"""The engine: runs a model under a pruning method. The only part of visibench that touches tensors of the model.
 
-from ..utils import torchvision
+In the order of the arrows: roles of tokens (layout), attention maths (attention), the record (trace), what methods may
+read (views) and return (contract), shared features (features), the vision side (tower, vision), hooks (session).
+"""
 
-torchvision.ensure_importable()
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .layout import TokenLayout  # noqa: E402
-from .session import PruningSession, prune  # noqa: E402
-from .trace import Trace  # noqa: E402
+if TYPE_CHECKING:
+    from .layout import TokenLayout
+    from .session import PruningSession, prune
+    from .trace import Trace
 
 __all__ = ["PruningSession", "TokenLayout", "Trace", "prune"]
+
+_HOME = {"PruningSession": ".session", "TokenLayout": ".layout", "Trace": ".trace", "prune": ".session"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name], __name__), name)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from ..errors import InputError, UnsupportedModelError, VisibenchError
-from ..methods.base import Forward, Keep, Merge, Method
 from ..models.adapters import Adapter
 from .attention import Interception, attention_mask, implementation_of
+from .contract import Forward, Keep, Merge, Method
 from .features import FeatureStore
 from .layout import TokenLayout, cut
 from .trace import Trace, Watch, unwatched

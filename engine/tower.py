@@ -13,8 +13,8 @@ from .attention import Interception
 from .views import BlockView
 
 if TYPE_CHECKING:
-    from ..methods.base import BlockMerge, Method
     from ..models.adapters import Adapter
+    from .contract import BlockMerge, Method
     from .vision import VisionTap
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, UnsupportedModelError
-from ..methods.base import Forward, Keep, Merge, Method
 from ..models.adapters import Adapter
 from .attention import Interception
+from .contract import Forward, Keep, Merge, Method
 from .features import Entry, FeatureStore, SharedTower
 from .layout import TokenLayout, TokenSet
 from .tower import Tower

@@ -1,5 +1,6 @@
 """Pruning methods, one file each, and their registry."""
 
+from ..engine.contract import BlockMerge, Forward, Keep, Merge, Method, Positions
 from . import (
     cdpruner,
     dart,
@@ -20,7 +21,7 @@ from . import (
     vispruner,
     vtw,
 )
-from .base import BlockMerge, Budgeted, Forward, Keep, Layered, Merge, Method, Positions, top
+from .base import Budgeted, Layered, top
 from .registry import list_methods, load_method, register
 
 __all__ = [

@@ -1,6 +1,6 @@
 """``python -m visibench.methods``: the README's table of methods."""
 
-from .base import Method
+from ..engine.contract import Method
 from .registry import list_methods
 
 

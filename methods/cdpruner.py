@@ -25,14 +25,13 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from .base import Budgeted, Forward, Keep, Positions
+from ..engine.contract import Forward, Keep, Positions
+from .base import Budgeted
 from .pieces import cosine, marked, per_image
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.layout import TokenLayout
-    from ..engine.views import VisionView
-    from ..models.adapters import Geometry
+    from ..engine.contract import Geometry, TokenLayout, VisionView
 
 Condition = Literal["question", "none"]
 

@@ -25,14 +25,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from .base import Budgeted, Forward, Keep, Layered, top
+from ..engine.contract import Forward, Keep
+from .base import Budgeted, Layered, top
 from .pieces import cosine, pick
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.layout import TokenLayout
-    from ..engine.views import AttentionView, LayerView
-    from ..models.adapters import Geometry
+    from ..engine.contract import AttentionView, Geometry, LayerView, TokenLayout
 
 
 @register

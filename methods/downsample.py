@@ -21,7 +21,7 @@ from .pieces import precise
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..models.adapters import VisionGeometry
+    from ..engine.contract import VisionGeometry
 
 
 @register

@@ -14,14 +14,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .base import Budgeted, Forward, Keep, Positions, top
+from ..engine.contract import Forward, Keep, Positions
+from .base import Budgeted, top
 from .pieces import cls_attention, needs_cls
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.layout import TokenLayout
-    from ..engine.views import VisionView
-    from ..models.adapters import Geometry
+    from ..engine.contract import Geometry, TokenLayout, VisionView
 
 
 @register

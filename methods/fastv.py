@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .base import Budgeted, Forward, Keep, Layered, top
+from ..engine.contract import Forward, Keep
+from .base import Budgeted, Layered, top
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.layout import TokenLayout
-    from ..engine.views import AttentionView, LayerView
-    from ..models.adapters import Geometry
+    from ..engine.contract import AttentionView, Geometry, LayerView, TokenLayout
 
 
 @register

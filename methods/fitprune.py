@@ -23,14 +23,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .base import REFERENCE_DEPTH, Forward, Keep, Knob, Layered, top
+from ..engine.contract import Forward, Keep, Knob
+from .base import REFERENCE_DEPTH, Layered, top
 from .pieces import interpolated, share
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.layout import TokenLayout, TokenSet
-    from ..engine.views import AttentionView, LayerView
-    from ..models.adapters import Geometry
+    from ..engine.contract import AttentionView, Geometry, LayerView, TokenLayout, TokenSet
 
 # Visual tokens deleted in layers 0, 1, 2, …
 SCHEDULES: dict[int, tuple[int, ...]] = {

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .base import Budgeted, Forward, Positions
+from ..engine.contract import Forward, Positions
+from .base import Budgeted
 from .pieces import added_need_renumbering, per_image
 
 if TYPE_CHECKING:
-    from ..engine.layout import TokenLayout
-    from ..models.adapters import Geometry
+    from ..engine.contract import Geometry, TokenLayout
 
 
 def grid_within(budget: int, side: int) -> tuple[int, int]:

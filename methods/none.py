@@ -5,12 +5,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .base import Forward, Method
+from ..engine.contract import Forward, Method
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.layout import TokenLayout
-    from ..models.adapters import Geometry
+    from ..engine.contract import Geometry, TokenLayout
 
 
 @register

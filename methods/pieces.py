@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 if TYPE_CHECKING:
-    from ..engine.views import VisionView
-    from ..models.adapters import Geometry
-    from .base import Budgeted, Method
+    from ..engine.contract import Geometry, Method, VisionView
+    from .base import Budgeted
 
 
 def precise(values: Tensor) -> Tensor:

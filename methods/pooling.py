@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
-from .base import Merge
+from ..engine.contract import Merge
 from .grids import Gridded
 from .pieces import precise
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.views import VisionView
+    from ..engine.contract import VisionView
 
 
 @register

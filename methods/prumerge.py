@@ -28,14 +28,13 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from .base import Budgeted, Forward, Merge, Positions
+from ..engine.contract import Forward, Merge, Positions
+from .base import Budgeted
 from .pieces import added_need_renumbering, cosine, needs_cls, per_image, pick, precise
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.layout import TokenLayout
-    from ..engine.views import VisionView
-    from ..models.adapters import Geometry
+    from ..engine.contract import Geometry, TokenLayout, VisionView
 
 Order = Literal["attention", "spatial"]
 Weights = Literal["raw", "normalised"]

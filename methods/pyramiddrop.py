@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from .base import Forward, Keep, Knob, Layered, Positions, floored, top
+from ..engine.contract import Forward, Keep, Knob, Positions
+from .base import Layered, floored, top
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.layout import TokenLayout
-    from ..engine.views import AttentionView, LayerView
-    from ..models.adapters import Geometry
+    from ..engine.contract import AttentionView, Geometry, LayerView, TokenLayout
 
 
 CUTS = (8, 16, 24)

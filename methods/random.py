@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .base import Budgeted, Forward, Keep, top
+from ..engine.contract import Forward, Keep
+from .base import Budgeted, top
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.layout import TokenLayout
-    from ..engine.views import LayerView
-    from ..models.adapters import Geometry
+    from ..engine.contract import Geometry, LayerView, TokenLayout
 
 _GOLDEN = -7046029254386353131  # 2^64 / golden ratio as a signed 64-bit integer
 

@@ -3,8 +3,8 @@
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
+from ..engine.contract import Method
 from ..errors import UnknownNameError, VisibenchError, suggest
-from .base import Method
 
 GROUP = "visibench.methods"
 MethodClass = TypeVar("MethodClass", bound=type[Method])

@@ -30,15 +30,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from .base import MAGNITUDES, Forward, Keep, Knob, Layered, Merge, Positions, floored, top
+from ..engine.contract import Forward, Keep, Knob, Merge, Positions
+from .base import MAGNITUDES, Layered, floored, top
 from .pieces import density_peaks, interpolated, matrix_rank, pick, pooled, precise, share
 from .random import draw
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.layout import TokenLayout
-    from ..engine.views import AttentionView, LayerView
-    from ..models.adapters import Geometry
+    from ..engine.contract import AttentionView, Geometry, LayerView, TokenLayout
 
 LISTS = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
 PATCHES = 576  # out of which they are

@@ -25,14 +25,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .base import BlockMerge, Budgeted, Forward, Positions
+from ..engine.contract import BlockMerge, Forward, Positions
+from .base import Budgeted
 from .pieces import added_need_renumbering, cosine, per_image, precise
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.layout import TokenLayout
-    from ..engine.views import BlockView
-    from ..models.adapters import Geometry, VisionGeometry
+    from ..engine.contract import BlockView, Geometry, TokenLayout, VisionGeometry
 
 
 @register

@@ -24,14 +24,13 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from .base import Budgeted, Forward, Merge, Positions, top
+from ..engine.contract import Forward, Merge, Positions
+from .base import Budgeted, top
 from .pieces import added_need_renumbering, cls_attention, columns, cosine, needs_cls, per_image, pick, precise
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.layout import TokenLayout
-    from ..engine.views import VisionView
-    from ..models.adapters import Geometry
+    from ..engine.contract import Geometry, TokenLayout, VisionView
 
 ContextualMerge = Literal["sum", "mean"]
 

@@ -38,13 +38,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from .base import MAGNITUDES, REFERENCE_DEPTH, Forward, Keep, Knob, Layered, top
+from ..engine.contract import Forward, Keep, Knob
+from .base import MAGNITUDES, REFERENCE_DEPTH, Layered, top
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.layout import TokenLayout, TokenSet
-    from ..engine.views import AttentionView, LayerView
-    from ..models.adapters import Geometry
+    from ..engine.contract import AttentionView, Geometry, LayerView, TokenLayout, TokenSet
 
 STAGES = ("shallow", "middle", "deep")
 

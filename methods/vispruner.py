@@ -24,14 +24,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .base import Budgeted, Forward, Keep, Positions
+from ..engine.contract import Forward, Keep, Positions
+from .base import Budgeted
 from .pieces import cls_attention, cosine, marked, needs_cls, per_image
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.layout import TokenLayout
-    from ..engine.views import VisionView
-    from ..models.adapters import Geometry
+    from ..engine.contract import Geometry, TokenLayout, VisionView
 
 
 @register

@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .base import REFERENCE_DEPTH, Forward, Keep, Knob, Layered
+from ..engine.contract import Forward, Keep, Knob
+from .base import REFERENCE_DEPTH, Layered
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.layout import TokenLayout
-    from ..engine.views import LayerView
-    from ..models.adapters import Geometry
+    from ..engine.contract import Geometry, LayerView, TokenLayout
 
 
 @register

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-import visibench.models  # noqa: F401  (makes torchvision importable beside a CPU torch)
+import visibench  # noqa: F401  (makes torchvision importable beside a CPU torch)
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 GOLDEN = Path(__file__).parent / "golden"

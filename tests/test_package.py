@@ -58,9 +58,9 @@ def test_all_packages_of_the_tree_are_declared():
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="beside a CUDA torch torchvision needs no cure")
 def test_torchvision_imports_beside_a_cpu_torch():
-    """Importing the model code cures it; its transforms work, and a missing kernel says so instead of failing oddly."""
+    """``import visibench`` alone cures it: its transforms work, and a missing kernel says so, not something odd."""
     code = """
-import visibench.models, torchvision, torch
+import visibench, torchvision, torch
 from torchvision.transforms.v2.functional import resize
 print(tuple(resize(torch.zeros(3, 8, 8), [4, 4]).shape))
 try:

@@ -11,6 +11,7 @@ import torch
 import yaml
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
+from visibench.models.load import EMBEDDED
 from visibench.synthetic.questions import FORBIDDEN, KINDS, WORDS, Question
 from visibench.synthetic.scene import GRID, HELD_OUT, SIZE, render, sample_scene, sample_word
 from visibench.training import train as training
@@ -19,7 +20,7 @@ from visibench.training.build import make_model, make_processor, make_tokenizer
 from visibench.training.knowledge import LABEL_WORDS, MOST, ORDINALS, hints, patch_words
 
 FOLDER = Path(training.__file__).parent
-CHECKPOINT = FOLDER / "checkpoint"
+CHECKPOINT = EMBEDDED["tiny"]
 shipped = pytest.mark.skipif(not (CHECKPOINT / "model.safetensors").exists(), reason="no checkpoint yet")
 KIND_WEIGHTS = {"exist": 1.0, "color": 1.0, "side": 1.0, "verify_text": 1.0, "text": 2.0}
 

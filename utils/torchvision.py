@@ -7,6 +7,8 @@ transforms work as usual, and a call of one of the missing kernels says so.
 """
 
 import importlib.util
+import sys
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +55,18 @@ def ensure_importable() -> bool:
             _library.define(schema)
         return True
     return False
+
+
+class _Cure(MetaPathFinder):
+    """Finds nothing itself; the first time that torchvision is looked for, its schemas are there before it is found."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name == "torchvision":
+            sys.meta_path.remove(self)
+            ensure_importable()
+
+
+def install() -> None:
+    """Cure torchvision when it is first imported, by whomever; imports nothing by itself."""
+    if "torchvision" not in sys.modules and not any(isinstance(finder, _Cure) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Cure())

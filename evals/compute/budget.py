@@ -24,11 +24,11 @@ from typing import Any, Literal, get_args
 import torch
 
 from ...engine import prune
+from ...engine.contract import Knob
 from ...engine.session import PruningSession
 from ...engine.trace import Trace
 from ...errors import OptionError, suggest
 from ...methods import Method, load_method
-from ...methods.base import Knob
 from ...methods.registry import get
 from ...models import LoadedModel
 from ...results.store.records import VisualTokens

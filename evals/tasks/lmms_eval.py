@@ -15,9 +15,6 @@ from unittest.mock import patch
 from loguru import logger
 from PIL import ImageFile
 
-from ...utils.torchvision import ensure_importable
-
-ensure_importable()
 _is_host = "lmms_eval.evaluator" in sys.modules
 
 

@@ -1,0 +1,249 @@
+"""The contract between a pruning method and the engine.
+
+A method is a frozen dataclass of hyperparameters. For each prefill the engine calls :meth:`Method.begin` and gets a
+:class:`Forward`, which holds the state of that one forward pass and answers at up to three places: behind the
+projector, at the input of every decoder layer, and inside its attention; :meth:`Method.vision` answers in front of the
+projector. Methods never touch the model: they read the views that the engine hands them and return :class:`Keep`,
+:class:`Merge` or a replaced attention output.
+
+Shapes: B rows of the batch, V visual tokens present (the most over the rows; shorter rows are padded at the end and
+``view.present`` says where), H heads, L tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..errors import OptionError, suggest
+
+if TYPE_CHECKING:
+    from ..models.adapters import Geometry, VisionGeometry
+    from .layout import TokenLayout, TokenSet
+    from .views import AttentionView, BlockView, LayerView, VisionView
+
+__all__ = [
+    "AttentionView",
+    "BlockMerge",
+    "BlockView",
+    "Forward",
+    "Geometry",
+    "Keep",
+    "Knob",
+    "LayerView",
+    "Merge",
+    "Method",
+    "Positions",
+    "Stage",
+    "TokenLayout",
+    "TokenSet",
+    "VisionGeometry",
+    "VisionView",
+    "spell_value",
+]
+
+Positions = Literal["keep", "renumber"]
+Stage = Literal["image", "tower", "vision", "projector", "decoder", "attention"]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Keep the visual tokens where ``mask`` (bool, (B, V)) is true and drop the others, in order."""
+
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Keep, replace and add visual tokens.
+
+    ``mask``: bool (B, V), the tokens that stay. ``replaced``: (B, V, D) or None, new contents for all present tokens
+    (only those that stay matter). ``added``: (B, M, D) or None, new tokens, placed behind the last kept visual token
+    of the row; ``added_present``: bool (B, M), where None means that all are. ``added_positions``: int (B, M), the
+    positions of the new tokens, needed under the ``keep`` policy only. ``anchors``: int (B, M), for each new token the
+    visual token (it need not stay) by which it goes: j for behind token j, -1 - j for in front of it; None: behind the
+    last one.
+    """
+
+    mask: Tensor
+    replaced: Tensor | None = None
+    added: Tensor | None = None
+    added_present: Tensor | None = None
+    added_positions: Tensor | None = None
+    anchors: Tensor | None = None
+
+    def added_mask(self) -> Tensor:
+        """Bool (B, M): the new tokens that exist."""
+        assert self.added is not None
+        if self.added_present is not None:
+            return self.added_present
+        return torch.ones(self.added.shape[:2], dtype=torch.bool, device=self.added.device)
+
+
+@dataclass(frozen=True)
+class BlockMerge:
+    """Go on in the vision tower with fewer tokens.
+
+    ``tokens``: (N, t, Dv), CLS first where there is one. ``size``: (N, t), how many of the image's tokens each stands
+    for. ``bias``: (N, t) or None, added to the attention logits of these tokens as keys in the blocks that follow.
+    """
+
+    tokens: Tensor
+    size: Tensor
+    bias: Tensor | None = None
+
+
+class Forward:
+    """What a method does in one prefill. Every hook may return None: leave things as they are."""
+
+    def projected(self, view: VisionView) -> Keep | Merge | None:
+        """Once, behind the projector; B counts images, contents are projected features."""
+        return None
+
+    def layer_input(self, layer: int, view: LayerView) -> Keep | Merge | None:
+        """Before decoder layer ``layer``."""
+        return None
+
+    def attention(self, layer: int, view: AttentionView) -> Tensor | None:
+        """Inside decoder layer ``layer``: a returned (B, L, H, head size) tensor replaces the attention output."""
+        return None
+
+
+@dataclass(frozen=True)
+class Knob:
+    """What sets how much a method keeps; :mod:`visibench.evals.compute.budget` turns it until a target is met.
+
+    ``values(visual_tokens, geometry)``: what to choose from for prompts of so many visual tokens, in an order in which
+    the number of visual tokens left only rises or only falls. Values that the method refuses may stand at both ends.
+    ``options(value, given)``: what a value means beside the options ``given``; by default the option ``name`` itself.
+    ``replaces``: options that must not be given besides.
+    """
+
+    name: str
+    values: Callable[[int, Geometry], Sequence[float]]
+    replaces: tuple[str, ...] = ()
+    options: Callable[[Any, Mapping[str, Any]], dict[str, Any]] | None = None
+
+    def at(self, value: float, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All options with the knob at ``value``."""
+        return {**given, **({self.name: value} if self.options is None else self.options(value, given))}
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods: hyperparameters as fields, facts about the method as class attributes.
+
+    ``positions`` is a field of every method, with the authors' policy as its default: ``keep`` the original position
+    ids of the tokens that stay, or ``renumber`` them from 0 after each cut.
+
+    ``examples``: options, as on the command line, with which the method runs on every supported model that has what it
+    reads: one string for each way through its code, the plainest first. The tests put all of them through every
+    invariant, and ``visibench methods`` prints them. ``everything``: options under which all tokens stay and nothing
+    else changes, so that the output is the dense model's bit for bit; None where no options do that.
+
+    ``knobs``: what sets how much is kept, the finest first; without one the method cannot be asked to meet a budget.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    stage: ClassVar[tuple[Stage, ...]] = ()
+    adaptive: ClassVar[bool] = False
+    vision_blocks: ClassVar[tuple[int, ...]] = (-1,)
+    vision_cls: ClassVar[bool] = False
+    examples: ClassVar[tuple[str, ...]] = ("",)
+    everything: ClassVar[str | None] = None
+    knobs: ClassVar[tuple[Knob, ...]] = ()
+
+    positions: Positions = dataclasses.field(default="keep", kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.require(self.positions in get_args(Positions), "positions must be 'keep' or 'renumber'")
+
+    def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
+        """State for one prefill of a batch with this ``layout``."""
+        raise NotImplementedError
+
+    def vision(self, view: VisionView) -> Keep | Merge | None:
+        """Once for each batch of images, between vision tower and projector; contents are features, B counts images.
+
+        A method of its own and not of :class:`Forward`, because images may be encoded before the prompt is known.
+        """
+        return None
+
+    def image(self, pixels: Tensor, vision: VisionGeometry) -> Tensor | None:
+        """Once for each batch of images, in front of the vision tower: pixels (N, 3, h, w) for ``pixels``.
+
+        The tower interpolates its position embeddings to another size.
+        """
+        return None
+
+    def block(self, view: BlockView) -> BlockMerge | None:
+        """In every block of the vision tower, between attention and MLP."""
+        return None
+
+    def check(self, geometry: Geometry) -> None:
+        """Raise :class:`OptionError` if these hyperparameters cannot act on a model of this geometry."""
+
+    def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor] | None:
+        """Visual tokens left in each row, int (B,), by the decoder layer from whose input on; None: the inputs decide.
+
+        Follows from the options and the prompt's ``layout`` alone, before anything runs. No host sync.
+        """
+        return None
+
+    def visual_counts(self, layout: TokenLayout, geometry: Geometry) -> Tensor | None:
+        """Int (B, layers): visual tokens at each layer's input, as the trace will find them; None: inputs decide."""
+        left, counts = self.left(layout, geometry), [layout.visual.total]
+        if left is None:
+            return None
+        for layer in range(geometry.layers):
+            counts.append(left.get(layer, counts[-1]))
+        return torch.stack(counts[1:], dim=1)
+
+    def require(self, condition: bool, message: str) -> None:
+        """Raise :class:`OptionError` naming the method unless ``condition`` holds."""
+        if not condition:
+            raise OptionError(f"{self.name}: {message}")
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """All hyperparameters with their values, JSON-ready."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_options(cls, **options: Any) -> Method:
+        """Build the method; an unknown option raises :class:`OptionError` with the known ones."""
+        cls.check_names(options)
+        frozen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+        return cls(**frozen)
+
+    @classmethod
+    def check_names(cls, options: Iterable[str]) -> None:
+        """Raise :class:`OptionError` for an option that the method does not have."""
+        known = {f.name for f in dataclasses.fields(cls) if f.init}
+        for key in options:
+            if key not in known:
+                raise OptionError(f"{cls.name}: unknown option {key!r}; {suggest(key, known)}")
+
+    def __str__(self) -> str:
+        changed = [
+            f"{f.name}={spell_value(getattr(self, f.name))}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
+        ]
+        return f"{self.name}:{','.join(changed)}" if changed else self.name
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def spell_value(value: Any) -> str:
+    """An option's value as it is written on the command line; a list with plus signs."""
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
