@@ -1,4 +1,4 @@
-"""Models: loading, published sizes (geometry), where families keep their parts (adapters), the embedded model (tiny)."""
+"""Models: loading, published sizes (geometry), where families keep their parts (adapters), the embedded one (tiny)."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

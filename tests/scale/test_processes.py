@@ -1,0 +1,311 @@
+"""Sweeps by several processes and on a Ray cluster: the same results, also when a worker is killed."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+from rich.console import Console
+from storing import outcomes
+from visibench.commands.scale import choose
+from visibench.errors import IncompleteError, OptionError, UnsupportedModelError, VisibenchError
+from visibench.evals.sweeps import processes
+from visibench.evals.sweeps.cells import plan
+from visibench.evals.sweeps.config import parse_config
+from visibench.evals.sweeps.events import Reporter
+from visibench.evals.sweeps.processes import Processes
+from visibench.evals.sweeps.ray import Outcome, Ray, Worker, _needs
+from visibench.evals.sweeps.sweep import sweep
+from visibench.results.store.store import Store
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def config(checkpoint, disk_data):
+    methods = ["fastv:keep=0.5", {"name": "random", "keep": 0.25, "seeds": [0, 1]}]
+    content = {"model": str(checkpoint), "data": str(disk_data), "tasks": ["gqa", "mme"], "methods": methods}
+    return parse_config(content | {"limit": 7, "batch_size": 2, "timing": {"repeats": 2, "warmup": 0}}, "test")
+
+
+@pytest.fixture(scope="module")
+def straight(config, tmp_path_factory) -> list:
+    return outcomes(sweep(config, tmp_path_factory.mktemp("straight"), QUIET))
+
+
+class Heard(Reporter):
+    """Keeps all events; calls ``act`` at the first of a kind."""
+
+    def __init__(self, kind: str = "", act=None) -> None:
+        self.events, self.kind, self.act = [], kind, act
+
+    def __call__(self, event) -> None:
+        self.events.append(event)
+        if self.act and event.event == self.kind:
+            act, self.act = self.act, None
+            act()
+
+    def of(self, *kinds: str) -> list:
+        return [event for event in self.events if event.event in kinds]
+
+
+def check_events(heard: Heard, cells: int) -> None:
+    """Every cell ends once, and the numbers count through."""
+    assert sorted(event.cell.number for event in heard.of("cell_finished")) == list(range(1, cells + 1))
+    assert len({event.cell.folder for event in heard.of("cell_finished")}) == cells
+
+
+# ---- processes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_does_also_if_one_is_killed(config, straight, tmp_path):
+    killed = []
+
+    def kill() -> None:
+        victim = multiprocessing.active_children()[0]
+        os.kill(victim.pid, signal.SIGKILL)
+        victim.join()
+        killed.append(victim.exitcode)
+
+    heard = Heard("progress", kill)
+    assert outcomes(sweep(config, tmp_path, QUIET, report=heard, executor=Processes(2))) == straight
+    assert killed == [-signal.SIGKILL]
+    assert not list(tmp_path.glob("cells/*/answers*"))
+    assert any("was killed (SIGKILL): its cell goes to the others" in note.text for note in heard.of("note"))
+    check_events(heard, len(straight))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["model_started", "progress"])
+def test_ctrl_c_stops_all_processes_without_a_word_of_theirs_and_loses_nothing(
+    kind, config, straight, tmp_path, capfd, request
+):
+    """While they still import, and in the middle of a cell."""
+    # What runs in the background of a shell may have been started with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+
+    def interrupt() -> None:
+        def later() -> None:
+            while not multiprocessing.active_children():
+                time.sleep(0.01)
+            time.sleep(1 if kind == "model_started" else 0)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=later).start()
+
+    heard = Heard(kind, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(config, tmp_path, QUIET, report=heard, executor=Processes(2))
+    notes = [note.text for note in heard.of("note") if note.text.startswith("Stopping")]
+    assert len(notes) == (0 if kind == "model_started" else 1), "as if there were one process"
+    assert not multiprocessing.active_children()
+    assert capfd.readouterr() == ("", "")
+    assert len(list(tmp_path.glob("cells/*/metrics.json"))) < len(straight)
+    assert outcomes(sweep(config, tmp_path, QUIET)) == straight
+
+
+@pytest.mark.slow
+def test_when_no_process_is_left_the_sweep_says_so_and_goes_on_later(config, straight, tmp_path):
+    def kill() -> None:
+        for victim in multiprocessing.active_children():
+            os.kill(victim.pid, signal.SIGKILL)
+
+    with pytest.raises(VisibenchError, match=r"was killed \(SIGKILL\): run the same command again"):
+        sweep(config, tmp_path, QUIET, report=Heard("cell_finished", kill), executor=Processes(2))
+    assert 1 <= len(Store(tmp_path).cells()) < len(straight)
+    assert outcomes(sweep(config, tmp_path, QUIET)) == straight
+
+
+def test_what_a_worker_cannot_load_is_said_once(config, tmp_path, monkeypatch):
+    broken = config.model_copy(update={"methods": ["fastv:layer=11,keep=0.5"]})
+    monkeypatch.setattr(processes, "_start", lambda *args: pytest.fail("a worker was started"))
+    with pytest.raises(OptionError, match="10 layers"):
+        sweep(broken, tmp_path, QUIET, executor=Processes(2))
+
+
+def test_each_worker_has_a_device_of_its_own(monkeypatch):
+    monkeypatch.setattr(processes.torch, "get_num_threads", lambda: 8)
+    assert processes._environment(1, 3, "cpu") == {"OMP_NUM_THREADS": "2"}
+    assert processes._environment(8, 9, "auto") == {"OMP_NUM_THREADS": "1"}
+    monkeypatch.setattr(processes.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(processes.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [processes._environment(i, 2, "auto") for i in (0, 1)] == [{"CUDA_VISIBLE_DEVICES": str(i)} for i in (0, 1)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert processes._environment(1, 2, "cuda") == {"CUDA_VISIBLE_DEVICES": "7"}
+    with pytest.raises(OptionError, match="2 CUDA devices"):
+        processes._environment(0, 3, "cuda")
+    with pytest.raises(OptionError, match="give device cuda, not cuda:1"):
+        processes._environment(0, 2, "cuda:1")
+
+
+# ---- Ray ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _ray(monkeypatch):
+    """Workers as quick as this process; by itself Ray gives way to everything else on the machine."""
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_ray")
+def test_a_ray_cluster_gives_what_one_process_does_and_a_killed_worker_changes_nothing(
+    config, straight, tmp_path, capsys
+):
+    """Cells of seven questions in shards of four; one worker is killed in the middle of its work."""
+    killed = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 60
+        while not killed and time.monotonic() < deadline:
+            for process in psutil.Process().children(recursive=True):
+                if process.name().startswith("ray::Worker.run"):
+                    process.kill()
+                    killed.append(process.pid)
+                    return
+            time.sleep(0.002)
+
+    killer = threading.Thread(target=kill)
+    heard = Heard("cell_finished", killer.start)
+    cells = sweep(config, tmp_path, QUIET, report=heard, executor=Ray(workers=2, shard=4))
+    killer.join()
+    assert len(killed) == 1
+    assert capsys.readouterr().out == ""
+    assert outcomes(cells) == straight
+    check_events(heard, len(straight))
+    # Sixteen shards have four sets of images, and three workers ran at most.
+    assert sum(cell.metrics.reused_images > 0 for cell in cells) >= (16 - 3 * 4) / 2
+    counts = [event.answered for event in heard.of("progress") if event.cell.number == 1]
+    assert counts in ([3, 7], [4, 7]), "shards of batches of two: 2 + 2 and 2 + 1 questions, in any order"
+    assert not list(tmp_path.glob("cells/*/answers*"))
+
+
+def reused(outcome: Outcome) -> int:
+    (content,) = (content for name, content in outcome.files.items() if name.startswith("answers"))
+    return sum(json.loads(line)["reused"] for line in content.splitlines()[1:])
+
+
+@pytest.mark.parametrize("limit", [1.0, 0.0])
+def test_a_ray_worker_shares_vision_features_between_its_tasks(config, limit, tmp_path, monkeypatch):
+    monkeypatch.setenv("VISIBENCH_CACHE", str(tmp_path))
+    one = config.model_copy(update={"tasks": ["gqa"], "feature_cache_gb": limit, "keep_features": True})
+    worker, (dense, fastv, *_) = Worker(one.model_dump_json()), plan(one)
+    first, second = (worker.run(cell, (0, 2), {}, {}) for cell in (dense, fastv))
+    assert (first.answered, second.answered) == (4, 4)
+    assert reused(second) == (4 if limit else 0) >= reused(first)
+    assert first.notes == second.notes == worker.close() == ()
+    assert bool(list(tmp_path.rglob("*.safetensors"))) == bool(limit), "written where it is closed"
+
+
+def test_what_a_ray_worker_has_to_say_of_vision_features_comes_back(config, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("VISIBENCH_CACHE", str(tmp_path / "file"))
+    small = config.model_copy(update={"tasks": ["gqa"], "feature_cache_gb": 3e-6})  # one image of two
+    worker = Worker(small.model_dump_json())
+    (note,) = worker.run(plan(small)[0], (0, 2), {}, {}).notes
+    assert note.startswith("image features stay in memory, cannot write to")
+    assert worker.close() == ()
+
+
+def test_a_shard_that_cannot_run_is_left_to_the_end_of_its_cell(config, monkeypatch):
+    def fails(*arguments, **options):
+        raise UnsupportedModelError("no such layer")
+
+    monkeypatch.setattr("visibench.evals.sweeps.ray.answer", fails)
+    one = config.model_copy(update={"tasks": ["gqa"]})
+    outcome = Worker(one.model_dump_json()).run(plan(one)[0], (0, 2), {}, {})
+    assert b"UnsupportedModelError: no such layer" in outcome.files["failures.jsonl"]
+    assert outcome.answered == 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_ray")
+def test_an_unforeseen_error_of_a_ray_worker_is_a_failure_of_its_cell(config, straight, tmp_path, monkeypatch):
+    class Failing(Worker):
+        def run(self, cell, shard, files, dense):
+            if (cell.method.name, cell.config.task) == ("fastv", "gqa"):
+                raise RuntimeError("no such head\nreally")
+            return Worker.run(self, cell, shard, files, dense)
+
+    monkeypatch.setattr("visibench.evals.sweeps.ray.Worker", Failing)
+    with pytest.raises(IncompleteError) as caught:
+        sweep(config, tmp_path, QUIET, executor=Ray(workers=1, shard=4))
+    assert caught.value.exit_code == 3
+    assert "fastv:keep=0.5 · gqa · seed 0: failed, RuntimeError: no such head: see" in str(caught.value)
+    left = [one for one in straight if (one[0].method, one[0].task) != ("fastv", "gqa")]
+    assert outcomes(caught.value.cells) == left
+    (file,) = tmp_path.glob("cells/*/failures.jsonl")
+    (line,) = map(json.loads, file.read_text().splitlines())
+    assert (line["doc_id"], line["error"]) == (None, "RuntimeError: no such head")
+    assert 'raise RuntimeError("no such head' in line["traceback"]
+    assert "\x1b" not in line["traceback"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_ray")
+def test_an_error_of_a_ray_worker_is_one_line(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("visibench.evals.sweeps.cells.fingerprint", lambda model: "0123456789abcdef")
+    with pytest.raises(VisibenchError, match=r"^model '.*' is another one on .*: copy the folder there$"):
+        sweep(config, tmp_path, QUIET, executor=Ray(workers=1))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_ray")
+def test_workers_that_cannot_start_are_one_line(config, tmp_path, monkeypatch):
+    class Broken:
+        def __init__(self, config: str) -> None:
+            raise ImportError("no visibench here")
+
+    monkeypatch.setattr("visibench.evals.sweeps.ray.Worker", Broken)
+    with pytest.raises(VisibenchError, match=r"^no worker of the Ray cluster can start \(.*no visibench here\): mend"):
+        sweep(config, tmp_path, QUIET, executor=Ray(workers=2))
+
+
+def test_what_a_worker_needs_of_the_cluster():
+    assert _needs("auto", {"CPU": 64, "GPU": 8}) == ({"num_gpus": 1}, 8)
+    assert _needs("cuda", {"CPU": 64, "GPU": 2}) == ({"num_gpus": 1}, 2)
+    assert _needs("cpu", {"CPU": 64, "GPU": 8}) == ({"num_cpus": 1}, 64)
+    assert _needs("auto", {"CPU": 4}) == ({"num_cpus": 1}, 4)
+    with pytest.raises(OptionError, match="has no GPU"):
+        _needs("cuda", {"CPU": 4})
+    with pytest.raises(OptionError, match="not cuda:1"):
+        _needs("cuda:1", {"CPU": 4, "GPU": 4})
+
+
+def test_without_ray_there_is_one_line_that_names_the_fix(config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(OptionError, match=r"^--executor ray needs Ray: pip install visibench\[ray\]$"):
+        sweep(config, tmp_path, QUIET, executor=Ray())
+
+
+# ---- options ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("loca", None, None, None), "did you mean 'local'"),
+        (("local", None, "auto", None), "--address is for --executor ray"),
+        (("local", 2, None, 100), "--shard is for --executor ray"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options, message):
+    with pytest.raises(OptionError, match=message):
+        choose(*options)
+
+
+def test_options_choose_who_runs_the_cells():
+    assert choose("local", None, None, None) is None
+    assert choose("local", 1, None, None) is None
+    assert choose("local", 3, None, None) == Processes(3)
+    assert choose("ray", None, None, None) == Ray(None, None, 1000)
+    assert choose("ray", 4, "auto", 50) == Ray("auto", 4, 50)
