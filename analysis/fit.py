@@ -202,7 +202,7 @@ class _Probe(Method):
 
     name = "probe"
     title = "Probe"
-    stage = ("attention", "decoder")
+    hook_points = ("attention", "decoder")
 
     forward: Forward
 

@@ -33,13 +33,13 @@ __all__ = [
     "BlockView",
     "Forward",
     "Geometry",
+    "HookPoint",
     "Keep",
     "Knob",
     "LayerView",
     "Merge",
     "Method",
     "Positions",
-    "Stage",
     "TokenLayout",
     "TokenSet",
     "VisionGeometry",
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 Positions = Literal["keep", "renumber"]
-Stage = Literal["image", "tower", "vision", "projector", "decoder", "attention"]
+HookPoint = Literal["image", "tower", "vision", "projector", "decoder", "attention"]
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Method:
     title: ClassVar[str]
     paper: ClassVar[str] = ""
     source: ClassVar[str] = ""
-    stage: ClassVar[tuple[Stage, ...]] = ()
+    hook_points: ClassVar[tuple[HookPoint, ...]] = ()
     adaptive: ClassVar[bool] = False
     vision_blocks: ClassVar[tuple[int, ...]] = (-1,)
     vision_cls: ClassVar[bool] = False

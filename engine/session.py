@@ -101,7 +101,7 @@ class PruningSession:
             hook(decoder.rotary_emb.register_forward_pre_hook, self._on_rotary)
             for number, layer in enumerate(self.adapter.layers):
                 hook(layer.register_forward_pre_hook, partial(self._on_layer, number))
-            if "attention" in self.method.stage:
+            if "attention" in self.method.hook_points:
                 modules = {
                     layer.self_attn: partial(self._on_attention, i) for i, layer in enumerate(self.adapter.layers)
                 }

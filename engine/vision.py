@@ -22,7 +22,7 @@ from .trace import Trace, Watch
 from .views import VisionView
 
 SIDE = {"image", "tower", "vision", "projector"}
-# Of these stages a method changes what the tower is given or computes, so that nobody else can use it.
+# At these hook points a method changes what the tower is given or computes, so that nobody else can use it.
 CHANGING = {"image", "tower"}
 
 
@@ -37,7 +37,7 @@ class VisionTap:
 
     def __init__(self, adapter: Adapter, method: Method, watch: Watch, features: FeatureStore | None = None) -> None:
         self.adapter, self.method, self.watch = adapter, method, watch
-        self.features = None if CHANGING & set(method.stage) else features
+        self.features = None if CHANGING & set(method.hook_points) else features
         self.pixels: Tensor | None = None
         self.cls: Tensor | None = None
         self.macs = 0
@@ -49,9 +49,9 @@ class VisionTap:
         self._encoded: Any = None
         self._tower: Tower | None = None
         self._exit = ExitStack()
-        self._asked = bool(SIDE & set(method.stage))
+        self._asked = bool(SIDE & set(method.hook_points))
         self.grids: Tensor | None = None
-        if SIDE & set(method.stage) - set(adapter.family.sides) and adapter.vision_tower is not None:
+        if SIDE & set(method.hook_points) - set(adapter.family.sides) and adapter.vision_tower is not None:
             raise UnsupportedModelError(
                 f"{method.name} acts on the vision side, which cannot be pruned in architecture {adapter.kind!r}: "
                 "choose a method that acts in the decoder"
@@ -73,7 +73,7 @@ class VisionTap:
                 self.vision, self.patches = vision, vision.tokens
                 if self.method.vision_cls:
                     stack.callback(blocks[vision.feature_block].register_forward_hook(self._on_feature_block).remove)
-                if "tower" in self.method.stage:
+                if "tower" in self.method.hook_points:
                     self._tower = stack.enter_context(Tower(self.adapter, self.method, self))
                 before, behind = self._watched(self._on_features), self._watched(self._on_projected)
                 stack.callback(self.adapter.projector.register_forward_pre_hook(before).remove)
@@ -123,7 +123,7 @@ class VisionTap:
             return None
         self.pixels = args[0] if args else kwargs["pixel_values"]
         with self.watch("method"):
-            smaller = self.method.image(self.pixels, self.vision) if "image" in self.method.stage else None
+            smaller = self.method.image(self.pixels, self.vision) if "image" in self.method.hook_points else None
         if smaller is None:
             return None
         rest = {key: value for key, value in kwargs.items() if key != "pixel_values"}

@@ -12,8 +12,8 @@ def acts(method: type[Method]) -> str:
         "vision": "vision features",
         "projector": "projected features",
     }
-    named = [places[stage] for stage in method.stage if stage in places]
-    if {"decoder", "attention"} & set(method.stage):
+    named = [places[point] for point in method.hook_points if point in places]
+    if {"decoder", "attention"} & set(method.hook_points):
         named.append("decoder layers")
     return ", ".join(named) or "–"
 

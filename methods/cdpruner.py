@@ -45,7 +45,7 @@ class CDPruner(Budgeted):
     title = "CDPruner"
     paper = "2506.10967"
     source = "Theia-4869/CDPruner@9541616"
-    stage = ("projector",)
+    hook_points = ("projector",)
     vision_blocks = ()
     examples = ("keep=0.5,condition=none",)
     everything = "keep=1,condition=none"

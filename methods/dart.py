@@ -43,7 +43,7 @@ class DART(Budgeted, Layered):
     title = "DART"
     paper = "2502.11494"
     source = "ZichenWen1/DART@d6a5af6"
-    stage = ("attention", "decoder")
+    hook_points = ("attention", "decoder")
     examples = (
         "keep=0.5,layers=scaled",
         "tokens=17,text_pivots=20,layers=scaled",

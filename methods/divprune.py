@@ -38,7 +38,7 @@ class DivPrune(Budgeted):
     title = "DivPrune"
     paper = "2503.02175"
     source = "vbdi/divprune@799e2d9"
-    stage = ("projector",)
+    hook_points = ("projector",)
     vision_blocks = ()
     examples = ("keep=0.5", "tokens=6,positions=keep")
 

@@ -31,7 +31,7 @@ class Downsample(Gridded):
 
     name = "downsample"
     title = "Smaller image"
-    stage = ("image",)
+    hook_points = ("image",)
 
     def image(self, pixels: Tensor, vision: VisionGeometry) -> Tensor | None:
         rows, columns = self.grid(vision.grid)

@@ -32,7 +32,7 @@ class FasterVLM(Budgeted):
     title = "FasterVLM"
     paper = "2412.01818"
     source = "Theia-4869/FasterVLM@f5d5f12"
-    stage = ("vision",)
+    hook_points = ("vision",)
 
     positions: Positions = dataclasses.field(default="renumber", kw_only=True)
 

@@ -34,7 +34,7 @@ class FastV(Layered, Budgeted):
     title = "FastV"
     paper = "2403.06764"
     source = "pkunlp-icler/FastV@d165972"
-    stage = ("attention", "decoder")
+    hook_points = ("attention", "decoder")
     examples = ("keep=0.5,layers=scaled", "tokens=4,layer=4,positions=renumber")
     everything = "keep=1,layers=scaled"
 

@@ -67,7 +67,7 @@ class FitPrune(Layered):
     title = "FitPrune"
     paper = "2409.10197"
     source = "ywh187/FitPrune@d28e418"
-    stage = ("attention", "decoder")
+    hook_points = ("attention", "decoder")
     examples = (
         "ratio=60,out_of=576,layers=scaled",
         "deletions=0+3+0+4+4+0+1+9,positions=renumber",

@@ -31,7 +31,7 @@ class Pooling(Gridded):
 
     name = "pooling"
     title = "Average pooling"
-    stage = ("vision",)
+    hook_points = ("vision",)
 
     def vision(self, view: VisionView) -> Merge | None:
         images, _, size = view.features.shape

@@ -49,7 +49,7 @@ class PruMerge(Budgeted):
     title = "PruMerge"
     paper = "2403.15388"
     source = "42Shawn/LLaVA-PruMerge@097c041"
-    stage = ("vision",)
+    hook_points = ("vision",)
     adaptive = True
     vision_blocks = (0,)
     examples = ("", "tokens=6,order=spatial,weights=normalised,neighbours=3")

@@ -44,7 +44,7 @@ class PyramidDrop(Layered):
     title = "PyramidDrop"
     paper = "2410.17247"
     source = "Cooperx521/PyramidDrop@6444f30"
-    stage = ("attention", "decoder")
+    hook_points = ("attention", "decoder")
     examples = ("layers=scaled", "layers=scaled,scorer=stage,positions=keep")
     everything = "ratios=1+1+1,layers=scaled"
     knobs = (

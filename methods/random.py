@@ -29,7 +29,7 @@ class Random(Budgeted):
 
     name = "random"
     title = "Random tokens"
-    stage = ("decoder",)
+    hook_points = ("decoder",)
     examples = ("keep=0.5", "tokens=5,layer=3,positions=renumber")
 
     layer: int = 0

@@ -58,7 +58,7 @@ class SparseVLM(Layered):
     title = "SparseVLM"
     paper = "2410.04417"
     source = "Gumpest/SparseVLMs@26a5f48"
-    stage = ("attention", "decoder")
+    hook_points = ("attention", "decoder")
     examples = (
         "tokens=192,out_of=576,layers=scaled",
         "counts=9+5+2,after=0+2+6",

@@ -43,7 +43,7 @@ class ToMe(Budgeted):
     title = "ToMe"
     paper = "2210.09461"
     source = "facebookresearch/ToMe@af95e4b"
-    stage = ("tower",)
+    hook_points = ("tower",)
     vision_blocks = ()
     examples = ("keep=0.5", "tokens=7,proportional=false")
 

@@ -44,7 +44,7 @@ class VisionZip(Budgeted):
     title = "VisionZip"
     paper = "2412.04467"
     source = "dvlab-research/VisionZip@3151f6d"
-    stage = ("vision",)
+    hook_points = ("vision",)
     vision_cls = True
     examples = ("keep=0.5", "tokens=7,contextual=3,merge=mean")
     everything = None

@@ -57,7 +57,7 @@ class VisiPruner(Layered):
     title = "VisiPruner"
     paper = "2510.17205"
     source = "EIT-NLP/VisiPruner@d778622"
-    stage = ("attention", "decoder")
+    hook_points = ("attention", "decoder")
     adaptive = True
     examples = (
         "layers=scaled",

@@ -42,7 +42,7 @@ class VisPruner(Budgeted):
     title = "VisPruner"
     paper = "2412.01818"
     source = "Theia-4869/VisPruner@aefa01a"
-    stage = ("vision",)
+    hook_points = ("vision",)
     examples = ("keep=0.4", "tokens=9,important=0.3,drop=2", "tokens=6,important=1")
 
     important: float = 0.5

@@ -34,7 +34,7 @@ class VTW(Layered):
     title = "VTW"
     paper = "2405.05803"
     source = "lzhxmu/VTW@a3d8cfc"
-    stage = ("decoder",)
+    hook_points = ("decoder",)
     examples = ("layers=scaled", "layer=0,positions=renumber")
     knobs = (Knob("layer", lambda visual_tokens, geometry: range(max(geometry.layers, REFERENCE_DEPTH))),)
 

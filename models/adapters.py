@@ -177,9 +177,9 @@ def _merged(config: Any, processor: Any, inputs: Mapping[str, Any], number: int,
 class Family:
     """Attribute paths, from the top-level model, of the parts of one architecture (``config.model_type``).
 
-    ``vision``: sizes of its vision side, from the configuration and the projector's MACs for a token. ``sides``: stages
-    of methods that may act on that side. ``grids``: frames and patches (N, 3) of each image or tile, from the arguments
-    of the vision tower; None where every image has ``VisionGeometry.tokens``. ``views``: where the tokens of
+    ``vision``: sizes of its vision side, from the configuration and the projector's MACs for a token. ``sides``: hook
+    points of methods that may act on that side. ``grids``: frames and patches (N, 3) of each image or tile, from the
+    arguments of the vision tower; None where every image has ``VisionGeometry.tokens``. ``views``: where the tokens of
     an image lie in it.
     """
 

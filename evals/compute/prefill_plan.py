@@ -30,10 +30,10 @@ def planned_prefill(loaded: LoadedModel, method: Method, text: int, visual_token
     whole = torch.full((1, geometry.layers), visual_tokens)
     start = planned(whole, visual_tokens, Work(), geometry, prefix=prefix, text=text - prefix)
     counts = method.visual_counts(start.prompt, geometry)
-    if counts is None or _BEFORE_THE_PROJECTOR & set(method.stage):
+    if counts is None or _BEFORE_THE_PROJECTOR & set(method.hook_points):
         raise OptionError(f"{method}: what it saves shows only when it runs: give --weights random")
     trace = planned(counts, visual_tokens, Work(), geometry, prefix=prefix, text=text - prefix)
     trace.grids = images
-    if "vision" in method.stage:
+    if "vision" in method.hook_points:
         trace.projected = counts[:, 0]
     return trace

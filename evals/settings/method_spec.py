@@ -84,7 +84,7 @@ def _describe(cls: type[Method]) -> dict[str, Any]:
         "about": (cls.__doc__ or "").strip().splitlines()[0].replace("``", ""),
         "paper": cls.paper,
         "source": cls.source,
-        "stage": list(cls.stage),
+        "hook_points": list(cls.hook_points),
         "adaptive": cls.adaptive,
         "positions": next(field.default for field in fields if field.name == "positions"),
         "examples": [spell(cls, options) for options in cls.examples],

@@ -26,7 +26,7 @@ class Stride(Method):
 
     name = "stride"
     title = "Every n-th token"
-    stage = ("vision",)
+    hook_points = ("vision",)
     vision_blocks = ()
     examples = ("n=3", "n=2,positions=renumber")
     everything = "n=1"

@@ -193,7 +193,7 @@ def _methods(table: Table, about: Mapping[str, Mapping[str, Any]]) -> list[dict[
                 "paper": facts.get("paper", ""),
                 "source": facts.get("source", ""),
                 "source_url": _source_url(facts.get("source", "")),
-                "stage": ", ".join(facts.get("stage", [])),
+                "hook_points": ", ".join(facts.get("hook_points", [])),
                 "positions": ", ".join(sorted({str(row.options.get("positions", "–")) for row in rows})),
                 "options": _spelled(common),
                 "runs": [(row.label, _spelled(row.options, common), row.seeds) for row in rows],

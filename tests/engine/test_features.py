@@ -77,7 +77,7 @@ def test_results_are_the_same_bit_for_bit(llava, method):
     assert same(run(llava, method, inputs, store), off)
     with Towers(llava) as towers:
         assert same(run(llava, method, inputs, store), off)
-    assert (towers.images > 0) == bool(CHANGING & set(method.stage))
+    assert (towers.images > 0) == bool(CHANGING & set(method.hook_points))
     without, last = run(llava, method, inputs), off[0][0][:, -1]
     assert (without[0][0][:, -1] - last).abs().max() < 1e-5 * last.abs().max()
 

@@ -64,7 +64,7 @@ def test_one_read_for_a_cut_and_none_besides(llava, method):
     reads = Reads()
     with torch.no_grad(), reads, visibench.prune(llava, method, watch=reads) as session:
         llava(**batch, use_cache=True)
-    behind_the_tower = 1 if {"vision", "image", "tower"} & set(method.stage) else 0
+    behind_the_tower = 1 if {"vision", "image", "tower"} & set(method.hook_points) else 0
     assert len(reads.found) <= session.trace.host_syncs + behind_the_tower
     layers = session.geometry.layers
     assert session.trace.host_syncs <= layers + 1, "at most one a decoder layer, and one in front of them"

@@ -25,14 +25,14 @@ def random_tiny():
 @pytest.mark.parametrize("text", EXAMPLES)
 def test_a_plan_equals_the_prefill_that_runs_less_what_the_method_computes(random_tiny, text):
     method = method_spec.parse(text)
-    if {"image", "tower"} & set(method.stage) or method.adaptive:
+    if {"image", "tower"} & set(method.hook_points) or method.adaptive:
         with pytest.raises(OptionError, match="--weights random"):
             prefills.plan(random_tiny, method, 20, 288)
         return
     planned = prefills.plan(random_tiny, method, 20, 288)
     ran = prefills.prefills(random_tiny, method, [random_tiny.synthetic_inputs(1, 20, 288)])
     differ = [name for name in ran if ran[name].tolist() != planned[name].tolist()]
-    assert set(differ) <= {"scoring", "executed", *(EDITED if "attention" in method.stage else ())}
+    assert set(differ) <= {"scoring", "executed", *(EDITED if "attention" in method.hook_points else ())}
     extra = ran["scoring"] + ran["attention"] - planned["attention"]
     assert (ran["executed"] - planned["executed"]).tolist() == pytest.approx(extra.tolist())
 

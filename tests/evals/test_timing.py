@@ -163,7 +163,7 @@ class Slow(Method):
 
     name = "slow"
     title = "Slow"
-    stage = ("attention", "decoder", "projector")
+    hook_points = ("attention", "decoder", "projector")
     clock: FakeClock | None = None
 
     def begin(self, layout, geometry):

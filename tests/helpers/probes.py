@@ -14,7 +14,7 @@ class Probe(Method):
 
     name = "probe"
     title = "Probe"
-    stage = ("decoder",)
+    hook_points = ("decoder",)
     layer: int = 1
     every: int = 2
 
@@ -38,7 +38,7 @@ class MergeProbe(Probe):
 class VisionProbe(Probe):
     """Drops like Probe at the projector; with ``merge`` the mean feature comes in front of each image."""
 
-    stage = ("vision",)
+    hook_points = ("vision",)
     merge: bool = False
 
     def vision(self, view):
@@ -56,7 +56,7 @@ class VisionProbe(Probe):
 class ProjectedProbe(Probe):
     """Drops like Probe behind the projector."""
 
-    stage = ("projector",)
+    hook_points = ("projector",)
     vision_blocks = ()
 
     def begin(self, layout, geometry):

@@ -85,7 +85,7 @@ class Projected(Forward):
 
 
 class AtTheDecoder(Method):
-    name, stage = "divprune at the decoder", ("decoder",)
+    name, hook_points = "divprune at the decoder", ("decoder",)
 
     def __init__(self, count):
         super().__init__(positions="renumber")

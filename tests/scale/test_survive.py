@@ -36,7 +36,7 @@ class Dice(Budgeted):
 
     name = "dice"
     title = "Dice"
-    stage = ("decoder",)
+    hook_points = ("decoder",)
 
     def begin(self, layout, geometry):
         return DiceForward(self)
