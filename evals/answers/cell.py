@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,83 +16,42 @@ from ...models import LoadedModel
 from ...results.statistics.metrics import agreement
 from ...results.store.records import CellConfig, CellMetrics, Compute, Failure, PrefillTime, VisualTokens, environment
 from ...results.store.store import FAILURES, Cell, Store
-from ..sweeps.cells import Plan
 from ..tasks.tasks import Task
+from .cell_spec import CellSpec
 
 if TYPE_CHECKING:
+    from .checkpoint import Answers
     from .score import Evaluation
-
-
-def claimed(
-    cells: Sequence[Plan], store: Store, say: Callable[[str], Any], check: Callable[[], None]
-) -> Generator[Plan, None, None]:
-    """Cells one after the other, each while this process holds its claim; those of other processes when they let go.
-
-    ``cells`` hold the dense ones first. A cell comes only behind its dense one, so that it can be compared with it:
-    while another process works on that, all cells that do not depend on it come first. ``check`` is called now and
-    then, also while this waits, and may raise.
-    """
-    todo, wait = list(cells), 0.0
-    while todo:
-        later: list[Plan] = []
-        held: set[str] = set()
-        for cell in todo:
-            check()
-            if cell.dense is not None and cell.dense.folder in held:
-                later.append(cell)
-                continue
-            with store.claim(cell.config, wait=wait) as mine:
-                if mine:
-                    yield cell
-                else:
-                    later.append(cell)
-                    held.add(cell.config.folder)
-        stuck = len(later) == len(todo)
-        if stuck and not wait:
-            say(f"Waiting for {len(held)} cells of {store.root} that another process works on.")
-        todo, wait = later, 1.0 if stuck else 0.0
-
-
-def others(config: CellConfig, size: int, store: Store, since: float) -> Cell | None:
-    """The cell if another process has finished it by now; :class:`IncompleteError` if it has failed there.
-
-    ``since``: when this process began, in seconds since the epoch; older failures are to be tried again.
-    """
-    failures = store.failures(config, since)
-    if failures:
-        raise IncompleteError(_described(failures, size, store.path(config)))
-    return store.done(config)
 
 
 def run_cell(
     loaded: LoadedModel,
-    method: Method,
+    spec: CellSpec,
     task: Task,
-    config: CellConfig,
     store: Store,
     on_batch: Callable[[int], Any] | None = None,
     features: FeatureStore | None = None,
-    *,
-    dense: CellConfig | None = None,
+    answer: Callable[..., Answers] | None = None,
 ) -> Cell:
     """Answer what is not answered yet, score, time and store a cell. The caller holds its claim.
 
-    ``features``: where cells share what the vision tower computes for an image. Prefill is timed without it. ``dense``:
-    the dense model's cell on the same questions. The samples get a column ``dense_agreement``: whether an answer is
-    that cell's (see :func:`visibench.results.statistics.metrics.agreement`); null where that cell is not done by now
+    ``features``: where cells share what the vision tower computes for an image. Prefill is timed without it.
+    ``answer``: who answers the questions, with the arguments of :func:`visibench.evals.answers.generate.answer`, which
+    is the default. The samples get a column ``dense_agreement``: whether an answer is that of the cell ``spec.dense``
+    (see :func:`visibench.results.statistics.metrics.agreement`); null where that cell is not done by now
     (:func:`agreed` makes up for it), or was asked other questions.
 
     Raises :class:`IncompleteError` if some questions or the scoring failed: then the failures lie in the cell's folder,
     the cell is not done, and its good batches are kept for the next time. Raises :class:`StorageError` if the folder
     cannot be written.
     """
-    from ..sweeps.torchrun import answer
-    from .generate import failure
+    from . import generate
     from .score import score
 
+    config, method = spec.config, spec.method
     folder = store.begin(config)
     try:
-        answers = answer(loaded, method, task, config, folder, on_batch=on_batch, features=features)
+        answers = (answer or generate.answer)(loaded, spec, task, folder, on_batch=on_batch, features=features)
         failures = answers.failures
         if not failures:
             evaluation = score(
@@ -105,16 +64,16 @@ def run_cell(
             )
             prefill = _time(loaded, method, task, config)
             metrics = _metrics(evaluation, prefill, config, loaded)
-            same = _agreement(evaluation.samples, metrics, config, store, dense)
+            same = _agreement(evaluation.samples, metrics, config, store, spec.dense)
             return store.finish(config, evaluation.samples.assign(dense_agreement=same), metrics)
     except StorageError:
         raise
     except Exception as error:
         if disk_full(error):
             raise StorageError(f"no room left on the disk ({error}): make room; what is finished is kept") from error
-        failures = [failure(error)]
+        failures = [generate.failure(error)]
     store.fail(config, failures)
-    raise IncompleteError(_described(failures, task.size(config.limit)[0], folder))
+    raise IncompleteError(described(failures, task.size(config.limit)[0], folder))
 
 
 def agreed(cell: Cell, dense: CellConfig | None, store: Store) -> Cell:
@@ -131,7 +90,7 @@ def agreed(cell: Cell, dense: CellConfig | None, store: Store) -> Cell:
     return store.finish(cell.config, samples.assign(dense_agreement=same), cell.metrics)
 
 
-def _described(failures: list[Failure], size: int, folder: Path) -> str:
+def described(failures: list[Failure], size: int, folder: Path) -> str:
     """What failed, and where it is written down."""
     failed = [failure for failure in failures if failure.doc_id is not None]
     whole = [failure.error for failure in failures if failure.doc_id is None]

@@ -22,16 +22,16 @@ from ...engine import prune
 from ...engine.features import FeatureStore
 from ...engine.trace import Trace
 from ...errors import VisibenchError
-from ...methods import Method
 from ...models import LoadedModel
 from ...models.load import release
-from ...results.store.records import CellConfig, Failure, digest
+from ...results.store.records import Failure, digest
 from ...results.store.token_grids import Places, size
 from ..compute import flops
 from ..compute.memory import out_of_memory
 from ..compute.timing import clock_of
 from ..tasks import lmms_eval
 from ..tasks.tasks import Task, reason
+from .cell_spec import CellSpec
 from .checkpoint import Answers, Batch, Record, bound_to
 
 DEFAULT_MAX_NEW_TOKENS = 32
@@ -42,9 +42,8 @@ HOPELESS = 16
 
 def answer(
     loaded: LoadedModel,
-    method: Method,
+    spec: CellSpec,
     task: Task,
-    config: CellConfig,
     folder: Path,
     *,
     shard: tuple[int, int] = (0, 1),
@@ -65,8 +64,9 @@ def answer(
     nothing lost. ``features``: where cells share what the vision tower computes; without one, or with another one, the
     answers are the same.
     """
+    config = spec.config
     answers = Answers(folder, bound_to(config, loaded.describe()), shard)
-    with lmms_eval.quiet(), prune(loaded.model, method, features=features or FeatureStore(0)) as session:
+    with lmms_eval.quiet(), prune(loaded.model, spec.method, features=features or FeatureStore(0)) as session:
         bridge = Bridge(loaded, session, task, config.batch_size, on_batch, answers, config.seed, forgiving=True)
         bridge.answer(requests(task, task.size(config.limit)[0]), shard)
     return answers

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
-from ...methods import Method, load_method
+from ...methods import load_method
 from ...models.load import EMBEDDED
 from ...results.store.records import CellConfig
+from ..answers.cell_spec import CellSpec
 from ..tasks.tasks import check_data, definition, origin_of
 from .config import DENSE, Solve, SweepConfig, Variant, nowhere, variants
 
@@ -17,19 +17,7 @@ _WHOLE_FILE = 32 << 20
 _EDGE = 64 << 10
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One cell to be: its configuration, and the method and task that it names.
-
-    ``dense``: the cell of the dense model on the same questions, which its answers are compared with.
-    """
-
-    config: CellConfig
-    method: Method
-    dense: CellConfig | None = None
-
-
-def plan(config: SweepConfig, *, dense: bool = True, solve: Solve = nowhere) -> list[Plan]:
+def plan(config: SweepConfig, *, dense: bool = True, solve: Solve = nowhere) -> list[CellSpec]:
     """All cells of a sweep, the dense model first. Names and options are checked; nothing is loaded.
 
     ``solve`` is asked, after all checks, for the methods that have a budget.
@@ -40,7 +28,7 @@ def plan(config: SweepConfig, *, dense: bool = True, solve: Solve = nowhere) -> 
     return [cell for one in config.by_model() for cell in _of_model(one, dense, solve)]
 
 
-def _of_model(config: SweepConfig, dense: bool, solve: Solve) -> list[Plan]:
+def _of_model(config: SweepConfig, dense: bool, solve: Solve) -> list[CellSpec]:
     checkpoint = fingerprint(config.model)
     found = variants(config, dense=dense, solve=solve)
     reference = next(
@@ -51,7 +39,7 @@ def _of_model(config: SweepConfig, dense: bool, solve: Solve) -> list[Plan]:
         for task in config.tasks:
             cell = _cell(config, checkpoint, variant, task)
             own = cell if cell.method == DENSE else _cell(config, checkpoint, reference, task)
-            cells.append(Plan(cell, variant.method, own))
+            cells.append(CellSpec(cell, variant.method, own))
     return cells
 
 

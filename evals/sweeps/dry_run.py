@@ -26,6 +26,7 @@ from ...models import LoadedModel, load_model
 from ...models.geometry import check_weights
 from ...results.store.records import CellConfig, CellMetrics
 from ...results.store.store import Cell, Store
+from ..answers.cell_spec import CellSpec
 from ..compute.flops import executed
 from ..compute.paper_flops import Work, planned
 from ..tasks.hub import hub_or_cache
@@ -33,7 +34,7 @@ from ..tasks.tasks import HUB, reason
 from . import pace
 from .config import DENSE, SweepConfig
 from .events import Lines, Note
-from .sweep import Plan, Prepared, fingerprint, plan
+from .sweep import Prepared, fingerprint, plan
 
 PROMPTS = 8
 """Questions of a task on which a method's plan is priced."""
@@ -101,7 +102,7 @@ def _check(config: SweepConfig, methods: Sequence[Method], prepared: Prepared) -
         prune(sizes.model, method)
 
 
-def _cell(cell: Plan, found: Cell | None, known: _Known) -> Forecast:
+def _cell(cell: CellSpec, found: Cell | None, known: _Known) -> Forecast:
     config = cell.config
     if found:
         size, compute = found.metrics.size, found.metrics.compute.macs
@@ -141,7 +142,7 @@ class _Known:
             return None
         return self.prepared.tasks([config.task])[config.task].size(config.limit)[0]
 
-    def compute(self, cell: Plan) -> tuple[float | None, Basis | None]:
+    def compute(self, cell: CellSpec) -> tuple[float | None, Basis | None]:
         measured = [one.metrics.compute.macs for one in self.finished if _what(one.config) == _what(cell.config)]
         if measured:
             return fmean(measured), "measured"

@@ -26,8 +26,8 @@ import torch
 from ...errors import IncompleteError, OptionError, VisibenchError
 from ...models import load_model
 from ...results.store.store import Store
-from ..answers.cell import others
-from .cells import Plan
+from ..answers.cell_spec import CellSpec
+from .claims import done_elsewhere
 from .config import SweepConfig
 from .events import Event, Note, Reporter
 
@@ -43,7 +43,7 @@ class Job:
     """Cells of one model to run: all of ``cells`` with ``sizes`` questions by task, since ``began`` (epoch seconds)."""
 
     config: SweepConfig
-    cells: list[Plan]
+    cells: list[CellSpec]
     sizes: Mapping[str, int]
     store: Store
     began: float
@@ -54,10 +54,10 @@ class Job:
         for cell in self.cells:
             cell.method.check(geometry)
 
-    def problem(self, cell: Plan) -> str:
+    def problem(self, cell: CellSpec) -> str:
         """Why a cell is not done; empty if it is."""
         try:
-            done = others(cell.config, self.sizes[cell.config.task], self.store, self.began)
+            done = done_elsewhere(cell.config, self.sizes[cell.config.task], self.store, self.began)
         except IncompleteError as error:
             return str(error)
         return "" if done else UNFINISHED

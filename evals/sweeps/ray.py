@@ -32,9 +32,10 @@ from ...errors import DataError, IncompleteError, OptionError, StorageError, Vis
 from ...results.store.records import Failure
 from ...results.store.store import ANSWERS, DONE, Store
 from ..answers.cell import run_cell
+from ..answers.cell_spec import CellSpec
 from ..answers.generate import answer, failure
 from ..tasks.tasks import reason
-from .cells import Plan, fingerprint
+from .cells import fingerprint
 from .config import SweepConfig
 from .events import Answered, CellFailed, CellFinished, CellStarted, Named, Note, Reporter, Stopwatch
 from .feature_sharing import feature_store
@@ -151,7 +152,7 @@ class Worker:
         self._notes.clear()
         return told
 
-    def run(self, cell: Plan, shard: Shard | None, files: dict[str, bytes], dense: dict[str, bytes]) -> Outcome:
+    def run(self, cell: CellSpec, shard: Shard | None, files: dict[str, bytes], dense: dict[str, bytes]) -> Outcome:
         """Answer a shard, or with all that is answered in ``files`` what is left, and score and time the cell.
 
         ``dense``: files of its dense cell, if that is done.
@@ -166,13 +167,14 @@ class Worker:
                 store.take(cell.dense, dense)
             folder = store.begin(config)
             store.take(config, files)
-            asked, answered = (prepared.loaded, cell.method, task, config), list[int]()
+            answered: list[int] = []
             if shard is None:
                 with suppress(IncompleteError):  # its file of failures says the same
-                    run_cell(*asked, store, features=self.features, dense=cell.dense)
+                    run_cell(prepared.loaded, cell, task, store, features=self.features)
             else:
                 try:
-                    answer(*asked, folder, shard=shard, on_batch=answered.append, features=self.features)
+                    ask = partial(answer, prepared.loaded, cell, task, folder, features=self.features)
+                    ask(shard=shard, on_batch=answered.append)
                 except StorageError:
                     raise
                 except VisibenchError as error:  # the cell's own, as in `run_cell`, which meets it again at the end
@@ -189,7 +191,7 @@ class Worker:
 class _Open:
     """A cell that is being worked on, claimed by this process. ``left``: shards that are not answered yet."""
 
-    cell: Plan
+    cell: CellSpec
     name: Named
     claim: ExitStack
     left: int
@@ -330,7 +332,7 @@ class _Driver:
             self.report(Note(text=f"Waiting for cells of {self.job.store.root} that another process works on."))
         time.sleep(LOOK)
 
-    def _open(self, cell: Plan, claim: ExitStack) -> None:
+    def _open(self, cell: CellSpec, claim: ExitStack) -> None:
         store, size = self.job.store, self.job.sizes[cell.config.task]
         self.opened += 1
         parts = min(math.ceil(size / self.shard), math.ceil(size / cell.config.batch_size))

@@ -19,7 +19,8 @@ from ...errors import OptionError
 from ...results.statistics.inference import BASELINES, DENSE, RANDOM, budgets
 from ...results.store.records import CellConfig
 from ...results.store.store import Cell
-from .cells import Plan, plan
+from ..answers.cell_spec import CellSpec
+from .cells import plan
 from .config import MethodEntry, Solve, SweepConfig
 
 REFERENCES = [method for method in BASELINES if method != DENSE]
@@ -27,10 +28,10 @@ SEEDS = 5
 """Of methods that draw."""
 
 
-def references(config: SweepConfig, cells: Sequence[Cell], solve: Solve, say: Callable[[str], Any]) -> list[Plan]:
+def references(config: SweepConfig, cells: Sequence[Cell], solve: Solve, say: Callable[[str], Any]) -> list[CellSpec]:
     """The cells to add to the finished ``cells`` of a sweep. ``say`` hears of budgets that a reference cannot meet."""
     present = {_setting(cell.config) for cell in cells}
-    found: list[Plan] = []
+    found: list[CellSpec] = []
     for name, tokens in lacking(cells):
         first = config.seeds[0]
         seeds = list(range(first, first + SEEDS)) if name == RANDOM else None

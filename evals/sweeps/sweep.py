@@ -20,10 +20,13 @@ from ...results.store.store import Cell, Store
 from ...results.tables.render import render
 from ...results.tables.tables import Table, build
 from ...utils.interrupt import stoppable
-from ..answers.cell import agreed, claimed, others, run_cell
+from ..answers.cell import agreed, run_cell
+from ..answers.cell_spec import CellSpec
 from ..compute import budget
 from ..tasks.tasks import Task, load_tasks
-from .cells import Plan, fingerprint, plan
+from . import torchrun
+from .cells import fingerprint, plan
+from .claims import claimed, done_elsewhere
 from .config import SweepConfig, settled
 from .events import (
     CellFailed,
@@ -43,7 +46,7 @@ from .feature_sharing import feature_store
 from .processes import Executor, Job
 from .references import references
 
-__all__ = ["Plan", "Prepared", "fingerprint", "local", "plan", "run_cell", "save_tables", "sweep"]
+__all__ = ["CellSpec", "Prepared", "fingerprint", "local", "plan", "run_cell", "save_tables", "sweep"]
 
 SHOWN = 3
 """Failed cells named in the last line."""
@@ -101,7 +104,7 @@ def _sweep_model(
     """The finished cells of a model, and what is to be said of the others."""
     prepared = Prepared(config, report)
 
-    def run(cells: list[Plan]) -> tuple[list[Cell], list[str]]:
+    def run(cells: list[CellSpec]) -> tuple[list[Cell], list[str]]:
         failed: list[str] = []
         pending = [cell for cell in cells if store.done(cell.config) is None]
         sizes = prepared.sizes({cell.config.task for cell in pending})
@@ -201,15 +204,8 @@ def local(job: Job, prepared: Prepared, report: Reporter) -> list[str]:
                 check()
 
             try:
-                done = others(cell.config, name.questions, store, job.began) or run_cell(
-                    loaded,
-                    cell.method,
-                    tasks[cell.config.task],
-                    cell.config,
-                    store,
-                    on_batch,
-                    features,
-                    dense=cell.dense,
+                done = done_elsewhere(cell.config, name.questions, store, job.began) or run_cell(
+                    loaded, cell, tasks[cell.config.task], store, on_batch, features, torchrun.answer
                 )
                 report(CellFinished.of(name, done.metrics, clock()))
             except IncompleteError as error:

@@ -22,10 +22,10 @@ from pydantic import TypeAdapter
 from ...errors import OptionError, VisibenchError
 from ...results.store.records import CellConfig, Record
 from ...utils import machine
+from ..answers.cell_spec import CellSpec
 
 if TYPE_CHECKING:
     from ...engine.features import FeatureStore
-    from ...methods import Method
     from ...models import LoadedModel
     from ..answers.checkpoint import Answers
     from ..tasks.tasks import Task
@@ -123,9 +123,8 @@ def together() -> bool:
 
 def answer(
     loaded: LoadedModel,
-    method: Method,
+    spec: CellSpec,
     task: Task,
-    config: CellConfig,
     folder: Path,
     *,
     on_batch: Callable[[int], Any] | None = None,
@@ -141,8 +140,8 @@ def answer(
 
     report = on_batch or (lambda answered: None)
     if _first is None:
-        return generate.answer(loaded, method, task, config, folder, on_batch=report, features=features)
-    count, said, size = _first.count, 0, task.size(config.limit)[0]
+        return generate.answer(loaded, spec, task, folder, on_batch=report, features=features)
+    count, said, size = _first.count, 0, task.size(spec.config.limit)[0]
 
     def estimate(answered: int) -> None:
         """A batch here stands for one on every rank."""
@@ -152,8 +151,8 @@ def answer(
         report(new)
 
     limit, keep = (features.limit, features.keep) if features is not None else (0, False)
-    _first.send(Share(config=config, folder=folder, limit=limit, keep=keep))
-    ask = partial(generate.answer, loaded, method, task, config, folder, features=features)
+    _first.send(Share(config=spec.config, folder=folder, limit=limit, keep=keep))
+    ask = partial(generate.answer, loaded, spec, task, folder, features=features)
     ask(shard=(0, count), on_batch=estimate)
     _first.wait()
     found = ask(on_batch=lambda answered: report(0))
@@ -185,8 +184,9 @@ def serve(ranks: Ranks) -> None:
             key = config.task, config.origin
             if key not in tasks:
                 tasks[key] = load_tasks([config.task], config.origin)[0]
-            method, shard = method_spec.build(config.method, config.options), (ranks.rank, ranks.count)
-            generate.answer(loaded, method, tasks[key], config, share.folder, shard=shard, features=features)
+            spec = CellSpec(config, method_spec.build(config.method, config.options))
+            shard = ranks.rank, ranks.count
+            generate.answer(loaded, spec, tasks[key], share.folder, shard=shard, features=features)
             ranks.done()
 
 

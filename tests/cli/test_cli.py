@@ -186,7 +186,7 @@ def test_ctrl_c_says_how_to_go_on(cli, checkpoint, disk_data, monkeypatch):
     assert (code, out) == (130, "")
     assert "goes on where" in err
 
-    monkeypatch.setattr("visibench.evals.compute.prefills", interrupted)
+    monkeypatch.setattr("visibench.evals.compute.prefills.prefills", interrupted)
     code, out, err = cli("flops", "--model", checkpoint, "--method", "none", "--data", disk_data)
     assert (code, out) == (130, "")
     assert err.strip() == "error: interrupted", "nothing is kept that it could go on from"

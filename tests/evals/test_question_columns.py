@@ -17,7 +17,9 @@ from storing import config as made_up
 from storing import frame, put, untimed
 from visibench.errors import IncompleteError
 from visibench.evals.answers import cell, generate
+from visibench.evals.answers.cell_spec import CellSpec
 from visibench.evals.answers.generate import Bridge
+from visibench.evals.sweeps.claims import claimed
 from visibench.evals.sweeps.config import parse_config
 from visibench.evals.sweeps.events import Reporter
 from visibench.evals.sweeps.ray import Ray
@@ -85,7 +87,7 @@ def test_latency_is_the_time_of_the_batch_of_a_question(loaded, pope, tmp_path, 
 
     monkeypatch.setattr(Bridge, "_generate", timed)
     started = time.perf_counter()
-    done = cell.run_cell(loaded, DENSE, pope, asked(), Store(tmp_path))
+    done = cell.run_cell(loaded, CellSpec(asked(), DENSE), pope, Store(tmp_path))
     wall = 1e3 * (time.perf_counter() - started)
     samples = done.samples()
     batches = samples.groupby("latency_ms")["batch_questions"].agg(["size", "first", "nunique"])
@@ -123,7 +125,7 @@ def test_the_clock_is_read_without_waiting_for_the_device(loaded, pope, tmp_path
 
     monkeypatch.setattr(generate, "clock_of", lambda device: Clock())
     monkeypatch.setattr(generate.Nonfinite, "rows", read)
-    done = cell.run_cell(loaded, DENSE, pope, asked(), Store(tmp_path))
+    done = cell.run_cell(loaded, CellSpec(asked(), DENSE), pope, Store(tmp_path))
     assert told == ["mark", "mark", "read"] * 3
     assert (done.samples()["latency_ms"] == 12.5).all()
 
@@ -135,10 +137,10 @@ def test_a_cell_that_goes_on_keeps_the_times_measured(loaded, pope, tmp_path):
         raise KeyboardInterrupt
 
     with suppress(KeyboardInterrupt):
-        cell.run_cell(loaded, DENSE, pope, asked(), store, stop)
+        cell.run_cell(loaded, CellSpec(asked(), DENSE), pope, store, stop)
     (_, line) = (store.path(asked()) / "answers.jsonl").read_text().splitlines()
     kept = {int(doc): record["latency_ms"] for doc, record in json.loads(line)["records"].items()}
-    samples = cell.run_cell(loaded, DENSE, pope, asked(), store).samples().set_index("doc_id")["latency_ms"]
+    samples = cell.run_cell(loaded, CellSpec(asked(), DENSE), pope, store).samples().set_index("doc_id")["latency_ms"]
     assert len(kept) == 3
     assert {doc: samples[doc] for doc in kept} == kept
     assert samples.nunique() == 3
@@ -211,11 +213,11 @@ def test_without_a_dense_cell_agreement_is_null(loaded, pope, tmp_path):
     config, dense = asked(method, limit=3), asked(limit=3)
 
     def agreement(reference) -> pd.Series:
-        return cell.run_cell(loaded, method, pope, config, store, dense=reference).samples()["dense_agreement"]
+        return cell.run_cell(loaded, CellSpec(config, method, reference), pope, store).samples()["dense_agreement"]
 
     assert agreement(None).isna().all()
     assert agreement(dense).isna().all(), "it has yet to run"
-    reference = cell.run_cell(loaded, DENSE, pope, dense, store, dense=dense)
+    reference = cell.run_cell(loaded, CellSpec(dense, DENSE, dense), pope, store)
     assert reference.samples()["dense_agreement"].tolist() == [True] * 3
     assert agreement(dense).notna().all()
     store.finish(dense, reference.samples(), reference.metrics.model_copy(update={"data_hash": "other"}))
@@ -260,7 +262,7 @@ def test_every_cell_knows_its_dense_cell(settings):
 def test_while_dense_is_with_another_process_cells_without_it_come_first(tmp_path, hold):
     store, came, said = Store(tmp_path), [], []
     dense = {task: made_up("none", task) for task in ("gqa", "mme")}
-    plans = [cell.Plan(made_up(method, task), DENSE, dense[task]) for method in ("none", "fastv") for task in dense]
+    plans = [CellSpec(made_up(method, task), DENSE, dense[task]) for method in ("none", "fastv") for task in dense]
     holder = hold(store, dense["gqa"])
 
     def say(text):
@@ -268,7 +270,7 @@ def test_while_dense_is_with_another_process_cells_without_it_come_first(tmp_pat
         came.append("waits")
         holder.kill()
 
-    for one in cell.claimed(plans, store, say, lambda: None):
+    for one in claimed(plans, store, say, lambda: None):
         came.append((one.config.method, one.config.task))
     assert came == [("none", "mme"), ("fastv", "mme"), "waits", ("none", "gqa"), ("fastv", "gqa")]
     assert len(said) == 1

@@ -214,9 +214,9 @@ def test_only_new_cells_run(settings, tmp_path, monkeypatch):
     sweep(parse_config(settings | {"methods": ["none"]}, "test"), tmp_path, QUIET)
     asked, answer = [], generate.answer
 
-    def spy(loaded, method, task, *args, **options):
-        asked.append((method.name, task.name))
-        return answer(loaded, method, task, *args, **options)
+    def spy(loaded, spec, task, *args, **options):
+        asked.append((spec.method.name, task.name))
+        return answer(loaded, spec, task, *args, **options)
 
     monkeypatch.setattr(generate, "answer", spy)
     sweep(parse_config(settings | {"methods": ["fastv:keep=0.5"]}, "test"), tmp_path, QUIET)

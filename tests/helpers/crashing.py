@@ -96,10 +96,10 @@ def share() -> dict:
     log = out.with_suffix(".cells")
     run = sweeping.run_cell
 
-    def noted(loaded, method, task, cell, store, *arguments, **options):
-        done = run(loaded, method, task, cell, store, *arguments, **options)
+    def noted(loaded, cell, *arguments, **options):
+        done = run(loaded, cell, *arguments, **options)
         with log.open("a") as stream:
-            stream.write(cell.folder + "\n")
+            stream.write(cell.config.folder + "\n")
         return done
 
     def prepare(dies=False):

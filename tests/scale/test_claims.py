@@ -5,14 +5,15 @@ import sys
 
 import visibench
 from storing import config
-from visibench.evals.answers import cell
+from visibench.evals.answers.cell_spec import CellSpec
+from visibench.evals.sweeps.claims import claimed
 from visibench.results.store.store import Store
 
 
 def test_cells_of_others_come_last_and_only_when_they_let_go(tmp_path):
     store, said, checks = Store(tmp_path), [], []
     dense = visibench.load_method("none")
-    plans = [cell.Plan(config("none", seed=seed), dense) for seed in range(3)]
+    plans = [CellSpec(config("none", seed=seed), dense) for seed in range(3)]
     code = "import sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); "
     code += "print('held', flush=True); sys.stdin.read()"
     path = store.path(plans[0].config)
@@ -26,7 +27,7 @@ def test_cells_of_others_come_last_and_only_when_they_let_go(tmp_path):
         if said:
             held.kill()  # a crash, not a release
 
-    seeds = [plan.config.seed for plan in cell.claimed(plans, store, said.append, check)]
+    seeds = [plan.config.seed for plan in claimed(plans, store, said.append, check)]
     held.wait()
     assert seeds == [1, 2, 0]
     assert said == [f"Waiting for 1 cells of {tmp_path} that another process works on."]

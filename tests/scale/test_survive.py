@@ -16,6 +16,7 @@ from storing import outcome
 from visibench.errors import IncompleteError, StorageError
 from visibench.evals.answers import generate
 from visibench.evals.answers.cell import run_cell
+from visibench.evals.answers.cell_spec import CellSpec
 from visibench.evals.answers.checkpoint import Answers, Batch, Record
 from visibench.evals.answers.generate import HOPELESS, Bridge, Nonfinite, answer
 from visibench.evals.sweeps.config import parse_config
@@ -94,15 +95,15 @@ def after(count):
 
 @pytest.mark.parametrize("method", [Dice(keep=0.5), visibench.load_method("random", keep=0.25, seed=3)], ids=str)
 def test_a_cell_stopped_after_any_batch_ends_like_one_in_one_go(method, loaded, pope, tmp_path, ran):
-    straight = run_cell(loaded, method, pope, asked(method), Store(tmp_path / "straight"))
+    straight = run_cell(loaded, CellSpec(asked(method), method), pope, Store(tmp_path / "straight"))
     torch.manual_seed(99)
     for done in (1, 2):
         store = Store(tmp_path / str(done))
         with pytest.raises(KeyboardInterrupt):
-            run_cell(loaded, method, pope, asked(method), store, after(done))
+            run_cell(loaded, CellSpec(asked(method), method), pope, store, after(done))
         assert store.done(asked(method)) is None
         ran.clear()
-        resumed = run_cell(loaded, method, pope, asked(method), store)
+        resumed = run_cell(loaded, CellSpec(asked(method), method), pope, store)
         assert ran == [3, 3, 2][done:]
         assert outcome(resumed) == outcome(straight)
         assert {file.name for file in resumed.path.iterdir()} == {"config.json", "samples.parquet", "metrics.json"}
@@ -110,15 +111,15 @@ def test_a_cell_stopped_after_any_batch_ends_like_one_in_one_go(method, loaded, 
 
 def test_shards_add_up_to_the_cell(loaded, pope, tmp_path, ran):
     method = Dice(keep=0.5)
-    straight = run_cell(loaded, method, pope, asked(method, batch_size=2), Store(tmp_path / "straight"))
+    straight = run_cell(loaded, CellSpec(asked(method, batch_size=2), method), pope, Store(tmp_path / "straight"))
     store, config = Store(tmp_path / "shards"), asked(method, batch_size=2)
     folder = store.begin(config)
     ran.clear()
     for shard in (2, 0, 1):
-        answer(loaded, method, pope, config, folder, shard=(shard, 3))
+        answer(loaded, CellSpec(config, method), pope, folder, shard=(shard, 3))
     assert len(list(folder.glob("answers-*of3.jsonl"))) == 3
     assert ran == [2, 2, 2, 2]
-    assert outcome(run_cell(loaded, method, pope, config, store)) == outcome(straight)
+    assert outcome(run_cell(loaded, CellSpec(config, method), pope, store)) == outcome(straight)
     assert ran == [2, 2, 2, 2], "the last pass scores and answers nothing"
     assert not list(folder.glob("answers*"))
 
@@ -126,15 +127,15 @@ def test_shards_add_up_to_the_cell(loaded, pope, tmp_path, ran):
 def test_changed_images_never_mix(loaded, pope, tmp_path, ran):
     store, config = Store(tmp_path / "run"), asked()
     with pytest.raises(KeyboardInterrupt):
-        run_cell(loaded, DENSE, pope, config, store, after(3))
+        run_cell(loaded, CellSpec(config, DENSE), pope, store, after(3))
     rows = hubdata.tables()["POPE"][1]
     rows = rows.map(lambda row, i: row | {"image": hubdata.picture("pink")} if i == 7 else row, with_indices=True)
     hubdata.save_to_disk(tmp_path / "data", POPE=rows.cast(hubdata.FEATURES["POPE"]))
     changed = load_tasks(["pope"], str(tmp_path / "data"))[0]
     ran.clear()
-    resumed = run_cell(loaded, DENSE, changed, config, store)
+    resumed = run_cell(loaded, CellSpec(config, DENSE), changed, store)
     assert len(ran) == 1, "only the batch with the changed image"
-    assert outcome(resumed) == outcome(run_cell(loaded, DENSE, changed, config, Store(tmp_path / "fresh")))
+    assert outcome(resumed) == outcome(run_cell(loaded, CellSpec(config, DENSE), changed, Store(tmp_path / "fresh")))
 
 
 def made(number) -> Batch:
@@ -182,7 +183,7 @@ def test_damaged_lines_are_asked_again(tmp_path):
 def test_batches_without_room_run_in_halves_and_tables_say_so(loaded, pope, tmp_path, ran, monkeypatch):
     method, at = visibench.load_method("fastv", keep=0.5), loaded.adapter.layers[5]
     config = asked(method, batch_size=4)
-    straight = run_cell(loaded, method, pope, config, Store(tmp_path / "straight"))
+    straight = run_cell(loaded, CellSpec(config, method), pope, Store(tmp_path / "straight"))
     ran.clear()
 
     def full(module, inputs, options):
@@ -190,7 +191,7 @@ def test_batches_without_room_run_in_halves_and_tables_say_so(loaded, pope, tmp_
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     hook = at.register_forward_pre_hook(full, with_kwargs=True)
-    done = run_cell(loaded, method, pope, config, Store(tmp_path / "halves"))
+    done = run_cell(loaded, CellSpec(config, method), pope, Store(tmp_path / "halves"))
     hook.remove()
     assert ran == [2, 2, 2, 2]
     assert done.metrics.remarks == ["8 of 8 answered in batches smaller than 4 (out of memory)"]
@@ -208,16 +209,16 @@ def test_a_question_that_fails_leaves_the_cell_unfinished(loaded, disk_data, tmp
     (damaged,), (mended,) = load_tasks(["pope"], str(tmp_path / "data")), load_tasks(["pope"], str(disk_data))
     store, config = Store(tmp_path / "run"), asked()
     with pytest.raises(IncompleteError, match=r"1 of 8 questions failed, question 4, DataError: .*failures\.jsonl"):
-        run_cell(loaded, DENSE, damaged, config, store)
+        run_cell(loaded, CellSpec(config, DENSE), damaged, store)
     (line,) = (store.path(config) / "failures.jsonl").read_text().splitlines()
     assert json.loads(line)["doc_id"] == 4
     assert "Traceback" in json.loads(line)["traceback"]
     assert store.done(config) is None
     assert store.unfinished() == [store.path(config)]
     ran.clear()
-    done = run_cell(loaded, DENSE, mended, config, store)
+    done = run_cell(loaded, CellSpec(config, DENSE), mended, store)
     assert len(ran) == 1, "the batch of the failed question, as a whole"
-    assert outcome(done) == outcome(run_cell(loaded, DENSE, mended, config, Store(tmp_path / "straight")))
+    assert outcome(done) == outcome(run_cell(loaded, CellSpec(config, DENSE), mended, Store(tmp_path / "straight")))
     assert not (done.path / "failures.jsonl").exists()
 
 
@@ -263,18 +264,18 @@ def test_a_cell_that_is_given_up_says_so_and_counts_what_is_left(loaded, pope, t
     monkeypatch.setattr(Bridge, "_run", failing)
     monkeypatch.setattr(generate, "HOPELESS", 3)
     config, store = asked(batch_size=1), Store(tmp_path)
-    answer(loaded, DENSE, pope, config, folder := store.begin(config), shard=(7, 8))
+    answer(loaded, CellSpec(config, DENSE), pope, folder := store.begin(config), shard=(7, 8))
     with pytest.raises(KeyboardInterrupt):
-        run_cell(loaded, DENSE, pope, config, store, after(3))
+        run_cell(loaded, CellSpec(config, DENSE), pope, store, after(3))
     fail.append(1)
     with pytest.raises(IncompleteError, match=r"^3 of 8 questions failed, .* in a row, 1 question not asked: see"):
-        run_cell(loaded, DENSE, pope, config, store)
+        run_cell(loaded, CellSpec(config, DENSE), pope, store)
     *failed, last = map(json.loads, (folder / "failures.jsonl").read_text().splitlines())
     assert len(failed) == 3
     assert (last["doc_id"], last["error"]) == (None, "given up after 3 failures in a row, 1 question not asked")
     monkeypatch.setattr(generate, "HOPELESS", 4)
     with pytest.raises(IncompleteError, match=r"^4 of 8 questions failed, .*: no such head: see"):
-        run_cell(loaded, DENSE, pope, config, store)
+        run_cell(loaded, CellSpec(config, DENSE), pope, store)
 
 
 def test_a_failing_scorer_keeps_the_answers(loaded, pope, tmp_path, ran, monkeypatch):
@@ -282,10 +283,10 @@ def test_a_failing_scorer_keeps_the_answers(loaded, pope, tmp_path, ran, monkeyp
     with monkeypatch.context() as patched:
         patched.setattr("visibench.evals.answers.score._metrics", lambda results: 1 / 0)
         with pytest.raises(IncompleteError, match="failed, ZeroDivisionError"):
-            run_cell(loaded, DENSE, pope, config, store)
+            run_cell(loaded, CellSpec(config, DENSE), pope, store)
     assert [failure.doc_id for failure in store.failures(config, since=0)] == [None]
     assert ran == [3, 3, 2]
-    run_cell(loaded, DENSE, pope, config, store)
+    run_cell(loaded, CellSpec(config, DENSE), pope, store)
     assert ran == [3, 3, 2]
 
 
@@ -300,7 +301,7 @@ def test_nan_and_infinite_logits_are_counted(loaded, pope, tmp_path):
         return output
 
     hook = loaded.model.lm_head.register_forward_hook(poison)
-    done = run_cell(loaded, DENSE, pope, asked(), Store(tmp_path))
+    done = run_cell(loaded, CellSpec(asked(), DENSE), pope, Store(tmp_path))
     hook.remove()
     assert done.metrics.nonfinite == done.samples()["nonfinite"].sum() == 2
     assert done.metrics.remarks == ["2 of 8 with NaN or infinite logits"]
@@ -322,7 +323,7 @@ def test_forbidden_tokens_are_no_fault():
 @pytest.mark.slow
 def test_a_full_disk_at_any_write_is_one_line_and_loses_nothing(loaded, pope, tmp_path, monkeypatch, ran):
     config, fsync, writes, fails = asked(limit=2, batch_size=1), os.fsync, [], 0
-    straight = run_cell(loaded, DENSE, pope, config, Store(tmp_path / "straight"))
+    straight = run_cell(loaded, CellSpec(config, DENSE), pope, Store(tmp_path / "straight"))
 
     def full(handle):
         writes.append(handle)
@@ -336,14 +337,14 @@ def test_a_full_disk_at_any_write_is_one_line_and_loses_nothing(loaded, pope, tm
         writes.clear()
         ran.clear()
         try:
-            run_cell(loaded, DENSE, pope, config, store)
+            run_cell(loaded, CellSpec(config, DENSE), pope, store)
             break
         except StorageError as error:
             said = str(error)
         assert "No space left" in said
         assert "\n" not in said
         assert not list(store.root.rglob("*.partial"))
-        done = store.done(config) or run_cell(loaded, DENSE, pope, config, store)
+        done = store.done(config) or run_cell(loaded, CellSpec(config, DENSE), pope, store)
         assert outcome(done) == outcome(straight)
         assert len(ran) <= 3, "at most the batch that could not be stored ran twice"
     assert fails > 12
@@ -358,7 +359,7 @@ def test_a_full_disk_behind_a_scorer_ends_the_sweep(loaded, pope, tmp_path, monk
 
     monkeypatch.setattr("visibench.evals.answers.score._simple_evaluate", full)
     with pytest.raises(StorageError, match="no room left"):
-        run_cell(loaded, DENSE, pope, asked(), Store(tmp_path))
+        run_cell(loaded, CellSpec(asked(), DENSE), pope, Store(tmp_path))
 
 
 def test_ctrl_c_finishes_the_batch_that_runs(settings, tmp_path, monkeypatch, ran):

@@ -17,6 +17,7 @@ from visibench.commands import scale
 from visibench.engine.features import FeatureStore
 from visibench.errors import OptionError, VisibenchError
 from visibench.evals.answers import generate
+from visibench.evals.answers.cell_spec import CellSpec
 from visibench.evals.answers.score import evaluate
 from visibench.evals.settings.method_spec import build, parse, spell
 from visibench.evals.sweeps import torchrun
@@ -64,7 +65,7 @@ def test_each_rank_answers_its_share_and_all_are_found(two, checkpoint, disk_dat
     loaded, task, reported = load_model(str(checkpoint)), load_tasks(["pope"], str(disk_data))[0], []
     monkeypatch.setattr(generate.Bridge, "_run", spy)
     folder = Store(tmp_path).begin(config)
-    found = torchrun.answer(loaded, method, task, config, folder, on_batch=reported.append)
+    found = torchrun.answer(loaded, CellSpec(config, method), task, folder, on_batch=reported.append)
     (first, a), (_, b), (second, c) = asked
     assert first != second
     assert {first, second} == {model for model, _ in asked}
@@ -91,7 +92,7 @@ def test_what_a_rank_could_not_answer_runs_on_the_first(two, checkpoint, disk_da
     method = parse("none")
     config = cell(method, checkpoint, disk_data)
     loaded, task = load_model(str(checkpoint)), load_tasks(["pope"], str(disk_data))[0]
-    found = torchrun.answer(loaded, method, task, config, Store(tmp_path).begin(config))
+    found = torchrun.answer(loaded, CellSpec(config, method), task, Store(tmp_path).begin(config))
     assert failing == [(1, 2)]
     assert sum(len(batch.records) for batch in found.batches.values()) == 8
 
@@ -107,7 +108,8 @@ def test_a_rank_shares_vision_features_between_its_cells(two, limit, checkpoint,
         first_alone.setattr(generate, "answer", lambda *arguments, **options: None)
         two.wait = lambda: None
         for method, config in zip(methods, configs, strict=True):
-            torchrun.answer(loaded, method, task, config, store.begin(config), features=FeatureStore(limit, keep=True))
+            spec, features = CellSpec(config, method), FeatureStore(limit, keep=True)
+            torchrun.answer(loaded, spec, task, store.begin(config), features=features)
         two.send(None)
 
     def made(self, *arguments, **options):
