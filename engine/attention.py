@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -55,33 +56,41 @@ def kernel_of(module: nn.Module, implementation: str) -> Kernel:
 
 
 class Interception:
-    """While active, attention modules call ``interceptor(kernel, module, query, key, value, mask, **kwargs)``."""
+    """While active, attention modules call ``interceptor(kernel, module, query, key, value, mask, **kwargs)``.
+
+    Inside another one on the same modules it takes that one's place for the time being.
+    """
 
     def __init__(self, modules: Mapping[Any, Interceptor]) -> None:
         self._modules = modules
         self._configs: dict[int, tuple[Any, str]] = {}
+        self._outer: dict[Any, Interceptor | None] = {}
 
     def __enter__(self) -> Interception:
         for module in self._modules:
             config: Any = module.config
-            implementation = config._attn_implementation
+            implementation = implementation_of(config)
             if id(config) not in self._configs:
                 if PREFIX + implementation not in ALL_ATTENTION_FUNCTIONS:
                     raise UnsupportedModelError(
                         f"attention implementation {implementation!r} cannot be observed; "
                         "load the model with attn_implementation='sdpa'"
                     )
-                self._configs[id(config)] = (config, implementation)
-        for config, implementation in self._configs.values():
-            config._attn_implementation = PREFIX + implementation
+                self._configs[id(config)] = (config, config._attn_implementation)
+        for config, _ in self._configs.values():
+            config._attn_implementation = PREFIX + implementation_of(config)
+        self._outer = {module: _interceptors.get(module) for module in self._modules}
         _interceptors.update(self._modules)
         return self
 
     def __exit__(self, *_: object) -> None:
         for config, implementation in self._configs.values():
             config._attn_implementation = implementation
-        for module in self._modules:
-            _interceptors.pop(module, None)
+        for module, interceptor in self._outer.items():
+            if interceptor is None:
+                _interceptors.pop(module, None)
+            else:
+                _interceptors[module] = interceptor
 
 
 def attention_mask(implementation: str, valid: Tensor | None, queries: int, length: int, like: Tensor) -> Tensor | None:
@@ -134,14 +143,24 @@ def subset_attention(
     return scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], scale=scaling)
 
 
-def project(layer: Any, hidden: Tensor, rows: TokenSet, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Query (B, H, R, d) of ``rows`` and keys (B, kv heads, L, d) of all tokens, as ``layer`` would compute them."""
-    attn = layer.self_attn
-    rotate = sys.modules[type(attn).__module__].apply_rotary_pos_emb
-    normed = layer.input_layernorm(hidden)
-    heads = lambda x: x.view(*x.shape[:2], -1, attn.head_dim).transpose(1, 2)  # noqa: E731
-    query, key = heads(attn.q_proj(rows.pick(normed, 1))), heads(attn.k_proj(normed))
-    cos, sin = (t.expand(hidden.shape[0], -1, -1) for t in rope)
-    query = rotate(query, query, rows.pick(cos, 1), rows.pick(sin, 1))[0]
-    key = rotate(key, key, cos, sin)[1]
-    return query, key
+class _Reached(Exception):
+    """A layer has come as far as its attention kernel, and need not go on."""
+
+
+def captured(layer: Any, hidden: Tensor, ruling: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Query (B, H, L, d), key and value (B, kv heads, L, d) that ``layer`` would hand to its attention kernel.
+
+    The layer itself computes them, so that its norms, biases, fused projections and unrotated heads are in them.
+    ``ruling``: its keyword arguments, without a cache.
+    """
+    reached: list[Tensor] = []
+
+    def stop(kernel: Kernel, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+        reached.extend((query, key, value))
+        raise _Reached
+
+    # Not layer(…): hooks belong to the layer's real call.
+    with Interception({layer.self_attn: stop}), suppress(_Reached):
+        layer.self_attn.forward(hidden_states=layer.input_layernorm(hidden), past_key_values=None, **ruling)
+    query, key, value = reached
+    return query, key, value

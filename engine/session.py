@@ -47,6 +47,11 @@ class Stage:
     next_position: Tensor | None = None
     step: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def ruling(self) -> dict[str, Any]:
+        """What its layers are told in prefill."""
+        return _ruling(self.mask, self.rope, self.positions)
+
 
 class PruningSession:
     """A model under a pruning method; use :func:`prune`. ``trace`` is the record of the latest prefill."""
@@ -159,7 +164,7 @@ class PruningSession:
         self.trace.enter(stage.layout)
         if not stage.own:
             return (hidden, *args), kwargs
-        return (hidden, *args), kwargs | _ruling(stage.mask, stage.rope, stage.positions)
+        return (hidden, *args), kwargs | stage.ruling
 
     # ---- prefill ----------------------------------------------------------------------------------------------
 

@@ -53,11 +53,12 @@ class LayerView:
 
     def preview(self, rows: TokenSet | None = None) -> Tensor:
         """Attention weights (B, H, R, L), fp32, that the layer would compute for ``rows`` (default: the last token)."""
-        rows = rows or self.layout.last
-        query, key = attention.project(self._module, self.tokens, rows, self._stage.rope)
-        attn, heads = self._module.self_attn, query.shape[1] * query.shape[3]
-        macs = attn.q_proj.weight.numel() * rows.numbers + attn.k_proj.weight.numel() * self.layout.everything.numbers
-        self._trace.scored(self.layer, _with_images(self.layout, macs + _pairs(self.layout, rows) * heads))
+        rows, everything = rows or self.layout.last, self.layout.everything
+        projected = attention.captured(self._module, self.tokens, self._stage.ruling)
+        query, key = rows.pick(projected[0], 2), projected[1]
+        macs = sum(part.shape[1] * part.shape[3] for part in projected) * self.tokens.shape[2] * everything.numbers
+        macs = macs + _pairs(self.layout, rows) * query.shape[1] * query.shape[3]
+        self._trace.scored(self.layer, _with_images(self.layout, macs))
         return attention.row_weights(query, key, rows.index, self.layout.valid, self._module.self_attn.scaling)
 
 

@@ -6,8 +6,8 @@ Authors' code: Cooperx521/PyramidDrop, commit 6444f30. For each cut i, at the in
     keep the floor(ratio_i · V) tokens of highest s_j, in order; V counts the row's visual tokens in the prompt
     number the positions anew from 0
 
-The paper scores with the attention of the last layer in front of the cut (``scorer="stage"``); the code projects the
-last token and the keys with the weights of the layer to come (``scorer="next"``), which costs one key projection more.
+The paper scores with the attention of the last layer in front of the cut (``scorer="stage"``); the code projects all
+tokens with the weights of the layer to come (``scorer="next"``), which costs its query, key and value projections more.
 The visual tokens of several images compete with each other.
 """
 

@@ -121,9 +121,10 @@ class Work(_Record):
     """What a method computes beyond a plain prefill of its tokens, as decoder layers (from 0) in which it does so.
 
     ``last_row``: attention weights of the last token. ``text_rows``: of all text behind the image. ``ahead``: weights
-    of the last token that the layer would compute on the tokens in front of its cut, with query and keys projected for
-    it. ``raters``: products of visual with text states. ``clusters``: (layer, tokens, clusters), distances among tokens
-    and to the centres. ``text_edits``: attention of all text behind the image once more, over other values.
+    of the last token that the layer would compute on the tokens in front of its cut, all of which are projected to
+    queries, keys and values for it. ``raters``: products of visual with text states. ``clusters``: (layer, tokens,
+    clusters), distances among tokens and to the centres. ``text_edits``: attention of all text behind the image once
+    more, over other values.
     """
 
     last_row: tuple[int, ...] = ()
@@ -151,7 +152,7 @@ def planned(tokens: Tensor, prompt: int, work: Work, g: Geometry, prefix: int = 
     for layer in work.text_rows:
         trace.scored(layer, text * length[:, layer] * heads)
     for layer in work.ahead:
-        trace.scored(layer, g.hidden * heads + before[:, layer] * (g.hidden * kv_heads + heads))
+        trace.scored(layer, before[:, layer] * (g.hidden * (heads + 2 * kv_heads) + heads))
     for layer in work.raters:
         trace.scored(layer, tokens[:, layer] * text * g.hidden)
     for layer, count, clusters in work.clusters:
