@@ -1,7 +1,8 @@
 """The engine: runs a model under a pruning method. The only part of visibench that touches tensors of the model.
 
-In the order of the arrows: roles of tokens (layout), attention maths (attention), the record (trace), what methods may
-read (views) and return (contract), shared features (features), the vision side (tower, vision), hooks (session).
+In the order of the arrows: roles of tokens (layout), runs of layers with the same tokens (segment), what methods may
+return (decisions), attention maths (attention), the record (trace), what methods may read (views), the contract between
+both (contract), shared features (features), the vision side (vision/), hooks (session).
 """
 
 from importlib import import_module

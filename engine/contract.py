@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError, suggest
+from .decisions import BlockMerge, Keep, Merge
 
 if TYPE_CHECKING:
     from ..models.adapters import Geometry, VisionGeometry
@@ -49,53 +50,6 @@ __all__ = [
 
 Positions = Literal["keep", "renumber"]
 HookPoint = Literal["image", "tower", "vision", "projector", "decoder", "attention"]
-
-
-@dataclass(frozen=True)
-class Keep:
-    """Keep the visual tokens where ``mask`` (bool, (B, V)) is true and drop the others, in order."""
-
-    mask: Tensor
-
-
-@dataclass(frozen=True)
-class Merge:
-    """Keep, replace and add visual tokens.
-
-    ``mask``: bool (B, V), the tokens that stay. ``replaced``: (B, V, D) or None, new contents for all present tokens
-    (only those that stay matter). ``added``: (B, M, D) or None, new tokens, placed behind the last kept visual token
-    of the row; ``added_present``: bool (B, M), where None means that all are. ``added_positions``: int (B, M), the
-    positions of the new tokens, needed under the ``keep`` policy only. ``anchors``: int (B, M), for each new token the
-    visual token (it need not stay) by which it goes: j for behind token j, -1 - j for in front of it; None: behind the
-    last one.
-    """
-
-    mask: Tensor
-    replaced: Tensor | None = None
-    added: Tensor | None = None
-    added_present: Tensor | None = None
-    added_positions: Tensor | None = None
-    anchors: Tensor | None = None
-
-    def added_mask(self) -> Tensor:
-        """Bool (B, M): the new tokens that exist."""
-        assert self.added is not None
-        if self.added_present is not None:
-            return self.added_present
-        return torch.ones(self.added.shape[:2], dtype=torch.bool, device=self.added.device)
-
-
-@dataclass(frozen=True)
-class BlockMerge:
-    """Go on in the vision tower with fewer tokens.
-
-    ``tokens``: (N, t, Dv), CLS first where there is one. ``size``: (N, t), how many of the image's tokens each stands
-    for. ``bias``: (N, t) or None, added to the attention logits of these tokens as keys in the blocks that follow.
-    """
-
-    tokens: Tensor
-    size: Tensor
-    bias: Tensor | None = None
 
 
 class Forward:

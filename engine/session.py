@@ -1,8 +1,8 @@
 """The session: hooks in, hooks out, and everything that tokens which leave must take with them.
 
-One prefill runs through *stages*: runs of decoder layers whose inputs hold the same tokens. The first stage is the
+One prefill runs through *segments*: runs of decoder layers whose inputs hold the same tokens. The first segment is the
 model's own business; for every later one the session supplies positions, rotary table and mask, in prefill and in
-decoding, where the layers of a stage share one length of KV cache.
+decoding, where the layers of a segment share one length of KV cache.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import inspect
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -23,34 +23,17 @@ from transformers import DynamicCache, PreTrainedModel
 from ..errors import InputError, UnsupportedModelError, VisibenchError
 from ..models.adapters import Adapter
 from .attention import Interception, attention_mask, implementation_of
-from .contract import Forward, Keep, Merge, Method
+from .contract import Forward, Method
+from .decisions import Keep, Merge, as_merge
 from .features import FeatureStore
 from .layout import TokenLayout, cut
+from .segment import Segment, ruling
 from .trace import Trace, Watch, unwatched
 from .views import AttentionView, LayerView
-from .vision import VisionTap, as_merge, row_hashes
+from .vision.rows import row_hashes
+from .vision.tap import VisionTap
 
 _active: WeakSet[nn.Module] = WeakSet()
-
-
-@dataclass
-class Stage:
-    """Decoder layers whose inputs hold the same tokens. ``own``: the session, not the model, rules here."""
-
-    layout: TokenLayout
-    positions: Tensor
-    rope: Any
-    mask: Tensor | None
-    own: bool = True
-    valid: Tensor | None = None
-    length: int = 0
-    next_position: Tensor | None = None
-    step: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def ruling(self) -> dict[str, Any]:
-        """What its layers are told in prefill."""
-        return _ruling(self.mask, self.rope, self.positions)
 
 
 class PruningSession:
@@ -75,8 +58,8 @@ class PruningSession:
         self._tap = VisionTap(self.adapter, method, watch, features)
         method.check(self.geometry)
         self._trace: Trace | None = None
-        self._stages: list[Stage] = []  # of each decoder layer
-        self._current: Stage  # the latest one, set at decoder layer 0
+        self._segments: list[Segment] = []  # of each decoder layer
+        self._current: Segment  # the latest one, set at decoder layer 0
         self._inputs: dict[str, Any] = {}
         self._cache: weakref.ref | None = None
         self._padding: Tensor | None = None
@@ -117,7 +100,7 @@ class PruningSession:
 
     def __exit__(self, *error: Any) -> None:
         self._exit.close()
-        self._stages, self._cache = [], None
+        self._segments, self._cache = [], None
         self._tap.forget()
 
     # ---- what the model hands us ------------------------------------------------------------------------------
@@ -142,7 +125,7 @@ class PruningSession:
         self._trace = Trace(layout, self.geometry.layers, self.watch)
         with self.watch("method"):
             self._forward = self.method.begin(layout, self.geometry)
-        self._stages, self._cache = [], None
+        self._segments, self._cache = [], None
         self._inputs = dict(inputs)
 
     def _on_rotary(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -152,34 +135,37 @@ class PruningSession:
     def _on_layer(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
         if self._decoding:
-            stage = self._stages[layer]
-            if not stage.own:
+            segment = self._segments[layer]
+            if not segment.own:
                 return (hidden, *args), kwargs
-            return (hidden, *args), kwargs | self._decode_step(stage, layer, hidden)
+            return (hidden, *args), kwargs | self._decode_step(segment, layer, hidden)
         if layer == 0:
-            self._current = self._first_stage(hidden, kwargs)
+            self._current = self._first_segment(hidden, kwargs)
         with self.watch("method"):
-            stage, hidden = self._prefill_layer(layer, module, hidden)
-        self._stages.append(stage)
-        self.trace.enter(stage.layout)
-        if not stage.own:
+            segment, hidden = self._prefill_layer(layer, module, hidden)
+        self._segments.append(segment)
+        self.trace.enter(segment.layout)
+        if not segment.own:
             return (hidden, *args), kwargs
-        return (hidden, *args), kwargs | stage.ruling
+        return (hidden, *args), kwargs | segment.ruling
 
     # ---- prefill ----------------------------------------------------------------------------------------------
 
-    def _first_stage(self, hidden: Tensor, kwargs: dict[str, Any]) -> Stage:
+    def _first_segment(self, hidden: Tensor, kwargs: dict[str, Any]) -> Segment:
         if self._trace is None or self.trace.layouts:
             raise InputError("under prune() call the model itself, not a part of it")
         cache = kwargs.get("past_key_values")
         self._cache = None if cache is None else weakref.ref(cache)
-        self.trace.grids = self._tap.grids
+        encoding = self._tap.encoding
+        self.trace.grids = None if encoding is None else encoding.grids
         positions = self._positions.movedim(0, -1) if self._positions.ndim == 3 else self._positions
         positions = positions.expand(hidden.shape[0], *positions.shape[1:])
         patches = self.geometry.vision.tokens if self.geometry.vision else 1
-        hashes = partial(row_hashes, self.trace.prompt, self._inputs, self._tap.pixels, patches)
+        hashes = partial(
+            row_hashes, self.trace.prompt, self._inputs, None if encoding is None else encoding.pixels, patches
+        )
         layout = replace(self.trace.prompt, hash_inputs=hashes)
-        return Stage(layout, positions, kwargs["position_embeddings"], kwargs["attention_mask"], own=False)
+        return Segment(layout, positions, kwargs["position_embeddings"], kwargs["attention_mask"], own=False)
 
     def _prompt_layout(self, inputs: dict[str, Any]) -> TokenLayout:
         ids, embeddings, valid = inputs.get("input_ids"), inputs.get("inputs_embeds"), self._padding
@@ -205,25 +191,25 @@ class PruningSession:
             )
         return layout.to(given.device)
 
-    def _prefill_layer(self, layer: int, module: nn.Module, hidden: Tensor) -> tuple[Stage, Tensor]:
-        stage = self._current
-        if max(stage.layout.visual_counts) == 0:
-            return stage, hidden
+    def _prefill_layer(self, layer: int, module: nn.Module, hidden: Tensor) -> tuple[Segment, Tensor]:
+        segment = self._current
+        if max(segment.layout.visual_counts) == 0:
+            return segment, hidden
         if layer == 0:
-            stage, hidden = self._apply(self._tap.decide(self._forward, stage.layout, self.trace), stage, hidden)
+            segment, hidden = self._apply(self._tap.decide(self._forward, segment.layout, self.trace), segment, hidden)
             if self._cache is not None:  # without one, generate runs the same images again for each new token
                 self._tap.forget()
         if type(self._forward).layer_input is not Forward.layer_input:
-            view = LayerView(layer, module, stage, hidden, self.adapter.decoder.norm, self.trace)
-            stage, hidden = self._apply(self._forward.layer_input(layer, view), stage, hidden)
-        self._current = stage
-        return stage, hidden
+            view = LayerView(layer, module, segment, hidden, self.adapter.decoder.norm, self.trace)
+            segment, hidden = self._apply(self._forward.layer_input(layer, view), segment, hidden)
+        self._current = segment
+        return segment, hidden
 
-    def _apply(self, decision: Keep | Merge | None, stage: Stage, hidden: Tensor) -> tuple[Stage, Tensor]:
-        """Carry out a decision: gather hidden states and make the stage that follows."""
-        if decision is None or max(stage.layout.visual_counts) == 0:
-            return stage, hidden
-        visual = stage.layout.visual
+    def _apply(self, decision: Keep | Merge | None, segment: Segment, hidden: Tensor) -> tuple[Segment, Tensor]:
+        """Carry out a decision: gather hidden states and make the segment that follows."""
+        if decision is None or max(segment.layout.visual_counts) == 0:
+            return segment, hidden
+        visual = segment.layout.visual
         merge = as_merge(decision)
         if merge.replaced is not None:
             hidden = visual.place(merge.replaced, hidden, dim=1)
@@ -234,28 +220,28 @@ class PruningSession:
             token = torch.where(anchor < 0, -1 - anchor, anchor).clamp(max=visual.index.shape[1] - 1)
             anchor = visual.index.gather(1, token.expand(added.shape)) - (anchor < 0).long()
         self.trace.host_syncs += 1
-        change = cut(stage.layout, merge.mask, added, anchor)
+        change = cut(segment.layout, merge.mask, added, anchor)
         if change is None:
-            return stage, hidden
+            return segment, hidden
         hidden = change.gather(hidden, merge.added)
-        alike = lambda places: _on_every_axis(places, stage.positions)  # noqa: E731
+        alike = lambda places: _on_every_axis(places, segment.positions)  # noqa: E731
         if self.method.positions == "renumber":
             positions = alike((change.layout.valid.cumsum(1) - 1).clamp(min=0))
         else:
             places = self._added_positions(merge)
-            positions = change.gather(stage.positions, None if places is None else alike(places))
-        return self._stage(change.layout, positions, hidden), hidden
+            positions = change.gather(segment.positions, None if places is None else alike(places))
+        return self._segment(change.layout, positions, hidden), hidden
 
     def _added_positions(self, merge: Merge) -> Tensor | None:
         if merge.added is not None and merge.added_positions is None:
             raise VisibenchError(f"{self.method.name}: new tokens need added_positions, or positions='renumber'")
         return merge.added_positions
 
-    def _stage(self, layout: TokenLayout, positions: Tensor, hidden: Tensor) -> Stage:
+    def _segment(self, layout: TokenLayout, positions: Tensor, hidden: Tensor) -> Segment:
         valid = None if layout.is_full else layout.valid
         mask = attention_mask(self._implementation, valid, layout.width, layout.width, hidden)
         rope = self.adapter.rotary(hidden, positions)
-        return Stage(
+        return Segment(
             layout, positions, rope, mask, valid=valid, length=layout.width, next_position=positions[:, -1:] + 1
         )
 
@@ -268,48 +254,39 @@ class PruningSession:
     def _on_attention(
         self, layer: int, kernel: Callable, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any
     ) -> Any:
-        stage = self._stages[layer]
-        if self._decoding or max(stage.layout.visual_counts) == 0:
+        segment = self._segments[layer]
+        if self._decoding or max(segment.layout.visual_counts) == 0:
             return kernel(module, q, k, v, mask, **kwargs)
 
         def dense(values: Tensor) -> Tensor:
             with self.watch("model"):
                 return kernel(module, q, k, values, mask, **kwargs)[0]
 
-        view = AttentionView(layer, stage.layout, (q, k, v), kwargs["scaling"], dense, self.trace)
+        view = AttentionView(layer, segment.layout, (q, k, v), kwargs["scaling"], dense, self.trace)
         with self.watch("method"):
             replaced = self._forward.attention(layer, view)
         return (view.output if replaced is None else replaced), None
 
     # ---- decoding ---------------------------------------------------------------------------------------------
 
-    def _decode_step(self, stage: Stage, layer: int, hidden: Tensor) -> dict[str, Any]:
-        """Positions, rotary table and mask of new tokens in a stage; made once for all its layers."""
-        if layer > 0 and self._stages[layer - 1] is stage:
-            return stage.step
-        assert stage.next_position is not None
+    def _decode_step(self, segment: Segment, layer: int, hidden: Tensor) -> dict[str, Any]:
+        """Positions, rotary table and mask of new tokens in a segment; made once for all its layers."""
+        if layer > 0 and self._segments[layer - 1] is segment:
+            return segment.step
+        assert segment.next_position is not None
         queries = hidden.shape[1]
         steps = torch.arange(queries, device=hidden.device).expand(hidden.shape[0], -1)
-        positions = stage.next_position + _on_every_axis(steps, stage.positions)
-        stage.next_position = stage.next_position + queries
+        positions = segment.next_position + _on_every_axis(steps, segment.positions)
+        segment.next_position = segment.next_position + queries
         new = torch.ones_like(steps, dtype=torch.bool)
         if self._padding is not None and self._padding.shape[1] >= queries:
             new = self._padding[:, -queries:].bool()
-        stage.length += queries
-        if stage.valid is not None:
-            stage.valid = torch.cat([stage.valid, new], dim=1)
-        mask = attention_mask(self._implementation, stage.valid, queries, stage.length, hidden)
-        stage.step = _ruling(mask, self.adapter.rotary(hidden, positions), positions)
-        return stage.step
-
-
-def _ruling(mask: Tensor | None, rope: Any, positions: Tensor) -> dict[str, Any]:
-    """What a layer is told. Layers take positions of one axis alone, to tell packed sequences apart."""
-    return {
-        "attention_mask": mask,
-        "position_embeddings": rope,
-        "position_ids": positions if positions.ndim == 2 else None,
-    }
+        segment.length += queries
+        if segment.valid is not None:
+            segment.valid = torch.cat([segment.valid, new], dim=1)
+        mask = attention_mask(self._implementation, segment.valid, queries, segment.length, hidden)
+        segment.step = ruling(mask, self.adapter.rotary(hidden, positions), positions)
+        return segment.step
 
 
 def _on_every_axis(places: Tensor, positions: Tensor) -> Tensor:

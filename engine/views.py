@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import attention
 from .layout import TokenLayout, TokenSet
-
-if TYPE_CHECKING:
-    from ..models.adapters import VisionGeometry
-    from .session import Stage
-    from .trace import Trace
-    from .vision import VisionTap
+from .segment import Segment
+from .trace import Trace
+from .vision.encoding import Encoding
 
 Edit = Callable[[Tensor], Tensor]
 Norm = Callable[[Tensor], Tensor]
@@ -28,14 +25,16 @@ class LayerView:
     ``tokens``: hidden states of all tokens (B, L, D). ``final_norm``: the decoder's last norm, as a function.
     """
 
-    def __init__(self, layer: int, module: Any, stage: Stage, hidden: Tensor, final_norm: Norm, trace: Trace) -> None:
+    def __init__(
+        self, layer: int, module: Any, segment: Segment, hidden: Tensor, final_norm: Norm, trace: Trace
+    ) -> None:
         self.layer, self.tokens, self.final_norm = layer, hidden, final_norm
-        self._module, self._stage, self._trace = module, stage, trace
+        self._module, self._segment, self._trace = module, segment, trace
 
     @property
     def layout(self) -> TokenLayout:
         """Roles of the tokens that are present."""
-        return self._stage.layout
+        return self._segment.layout
 
     @property
     def present(self) -> Tensor:
@@ -54,7 +53,7 @@ class LayerView:
     def preview(self, rows: TokenSet | None = None) -> Tensor:
         """Attention weights (B, H, R, L), fp32, that the layer would compute for ``rows`` (default: the last token)."""
         rows, everything = rows or self.layout.last, self.layout.everything
-        projected = attention.captured(self._module, self.tokens, self._stage.ruling)
+        projected = attention.captured(self._module, self.tokens, self._segment.ruling)
         query, key = rows.pick(projected[0], 2), projected[1]
         macs = sum(part.shape[1] * part.shape[3] for part in projected) * self.tokens.shape[2] * everything.numbers
         macs = macs + _pairs(self.layout, rows) * query.shape[1] * query.shape[3]
@@ -161,28 +160,33 @@ class AttentionView:
 
 
 class VisionView:
-    """The output of the vision tower: N images (of all rows, in order), P patches each.
+    """The output of the vision tower: N images (of all rows, in order), P patches each."""
 
-    ``features``: (N, P, Dv), what enters the projector. ``projected``: (N, P, D), what leaves it; only in
-    :meth:`~visibench.methods.Forward.projected`.
-    """
+    def __init__(self, encoding: Encoding) -> None:
+        self._encoding = encoding
 
-    projected: Tensor
+    @property
+    def features(self) -> Tensor:
+        """(N, P, Dv): what enters the projector."""
+        assert self._encoding.features is not None
+        return self._encoding.features
 
-    def __init__(self, features: Tensor, blocks: dict[int, tuple[Tensor, Tensor, float]], tap: VisionTap) -> None:
-        self.features = features
-        self._blocks, self._tap = blocks, tap
+    @property
+    def projected(self) -> Tensor:
+        """(N, P, D): what leaves the projector; only in :meth:`~visibench.methods.Forward.projected`."""
+        assert self._encoding.projected is not None
+        return self._encoding.projected
 
     @property
     def grid(self) -> int:
         """Patches along one side of the image."""
-        return self._tap.vision.grid
+        return self._encoding.vision.grid
 
     @property
     def cls(self) -> Tensor:
         """The feature (N, Dv) of the CLS token, for methods with ``vision_cls``."""
-        assert self._tap.cls is not None
-        return self._tap.cls
+        assert self._encoding.cls is not None
+        return self._encoding.cls
 
     @property
     def present(self) -> Tensor:
@@ -195,8 +199,8 @@ class VisionView:
         ``block`` counts back from the block whose output the model uses as features (-1: that block itself, 0: the
         one after it). ``single_head``: weights (N, 1, P) as if the block had one head of the full width.
         """
-        query, key, scaling = self._blocks[block]
-        self._tap.macs += key.shape[1] * key.shape[2] * key.shape[3]
+        query, key, scaling = self._encoding.blocks[block]
+        self._encoding.macs += key.shape[1] * key.shape[2] * key.shape[3]
         query = query[:, :, :1]
         if single_head:
             query, key = (t.transpose(1, 2).flatten(2)[:, None] for t in (query, key))
@@ -208,11 +212,11 @@ class VisionView:
 
     def keys(self, block: int = -1) -> Tensor:
         """Keys (N, heads, P, d) of the patches in a vision block."""
-        return self._blocks[block][1][:, :, 1:]
+        return self._encoding.blocks[block][1][:, :, 1:]
 
     def scored(self, macs: int) -> None:
         """Count ``macs`` multiply-adds an image that the method itself spent on matrix products."""
-        self._tap.macs += macs
+        self._encoding.macs += macs
 
 
 class BlockView:
@@ -222,16 +226,16 @@ class BlockView:
     (N, t), fp32, how many of the image's tokens each token stands for. ``vision``: sizes of the tower.
     """
 
-    def __init__(
-        self, block: int, tokens: Tensor, keys: Tensor, size: Tensor | None, vision: VisionGeometry, tap: VisionTap
-    ) -> None:
-        self.block, self.tokens, self.keys, self.vision = block, tokens, keys, vision
+    def __init__(self, block: int, tokens: Tensor, encoding: Encoding) -> None:
+        keys, size = encoding.merging.keys, encoding.merging.size
+        assert keys is not None
+        self.block, self.tokens, self.keys, self.vision = block, tokens, keys, encoding.vision
         self.size = tokens.new_ones(tokens.shape[:2], dtype=torch.float32) if size is None else size
-        self._tap = tap
+        self._encoding = encoding
 
     def scored(self, macs: int) -> None:
         """Count ``macs`` multiply-adds an image that the method itself spent on matrix products."""
-        self._tap.macs += macs
+        self._encoding.macs += macs
 
 
 def _pairs(layout: TokenLayout, rows: TokenSet) -> Tensor:

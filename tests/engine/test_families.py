@@ -82,7 +82,7 @@ def test_positions_have_three_axes_in_qwen():
     model, sample = model_of("qwen2_5_vl"), samples_of("qwen2_5_vl")[0]
     with visibench.prune(model, visibench.load_method("fastv", keep=0.5)) as session:
         cache = model(**sample, use_cache=True).past_key_values
-        before, after = session._stages[0].positions, session._stages[2].positions
+        before, after = session._segments[0].positions, session._segments[2].positions
         assert before.shape == (1, 29, 3)
         # 4 text tokens, an image of 4 × 5 tokens, 5 text tokens that go on behind the largest position.
         rows, columns = torch.arange(4).repeat_interleave(5) + 4, torch.arange(5).repeat(4) + 4
@@ -90,7 +90,7 @@ def test_positions_have_three_axes_in_qwen():
         assert before[0, -1].tolist() == [13] * 3
         assert after.shape == (1, 19, 3)
         model(input_ids=torch.tensor([[7]]), past_key_values=cache)
-        assert session._stages[2].next_position.tolist() == [[[15] * 3]]
+        assert session._segments[2].next_position.tolist() == [[[15] * 3]]
 
 
 @every_family

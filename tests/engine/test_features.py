@@ -13,7 +13,7 @@ from rich.console import Console
 from storing import untimed
 from support import IMAGE, collate, make_batch, state
 from visibench.engine.features import DISK, FeatureStore
-from visibench.engine.vision import CHANGING
+from visibench.engine.vision.tap import CHANGING
 from visibench.evals.compute import timing
 from visibench.evals.settings.method_spec import parse, spell
 from visibench.evals.sweeps.config import parse_config

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import UnsupportedModelError
-from .attention import Interception
-from .views import BlockView
-
-if TYPE_CHECKING:
-    from ..models.adapters import Adapter
-    from .contract import BlockMerge, Method
-    from .vision import VisionTap
+from ...errors import UnsupportedModelError
+from ...models.adapters import Adapter
+from ..attention import Interception
+from ..contract import Method
+from ..trace import Watch
+from ..views import BlockView
+from .encoding import Encoding
 
 
 class Tower:
@@ -23,23 +23,12 @@ class Tower:
 
     A block adds its MLP's output to what it has kept from before, at full length. So the merged tokens enter through
     the norm in front of the MLP, the MLP's output is kept back and zeros go on in its place, and the block's output is
-    replaced by the merged tokens plus what was kept back. ``tokens``: how many there were at the attention and at the
-    MLP of each block.
+    replaced by the merged tokens plus what was kept back. ``current`` returns the record of the images at hand.
     """
 
-    def __init__(self, adapter: Adapter, method: Method, tap: VisionTap) -> None:
-        self.adapter, self.method, self.tap = adapter, method, tap
-        self.forget()
+    def __init__(self, adapter: Adapter, method: Method, watch: Watch, current: Callable[[], Encoding]) -> None:
+        self.adapter, self.method, self.watch, self.current = adapter, method, watch, current
         self._exit = ExitStack()
-
-    def forget(self) -> None:
-        """The images were others."""
-        self.tokens: list[tuple[int, int]] = []
-        self._size: Tensor | None = None
-        self._bias: Tensor | None = None
-        self._keys: Tensor | None = None
-        self._merge: BlockMerge | None = None
-        self._mlp_output: Tensor | None = None
 
     def __enter__(self) -> Tower:
         family, blocks = self.adapter.family, self.adapter.vision_blocks
@@ -56,40 +45,41 @@ class Tower:
 
     def __exit__(self, *error: Any) -> None:
         self._exit.close()
-        self.forget()
 
     def _on_attention(self, kernel: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
-        self._keys = k
-        if self._bias is not None:
+        merging = self.current().merging
+        merging.keys = k
+        if merging.bias is not None:
             if "flash" in module.config._attn_implementation:
                 raise UnsupportedModelError(
                     f"{self.method.name} adds to the attention logits of the vision tower, and "
                     "flash attention cannot: load the model with attn_implementation='sdpa'"
                 )
-            bias = self._bias[:, None, None, :].to(q.dtype)
+            bias = merging.bias[:, None, None, :].to(q.dtype)
             mask = bias if mask is None else mask + bias
         return kernel(module, q, k, v, mask, **kwargs)
 
     def _before_mlp(self, number: int, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
-        (tokens,), vision = args, self.tap.vision
-        assert self._keys is not None
-        view = BlockView(number, tokens, self._keys, self._size, vision, self.tap)
-        with self.tap.watch("method"):
-            self._keys, self._merge = None, self.method.block(view)
-        merged = tokens if self._merge is None else self._merge.tokens
-        self.tokens.append((int(tokens.shape[1]), int(merged.shape[1])))
-        return None if self._merge is None else (merged,)
+        (tokens,), encoding = args, self.current()
+        with self.watch("method"):
+            merge = encoding.merging.merge = self.method.block(BlockView(number, tokens, encoding))
+        encoding.merging.keys = None
+        merged = tokens if merge is None else merge.tokens
+        encoding.block_tokens.append((int(tokens.shape[1]), int(merged.shape[1])))
+        return None if merge is None else (merged,)
 
     def _behind_mlp(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
-        if self._merge is None:
+        encoding = self.current()
+        if encoding.merging.merge is None:
             return None
-        self._mlp_output = output
-        return output.new_zeros(output.shape[0], self.tokens[-1][0], output.shape[2])
+        encoding.merging.mlp_output = output
+        return output.new_zeros(output.shape[0], encoding.block_tokens[-1][0], output.shape[2])
 
     def _behind_block(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
-        merge, self._merge = self._merge, None
+        merging = self.current().merging
+        merge, merging.merge = merging.merge, None
         if merge is None:
             return None
-        assert self._mlp_output is not None
-        self._size, self._bias = merge.size, merge.bias
-        return merge.tokens + self._mlp_output
+        assert merging.mlp_output is not None
+        merging.size, merging.bias = merge.size, merge.bias
+        return merge.tokens + merging.mlp_output

@@ -1,0 +1,86 @@
+"""Where the images of a batch land in its rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import InputError
+from ..decisions import Merge
+from ..layout import TokenLayout
+
+
+class ImageRows:
+    """Where the ``images`` (N, in row-major order) stand in the rows (B, with up to M images each).
+
+    In beam search each row of the prompt, with its images, is repeated after the images were encoded.
+    """
+
+    def __init__(self, layout: TokenLayout, patches: int, images: int) -> None:
+        visual = layout.visual_counts
+        if any(count % patches for count in visual) or not images or sum(visual) // patches % images:
+            raise InputError(f"{images} images of {patches} patches do not fill rows of {visual} visual tokens")
+        self.counts = [count // patches for count in visual]
+        self.most, self.patches = max(self.counts), patches
+        beams = sum(self.counts) // images
+        if any(len(set(self.counts[row : row + beams])) > 1 for row in range(0, len(self.counts), beams)):
+            raise InputError(f"{images} images of {patches} patches do not fill rows of {visual} visual tokens")
+        sources: list[int] = []
+        places: list[int] = []
+        first = 0
+        for row, count in enumerate(self.counts):
+            sources += range(first, first + count)
+            places += range(row * self.most, row * self.most + count)
+            first += count if (row + 1) % beams == 0 else 0
+        self.sources = torch.tensor(sources, device=layout.device)
+        self.places = torch.tensor(places, device=layout.device)
+
+    def group(self, images: Tensor) -> Tensor:
+        """(N, K, …) → (B, M·K, …), zero where a row has fewer than M images."""
+        rows = len(self.counts)
+        out = images.new_zeros(rows * self.most, *images.shape[1:])
+        out[self.places] = images[self.sources]
+        return out.reshape(rows, self.most * images.shape[1], *images.shape[2:])
+
+    def translate(self, merge: Merge) -> Merge:
+        """A decision over images (N, P) as one over rows (B, V)."""
+        return Merge(
+            self.group(merge.mask),
+            None if merge.replaced is None else self.group(merge.replaced),
+            None if merge.added is None else self.group(merge.added),
+            None if merge.added is None else self.group(merge.added_mask()),
+            None if merge.added_positions is None else self.group(merge.added_positions),
+            None if merge.added is None else self._anchors(merge),
+        )
+
+    def _anchors(self, merge: Merge) -> Tensor:
+        """Int (B, M·added): for each added token the visual token of the row behind which it goes."""
+        assert merge.added is not None
+        own = merge.anchors
+        if own is None:
+            own = torch.full(merge.added.shape[:2], self.patches - 1, device=self.places.device)
+        own = self.group(own)
+        first = (torch.arange(self.most, device=self.places.device) * self.patches).repeat_interleave(
+            merge.added.shape[1]
+        )
+        return torch.where(own < 0, own - first, own + first)
+
+
+def row_hashes(layout: TokenLayout, inputs: dict[str, Any], pixels: Tensor | None, patches: int) -> Tensor:
+    """Int (B,): a hash of each row's raw inputs (ids and pixels, or embeddings); integer sums, alike in any batch."""
+    ids = inputs.get("input_ids")
+    if ids is None:
+        embeddings = inputs["inputs_embeds"]
+        return _hash(embeddings.masked_fill(~layout.valid[..., None], 0).flip(1))
+    hashes = (ids * layout.valid).sum(1)
+    if pixels is None or not any(layout.visual_counts):
+        return hashes
+    return hashes + ImageRows(layout, patches, pixels.shape[0]).group(_hash(pixels)[:, None]).sum(1)
+
+
+def _hash(values: Tensor) -> Tensor:
+    bits = (values.detach().double() * 2**20).long().flatten(1)
+    weights = torch.arange(bits.shape[1], device=bits.device) * 2654435761 % 4294967291
+    return (bits * weights).sum(1)

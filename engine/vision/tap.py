@@ -1,0 +1,227 @@
+"""Decisions after the vision tower: hooks at the tower and at the projector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import InputError, UnsupportedModelError
+from ...models.adapters import Adapter
+from ..attention import Interception
+from ..contract import Forward, Method
+from ..decisions import Keep, Merge, as_merge
+from ..features import Entry, FeatureStore, SharedTower
+from ..layout import TokenLayout, TokenSet
+from ..trace import Trace, Watch
+from ..views import VisionView
+from .encoding import Encoding
+from .rows import ImageRows
+from .tower import Tower
+
+SIDE = {"image", "tower", "vision", "projector"}
+# At these points a method changes what the tower is given or computes, so that nobody else can use it.
+CHANGING = {"image", "tower"}
+
+
+class VisionTap:
+    """While active, keeps what the vision side computed, and asks the method about it at the projector.
+
+    Features that a method drops in front of the projector are not projected; zeros take their places until the cut
+    at decoder layer 0. The same holds where the tower itself puts out fewer of them. ``generate`` encodes the images
+    before it calls the model, so nothing here may need the prompt. ``features``: where to share the tower's outputs,
+    for methods that leave the tower as it is. ``encoding``: the record of the latest images, None if they were used.
+    """
+
+    def __init__(self, adapter: Adapter, method: Method, watch: Watch, features: FeatureStore | None = None) -> None:
+        self.adapter, self.method, self.watch = adapter, method, watch
+        self.features = None if CHANGING & set(method.hook_points) else features
+        self.encoding: Encoding | None = None
+        self._encoded: Any = None
+        self._exit = ExitStack()
+        self._asked = bool(SIDE & set(method.hook_points))
+        if SIDE & set(method.hook_points) - set(adapter.family.sides) and adapter.vision_tower is not None:
+            raise UnsupportedModelError(
+                f"{method.name} acts on the vision side, which cannot be pruned in architecture {adapter.kind!r}: "
+                "choose a method that acts in the decoder"
+            )
+        if adapter.vision_tower is None and self._asked:
+            raise UnsupportedModelError(
+                f"{method.name} reads the vision tower, and a bare decoder has none: pass the full model"
+            )
+
+    def __enter__(self) -> VisionTap:
+        tower = self.adapter.vision_tower
+        if tower is None:
+            return self
+        with ExitStack() as stack:
+            stack.callback(tower.register_forward_pre_hook(self._on_pixels, with_kwargs=True).remove)
+            if self._asked:
+                self._hook_projector(stack)
+            if self.features is not None:
+                stack.enter_context(SharedTower(tower, self.features, self._parts, self._seen, self._recall))
+            self._exit = stack.pop_all()
+        return self
+
+    def _hook_projector(self, stack: ExitStack) -> None:
+        vision, blocks = self.adapter.geometry.vision, self.adapter.vision_blocks
+        assert vision is not None
+        if self.method.vision_cls:
+            stack.callback(blocks[vision.feature_block].register_forward_hook(self._on_feature_block).remove)
+        if "tower" in self.method.hook_points:
+            stack.enter_context(Tower(self.adapter, self.method, self.watch, self._current))
+        before, behind = self._watched(self._on_features), self._watched(self._on_projected)
+        stack.callback(self.adapter.projector.register_forward_pre_hook(before).remove)
+        stack.callback(self.adapter.projector.register_forward_hook(behind).remove)
+        read = {name: blocks[vision.feature_block + 1 + name] for name in self.method.vision_blocks}
+        observers = {block.self_attn: partial(self._observe, name) for name, block in read.items()}
+        stack.enter_context(Interception(observers))
+
+    def __exit__(self, *error: Any) -> None:
+        self._exit.close()
+
+    def begin(self, encoded: Any) -> None:
+        """A prefill begins; ``encoded``: its images, if ``generate`` encoded them before, or None.
+
+        What was seen belongs to it if nobody has used that yet, or only a prefill on the same encoded images.
+        """
+        if encoded is None or (self._encoded is not None and self._encoded is not encoded):
+            self.forget()
+        self._encoded = encoded
+
+    def forget(self) -> None:
+        """What was seen has been used, or belongs to another prompt."""
+        self.encoding = self._encoded = None
+
+    def _current(self) -> Encoding:
+        assert self.encoding is not None
+        return self.encoding
+
+    def _watched(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any) -> Any:
+            with self.watch("method"):
+                return hook(*args)
+
+        return watched
+
+    # ---- at the tower ---------------------------------------------------------------------------------------------
+
+    def _on_pixels(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        vision, self._encoded = self.adapter.geometry.vision, None
+        assert vision is not None
+        self.encoding = Encoding(vision)
+        if self.adapter.family.grids is not None:
+            # Images of several shapes: hashes of rows do without their pixels.
+            self.encoding.grids = self.adapter.family.grids(vision, args, kwargs)
+            return None
+        pixels = self.encoding.pixels = args[0] if args else kwargs["pixel_values"]
+        with self.watch("method"):
+            smaller = self.method.image(pixels, vision) if "image" in self.method.hook_points else None
+        if smaller is None:
+            return None
+        rest = {key: value for key, value in kwargs.items() if key != "pixel_values"}
+        return (smaller, *args[1:]), rest | {"interpolate_pos_encoding": True}
+
+    def _on_feature_block(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self._current().cls = output[:, 0]
+
+    def _observe(
+        self, name: int, kernel: Any, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any
+    ) -> Any:
+        self._current().blocks[name] = (q, k, kwargs["scaling"])
+        return kernel(module, q, k, v, mask, **kwargs)
+
+    @property
+    def _parts(self) -> tuple[str, ...]:
+        """What the method reads of the tower's inside, by name."""
+        if not self._asked:
+            return ()
+        return *(f"block{name}" for name in self.method.vision_blocks), *(("cls",) if self.method.vision_cls else ())
+
+    def _seen(self) -> dict[str, Entry]:
+        # Tokens first, as the block lays them out; of the queries CLS's alone can be read.
+        encoding = self._current()
+        parts: dict[str, Entry] = {
+            f"block{name}": {
+                "query": q[:, :, :1].transpose(1, 2),
+                "key": k.transpose(1, 2),
+                "scaling": torch.tensor([scaling], dtype=torch.float64),
+            }
+            for name, (q, k, scaling) in encoding.blocks.items()
+        }
+        return parts if encoding.cls is None else parts | {"cls": {"cls": encoding.cls}}
+
+    def _recall(self, parts: Mapping[str, Entry]) -> None:
+        if not self._asked:
+            return
+        for name in self.method.vision_blocks:
+            part = parts[f"block{name}"]
+            query, key = part["query"].transpose(1, 2), part["key"].transpose(1, 2)
+            self._current().blocks[name] = (query, key, float(part["scaling"][0]))
+        if self.method.vision_cls:
+            self._current().cls = parts["cls"]["cls"]
+
+    # ---- at the projector -----------------------------------------------------------------------------------------
+
+    def _on_features(self, module: nn.Module, args: tuple[Tensor]) -> Tensor | None:
+        (features,), encoding = args, self._current()
+        encoding.features = features
+        patches = encoding.vision.tokens
+        if features.shape[1] < patches:
+            # They stand for no patch in particular.
+            nothing = features.new_zeros(features.shape[0], patches, dtype=torch.bool)
+            encoding.kept, encoding.decision = TokenSet(nothing, (0,) * len(nothing)), Merge(nothing)
+            encoding.projected_tokens = torch.full((len(nothing),), features.shape[1])
+            return None
+        encoding.decision = self.method.vision(VisionView(encoding))
+        if encoding.decision is None:
+            return None
+        merge = as_merge(encoding.decision)
+        kept = encoding.kept = TokenSet(merge.mask, tuple(merge.mask.sum(1).tolist()))
+        encoding.projected_tokens = kept.total + (0 if merge.added is None else merge.added_mask().sum(1))
+        left = kept.pick(features if merge.replaced is None else merge.replaced, 1)
+        return left if merge.added is None else torch.cat([left, merge.added.to(left.dtype)], dim=1)
+
+    def _on_projected(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
+        encoding = self._current()
+        if encoding.kept is None:
+            encoding.projected = output
+            return None
+        assert encoding.decision is not None
+        count = encoding.kept.index.shape[1]
+        added = None if output.shape[1] == count else output[:, count:]
+        encoding.decision = replace(as_merge(encoding.decision), replaced=None, added=added)
+        places = output.new_zeros(output.shape[0], encoding.vision.tokens, output.shape[2])
+        return encoding.kept.place(output[:, :count], places, dim=1)
+
+    # ---- at decoder layer 0 ---------------------------------------------------------------------------------------
+
+    def decide(self, forward: Forward, layout: TokenLayout, trace: Trace) -> Keep | Merge | None:
+        """The method's decision about the images, translated from images (N, P) to the rows (B, V) of the batch."""
+        if not self._asked:
+            return None
+        encoding = self.encoding
+        if encoding is None or encoding.features is None:
+            raise InputError(f"{self.method.name} needs the images: pass pixel_values inside the `with` block")
+        if encoding.decision is None:
+            encoding.decision = forward.projected(VisionView(encoding))
+        if encoding.decision is None:
+            return None
+        rows = ImageRows(layout, encoding.vision.tokens, encoding.features.shape[0])
+        trace.scored(0, torch.tensor(rows.counts) * encoding.macs)
+        trace.tower = self._tower_tokens(encoding)
+        if encoding.projected_tokens is not None:
+            trace.projected = rows.group(encoding.projected_tokens[:, None]).sum(1).cpu()
+        return rows.translate(as_merge(encoding.decision))
+
+    def _tower_tokens(self, encoding: Encoding) -> tuple[tuple[int, int], ...] | None:
+        if "tower" in self.method.hook_points:
+            return tuple(encoding.block_tokens)
+        assert encoding.features is not None
+        vision, count = encoding.vision, int(encoding.features.shape[1])
+        return None if count == vision.tokens else ((count + vision.has_cls,) * 2,) * vision.layers
