@@ -92,8 +92,13 @@ class Knob:
 class Method:
     """Base of all methods: hyperparameters as fields, facts about the method as class attributes.
 
-    ``positions`` is a field of every method, with the authors' policy as its default: ``keep`` the original position
-    ids of the tokens that stay, or ``renumber`` them from 0 after each cut.
+    ``positions`` is an option of every method: ``keep`` the original position ids of the tokens that stay, or
+    ``renumber`` them from 0 after each cut. ``positions = "renumber"`` in a class makes that its default: the authors'
+    policy.
+
+    ``hook_points``: where the method acts. ``image``, ``tower`` and ``vision`` are answered by its own :meth:`image`,
+    :meth:`block` and :meth:`vision`; ``projector``, ``decoder`` and ``attention`` by the :class:`Forward` of
+    :meth:`begin`.
 
     ``examples``: options, as on the command line, with which the method runs on every supported model that has what it
     reads: one string for each way through its code, the plainest first. The tests put all of them through every
@@ -117,12 +122,19 @@ class Method:
 
     positions: Positions = dataclasses.field(default="keep", kw_only=True)
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        default = vars(cls).get("positions")
+        if isinstance(default, str):  # the field keeps its place; only its default is another
+            cls.__annotations__ = {**vars(cls).get("__annotations__", {}), "positions": Positions}
+            setattr(cls, "positions", dataclasses.field(default=default, kw_only=True))  # noqa: B010
+
     def __post_init__(self) -> None:
         self.require(self.positions in get_args(Positions), "positions must be 'keep' or 'renumber'")
 
     def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
-        """State for one prefill of a batch with this ``layout``."""
-        raise NotImplementedError
+        """State for one prefill of a batch with this ``layout``; by default one that leaves things as they are."""
+        return Forward()
 
     def vision(self, view: VisionView) -> Keep | Merge | None:
         """Once for each batch of images, between vision tower and projector; contents are features, B counts images.
@@ -144,6 +156,22 @@ class Method:
 
     def check(self, geometry: Geometry) -> None:
         """Raise :class:`OptionError` if these hyperparameters cannot act on a model of this geometry."""
+
+    def at(self, layer: int, geometry: Geometry) -> int:
+        """The decoder layer of this model that an option means by the number ``layer``."""
+        return layer
+
+    def check_layers(self, option: str, layers: Sequence[int], geometry: Geometry, otherwise: str = "") -> None:
+        """Raise :class:`OptionError` unless the ``layers`` that an ``option`` names exist and differ in this model.
+
+        ``otherwise``: what else than choosing others would help.
+        """
+        used, depth, remedy = [self.at(layer, geometry) for layer in layers], geometry.layers, "choose other layers"
+        scaled = "" if used == [*layers] else f", scaled to {spell_value(tuple(used))}"
+        meant = f"{option}={spell_value(tuple(layers))}{scaled}"
+        exist, differ = all(layer < depth for layer in used), len({*used}) == len(used)
+        self.require(exist, f"{meant}, but the model has {depth} layers: {remedy}{otherwise}")
+        self.require(differ, f"{meant} names a layer twice in a model of {depth} layers: {remedy}{otherwise}")
 
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor] | None:
         """Visual tokens left in each row, int (B,), by the decoder layer from whose input on; None: the inputs decide.

@@ -1,19 +1,20 @@
-"""What many methods share: one budget, layers named on a model of 32, and the choice of the highest scores."""
+"""What many methods share: one budget, a score, layers named on a model of 32, and the choice of the highest scores."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..engine.contract import Knob, Method, spell_value
+from ..engine.contract import Forward, HookPoint, Keep, Knob, Method
+from ..errors import VisibenchError
 
 if TYPE_CHECKING:
-    from ..engine.contract import Geometry, TokenLayout
+    from ..engine.contract import AttentionView, Geometry, LayerView, TokenLayout, VisionView
 
 Layers = Literal["given", "scaled"]
 REFERENCE_DEPTH = 32
@@ -61,6 +62,104 @@ class Budgeted(Method):
 
 
 @dataclass(frozen=True)
+class Ranked(Method):
+    """A method of the decoder that keeps the visual tokens of highest :meth:`score`, where and as many as :meth:`left`.
+
+    :meth:`score` sees the first of ``hook_points``: with ``decoder`` the input of the layer where tokens leave, with
+    ``attention`` the attention of the layer before it.
+    """
+
+    @property
+    def scored_at(self) -> HookPoint:
+        """The hook point at which the score is asked for."""
+        return self.hook_points[0]
+
+    def score(self, view: Any) -> Tensor:
+        """Scores (B, V) of the visual tokens of ``view``; higher ones stay, of equal ones the earlier."""
+        raise NotImplementedError
+
+    def choose(self, scores: Tensor, view: Any, count: Tensor) -> Keep:
+        """Which tokens of ``view`` stay, ``count`` of each row, int (B,): by default those of highest score."""
+        return Keep(top(scores, count, view.present))
+
+    def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
+        return RankedForward(self, self.left(layout, geometry) or {})
+
+
+class RankedForward(Forward):
+    """State of one prefill: visual tokens ``left``, int (B,), by the layer where others leave, and waiting scores."""
+
+    def __init__(self, method: Ranked, left: dict[int, Tensor]) -> None:
+        self.method, self.left = method, left
+        self.scores: Tensor | None = None
+
+    def attention(self, layer: int, view: AttentionView) -> None:
+        if self.method.scored_at == "attention" and layer + 1 in self.left:
+            self.scores = self.method.score(view)
+
+    def layer_input(self, layer: int, view: LayerView) -> Keep | None:
+        if layer not in self.left:
+            return None
+        scores = self.method.score(view) if self.method.scored_at == "decoder" else self.scores
+        if scores is None:
+            raise VisibenchError(f"{self.method.name}: no scores for layer {layer}: nobody saw the attention before it")
+        self.scores = None
+        return self.method.choose(scores, view, self.left[layer])
+
+
+@dataclass(frozen=True)
+class Scored(Ranked, Budgeted):
+    """A method that is its :meth:`score`: the visual tokens of highest score stay, as many as its budget.
+
+    The first of ``hook_points`` says what is scored: with ``vision`` or ``projector`` the tokens of each image, with
+    ``attention`` or ``decoder`` those of each row, at the input of ``layer``, an option of methods that declare it
+    (``layer: int = 2``).
+    """
+
+    layer = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.layer >= 0, "layer must be >= 0")
+        behind = self.layer > 0 or self.scored_at != "attention"
+        self.require(behind, "layer must be >= 1: the attention of the layer before it is read")
+
+    @property
+    def on_images(self) -> bool:
+        """Whether images are scored, in front of the decoder."""
+        return self.scored_at in ("vision", "projector")
+
+    def check(self, geometry: Geometry) -> None:
+        if not self.on_images:
+            self.check_layers("layer", (self.layer,), geometry)
+
+    def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor] | None:
+        if self.on_images:
+            return super().left(layout, geometry)
+        return {self.at(self.layer, geometry): self.budget(layout.visual.total)}
+
+    def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
+        return ScoredImages(self) if self.on_images else super().begin(layout, geometry)
+
+    def vision(self, view: VisionView) -> Keep | None:
+        return self.image_tokens(view) if self.scored_at == "vision" else None
+
+    def image_tokens(self, view: VisionView) -> Keep:
+        """The tokens of each image that stay."""
+        return self.choose(self.score(view), view, self.budget(view.present.sum(1)))
+
+
+class ScoredImages(Forward):
+    """One prefill of a method that scores images."""
+
+    def __init__(self, method: Scored) -> None:
+        self.method = method
+
+    def projected(self, view: VisionView) -> Keep | None:
+        return self.method.image_tokens(view) if self.method.scored_at == "projector" else None
+
+
+@dataclass(frozen=True)
 class Layered(Method):
     """A method whose options name decoder layers, in numbers that its authors chose on a model of 32.
 
@@ -83,14 +182,8 @@ class Layered(Method):
         last = geometry.layers - (layer < REFERENCE_DEPTH)
         return min(max(int(layer * geometry.layers / REFERENCE_DEPTH + 0.5), min(layer, 1)), last)
 
-    def check_layers(self, option: str, layers: Sequence[int], geometry: Geometry) -> None:
-        """Raise :class:`OptionError` unless the layers of ``option`` exist and differ in this model."""
-        used, depth = [self.at(layer, geometry) for layer in layers], geometry.layers
-        scaled = f", scaled to {spell_value(tuple(used))}" if self.layers == "scaled" else ""
-        meant = f"{option}={spell_value(tuple(layers))}{scaled}"
-        remedy = "choose other layers" + (" or layers='scaled'" if self.layers == "given" else "")
-        self.require(all(layer < depth for layer in used), f"{meant}, but the model has {depth} layers: {remedy}")
-        self.require(len({*used}) == len(used), f"{meant} names a layer twice in a model of {depth} layers: {remedy}")
+    def check_layers(self, option: str, layers: Sequence[int], geometry: Geometry, otherwise: str = "") -> None:
+        super().check_layers(option, layers, geometry, otherwise or " or layers='scaled'" * (self.layers == "given"))
 
 
 def floored(count: Tensor, fraction: float) -> Tensor:

@@ -18,40 +18,32 @@ choice with r = 1, by diversity alone.
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..engine.contract import Forward, Keep, Positions
-from .base import Budgeted
-from .pieces import cosine, marked, per_image
+from .base import Scored
+from .pieces import by_place, cosine, per_image
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.contract import Geometry, TokenLayout, VisionView
+    from ..engine.contract import Geometry, VisionView
 
 Condition = Literal["question", "none"]
 
 
-@register
-@dataclass(frozen=True)
-class CDPruner(Budgeted):
+@register("cdpruner", "CDPruner", paper="2506.10967", source="Theia-4869/CDPruner@9541616")
+class CDPruner(Scored):
     """Keep the projected tokens that are most diverse and most relevant to the question."""
 
-    name = "cdpruner"
-    title = "CDPruner"
-    paper = "2506.10967"
-    source = "Theia-4869/CDPruner@9541616"
     hook_points = ("projector",)
+    positions = "renumber"
     vision_blocks = ()
     examples = ("keep=0.5,condition=none",)
     everything = "keep=1,condition=none"
 
     condition: Condition = "question"
-    positions: Positions = dataclasses.field(default="renumber", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,24 +56,14 @@ class CDPruner(Budgeted):
             "use condition=none (diversity alone), divprune or a method that reads the prompt in the decoder",
         )
 
-    def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
-        return CDPrunerForward(self)
-
-
-class CDPrunerForward(Forward):
-    """One prefill."""
-
-    def __init__(self, method: CDPruner) -> None:
-        self.method = method
-
-    def projected(self, view: VisionView) -> Keep:
+    def score(self, view: VisionView) -> Tensor:
         patches, size = view.projected.shape[1:]
-        count = per_image(self.method, patches)
+        count = per_image(self, patches)
         view.scored(patches * patches * size + patches * count * (count - 1) // 2)
         itself = torch.eye(patches, dtype=torch.bool, device=view.projected.device)
         # Exactly 1: rounding must not choose the first token.
         kernel = cosine(view.projected).masked_fill(itself, 1)
-        return Keep(marked(most_likely(kernel, count), patches))
+        return by_place(most_likely(kernel, count), patches)
 
 
 def relevance(images: Tensor, texts: Tensor) -> Tensor:

@@ -19,14 +19,13 @@ to right, and ``order="norm"`` takes visual pivots before text ones, the largest
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from ..engine.contract import Forward, Keep
-from .base import Budgeted, Layered, top
+from ..engine.contract import Keep
+from .base import Layered, Scored, top
 from .pieces import cosine, pick
 from .registry import register
 
@@ -34,15 +33,10 @@ if TYPE_CHECKING:
     from ..engine.contract import AttentionView, Geometry, LayerView, TokenLayout
 
 
-@register
-@dataclass(frozen=True)
-class DART(Budgeted, Layered):
+@register("dart", "DART", paper="2502.11494", source="ZichenWen1/DART@d6a5af6")
+class DART(Scored, Layered):
     """Keep a few pivots and the visual tokens least like them, once, at the input of layer K (option ``layer``)."""
 
-    name = "dart"
-    title = "DART"
-    paper = "2502.11494"
-    source = "ZichenWen1/DART@d6a5af6"
     hook_points = ("attention", "decoder")
     examples = (
         "keep=0.5,layers=scaled",
@@ -58,13 +52,9 @@ class DART(Budgeted, Layered):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.layer >= 1, "layer must be >= 1: the keys of the layer before it are needed")
         self.require(min(self.visual_pivots, self.text_pivots) >= 0, "numbers of pivots must be >= 0")
         self.require(self.visual_pivots + self.text_pivots > 0, "at least one pivot is needed")
         self.require(self.order in ("position", "norm"), f"order must be 'position' or 'norm', not {self.order!r}")
-
-    def check(self, geometry: Geometry) -> None:
-        self.check_layers("layer", (self.layer,), geometry)
 
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor]:
         total, text = layout.visual.total, layout.text.total
@@ -72,38 +62,25 @@ class DART(Budgeted, Layered):
         picks = self.share(total) * (visual + text.clamp(max=self.text_pivots))
         return {self.at(self.layer, geometry): visual + picks.minimum(total - visual)}
 
-    def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
-        return DARTForward(self, self.at(self.layer, geometry))
-
     def share(self, visual_tokens: Tensor) -> Tensor:
         """Int (B,): how many tokens each pivot picks."""
         return self.budget(visual_tokens) // (self.visual_pivots + self.text_pivots)
 
+    def score(self, view: AttentionView) -> Tensor:
+        """(B, L): the L1 norms of all keys."""
+        return view.keys.float().abs().sum((1, 3))
 
-class DARTForward(Forward):
-    """State of one prefill: the L1 norms (B, L) of all keys."""
-
-    def __init__(self, method: DART, layer: int) -> None:
-        self.method, self.layer = method, layer
-        self.norms: Tensor | None = None
-
-    def attention(self, layer: int, view: AttentionView) -> None:
-        if layer == self.layer - 1:
-            self.norms = view.keys.float().abs().sum((1, 3))
-
-    def layer_input(self, layer: int, view: LayerView) -> Keep | None:
-        if layer != self.layer or self.norms is None:
-            return None
-        method, visual, text = self.method, view.layout.visual, view.layout.text
-        column, there = pivots(self.norms, view.layout, method.visual_pivots, method.text_pivots)
-        if method.order == "position":
+    def choose(self, norms: Tensor, view: LayerView, count: Tensor) -> Keep:
+        visual, text = view.layout.visual, view.layout.text
+        column, there = pivots(norms, view.layout, self.visual_pivots, self.text_pivots)
+        if self.order == "position":
             column, there = left_to_right(column, there)
         likeness = cosine(view.final_norm(pick(view.tokens, column)), view.final_norm(view.hidden))
         counts = zip(visual.counts, text.counts, strict=True)
-        pairs = [v * (min(v, method.visual_pivots) + min(t, method.text_pivots)) for v, t in counts]
+        pairs = [v * (min(v, self.visual_pivots) + min(t, self.text_pivots)) for v, t in counts]
         view.scored(torch.tensor(pairs) * view.hidden.shape[2])
 
-        share = method.share(visual.total)
+        share = self.share(visual.total)
         is_pivot = (visual.index[:, :, None] == column.masked_fill(~there, -1)[:, None]).any(2)
         keep = is_pivot & view.present
         for pivot in range(column.shape[1]):

@@ -13,52 +13,32 @@ image at a fixed place; here every image of every row is pruned by itself.
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..engine.contract import Forward, Keep, Positions
-from .base import Budgeted
-from .pieces import cosine, marked, per_image
+from .base import Scored
+from .pieces import by_place, cosine, per_image
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.contract import Geometry, TokenLayout, VisionView
+    from ..engine.contract import VisionView
 
 
-@register
-@dataclass(frozen=True)
-class DivPrune(Budgeted):
+@register("divprune", "DivPrune", paper="2503.02175", source="vbdi/divprune@799e2d9")
+class DivPrune(Scored):
     """Keep the projected tokens of each image that are farthest from one another."""
 
-    name = "divprune"
-    title = "DivPrune"
-    paper = "2503.02175"
-    source = "vbdi/divprune@799e2d9"
     hook_points = ("projector",)
+    positions = "renumber"
     vision_blocks = ()
     examples = ("keep=0.5", "tokens=6,positions=keep")
 
-    positions: Positions = dataclasses.field(default="renumber", kw_only=True)
-
-    def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
-        return DivPruneForward(self)
-
-
-class DivPruneForward(Forward):
-    """One prefill."""
-
-    def __init__(self, method: DivPrune) -> None:
-        self.method = method
-
-    def projected(self, view: VisionView) -> Keep:
+    def score(self, view: VisionView) -> Tensor:
         patches, size = view.projected.shape[1:]
         view.scored(patches * patches * size)
-        picked = farthest(1 - cosine(view.projected), per_image(self.method, patches))
-        return Keep(marked(picked, patches))
+        return by_place(farthest(1 - cosine(view.projected), per_image(self, patches)), patches)
 
 
 def farthest(distance: Tensor, count: int) -> Tensor:

@@ -10,7 +10,6 @@ The tokens get new positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -24,13 +23,10 @@ if TYPE_CHECKING:
     from ..engine.contract import VisionGeometry
 
 
-@register
-@dataclass(frozen=True)
+@register("downsample", "Smaller image")
 class Downsample(Gridded):
     """Show the vision tower a smaller image."""
 
-    name = "downsample"
-    title = "Smaller image"
     hook_points = ("image",)
 
     def image(self, pixels: Tensor, vision: VisionGeometry) -> Tensor | None:

@@ -10,37 +10,27 @@ The tokens that stay get new positions. Paper and code agree.
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..engine.contract import Forward, Keep, Positions
-from .base import Budgeted, top
+from torch import Tensor
+
+from .base import Scored
 from .pieces import cls_attention, needs_cls
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.contract import Geometry, TokenLayout, VisionView
+    from ..engine.contract import Geometry, VisionView
 
 
-@register
-@dataclass(frozen=True)
-class FasterVLM(Budgeted):
+@register("fastervlm", "FasterVLM", paper="2412.01818", source="Theia-4869/FasterVLM@f5d5f12")
+class FasterVLM(Scored):
     """Keep the patches of each image to which the CLS token attends most."""
 
-    name = "fastervlm"
-    title = "FasterVLM"
-    paper = "2412.01818"
-    source = "Theia-4869/FasterVLM@f5d5f12"
     hook_points = ("vision",)
-
-    positions: Positions = dataclasses.field(default="renumber", kw_only=True)
+    positions = "renumber"
 
     def check(self, geometry: Geometry) -> None:
         needs_cls(self, geometry)
 
-    def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
-        return Forward()
-
-    def vision(self, view: VisionView) -> Keep:
-        return Keep(top(cls_attention(view), self.budget(view.present.sum(1)), view.present))
+    def score(self, view: VisionView) -> Tensor:
+        return cls_attention(view)

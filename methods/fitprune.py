@@ -16,20 +16,19 @@ They are numbers of tokens, out of 576, and act so on prompts with any number of
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..engine.contract import Forward, Keep, Knob
-from .base import REFERENCE_DEPTH, Layered, top
+from ..engine.contract import Knob
+from .base import REFERENCE_DEPTH, Layered, Ranked
 from .pieces import interpolated, share
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.contract import AttentionView, Geometry, LayerView, TokenLayout, TokenSet
+    from ..engine.contract import AttentionView, Geometry, TokenLayout, TokenSet
 
 # Visual tokens deleted in layers 0, 1, 2, …
 SCHEDULES: dict[int, tuple[int, ...]] = {
@@ -55,18 +54,13 @@ def between(ratio: float) -> dict[str, Any]:
     return {"deletions": tuple(deletions[:used]), "out_of": PATCHES}
 
 
-@register
-@dataclass(frozen=True)
-class FitPrune(Layered):
+@register("fitprune", "FitPrune", paper="2409.10197", source="ywh187/FitPrune@d28e418")
+class FitPrune(Layered, Ranked):
     """Delete in each decoder layer a scheduled number of the visual tokens of lowest self- times cross-attention.
 
     ``ratio`` names a shipped schedule; ``deletions`` gives another, one number a layer from layer 0 on.
     """
 
-    name = "fitprune"
-    title = "FitPrune"
-    paper = "2409.10197"
-    source = "ywh187/FitPrune@d28e418"
     hook_points = ("attention", "decoder")
     examples = (
         "ratio=60,out_of=576,layers=scaled",
@@ -116,25 +110,8 @@ class FitPrune(Layered):
         left = {layer + 1: (total - share(n, self.out_of, total)).clamp(min=0) for layer, n in enumerate(gone)}
         return {layer: left[layer] for layer in left if number[layer - 1]}
 
-    def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
-        return FitPruneForward(self.left(layout, geometry))
-
-
-class FitPruneForward(Forward):
-    """State of one prefill: visual tokens ``left``, int (B,), behind deleting layers, and the latest scores."""
-
-    def __init__(self, left: dict[int, Tensor]) -> None:
-        self.left = left
-        self.scores: Tensor | None = None
-
-    def attention(self, layer: int, view: AttentionView) -> None:
-        if layer + 1 in self.left:
-            self.scores = received(view, view.layout.visual) * received(view, view.layout.text)
-
-    def layer_input(self, layer: int, view: LayerView) -> Keep | None:
-        if layer not in self.left or self.scores is None:
-            return None
-        return Keep(top(self.scores, self.left[layer], view.present))
+    def score(self, view: AttentionView) -> Tensor:
+        return received(view, view.layout.visual) * received(view, view.layout.text)
 
 
 def received(view: AttentionView, rows: TokenSet) -> Tensor:

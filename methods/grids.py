@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..engine.contract import Forward, Positions
 from .base import Budgeted
 from .pieces import added_need_renumbering, per_image
 
@@ -33,8 +31,7 @@ class Gridded(Budgeted):
     """
 
     vision_blocks = ()
-
-    positions: Positions = dataclasses.field(default="renumber", kw_only=True)
+    positions = "renumber"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,6 +52,3 @@ class Gridded(Budgeted):
         assert geometry.vision is not None
         rows, columns = self.grid(geometry.vision.grid)
         return {0: layout.visual.total // geometry.vision.tokens * (rows * columns)}
-
-    def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
-        return Forward()

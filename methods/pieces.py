@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 if TYPE_CHECKING:
-    from ..engine.contract import Geometry, Method, VisionView
+    from ..engine.contract import AttentionView, Geometry, LayerView, Method, VisionView
     from .base import Budgeted
 
 
@@ -30,6 +30,18 @@ def cosine(left: Tensor, right: Tensor | None = None) -> Tensor:
 def cls_attention(view: VisionView) -> Tensor:
     """(N, P): attention of CLS to the patches in the feature block, mean over heads."""
     return view.cls_weights().mean(1)
+
+
+def last_token_attention(view: AttentionView | LayerView, weights: Tensor) -> Tensor:
+    """(B, V): the mean over heads of the last token's ``weights`` (B, H, 1, L) on each visual token."""
+    return view.layout.visual.pick(weights, 3).mean(1).squeeze(1)
+
+
+def by_place(picked: Tensor, width: int) -> Tensor:
+    """Scores (N, width) of a ranking: they fall along the columns ``picked``, int (N, n), and are lowest elsewhere."""
+    place = torch.arange(picked.shape[1], dtype=torch.float32, device=picked.device)
+    lowest = torch.full((picked.shape[0], width), -torch.inf, device=picked.device)
+    return lowest.scatter(1, picked, -place.expand(picked.shape))
 
 
 def marked(index: Tensor, width: int) -> Tensor:
@@ -61,11 +73,9 @@ def needs_cls(method: Method, geometry: Geometry) -> None:
     )
 
 
-def added_need_renumbering(method: Method) -> None:
-    """Raise :class:`OptionError` under ``positions="keep"``: tokens made on the vision side have no old position."""
-    method.require(
-        method.positions == "renumber", "its new tokens have no old position to keep: use positions='renumber'"
-    )
+def added_need_renumbering(method: Method, remedy: str = "use positions='renumber'") -> None:
+    """Raise :class:`OptionError` under ``positions="keep"``: tokens that a method makes have no old position."""
+    method.require(method.positions == "renumber", f"its new tokens have no old position to keep: {remedy}")
 
 
 def share(number: int, out_of: int | None, total: Any) -> Any:

@@ -9,7 +9,6 @@ form a square grid.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,13 +23,10 @@ if TYPE_CHECKING:
     from ..engine.contract import VisionView
 
 
-@register
-@dataclass(frozen=True)
+@register("pooling", "Average pooling")
 class Pooling(Gridded):
     """Average the features over the cells of a coarser grid."""
 
-    name = "pooling"
-    title = "Average pooling"
     hook_points = ("vision",)
 
     def vision(self, view: VisionView) -> Merge | None:

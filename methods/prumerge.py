@@ -21,14 +21,12 @@ the image's order. The authors' code fails where more than a third of the patche
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..engine.contract import Forward, Merge, Positions
+from ..engine.contract import Merge
 from .base import Budgeted
 from .pieces import added_need_renumbering, cosine, needs_cls, per_image, pick, precise
 from .registry import register
@@ -40,16 +38,12 @@ Order = Literal["attention", "spatial"]
 Weights = Literal["raw", "normalised"]
 
 
-@register
-@dataclass(frozen=True)
+@register("prumerge", "PruMerge", paper="2403.15388", source="42Shawn/LLaVA-PruMerge@097c041")
 class PruMerge(Budgeted):
     """Keep the patches that stand out in CLS attention, and add to each what is like it."""
 
-    name = "prumerge"
-    title = "PruMerge"
-    paper = "2403.15388"
-    source = "42Shawn/LLaVA-PruMerge@097c041"
     hook_points = ("vision",)
+    positions = "renumber"
     adaptive = True
     vision_blocks = (0,)
     examples = ("", "tokens=6,order=spatial,weights=normalised,neighbours=3")
@@ -58,7 +52,6 @@ class PruMerge(Budgeted):
     neighbours: int = 32
     order: Order = "attention"
     weights: Weights = "raw"
-    positions: Positions = dataclasses.field(default="renumber", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,9 +80,6 @@ class PruMerge(Budgeted):
 
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor] | None:
         return super().left(layout, geometry) if self.fixed else None
-
-    def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
-        return Forward()
 
     def vision(self, view: VisionView) -> Merge:
         attention = view.cls_weights(0, single_head=True).squeeze(1)
@@ -121,13 +111,10 @@ class PruMerge(Budgeted):
         return (budget - 1).clamp(min=0)
 
 
-@register
-@dataclass(frozen=True)
+@register("prumerge_plus", "PruMerge+")
 class PruMergePlus(PruMerge):
     """PruMerge with evenly spaced patches besides."""
 
-    name = "prumerge_plus"
-    title = "PruMerge+"
     examples = ("", "tokens=9")
 
     def ranked(self, attention: Tensor) -> Tensor:

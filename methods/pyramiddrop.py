@@ -13,18 +13,17 @@ The visual tokens of several images compete with each other.
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from ..engine.contract import Forward, Keep, Knob, Positions
-from .base import Layered, floored, top
+from ..engine.contract import HookPoint, Knob
+from .base import Layered, Ranked, floored
+from .pieces import last_token_attention
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.contract import AttentionView, Geometry, LayerView, TokenLayout
+    from ..engine.contract import Geometry, TokenLayout
 
 
 CUTS = (8, 16, 24)
@@ -35,16 +34,12 @@ def by_factor(factor: float, cuts: int) -> tuple[float, ...]:
     return tuple(round(factor**cut, 6) for cut in range(1, cuts + 1))
 
 
-@register
-@dataclass(frozen=True)
-class PyramidDrop(Layered):
+@register("pyramiddrop", "PyramidDrop", paper="2410.17247", source="Cooperx521/PyramidDrop@6444f30")
+class PyramidDrop(Layered, Ranked):
     """Keep ever fewer visual tokens: the share ``ratios[i]`` of the prompt's from the input of layer ``cuts[i]`` on."""
 
-    name = "pyramiddrop"
-    title = "PyramidDrop"
-    paper = "2410.17247"
-    source = "Cooperx521/PyramidDrop@6444f30"
     hook_points = ("attention", "decoder")
+    positions = "renumber"
     examples = ("layers=scaled", "layers=scaled,scorer=stage,positions=keep")
     everything = "ratios=1+1+1,layers=scaled"
     knobs = (
@@ -58,7 +53,6 @@ class PyramidDrop(Layered):
     cuts: tuple[int, ...] = CUTS
     ratios: tuple[float, ...] = (0.5, 0.25, 0.125)
     scorer: Literal["next", "stage"] = "next"
-    positions: Positions = dataclasses.field(default="renumber", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,29 +73,9 @@ class PyramidDrop(Layered):
         cuts, total = [self.at(layer, geometry) for layer in self.cuts], layout.visual.total
         return {cut: floored(total, ratio) for cut, ratio in zip(cuts, self.ratios, strict=True)}
 
-    def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
-        return PyramidDropForward(self.scorer, self.left(layout, geometry))
+    @property
+    def scored_at(self) -> HookPoint:
+        return "attention" if self.scorer == "stage" else "decoder"
 
-
-class PyramidDropForward(Forward):
-    """State of one prefill: visual tokens ``left``, int (B,), from each cut on, and the scores that wait for it."""
-
-    def __init__(self, scorer: str, left: dict[int, Tensor]) -> None:
-        self.scorer, self.left = scorer, left
-        self.scores: Tensor | None = None
-
-    def attention(self, layer: int, view: AttentionView) -> None:
-        if self.scorer == "stage" and layer + 1 in self.left:
-            self.scores = last_token_weights(view, view.weights())
-
-    def layer_input(self, layer: int, view: LayerView) -> Keep | None:
-        if layer not in self.left:
-            return None
-        scores = self.scores if self.scorer == "stage" else last_token_weights(view, view.preview())
-        assert scores is not None
-        return Keep(top(scores, self.left[layer], view.present))
-
-
-def last_token_weights(view: AttentionView | LayerView, weights: Tensor) -> Tensor:
-    """(B, H, 1, L) weights of the last token → (B, V), its mean weight over heads on each visual token."""
-    return view.layout.visual.pick(weights, 3).mean(1).squeeze(1)
+    def score(self, view: Any) -> Tensor:
+        return last_token_attention(view, view.weights() if self.scorer == "stage" else view.preview())

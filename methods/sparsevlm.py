@@ -22,17 +22,15 @@ The code adds unseeded noise of 1e-6 to densities; here its numbers depend on th
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..engine.contract import Forward, Keep, Knob, Merge, Positions
+from ..engine.contract import Forward, Keep, Knob, Merge
 from .base import MAGNITUDES, Layered, floored, top
-from .pieces import density_peaks, interpolated, matrix_rank, pick, pooled, precise, share
+from .pieces import added_need_renumbering, density_peaks, interpolated, matrix_rank, pick, pooled, precise, share
 from .random import draw
 from .registry import register
 
@@ -49,16 +47,12 @@ def between(nominal: float) -> dict[str, Any]:
     return {"counts": tuple(interpolated(LISTS | ends, nominal)), "out_of": PATCHES}
 
 
-@register
-@dataclass(frozen=True)
+@register("sparsevlm", "SparseVLM", paper="2410.04417", source="Gumpest/SparseVLMs@26a5f48")
 class SparseVLM(Layered):
     """Keep the visual tokens that the most image-related text attends to, and merge some of the others, in stages."""
 
-    name = "sparsevlm"
-    title = "SparseVLM"
-    paper = "2410.04417"
-    source = "Gumpest/SparseVLMs@26a5f48"
     hook_points = ("attention", "decoder")
+    positions = "renumber"
     examples = (
         "tokens=192,out_of=576,layers=scaled",
         "counts=9+5+2,after=0+2+6",
@@ -89,7 +83,6 @@ class SparseVLM(Layered):
     cluster_size: int = 10
     merge: Literal["mean", "sum"] = "mean"
     noise: float = 1e-6
-    positions: Positions = dataclasses.field(default="renumber", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,8 +100,8 @@ class SparseVLM(Layered):
         self.require(0 <= self.recycle <= 1, f"recycle must lie in [0, 1], not {self.recycle}")
         self.require(self.cluster_size >= 1, "cluster_size must be >= 1")
         self.require(self.merge in ("mean", "sum"), f"merge must be 'mean' or 'sum', not {self.merge!r}")
-        placed = self.recycle == 0 or self.positions == "renumber"
-        self.require(placed, "merged tokens have no position of their own: positions='keep' needs recycle=0")
+        if self.recycle:
+            added_need_renumbering(self, "positions='keep' needs recycle=0")
 
     @property
     def schedule(self) -> tuple[int, ...]:

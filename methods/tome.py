@@ -18,37 +18,30 @@ token the authors leave the rest of A in order of falling similarity, and so doe
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..engine.contract import BlockMerge, Forward, Positions
+from ..engine.contract import BlockMerge
 from .base import Budgeted
 from .pieces import added_need_renumbering, cosine, per_image, precise
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.contract import BlockView, Geometry, TokenLayout, VisionGeometry
+    from ..engine.contract import BlockView, Geometry, VisionGeometry
 
 
-@register
-@dataclass(frozen=True)
+@register("tome", "ToMe", paper="2210.09461", source="facebookresearch/ToMe@af95e4b")
 class ToMe(Budgeted):
     """Merge the most similar tokens in every block of the vision tower."""
 
-    name = "tome"
-    title = "ToMe"
-    paper = "2210.09461"
-    source = "facebookresearch/ToMe@af95e4b"
     hook_points = ("tower",)
+    positions = "renumber"
     vision_blocks = ()
     examples = ("keep=0.5", "tokens=7,proportional=false")
 
     proportional: bool = True
-    positions: Positions = dataclasses.field(default="renumber", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,9 +56,6 @@ class ToMe(Budgeted):
                 f"each of {blocks} vision blocks can at most halve the {vision.tokens} patches: "
                 f"the budget must be at least {least} tokens an image",
             )
-
-    def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
-        return Forward()
 
     def block(self, view: BlockView) -> BlockMerge | None:
         merges = self.plan(view.vision)[view.block]

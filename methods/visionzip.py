@@ -17,41 +17,34 @@ code adds the target to the mean of the others: ``merge="mean"`` averages target
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..engine.contract import Forward, Merge, Positions
+from ..engine.contract import Merge
 from .base import Budgeted, top
 from .pieces import added_need_renumbering, cls_attention, columns, cosine, needs_cls, per_image, pick, precise
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.contract import Geometry, TokenLayout, VisionView
+    from ..engine.contract import Geometry, VisionView
 
 ContextualMerge = Literal["sum", "mean"]
 
 
-@register
-@dataclass(frozen=True)
+@register("visionzip", "VisionZip", paper="2412.04467", source="dvlab-research/VisionZip@3151f6d")
 class VisionZip(Budgeted):
     """Keep CLS and the patches it attends to most, and merge the others into a few contextual tokens."""
 
-    name = "visionzip"
-    title = "VisionZip"
-    paper = "2412.04467"
-    source = "dvlab-research/VisionZip@3151f6d"
     hook_points = ("vision",)
+    positions = "renumber"
     vision_cls = True
     examples = ("keep=0.5", "tokens=7,contextual=3,merge=mean")
     everything = None
 
     contextual: int | None = None
     merge: ContextualMerge = "sum"
-    positions: Positions = dataclasses.field(default="renumber", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,9 +61,6 @@ class VisionZip(Budgeted):
                 f"{dominant + contextual} tokens an image, {contextual} of them contextual, leave none for CLS: "
                 "raise tokens or keep, or lower contextual",
             )
-
-    def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
-        return Forward()
 
     def split(self, patches: int) -> tuple[int, int]:
         """Dominant (with CLS) and contextual tokens of an image."""

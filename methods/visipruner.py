@@ -31,7 +31,6 @@ none from ``exit_layer`` on. The plan's defaults are the averages that the paper
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -48,15 +47,10 @@ if TYPE_CHECKING:
 STAGES = ("shallow", "middle", "deep")
 
 
-@register
-@dataclass(frozen=True)
+@register("visipruner", "VisiPruner", paper="2510.17205", source="EIT-NLP/VisiPruner@d778622")
 class VisiPruner(Layered):
     """Shallow visual attention off, a value-aware choice in the middle, no visual tokens in the deep layers."""
 
-    name = "visipruner"
-    title = "VisiPruner"
-    paper = "2510.17205"
-    source = "EIT-NLP/VisiPruner@d778622"
     hook_points = ("attention", "decoder")
     adaptive = True
     examples = (

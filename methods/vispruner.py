@@ -17,37 +17,30 @@ places of an odd list are one more than the odd ones.
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..engine.contract import Forward, Keep, Positions
+from ..engine.contract import Keep
 from .base import Budgeted
 from .pieces import cls_attention, cosine, marked, needs_cls, per_image
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.contract import Geometry, TokenLayout, VisionView
+    from ..engine.contract import Geometry, VisionView
 
 
-@register
-@dataclass(frozen=True)
+@register("vispruner", "VisPruner", paper="2412.01818", source="Theia-4869/VisPruner@aefa01a")
 class VisPruner(Budgeted):
     """Keep the patches to which CLS attends most, and of the others the least redundant ones."""
 
-    name = "vispruner"
-    title = "VisPruner"
-    paper = "2412.01818"
-    source = "Theia-4869/VisPruner@aefa01a"
     hook_points = ("vision",)
+    positions = "renumber"
     examples = ("keep=0.4", "tokens=9,important=0.3,drop=2", "tokens=6,important=1")
 
     important: float = 0.5
     drop: int = 8
-    positions: Positions = dataclasses.field(default="renumber", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,9 +49,6 @@ class VisPruner(Budgeted):
 
     def check(self, geometry: Geometry) -> None:
         needs_cls(self, geometry)
-
-    def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
-        return Forward()
 
     def vision(self, view: VisionView) -> Keep:
         patches, size = view.features.shape[1:]

@@ -11,29 +11,23 @@ command line at 16; the default here is the function's. ``analysis.fit.vtw_layer
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..engine.contract import Forward, Keep, Knob
-from .base import REFERENCE_DEPTH, Layered
+from ..engine.contract import Knob
+from .base import REFERENCE_DEPTH, Layered, Ranked
 from .registry import register
 
 if TYPE_CHECKING:
     from ..engine.contract import Geometry, LayerView, TokenLayout
 
 
-@register
-@dataclass(frozen=True)
-class VTW(Layered):
+@register("vtw", "VTW", paper="2405.05803", source="lzhxmu/VTW@a3d8cfc")
+class VTW(Layered, Ranked):
     """Drop all visual tokens at the input of layer K (option ``layer``)."""
 
-    name = "vtw"
-    title = "VTW"
-    paper = "2405.05803"
-    source = "lzhxmu/VTW@a3d8cfc"
     hook_points = ("decoder",)
     examples = ("layers=scaled", "layer=0,positions=renumber")
     knobs = (Knob("layer", lambda visual_tokens, geometry: range(max(geometry.layers, REFERENCE_DEPTH))),)
@@ -50,15 +44,5 @@ class VTW(Layered):
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor]:
         return {self.at(self.layer, geometry): torch.zeros_like(layout.visual.total)}
 
-    def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
-        return VTWForward(self.at(self.layer, geometry))
-
-
-class VTWForward(Forward):
-    """One prefill."""
-
-    def __init__(self, layer: int) -> None:
-        self.layer = layer
-
-    def layer_input(self, layer: int, view: LayerView) -> Keep | None:
-        return Keep(torch.zeros_like(view.present)) if layer == self.layer else None
+    def score(self, view: LayerView) -> Tensor:
+        return torch.zeros_like(view.present, dtype=torch.float32)  # all alike, since none stays

@@ -10,7 +10,7 @@ import visibench
 from support import collate, make_batch, make_llava
 from visibench.errors import OptionError, UnsupportedModelError
 from visibench.evals.compute import flops
-from visibench.methods import cdpruner, divprune, pieces, prumerge, tome, visionzip, vispruner
+from visibench.methods import cdpruner, divprune, grids, pieces, prumerge, tome, visionzip, vispruner
 from visibench.models.adapters import Adapter
 
 ROWS = [(5, 9, 1), (3, 12, 2), (4, 6, 0)]
@@ -154,9 +154,9 @@ def test_evenly_spaced_places():
 @pytest.mark.parametrize("side", [1, 4, 24])
 def test_grids_within_a_budget(side):
     for budget in range(1, side * side + 1):
-        grids = [(h, w) for h in range(1, side + 1) for w in range(h, min(2 * h, side) + 1) if h * w <= budget]
-        most = max(h * w for h, w in grids)
-        assert grids.grid_within(budget, side) == max(grid for grid in grids if grid[0] * grid[1] == most)
+        shapes = [(h, w) for h in range(1, side + 1) for w in range(h, min(2 * h, side) + 1) if h * w <= budget]
+        most = max(h * w for h, w in shapes)
+        assert grids.grid_within(budget, side) == max(shape for shape in shapes if shape[0] * shape[1] == most)
     assert [grids.grid_within(n, 24) for n in (192, 128, 64, 576) if side == 24] == [
         (12, 16),
         (8, 16),
