@@ -31,7 +31,7 @@ def compare(
     from ..results.statistics.paired import pair
 
     sides = [_cells(first), _cells(second)]
-    result = pair(*sides)
+    result = pair(sides[0], sides[1])
     if as_json:
         print(to_json(result, indent=1, inf_nan_mode="null").decode())
         return

@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ...errors import DataError, OptionError, suggest
 from ..statistics.inference import DENSE, RANDOM
-from ..statistics.stats import Estimate
+from ..statistics.intervals import Estimate
 from ..store.records import ScoreRecord
 from ..tables.columns import compute_unit
 from ..tables.notes import origin

@@ -3,8 +3,9 @@
     what a prefill kept and computed   deterministic: one question that differs fails the gate
     what was answered                  rounding may change it: only a drop of a score that is shown fails the gate
 
-A drop is shown by the paired tests of :mod:`~visibench.results.statistics.stats`, one-sided, under Holm's adjustment
-over all cells × metrics: a run without any drop fails with at most 5 % probability, however many tests there are.
+A drop is shown by the paired tests of :mod:`~visibench.results.statistics.comparison`, one-sided, under Holm's
+adjustment over all cells × metrics: a run without any drop fails with at most 5 % probability, however many tests there
+are.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Any
 import pandas as pd
 
 from ...errors import DataError
+from ..statistics.comparison import Comparison, compare, flips_for, holm
 from ..statistics.metrics import Measured
-from ..statistics.stats import ALPHA, FLIPS, Comparison, compare, detectable, holm
+from ..statistics.power import ALPHA, detectable
 from ..store.records import CellConfig
 from ..store.store import Cell
 from .baseline import (
@@ -44,7 +46,7 @@ _ELSEWHERE = {"label", "task", "seed", "model", "checkpoint", "origin", "options
 class Verdict:
     """``comparison``: now minus before, in the metric's units. ``p_drop``: one-sided; ``p_holm``: over all tests.
 
-    ``detectable``: a true drop that :func:`~visibench.results.statistics.stats.detectable` says is shown; None if none
+    ``detectable``: a true drop that :func:`~visibench.results.statistics.power.detectable` says is shown; None if none
     can be.
     """
 
@@ -146,9 +148,7 @@ def check(cells: Sequence[Cell], baseline: Baseline) -> Report:
 
 def judge(pairs: Sequence[tuple[Measured, Measured]]) -> list[Verdict]:
     """Has any of these metrics dropped? Each before and now, on the same questions; all are one family of tests."""
-    # Adjusted p-values must be able to fall below α, however many tests there are.
-    flips = max(FLIPS, 40 * len(pairs))
-    compared = [compare(now, before, flips) for before, now in pairs]
+    compared = [compare(now, before, flips_for(len(pairs))) for before, now in pairs]
     drops = [p_drop(comparison) for comparison in compared]
     return [
         Verdict(comparison, p, adjusted, detectable(comparison.error, before, sides=1, tests=len(pairs)))

@@ -1,3 +1,5 @@
-"""What differences mean: intervals and exact tests (stats), figures of a cell (metrics), comparisons within a table
-(inference) and of two cells (paired).
+"""What differences mean.
+
+figures of a cell by image (metrics) → intervals, sign_flip (exact tests), power (detectable differences, equivalence)
+→ comparison (two methods, families of tests) → inference (all rows of a table) and paired (two cells).
 """

@@ -2,6 +2,10 @@
 
 Random tokens and smaller images serve as references at the budget nearest to a row's own: of several such rows the one
 whose mean visual tokens T are nearest.
+
+Families of tests (Holm): one for each question, "does it differ from dense", "does it differ from random", "is it the
+best of its group", and each metric. Its tests are the rows, or the groups, and nothing else: other tasks, metrics and
+questions make no row's mark harder to get.
 """
 
 from __future__ import annotations
@@ -11,31 +15,70 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import cached_property
 
 import pandas as pd
 
 from ..store.store import Cell
+from .comparison import Comparison, compare, family, flips_for, holm
+from .intervals import Estimate, estimate, ratio
 from .metrics import COUNTS, Measured, answers, difficulty, loyalty, measure, reproduces
-from .stats import ALPHA, FLIPS, Comparison, Estimate, compare, estimate, holm, ratio
+from .power import ALPHA, detectable, equivalence
 
 DENSE, RANDOM, POOLING, DOWNSAMPLE = "none", "random", "pooling", "downsample"
+Metric = tuple[str, str]
+"""A task and the key of one of its metrics."""
 BASELINES = (DENSE, RANDOM, POOLING, DOWNSAMPLE)
 """What every comparison should hold; tables show them first, and say which were not run."""
 
 
+class Verdict(StrEnum):
+    """What a contrast shows. Nothing shown is not equal; only ``EQUIVALENT`` says so, within a margin."""
+
+    HIGHER = "higher"
+    LOWER = "lower"
+    HIGHER_ALONE = "higher, taken alone"
+    LOWER_ALONE = "lower, taken alone"
+    EQUIVALENT = "equivalent within the margin"
+    NOT_SHOWN = "not shown"
+
+
 @dataclass(frozen=True)
-class Verdict:
-    """A row against a ``reference`` row on one metric; ``p_holm`` is adjusted over all tests of the table."""
+class Contrast:
+    """A row against a ``reference`` row on one metric.
+
+    ``p_holm``: adjusted over the ``tests`` of its family. ``detectable``: the true difference that is shown at the
+    strictest level of that family (:func:`~visibench.results.statistics.power.detectable`). ``p_equivalent``: of the
+    claim that the two differ by less than the margin, None without one; equivalence is not adjusted.
+    """
 
     reference: str
     comparison: Comparison
     p_holm: float
+    tests: int
+    detectable: float | None
+    p_equivalent: float | None = None
 
     @property
     def sign(self) -> int:
-        """1 higher, -1 lower, 0 tied: no difference shown."""
-        return int(math.copysign(1, self.comparison.difference)) if self.p_holm < ALPHA else 0
+        """1 shown higher, -1 shown lower in its family, 0 neither."""
+        return self._direction if self.p_holm < ALPHA else 0
+
+    @property
+    def verdict(self) -> Verdict:
+        """What is shown: a difference in the family, equivalence, a difference for this test alone, or nothing."""
+        if self.p_holm < ALPHA:
+            return Verdict.HIGHER if self._direction > 0 else Verdict.LOWER
+        if self.p_equivalent is not None and self.p_equivalent < ALPHA:
+            return Verdict.EQUIVALENT
+        if self.comparison.p < ALPHA:
+            return Verdict.HIGHER_ALONE if self._direction > 0 else Verdict.LOWER_ALONE
+        return Verdict.NOT_SHOWN
+
+    @property
+    def _direction(self) -> int:
+        return int(math.copysign(1, self.comparison.difference))
 
 
 @dataclass(frozen=True)
@@ -55,11 +98,11 @@ class Evidence:
     model's tasks. ``spread``: None unless the method keeps more of some images than of others. ``groups``: mean score
     by difficulty, against the row ``groups_by`` of smaller images. ``nearest``: the T of the random row compared with.
     ``budget``: the rows of similar T (:func:`budgets`); None for dense. ``best``: where the row leads its budget, p of
-    the claim that it is higher than every other row there, adjusted likewise.
+    the claim that it is higher than every other row there, adjusted over the budgets.
     """
 
     scores: dict[str, dict[str, Estimate]] = field(default_factory=lambda: defaultdict(dict))
-    against: dict[str, dict[str, dict[str, Verdict]]] = field(
+    against: dict[str, dict[str, dict[str, Contrast]]] = field(
         default_factory=lambda: {"dense": defaultdict(dict), "random": defaultdict(dict)}
     )
     loyalty: dict[str, Estimate] = field(default_factory=dict)
@@ -73,7 +116,7 @@ class Evidence:
     best: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
 
 
-class Entrant:
+class MethodRuns:
     """The cells of one row: all tasks and seeds of a method."""
 
     def __init__(self, cells: Sequence[Cell]) -> None:
@@ -139,107 +182,106 @@ def budgets(means: Sequence[float]) -> list[int]:
     return found
 
 
-def weigh(rows: Sequence[Sequence[Cell]]) -> list[Evidence]:
-    """Evidence for each row of a table. All rows hold cells that can be compared."""
-    entrants = [Entrant(cells) for cells in rows]
-    found = []
-    for entrant in entrants:
-        evidence = Evidence(spread=entrant.spread)
-        for (task, key), measured in entrant.measured.items():
-            evidence.scores[task][key] = estimate(measured)
-        found.append(evidence)
-    _judge(entrants, found)
-    dense = _only(entrants, DENSE)
+def infer(cells: Sequence[Sequence[Cell]], margin: float | None = None) -> list[Evidence]:
+    """Evidence for each row of a table; ``cells``: by row. All rows hold cells that can be compared.
+
+    ``margin``: also test whether rows differ from their references by less than this share of a metric's maximum.
+    """
+    rows = [MethodRuns(row_cells) for row_cells in cells]
+    evidence = [Evidence(spread=row.spread) for row in rows]
+    for row, row_evidence in zip(rows, evidence, strict=True):
+        for (task, key), measured in row.measured.items():
+            row_evidence.scores[task][key] = estimate(measured)
+    _contrast(rows, evidence, margin)
+    _find_best(rows, evidence)
+    dense = _only(rows, DENSE)
     if dense is not None:
-        for entrant, evidence in zip(entrants, found, strict=True):
-            if entrant is not dense:
-                _agree(entrant, dense, evidence)
-                evidence.retained = _retained(entrant, dense)
-            _sort_by_difficulty(entrant, dense, _nearest(entrants, DOWNSAMPLE, entrant), evidence)
-    return found
+        for row, row_evidence in zip(rows, evidence, strict=True):
+            if row is not dense:
+                _agree(row, dense, row_evidence)
+                row_evidence.retained = _retained(row, dense)
+            _sort_by_difficulty(row, dense, _nearest(rows, DOWNSAMPLE, row), row_evidence)
+    return evidence
 
 
-def _judge(entrants: list[Entrant], found: list[Evidence]) -> None:
-    """Fill in ``against`` and ``best``, adjusted as one family: the best is never tied with a row that it must beat."""
-    pairs, contests = _pairs(entrants, found), _contests(entrants, found)
-    # Adjusted p-values must be able to fall below α, however many tests there are.
-    flips = max(FLIPS, 40 * (len(pairs) + len(contests)))
-    compared = [compare(one.measured[metric], other.measured[metric], flips) for one, other, _, metric in pairs]
-    leads = [_lead([entrant for entrant, _ in members], metric, flips) for metric, members in contests]
-    adjusted = holm([comparison.p for comparison in compared] + leads)
-    for (_, other, verdicts, (task, key)), comparison, p in zip(pairs, compared, adjusted, strict=False):
-        verdicts[task][key] = Verdict(other.label, comparison, p)
-    for ((task, key), members), p in zip(contests, adjusted[len(pairs) :], strict=True):
-        members[0][1].best[task][key] = p
+def _contrast(rows: list[MethodRuns], evidence: list[Evidence], margin: float | None) -> None:
+    """Fill in ``against`` and ``nearest``: rows with the dense one, methods with the random row nearest in T."""
+    dense = _only(rows, DENSE)
+    families: dict[tuple[str, Metric], list[tuple[MethodRuns, MethodRuns, Evidence]]] = defaultdict(list)
+    for row, row_evidence in zip(rows, evidence, strict=True):
+        random = _nearest(rows, RANDOM, row) if row.method not in (DENSE, RANDOM) else None
+        row_evidence.nearest = random.tokens if random else None
+        for question, reference in (("dense", dense), ("random", random)):
+            if reference is not None and reference is not row:
+                for metric in row.measured:
+                    if metric in reference.measured:
+                        families[question, metric].append((row, reference, row_evidence))
+    for (question, metric), members in families.items():
+        pairs = [(row.measured[metric], reference.measured[metric]) for row, reference, _ in members]
+        for (_, reference, row_evidence), pair, tested in zip(members, pairs, family(pairs), strict=True):
+            contrast = _contrast_of(reference.label, *pair, *tested, len(pairs), margin)
+            row_evidence.against[question][metric[0]][metric[1]] = contrast
 
 
-def _pairs(
-    entrants: list[Entrant], found: list[Evidence]
-) -> list[tuple[Entrant, Entrant, dict[str, dict[str, Verdict]], tuple[str, str]]]:
-    """Rows with the dense one, methods with the random row nearest in T: both, where verdicts go, and the metric."""
-    dense, pairs = _only(entrants, DENSE), []
-    for entrant, evidence in zip(entrants, found, strict=True):
-        random = _nearest(entrants, RANDOM, entrant) if entrant.method not in (DENSE, RANDOM) else None
-        evidence.nearest = random.tokens if random else None
-        for name, reference in (("dense", dense), ("random", random)):
-            if reference is not None and reference is not entrant:
-                common = [metric for metric in entrant.measured if metric in reference.measured]
-                pairs += [(entrant, reference, evidence.against[name], metric) for metric in common]
-    return pairs
+def _contrast_of(
+    label: str, first: Measured, second: Measured, comparison: Comparison, p: float, tests: int, margin: float | None
+) -> Contrast:
+    shown = detectable(comparison.error, second, tests=tests)
+    equivalent = None if margin is None else equivalence(first, second, margin)
+    return Contrast(label, comparison, p, tests, shown, equivalent)
 
 
-def _contests(
-    entrants: list[Entrant], found: list[Evidence]
-) -> list[tuple[tuple[str, str], list[tuple[Entrant, Evidence]]]]:
-    """The rows of each budget by metric, the highest first, where there are several; fills in ``budget``."""
-    pruned = [pair for pair in zip(entrants, found, strict=True) if pair[0].method != DENSE]
-    fields: dict[tuple[int, tuple[str, str]], list[tuple[Entrant, Evidence]]] = defaultdict(list)
-    for (entrant, evidence), budget in zip(pruned, budgets([entrant.tokens for entrant, _ in pruned]), strict=True):
-        evidence.budget = budget
-        for metric, measured in entrant.measured.items():
+def _find_best(rows: list[MethodRuns], evidence: list[Evidence]) -> None:
+    """Fill in ``budget`` and ``best``: the highest row of each budget by metric, where there are several rows."""
+    pruned = [pair for pair in zip(rows, evidence, strict=True) if pair[0].method != DENSE]
+    groups: dict[Metric, dict[int, list[tuple[MethodRuns, Evidence]]]] = defaultdict(lambda: defaultdict(list))
+    for (row, row_evidence), budget in zip(pruned, budgets([row.tokens for row, _ in pruned]), strict=True):
+        row_evidence.budget = budget
+        for metric, measured in row.measured.items():
             if not math.isnan(measured.value):
-                fields[budget, metric].append((entrant, evidence))
-    return [
-        (metric, sorted(members, key=lambda member: -member[0].measured[metric].value))
-        for (_, metric), members in fields.items()
-        if len(members) > 1
-    ]
+                groups[metric][budget].append((row, row_evidence))
+    for metric, by_budget in groups.items():
+        leaders = [_ranked(members, metric) for members in by_budget.values() if len(members) > 1]
+        flips = flips_for(len(leaders))
+        p_values = holm([_leads([row for row, _ in ranked], metric, flips) for ranked in leaders])
+        for ((_, row_evidence), *_), p in zip(leaders, p_values, strict=True):
+            row_evidence.best[metric[0]][metric[1]] = p
 
 
-def _lead(members: list[Entrant], metric: tuple[str, str], flips: int) -> float:
-    """The largest p of the first against each of the others, the nearest first; stops where it shows nothing."""
-    largest, best = 0.0, members[0]
-    for other in members[1:]:
-        largest = max(largest, compare(best.measured[metric], other.measured[metric], flips).p)
-        if largest >= ALPHA:
-            break
-    return largest
+def _ranked(members: list[tuple[MethodRuns, Evidence]], metric: Metric) -> list[tuple[MethodRuns, Evidence]]:
+    return sorted(members, key=lambda member: -member[0].measured[metric].value)
 
 
-def _agree(entrant: Entrant, dense: Entrant, evidence: Evidence) -> None:
-    common = [task for task in entrant.runs if task in dense.runs]
-    evidence.loyalty = {task: estimate(loyalty(dense.runs[task][0], entrant.runs[task])) for task in common}
+def _leads(ranked: list[MethodRuns], metric: Metric, flips: int) -> float:
+    """p of the claim that the first is higher than each of the others: the largest of theirs (intersection-union)."""
+    first, *others = (row.measured[metric] for row in ranked)
+    return max(compare(first, other, flips).p for other in others)
+
+
+def _agree(row: MethodRuns, dense: MethodRuns, evidence: Evidence) -> None:
+    common = [task for task in row.runs if task in dense.runs]
+    evidence.loyalty = {task: estimate(loyalty(dense.runs[task][0], row.runs[task])) for task in common}
     if len(common) == len(dense.runs):
         evidence.loyalty_mean = mean_of(list(evidence.loyalty.values()))
 
 
-def _retained(entrant: Entrant, dense: Entrant) -> Estimate | None:
+def _retained(row: MethodRuns, dense: MethodRuns) -> Estimate | None:
     """Score / dense score, mean over the tasks with a dense score above 0; None unless all of them are measured."""
     tasks = [task for task, cells in dense.cells.items() if cells[0].metrics.scores[0].value > 0]
-    ours, theirs = entrant.headlines, dense.headlines
-    seeds = {tuple(cell.config.seed for cell in entrant.cells.get(task, [])) for task in tasks}
+    ours, theirs = row.headlines, dense.headlines
+    seeds = {tuple(cell.config.seed for cell in row.cells.get(task, [])) for task in tasks}
     if not tasks or len(seeds) > 1 or not all(task in ours and task in theirs for task in tasks):
         return None
     return mean_of([ratio(ours[task], theirs[task]) for task in tasks])
 
 
-def _sort_by_difficulty(entrant: Entrant, dense: Entrant, small: Entrant | None, evidence: Evidence) -> None:
+def _sort_by_difficulty(row: MethodRuns, dense: MethodRuns, small: MethodRuns | None, evidence: Evidence) -> None:
     if small is None:
         return
     evidence.groups_by = small.label
-    for task in entrant.runs:
+    for task in row.runs:
         if task in dense.runs and task in small.runs:
-            groups = difficulty(dense.runs[task][0], small.runs[task][0], entrant.runs[task])
+            groups = difficulty(dense.runs[task][0], small.runs[task][0], row.runs[task])
             evidence.groups[task] = {name: estimate(measured) for name, measured in groups.items()}
 
 
@@ -251,10 +293,10 @@ def mean_of(estimates: Sequence[Estimate]) -> Estimate:
     return Estimate(value, low, high, sum(e.questions for e in estimates), sum(e.images for e in estimates))
 
 
-def _only(entrants: list[Entrant], method: str) -> Entrant | None:
-    return next((entrant for entrant in entrants if entrant.method == method), None)
+def _only(rows: list[MethodRuns], method: str) -> MethodRuns | None:
+    return next((row for row in rows if row.method == method), None)
 
 
-def _nearest(entrants: list[Entrant], method: str, to: Entrant) -> Entrant | None:
-    of_method = [entrant for entrant in entrants if entrant.method == method]
-    return min(of_method, key=lambda entrant: abs(entrant.tokens - to.tokens), default=None)
+def _nearest(rows: list[MethodRuns], method: str, to: MethodRuns) -> MethodRuns | None:
+    of_method = [row for row in rows if row.method == method]
+    return min(of_method, key=lambda row: abs(row.tokens - to.tokens), default=None)

@@ -9,16 +9,22 @@ from typing import Any
 import pandas as pd
 
 from ...errors import DataError
+from ..store.facts import differences
 from ..store.store import Cell
-from ..tables.tables import differences
-from .inference import Entrant
+from .comparison import Comparison, family
+from .inference import MethodRuns
+from .intervals import Estimate, estimate
 from .metrics import check_same_questions, loyalty
-from .stats import Comparison, Estimate, compare, estimate, holm
+from .power import ALPHA, equivalence
 
 
 @dataclass(frozen=True)
 class PairedMetric:
-    """A metric of both sides, in lmms-eval's units; ``p_holm``: adjusted over the metrics of the task."""
+    """A metric of both sides, in lmms-eval's units; ``p_holm``: adjusted over the metrics of the task.
+
+    ``p_equivalent``: of the claim that the sides differ by less than the margin; None without one, and where that
+    cannot be tested.
+    """
 
     key: str
     title: str
@@ -27,6 +33,12 @@ class PairedMetric:
     second: Estimate
     comparison: Comparison
     p_holm: float
+    p_equivalent: float | None = None
+
+    @property
+    def equivalent(self) -> bool:
+        """Whether a difference of less than the margin is shown."""
+        return self.p_equivalent is not None and self.p_equivalent < ALPHA
 
 
 @dataclass(frozen=True)
@@ -34,7 +46,8 @@ class Pairing:
     """Two sides on ``asked`` questions of the ``total`` of a task.
 
     ``agreement``: share of equal answers, None if a side has several seeds. ``differs``: what is not the same beside
-    the methods. ``discordant``: the questions whose scores differ, with both sides' answers, one a seed.
+    the methods. ``discordant``: the questions whose scores differ, with both sides' answers, one a seed. ``margin``: of
+    equivalence, a share of a metric's maximum.
     """
 
     task: str
@@ -44,14 +57,16 @@ class Pairing:
     agreement: Estimate | None
     differs: dict[str, list[Any]]
     discordant: list[dict[str, Any]]
+    margin: float | None = None
 
 
-def pair(first: Sequence[Cell], second: Sequence[Cell]) -> Pairing:
+def pair(first: Sequence[Cell], second: Sequence[Cell], margin: float | None = None) -> Pairing:
     """Compare two sides, each the cells of one method on one task, a cell a seed.
 
-    Raises :class:`DataError` if they were not asked the same questions about the same images.
+    ``margin``: also test whether they differ by less than this share of a metric's maximum. Raises :class:`DataError`
+    if they were not asked the same questions about the same images.
     """
-    one, two = Entrant(first), Entrant(second)
+    one, two = MethodRuns(first), MethodRuns(second)
     (task,), (other,) = one.cells, two.cells
     if task != other:
         raise DataError(f"answers to {task} cannot be paired with answers to {other}: name cells of one task")
@@ -64,32 +79,34 @@ def pair(first: Sequence[Cell], second: Sequence[Cell]) -> Pairing:
         task=task,
         asked=first[0].metrics.size,
         total=first[0].metrics.total,
-        metrics=_metrics(one, two, first[0]),
+        metrics=_metrics(one, two, first[0], margin),
         agreement=estimate(loyalty(runs[1][0], runs[0])) if len(runs[0]) == len(runs[1]) == 1 else None,
         differs={key: [side.get(key) for side in facts] for key in sorted({*facts[0], *facts[1]})},
         discordant=_discordant(*runs),
+        margin=margin,
     )
 
 
-def _metrics(one: Entrant, two: Entrant, cell: Cell) -> list[PairedMetric]:
+def _metrics(one: MethodRuns, two: MethodRuns, cell: Cell, margin: float | None) -> list[PairedMetric]:
     scores = {(cell.config.task, score.key): score for score in cell.metrics.scores}
     common = [metric for metric in scores if metric in one.measured and metric in two.measured]
     if not common:
         raise DataError(
             f"no score of {cell.config.task} can be recomputed from single questions: compare on another task"
         )
-    compared = [compare(one.measured[metric], two.measured[metric]) for metric in common]
+    pairs = [(one.measured[metric], two.measured[metric]) for metric in common]
     return [
         PairedMetric(
             key=metric[1],
             title=scores[metric].title,
             maximum=scores[metric].maximum,
-            first=estimate(one.measured[metric]),
-            second=estimate(two.measured[metric]),
+            first=estimate(first),
+            second=estimate(second),
             comparison=comparison,
             p_holm=p,
+            p_equivalent=None if margin is None else equivalence(first, second, margin),
         )
-        for metric, comparison, p in zip(common, compared, holm([c.p for c in compared]), strict=True)
+        for metric, (first, second), (comparison, p) in zip(common, pairs, family(pairs), strict=True)
     ]
 
 

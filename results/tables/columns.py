@@ -12,8 +12,8 @@ from functools import partial
 from typing import Any
 
 from ...errors import OptionError, suggest
-from ..statistics.inference import ALPHA, Verdict, mean_of
-from ..statistics.stats import Estimate
+from ..statistics.inference import ALPHA, Contrast, mean_of
+from ..statistics.intervals import Estimate
 from ..store.records import ScoreRecord
 from .tables import Row, Table
 
@@ -143,7 +143,7 @@ def _score(row: Row, task: str, score: ScoreRecord) -> Shown:
     return Shown(shown.value, shown.spread, sd, tuple(filter(None, marks)), best)
 
 
-def _mark(name: str, verdict: Verdict | None) -> str:
+def _mark(name: str, verdict: Contrast | None) -> str:
     return {1: "↑", -1: "↓", 0: "="}[verdict.sign] + name[0] if verdict else ""
 
 

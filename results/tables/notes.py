@@ -112,7 +112,7 @@ def _inference(table: Table) -> list[str]:
         references = " and ".join(f"{name[0]} = {name}" for name, found in verdicts.items() if found)
         lines.append(
             f"↑ higher, ↓ lower, = tied (no difference shown), {references}: same questions, {tests}, p < {ALPHA:g} "
-            f"after Holm over the {_tests(table)} tests of this table."
+            "after Holm over the rows, for each score and reference apart."
         )
     unmatched = [row for row in rows if row.evidence.nearest and not _matched(row)]
     if verdicts["random"]:
@@ -137,24 +137,17 @@ def _best(table: Table, bold: str) -> list[str]:
     groups = len({row.evidence.budget for row in table.rows} - {None})
     lines = ["Groups: rows whose T differ by a quarter at most."] if groups > 1 else []
     if any(row.evidence.best for row in table.rows):
-        tested = f"p < {ALPHA:g} against each of them after Holm over the {_tests(table)} tests of this table"
+        tested = f"p < {ALPHA:g} against each of them after Holm over the groups, for each score apart"
         lines.append(f"{bold}: higher than all others of its group, same questions, {tested}.")
     return lines
-
-
-def _tests(table: Table) -> int:
-    """How many tests are adjusted together: all comparisons, and a lead on a metric in each budget."""
-    leads = sum(len(by) for row in table.rows for by in row.evidence.best.values())
-    verdicts = (tasks for row in table.rows for tasks in row.evidence.against.values())
-    return leads + sum(len(by) for tasks in verdicts for by in tasks.values())
 
 
 def _retained(table: Table) -> list[str]:
     if not any(row.retained for row in table.rows):
         return []
     interval = (
-        " ± its 95 % interval (paired and clustered by image: delta method, for metrics that are no means a "
-        "bootstrap; tasks taken as independent)"
+        " ± its 95 % interval (paired and clustered by image: delta method, for metrics that are no means the "
+        "jackknife; tasks taken as independent)"
         if any(row.evidence.retained for row in table.rows)
         else ""
     )
@@ -202,13 +195,12 @@ def _floors(table: Table) -> list[str]:
     floors, blind = [], []
     for task, (score, *_) in table.columns.items():
         found = [v for row in table.rows if (v := row.evidence.against["dense"].get(task, {}).get(score.key))]
-        shown = [v.comparison.detectable for v in found if v.comparison.detectable is not None]
+        shown = [v.detectable for v in found if v.detectable is not None]
         if shown:
             floors.append(f"{task} {number(statistics.median(shown), score.maximum)}")
         elif found:
             blind.append(f"{task} ({found[0].comparison.images} images)")
-    test = f"one test at α = {ALPHA:g}, before Holm"
-    said = f"Smallest true difference from dense found with 80 % power ({test}; median over rows)"
+    said = "Smallest true difference from dense found with 80 % power (at Holm's strictest level; median over rows)"
     return [f"{said}: {', '.join(floors)}."] * bool(floors) + [
         f"Too few questions to find any: {', '.join(blind)}."
     ] * bool(blind)

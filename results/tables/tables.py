@@ -18,11 +18,11 @@ from typing import Any
 import pandas as pd
 
 from ...errors import DataError
-from ..statistics.inference import BASELINES, DENSE, Evidence, weigh
+from ..statistics.inference import BASELINES, DENSE, Evidence, infer
+from ..store.facts import differences, facts_of, questions_of
 from ..store.records import ScoreRecord, VisualTokens
 from ..store.store import Cell
 
-_QUESTIONS = ("limit", "origin")
 _ORDER = {method: place for place, method in enumerate(BASELINES)}
 
 
@@ -152,22 +152,14 @@ def build(cells: Iterable[Cell]) -> list[Table]:
     return [_table(group, own) for group, own in zip(groups, differs, strict=True)]
 
 
-def differences(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """For each cell, the facts beside its method and task that are not the same in all of ``cells``."""
-    facts = [_flat(_facts(cell) | _chosen(cell)) for cell in cells]
-    return [
-        {key: own.get(key) for key in own if len({json.dumps(other.get(key)) for other in facts}) > 1} for own in facts
-    ]
-
-
 def _comparable(cells: list[Cell]) -> list[list[Cell]]:
     """Cells in groups that may stand in one table."""
-    groups = _grouped(cells, lambda cell: json.dumps(_facts(cell), sort_keys=True))
+    groups = _grouped(cells, lambda cell: json.dumps(facts_of(cell), sort_keys=True))
     result: list[list[Cell]] = []
     for group in groups:
         # One set of questions a task is a plan; several for one task are several experiments.
-        mixed = any(len(chosen) > 1 for chosen in _by_task(group, lambda cell: json.dumps(_chosen(cell))).values())
-        result += _grouped(group, lambda cell: json.dumps(_chosen(cell))) if mixed else [group]
+        mixed = any(len(chosen) > 1 for chosen in _by_task(group, lambda cell: json.dumps(questions_of(cell))).values())
+        result += _grouped(group, lambda cell: json.dumps(questions_of(cell))) if mixed else [group]
     for group in result:
         for task, hashes in _by_task(group, lambda cell: cell.metrics.data_hash).items():
             if len(hashes) > 1:
@@ -178,18 +170,6 @@ def _comparable(cells: list[Cell]) -> list[list[Cell]]:
     return sorted(result, key=len, reverse=True)
 
 
-def _facts(cell: Cell) -> dict[str, Any]:
-    """All that two cells must have in common to be compared, whatever their tasks."""
-    own = {"method", "options", "label", "seed", "task", *_QUESTIONS}
-    config = cell.config.model_dump(mode="json", exclude=own)
-    return config | {"environment": cell.metrics.environment.model_dump(mode="json", exclude={"host", "code"})}
-
-
-def _chosen(cell: Cell) -> dict[str, Any]:
-    """Which questions of its task a cell asks."""
-    return cell.config.model_dump(mode="json", include=set(_QUESTIONS))
-
-
 def _table(cells: list[Cell], differs: dict[str, Any]) -> Table:
     columns = {cell.config.task: list(cell.metrics.scores) for cell in sorted(cells, key=lambda cell: cell.config.task)}
     questions = {
@@ -197,13 +177,13 @@ def _table(cells: list[Cell], differs: dict[str, Any]) -> Table:
     }
     dense = {cell.config.task: cell.metrics.scores[0].value for cell in cells if cell.config.method == DENSE}
     groups = _grouped(cells, _method_key)
-    rows = [_row(group, dense, evidence) for group, evidence in zip(groups, weigh(groups), strict=True)]
+    rows = [_row(group, dense, evidence) for group, evidence in zip(groups, infer(groups), strict=True)]
     rows.sort(key=lambda row: (_ORDER.get(row.method, len(_ORDER)), row.method, -row.tokens.mean, row.label))
     return Table(
         rows=rows,
         columns=columns,
         questions=dict(sorted(questions.items())),
-        facts=_facts(cells[0]),
+        facts=facts_of(cells[0]),
         differs=differs,
         commits=_commits(cells),
         remarks=[f"{_name(cell)}: {remark}" for cell in cells for remark in cell.metrics.remarks],
@@ -295,11 +275,3 @@ def _by_task(cells: list[Cell], value: Callable[[Cell], Any]) -> dict[str, set[A
     for cell in cells:
         found[cell.config.task].add(value(cell))
     return found
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {prefix + key: item}
-    return flat

@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 from simulated import clustered, of_scores, quick
-from visibench.results.statistics.stats import compare, detectable
+from visibench.results.statistics.comparison import compare
+from visibench.results.statistics.power import detectable
 
 
 def churned(rng, images, each, rate, gain):

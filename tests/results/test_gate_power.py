@@ -8,7 +8,8 @@ import pytest
 from scipy.stats import binom, binomtest, permutation_test
 from simulated import quick
 from visibench.results.gate.gate import judge, p_drop
-from visibench.results.statistics.stats import ALPHA, MCNEMAR, SIGN_FLIP, compare, detectable
+from visibench.results.statistics.comparison import MCNEMAR, SIGN_FLIP, compare
+from visibench.results.statistics.power import ALPHA, detectable
 
 
 def test_p_values_are_those_of_one_sided_tests():

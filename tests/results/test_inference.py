@@ -12,9 +12,10 @@ import pytest
 from storing import config, frame, full, put
 from visibench.cli import main
 from visibench.errors import DataError
-from visibench.results.statistics.inference import Entrant, mean_of
+from visibench.results.statistics.comparison import compare
+from visibench.results.statistics.inference import MethodRuns, mean_of
+from visibench.results.statistics.intervals import Estimate
 from visibench.results.statistics.metrics import difficulty, loyalty, measure, normalised
-from visibench.results.statistics.stats import Estimate, compare
 from visibench.results.store.records import ScoreRecord, VisualTokens
 from visibench.results.store.store import Store
 from visibench.results.tables.columns import spread
@@ -93,22 +94,36 @@ def test_random_is_the_one_with_the_nearest_tokens(contest):
     assert "more than 10 % away from it in T: 1." in render(build(contest.cells()))
 
 
-def test_p_values_are_adjusted_over_the_table(contest):
+def test_p_values_are_adjusted_over_the_rows_of_each_question_apart(contest):
     """Five rows against dense, three against random, and the leaders of two budgets against all others there."""
     rows = as_rows(contest)
     scores = [row["scores"]["gqa"]["exact_match"] for row in rows.values()]
-    found = [v for score in scores for v in score["against"].values() if v]
+    families = [[s["against"][name] for s in scores if s["against"][name]] for name in ("dense", "random")]
     sides: dict = {}
     for cell in contest.cells():
         sides.setdefault(cell.config.label, []).append(cell)
-    measured = {label: Entrant(cells).measured["gqa", "exact_match"] for label, cells in sides.items()}
+    measured = {label: MethodRuns(cells).measured["gqa", "exact_match"] for label, cells in sides.items()}
     rest = (("fastv", "downsample", "random:8"), ("tome", "random:4"))
     leads = [max(compare(measured[first], measured[other]).p for other in others) for first, *others in rest]
-    raw = sorted([v["p"] for v in found] + leads)
-    stepped = [min(1.0, (len(raw) - i) * p) for i, p in enumerate(raw)]
-    adjusted = [v["p_holm"] for v in found] + [s["best_p_holm"] for s in scores if s["best_p_holm"] is not None]
-    assert len(raw) == len(adjusted) == 10
-    assert sorted(adjusted) == pytest.approx([max(stepped[: i + 1]) for i in range(len(raw))])
+    raw = [[v["p"] for v in found] for found in families] + [leads]
+    adjusted = [[v["p_holm"] for v in found] for found in families]
+    adjusted += [[s["best_p_holm"] for s in scores if s["best_p_holm"] is not None]]
+    assert list(map(len, raw)) == list(map(len, adjusted)) == [5, 3, 2]
+    for before, after in zip(raw, adjusted, strict=True):
+        stepped = [min(1.0, (len(before) - i) * p) for i, p in enumerate(sorted(before))]
+        expected = [max(stepped[: i + 1]) for i in range(len(before))]
+        assert sorted(after) == pytest.approx(expected, rel=1e-9, abs=0)
+
+
+def test_other_tasks_and_other_scores_change_no_mark(contest):
+    """POPE's F1 and accuracy say the same thing twice; no row against dense on GQA pays for them."""
+    before = as_rows(contest)
+    for method, tokens in (("none", 16), ("fastv", 8), ("tome", 5)):
+        right = next(cell.samples()["score"] for cell in contest.cells() if cell.config.method == method)
+        answered(contest, method, right, task="pope", tokens=tokens)
+    after = as_rows(contest)
+    for label, row in before.items():
+        assert after[label]["scores"]["gqa"]["exact_match"]["against"] == row["scores"]["gqa"]["exact_match"]["against"]
 
 
 def test_loyalty_and_difficulty(contest):
@@ -179,9 +194,9 @@ def test_text_marks_what_is_shown_and_what_is_not(contest):
     assert "↓d ↑r" in lines["tome"]
     assert "↓d" in lines["random:8"]
     assert not {"↑", "↓", "="} & set(lines["none"])
-    assert "Holm over the 10 tests" in text
+    assert "after Holm over the rows, for each score and reference apart" in text
     assert "clustered by image (gqa 40 images)" in text
-    floors = [v.comparison.detectable for row in build(contest.cells())[0].rows for v in dense_verdicts(row)]
+    floors = [v.detectable for row in build(contest.cells())[0].rows for v in dense_verdicts(row)]
     assert f"gqa {100 * statistics.median(floors):.1f}." in text
     assert "80 % power" in text
 

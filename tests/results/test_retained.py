@@ -8,8 +8,8 @@ import pytest
 from scipy.stats import t
 from simulated import assert_covers, clustered, of_scores, quick
 from storing import config, frame, put
+from visibench.results.statistics.intervals import estimate, ratio
 from visibench.results.statistics.metrics import measure
-from visibench.results.statistics.stats import estimate, ratio
 from visibench.results.store.records import Compute, ScoreRecord, VisualTokens
 from visibench.results.store.store import Store
 from visibench.results.tables.render import render

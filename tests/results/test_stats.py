@@ -12,13 +12,15 @@ import statsmodels.api
 import visibench
 from scipy.stats import binomtest, permutation_test, t
 from simulated import assert_covers, clustered, of_scores, quick
+from statsmodels.stats.multitest import multipletests
 from storing import frame
 from visibench.errors import DataError
 from visibench.evals.answers.score import evaluate
 from visibench.evals.tasks.tasks import load_tasks
 from visibench.results.statistics import metrics
+from visibench.results.statistics.comparison import MCNEMAR, SIGN_FLIP, compare, holm
+from visibench.results.statistics.intervals import difference, estimate, freedom
 from visibench.results.statistics.metrics import METRICS, Measured, measure, reproduces
-from visibench.results.statistics.stats import MCNEMAR, SIGN_FLIP, _bootstrap, _resamples, compare, estimate, holm
 
 CATEGORIES = ("count", "color", "OCR", "code_reasoning")
 
@@ -91,25 +93,38 @@ def test_cognition_is_what_lmms_eval_says():
 
 
 @pytest.mark.parametrize("key", ["pope_f1_score", "pope_precision", "mme_perception_score"])
-def test_bootstrap_equals_plain_python(key):
-    """Each resample, written out question by question and scored by lmms-eval, gives the draw."""
-    samples = (mme if key.startswith("mme") else pope)(np.random.default_rng(3))
-    measured = measure(key, [samples])
-    draws, weights = _bootstrap(measured), _resamples(measured.images)
-    assert len(draws) >= 2000
-    asked = samples[METRICS[key].asks(samples)]
-    order = list(dict.fromkeys(asked["image"]))
-    for draw, weight in list(zip(draws, weights, strict=True))[:12]:
-        copies = [
-            asked[asked["image"] == image].assign(question_id=lambda rows, c=copy: rows["question_id"] + f"#{c}")
-            for image, count in zip(order, weight, strict=True)
-            for copy in range(int(count))
-        ]
-        drawn = pd.concat(copies)
-        if math.isnan(draw):
-            assert set(drawn["category"]) < set(asked["category"])
-        else:
-            assert draw == pytest.approx(lmms_value(key, drawn), rel=1e-12)
+def test_the_error_is_that_of_lmms_evals_scores_without_each_image_in_turn(key):
+    kind, rng = mme if key.startswith("mme") else pope, np.random.default_rng(3)
+    one = kind(rng)
+    two = one.assign(score=np.where(rng.random(len(one)) < 0.8, one["score"], 1 - one["score"]), answer=np.where(
+        rng.random(len(one)) < 0.8, one["answer"], "no"))  # fmt: skip
+    asked = [samples[METRICS[key].asks(samples)] for samples in (one, two)]
+    without = [
+        [lmms_value(key, samples[samples["image"] != image]) for image in samples["image"].unique()]
+        for samples in asked
+    ]
+    n = len(without[0])
+
+    def error(values):
+        return math.sqrt((n - 1) / n * np.square(np.subtract(values, np.mean(values))).sum())
+
+    measured = [measure(key, [samples], 2000.0 if kind is mme else 1.0) for samples in (one, two)]
+    _, _, found = difference(*measured)
+    assert found == pytest.approx(error(np.subtract(*without)), rel=1e-9)
+    plain = estimate(replace(measured[0], maximum=None))
+    assert plain.half_width == pytest.approx(t.ppf(0.975, freedom(measured[0])) * error(without[0]), rel=1e-9)
+    # A bootstrap, which draws at random what this takes in turn, comes to about the same.
+    weights = rng.multinomial(n, np.full(n, 1 / n), size=4000)
+    draws = measured[0].metric.value(np.tensordot(weights, measured[0].sums[0], axes=1))
+    assert np.nanstd(draws) == pytest.approx(error(without[0]), rel=0.15)
+
+
+def test_a_category_with_one_image_says_nothing_about_its_spread():
+    category = ["OCR"] * 4 + ["color"] * 2
+    samples = frame(list("aabbcc"), [1, 0, 1, 1, 1, 1], category=category, question_id=list("112233"))
+    found = estimate(measure("mme_perception_score", [samples], 2000.0))
+    assert found.value == pytest.approx(100 * 3 / 4 + 50 + 200)
+    assert math.isnan(found.low)
 
 
 def test_seeds_count_as_their_mean():
@@ -356,4 +371,6 @@ def test_power_grows_with_the_effect():
 def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    many = np.random.default_rng(0).random(30) ** 3
+    assert holm(list(many)) == pytest.approx(list(multipletests(many, method="holm")[1]))
     assert holm([]) == []

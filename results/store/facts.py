@@ -1,0 +1,39 @@
+"""What is known of a cell beside its method and task, and in what cells differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from .store import Cell
+
+_QUESTIONS = ("limit", "origin")
+
+
+def facts_of(cell: Cell) -> dict[str, Any]:
+    """All that two cells must have in common to be compared, whatever their tasks."""
+    apart = {"method", "options", "label", "seed", "task", *_QUESTIONS}
+    config = cell.config.model_dump(mode="json", exclude=apart)
+    return config | {"environment": cell.metrics.environment.model_dump(mode="json", exclude={"host", "code"})}
+
+
+def questions_of(cell: Cell) -> dict[str, Any]:
+    """Which questions of its task a cell asks."""
+    return cell.config.model_dump(mode="json", include=set(_QUESTIONS))
+
+
+def differences(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """For each cell, the facts beside its method and task that are not the same in all of ``cells``."""
+    facts = [_flat(facts_of(cell) | questions_of(cell)) for cell in cells]
+    return [
+        {key: own.get(key) for key in own if len({json.dumps(other.get(key)) for other in facts}) > 1} for own in facts
+    ]
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {prefix + key: item}
+    return flat
