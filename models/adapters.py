@@ -6,7 +6,7 @@ The engine and the FLOPs counter read models only through an :class:`Adapter`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError, suggest
+from .support import Towers, check_configuration
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,17 @@ class Geometry:
     intermediate: int
     vocabulary: int
     vision: VisionGeometry | None = None
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of one layer: its multiply-adds for a token, without the products of attention."""
+        return 2 * self.hidden * (self.heads + self.kv_heads) * self.head_size + 3 * self.hidden * self.intermediate
+
+
+def matrix_weights(module: nn.Module) -> int:
+    """Weights of all linear layers: multiply-adds for a token. Packed or quantised ones count unpacked."""
+    inside = sum(matrix_weights(child) for child in module.children())
+    return inside or getattr(module, "in_features", 0) * getattr(module, "out_features", 0)
 
 
 # ---- families -----------------------------------------------------------------------------------------------------
@@ -195,8 +207,11 @@ class Family:
     sides: tuple[str, ...] = ()
     grids: Callable[[Any, tuple, Mapping[str, Any]], Tensor] | None = None
     views: Views | None = None
+    towers: Towers = field(default_factory=dict)
 
 
+# SigLIP has no CLS token: the strategy "default" would drop a patch instead.
+_CLIP_OR_SIGLIP = {"clip_vision_model": "default", "siglip_vision_model": "full"}
 _DECODER_ONLY = Family(decoder="model")
 FAMILIES: dict[str, Family] = {
     "llama": _DECODER_ONLY,
@@ -211,6 +226,7 @@ FAMILIES: dict[str, Family] = {
         vision=_clip,
         sides=("image", "tower", "vision", "projector"),
         views=_square,
+        towers=_CLIP_OR_SIGLIP,
     ),
     "llava_next": Family(
         decoder="model.language_model",
@@ -220,6 +236,7 @@ FAMILIES: dict[str, Family] = {
         vision=_clip,
         grids=_tiles,
         views=_base_and_tiles,
+        towers=_CLIP_OR_SIGLIP,
     ),
     "internvl": Family(
         decoder="model.language_model",
@@ -229,6 +246,7 @@ FAMILIES: dict[str, Family] = {
         vision=_intern_vit,
         sides=("projector",),
         views=_canvas,
+        towers={"internvl_vision": "default"},
     ),
     "qwen2_5_vl": Family(
         decoder="model.language_model",
@@ -238,14 +256,29 @@ FAMILIES: dict[str, Family] = {
         vision=_qwen_vit,
         grids=_grids,
         views=_merged,
+        towers={"qwen2_5_vl_vision": None},
     ),
 }
 
 
+# Wrappers by the attribute that only they have, and how to get at the model inside.
+WRAPPERS = {
+    "get_base_model": "pass model.merge_and_unload(), which puts its adapters into the weights, or model.unload()",
+    "module": "pass the model inside, model.module",
+    "_orig_mod": "pass the model as it was before torch.compile, model._orig_mod",
+}
+
+
 class Adapter:
-    """The parts of one model. Raises :class:`UnsupportedModelError` for an architecture that is not in the table."""
+    """The parts of one model.
+
+    Raises :class:`UnsupportedModelError` for wrappers and for all that was not tested.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        for attribute, instead in WRAPPERS.items():
+            if hasattr(model, attribute):
+                raise UnsupportedModelError(f"cannot prune {type(model).__name__}, which wraps a model: {instead}")
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         if kind not in FAMILIES:
             raise UnsupportedModelError(
@@ -253,12 +286,14 @@ class Adapter:
             )
         self.model, self.kind = model, kind
         self.family = FAMILIES[kind]
+        check_configuration(model.config, self.family.towers, type(model).__name__)
         self.decoder = self._part(self.family.decoder)
         self.vision_tower = self._part(self.family.vision_tower)
         self.vision_blocks = self._part(self.family.vision_blocks)
         self.projector = self._part(self.family.projector)
         self.layers = self.decoder.layers
         self.image_token: int | None = getattr(model.config, self.family.image_token, None)
+        self._check_sizes()
 
     def _part(self, path: str | None) -> Any:
         if path is None:
@@ -270,6 +305,21 @@ class Adapter:
                 f"cannot prune {type(self.model).__name__}: it has no {path!r}; "
                 "pass the full model with its language-model head (…ForConditionalGeneration or …ForCausalLM)"
             ) from None
+
+    def _check_sizes(self) -> None:
+        """Compute is counted by the configuration: what is there must be what it says."""
+        name, geometry = type(self.model).__name__, self.geometry
+        if len(self.layers) != geometry.layers:
+            raise UnsupportedModelError(
+                f"{name} cannot be pruned: it has {len(self.layers)} decoder layers, its configuration says "
+                f"{geometry.layers}: set num_hidden_layers"
+            )
+        for number, layer in enumerate(self.layers):
+            if (weights := matrix_weights(layer)) != geometry.layer_weights:
+                raise UnsupportedModelError(
+                    f"{name} cannot be pruned: decoder layer {number} multiplies by {weights:,} weights, by its "
+                    f"configuration {geometry.layer_weights:,}: merge adapters such as LoRA first (merge_and_unload)"
+                )
 
     def rotary(self, like: Tensor, positions: Tensor) -> Any:
         """Rotary cos and sin for int ``positions``, in the dtype and on the device of ``like``.
@@ -285,8 +335,7 @@ class Adapter:
         text = self.decoder.config
         vision = None
         if self.family.vision is not None:
-            macs = sum(m.weight.numel() for m in self.projector.modules() if isinstance(m, nn.Linear))
-            vision = self.family.vision(self.model.config, macs)
+            vision = self.family.vision(self.model.config, matrix_weights(self.projector))
         return Geometry(
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,

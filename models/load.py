@@ -28,6 +28,7 @@ from ..utils.bounded_cache import Kept
 from ..utils.machine import processor, version
 from .adapters import FAMILIES, Adapter, Geometry
 from .geometry import Weights, about, build, check_weights, configuration, published, synthetic_inputs
+from .support import check_configuration
 
 EMBEDDED = {"tiny": Path(__file__).parent / "tiny" / "checkpoint"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -105,7 +106,7 @@ class LoadedModel:
         return {
             "name": self.name,
             "architecture": type(self.model).__name__,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "parameters": self.model.num_parameters(),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": device.type,
             "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
@@ -178,7 +179,9 @@ def load_model(
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"cannot load model {name_or_path!r}: {reason}") from error
-    return LoadedModel(name_or_path, model.eval(), processor, weights)
+    loaded = LoadedModel(name_or_path, model.eval(), processor, weights)
+    loaded.adapter  # noqa: B018  # checks the model
+    return loaded
 
 
 def of_rank(device: str, local_rank: int) -> str:
@@ -210,10 +213,12 @@ def _without_bar() -> Iterator[None]:
 
 
 def _check_family(name: str, config: Any) -> None:
+    """Before any weights are read."""
     if config.model_type not in FAMILIES or FAMILIES[config.model_type].projector is None:
         raise UnsupportedModelError(
             f"{name}: architecture {config.model_type!r} has no adapter for images; see CONTRIBUTING.md"
         )
+    check_configuration(config, FAMILIES[config.model_type].towers, name)
 
 
 def _processor(source: str, config: Any, trust_remote_code: bool) -> Any:
