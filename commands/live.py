@@ -20,18 +20,18 @@ import typer
 from rich.console import Console
 
 from ..errors import DataError, OptionError, suggest
-from .wandb import FAILED, SENT, destination, sync_command
+from .wandb import FAILED, SENT, destination_of, sync_command
 
 if TYPE_CHECKING:
     from ..evals.sweeps.events import Reporter
-    from ..reports.wandb.sink import Target
+    from ..reports.wandb.sink import Destination
 
 WAIT, SHORT = 120.0, 5.0
 """Seconds that the end of a sweep waits for what is still to be sent; after Ctrl-C, or once sending has failed."""
 LOOK = 0.5
 """Seconds between looks at how that goes."""
 
-Mode = Annotated[
+WandbMode = Annotated[
     str,
     typer.Option(
         "--wandb",
@@ -40,19 +40,21 @@ Mode = Annotated[
         help="Send cells to W&B as they finish. (default: off)",
     ),
 ]
-Project = Annotated[str | None, typer.Option("--wandb-project", metavar="NAME", help="(default: visibench)")]
-Entity = Annotated[str | None, typer.Option("--wandb-entity", metavar="NAME", help="(default: the account's)")]
-Group = Annotated[str | None, typer.Option("--wandb-group", metavar="NAME", help="(default: the run folder's name)")]
-Tags = Annotated[str | None, typer.Option("--wandb-tags", metavar="A,B", help="Tags of every run.")]
+WandbProject = Annotated[str | None, typer.Option("--wandb-project", metavar="NAME", help="(default: visibench)")]
+WandbEntity = Annotated[str | None, typer.Option("--wandb-entity", metavar="NAME", help="(default: the account's)")]
+WandbGroup = Annotated[
+    str | None, typer.Option("--wandb-group", metavar="NAME", help="(default: the run folder's name)")
+]
+WandbTags = Annotated[str | None, typer.Option("--wandb-tags", metavar="A,B", help="Tags of every run.")]
 
 
 class Live:
     """A process that sends the finished cells of ``folder``, each time it is told that there is a new one."""
 
-    def __init__(self, folder: Path, target: Target) -> None:
+    def __init__(self, folder: Path, destination: Destination) -> None:
         self.folder = folder
         self.log = folder / "wandb" / "sync.log"
-        command = [sys.executable, "-m", "visibench", "wandb", "sync", str(folder), "--follow", *target.options()]
+        command = [sys.executable, "-m", "visibench", "wandb", "sync", str(folder), "--follow", *destination.options()]
         try:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with self.log.open("w") as log:
@@ -110,9 +112,9 @@ class Live:
         return self.log.read_text(errors="replace").strip().splitlines()
 
 
-def target_of(
+def destination_asked(
     folder: Path, mode: str, project: str | None, entity: str | None, group: str | None, tags: str | None
-) -> Target | None:
+) -> Destination | None:
     """Where cells go as they finish; None if ``mode`` is ``off``.
 
     Raises :class:`OptionError`, before anything runs, for options that cannot be and where a key is missing.
@@ -125,28 +127,30 @@ def target_of(
         return None
     if mode not in ("online", "offline"):
         raise OptionError(f"--wandb: {suggest(mode, ('off', 'offline', 'online'))}")
-    target = destination(folder, mode, project, entity, group, tags)
-    target.check()
-    return target
+    destination = destination_of(folder, mode, project, entity, group, tags)
+    destination.check()
+    return destination
 
 
 @contextmanager
-def sending(folder: Path, target: Target | None, *, quiet: bool = False) -> Iterator[Live | None]:
-    """A process that sends what is stored meanwhile to ``target``; the end waits for it, and says so unless ``quiet``.
+def sending(folder: Path, destination: Destination | None, *, quiet: bool = False) -> Iterator[Live | None]:
+    """A process that sends what is stored meanwhile to ``destination``; the end waits for it and says so.
+
+    ``quiet``: it does not say so.
 
     Whatever becomes of it, the sweep's own outcome stays.
     """
-    if target is None:
+    if destination is None:
         yield None
         return
-    live, wait = Live(folder, target), WAIT
+    live, wait = Live(folder, destination), WAIT
     try:
         yield live
     except KeyboardInterrupt:
         wait = SHORT
         raise
     finally:
-        later = sync_command(folder, target)
+        later = sync_command(folder, destination)
         wait = SHORT if live.trouble() else wait
         if not quiet and live.process.poll() is None:
             _say(f"Sending the rest to W&B, up to {wait:g} s; Ctrl-C leaves it for `{later}`.")

@@ -14,7 +14,7 @@ from .shared import finished
 
 if TYPE_CHECKING:
     from ..results.store.store import Cell
-    from ..results.tables.tables import Table
+    from ..results.tables.tables import ResultTable
 
 
 def plot(
@@ -23,7 +23,7 @@ def plot(
     ],
     kind: Annotated[
         str | None,
-        typer.Option(metavar="pareto,latency,tokens,stages", help="What to draw. (default: all that was measured)"),
+        typer.Option(metavar="pareto,prefill,tokens,components", help="What to draw. (default: all that was measured)"),
     ] = None,
     task: Annotated[
         str | None,
@@ -37,13 +37,13 @@ def plot(
     ] = None,
     form: Annotated[str | None, typer.Option("--format", metavar="png,svg", help="(default: png)")] = None,
 ) -> None:
-    """Plot accuracy against compute and latency, visual tokens by decoder layer, and compute by component.
+    """Plot accuracy against compute and prefill time, visual tokens by decoder layer, and compute by component.
 
     Prints the names of the files. Results that cannot be compared are drawn in files of their own, with a number.
 
     A file that `visibench profile --out` wrote is drawn as the time of vision, prefill and decoding, by method.
     """
-    from ..results.figures.plots import FORMATS
+    from ..results.figures.style import FORMATS
 
     single = out is not None and bool(out.suffix) and not out.is_dir()
     if single and form is not None:
@@ -66,14 +66,14 @@ def plot(
 
 def _profile(source: Path, files: list[Path]) -> None:
     """Write the figure of a profile."""
-    from ..results.figures import plots, timeplot
+    from ..results.figures import style, timeplot
     from ..results.store import profiles
 
     if any(file.resolve() == source.resolve() for file in files):
         raise OptionError(f"the figure would take the place of {source} itself: give another file to --out")
     profile = profiles.read(source)
     for file in files:
-        plots.save(timeplot.draw(profile), file)  # anew: a layout moves when it is drawn twice
+        style.save(timeplot.draw(profile), file)  # anew: a layout moves when it is drawn twice
         print(file)
 
 
@@ -99,9 +99,9 @@ def _run(folder: Path, kind: str | None, task: str | None, out: Path | None, for
             _draw(table, each, files, needed=kind is not None)
 
 
-def _draw(table: Table, kind: str, files: list[Path], *, needed: bool) -> None:
+def _draw(table: ResultTable, kind: str, files: list[Path], *, needed: bool) -> None:
     """Write one figure; without its data, an error if it is ``needed`` and else a line."""
-    from ..results.figures import plots
+    from ..results.figures import plots, style
 
     try:
         figure = plots.draw(table, kind)
@@ -111,7 +111,7 @@ def _draw(table: Table, kind: str, files: list[Path], *, needed: bool) -> None:
         Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(f"No plot of {kind}: {error}")
         return
     for file in files:
-        plots.save(figure, file)
+        style.save(figure, file)
         print(file)
 
 

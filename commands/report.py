@@ -5,12 +5,15 @@ from __future__ import annotations
 import inspect
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import DataError
 from .shared import check_writable, finished
+
+if TYPE_CHECKING:
+    from ..reports.question_image import ImageSource
 
 
 def report(
@@ -27,8 +30,8 @@ def report(
 
     The page is one file that loads nothing. Images that cannot be loaded any more are left out with the reason.
     """
-    from ..reports.html.report import no_pictures
     from ..reports.html.report import report as page_of
+    from ..reports.question_image import no_images
     from ..results.tables.tables import build
 
     cells = finished(folder)
@@ -38,7 +41,7 @@ def report(
         build(cells),
         folder.resolve().name,
         questions=questions,
-        pictures=_pictures() if images and questions else no_pictures,
+        images=_images() if images and questions else no_images,
         about=_about(),
     )
     try:
@@ -48,10 +51,10 @@ def report(
     print(f"{file} ({len(page.encode()) / 1e6:.1f} MB)")
 
 
-def _pictures() -> Any:
-    from ..reports.html.pictures import Pictures
+def _images() -> ImageSource:
+    from ..reports.image_loader import ImageLoader
 
-    return Pictures()
+    return ImageLoader()
 
 
 def _about() -> dict[str, dict[str, Any]]:

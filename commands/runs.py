@@ -14,14 +14,14 @@ from rich.console import Console
 from ..errors import IncompleteError, OptionError
 from . import live, scale
 from .forecast import show
-from .shared import AsJson, FeatureCache, Limit, finished
+from .shared import AsJson, FeatureCache, Limit, finished, print_list, terminal
 
 if TYPE_CHECKING:
     from ..evals.sweeps.config import SweepConfig
     from ..evals.sweeps.events import Reporter
     from ..evals.sweeps.processes import Executor
     from ..results.store.store import Cell
-    from ..results.tables.tables import Table
+    from ..results.tables.tables import ResultTable
 
 
 def run(
@@ -47,11 +47,11 @@ def run(
     timing: Annotated[bool, typer.Option(help="Time prefill, 20 times a task.")] = True,
     feature_cache_gb: FeatureCache = None,
     as_json: AsJson = False,
-    wandb: live.Mode = "off",
-    wandb_project: live.Project = None,
-    wandb_entity: live.Entity = None,
-    wandb_group: live.Group = None,
-    wandb_tags: live.Tags = None,
+    wandb: live.WandbMode = "off",
+    wandb_project: live.WandbProject = None,
+    wandb_entity: live.WandbEntity = None,
+    wandb_group: live.WandbGroup = None,
+    wandb_tags: live.WandbTags = None,
 ) -> None:
     """Run one method on some tasks: scores, visual tokens by layer, compute and prefill time."""
     from ..evals.settings.method_spec import split
@@ -77,9 +77,9 @@ def run(
         content["feature_cache_gb"] = feature_cache_gb
     folder = out or Path("runs") / Path(model).name
     parsed = parse_config(content, "visibench run")
-    target = live.target_of(folder, wandb, wandb_project, wandb_entity, wandb_group, wandb_tags)
+    destination = live.destination_asked(folder, wandb, wandb_project, wandb_entity, wandb_group, wandb_tags)
     with (
-        live.sending(folder, target) as sink,
+        live.sending(folder, destination) as sink,
         _sweep(parsed, folder, dense=False, report=live.listening(None, sink)) as cells,
     ):
         _print_run(cells, folder, as_json=as_json)
@@ -117,11 +117,11 @@ def sweep(
             "--json", help="Print events as they happen, one JSON object a line, and nothing else on standard output."
         ),
     ] = False,
-    wandb: live.Mode = "off",
-    wandb_project: live.Project = None,
-    wandb_entity: live.Entity = None,
-    wandb_group: live.Group = None,
-    wandb_tags: live.Tags = None,
+    wandb: live.WandbMode = "off",
+    wandb_project: live.WandbProject = None,
+    wandb_entity: live.WandbEntity = None,
+    wandb_group: live.WandbGroup = None,
+    wandb_tags: live.WandbTags = None,
 ) -> None:
     """Run all methods × tasks of a configuration; run again, it skips what is done."""
     from ..evals.sweeps.config import load_config, select
@@ -137,13 +137,13 @@ def sweep(
     if quiet and as_json:
         raise OptionError("--quiet and --json exclude each other: give one")
     runs = scale.choose(executor, workers, address, shard, chosen.device)
-    target = live.target_of(folder, wandb, wandb_project, wandb_entity, wandb_group, wandb_tags)
+    destination = live.destination_asked(folder, wandb, wandb_project, wandb_entity, wandb_group, wandb_tags)
     if dry_run:
         show(chosen, folder, as_json=as_json)
         return
     report = JsonLines() if as_json else Reporter() if quiet else None
     with (
-        live.sending(folder, target, quiet=quiet) as sink,
+        live.sending(folder, destination, quiet=quiet) as sink,
         _sweep(chosen, folder, report=live.listening(report, sink), executor=runs) as cells,
     ):
         tables = save_tables(cells, folder)
@@ -160,9 +160,8 @@ def table(
         str | None,
         typer.Option(
             metavar="A,B,C",
-            help="Columns in order: method, a task (pope) or one score of it (pope:pope_accuracy), retained, loyalty, "
-            "tokens, last, compute, prefill; only where named: latency, and group_a, group_b, the scores on what a "
-            "smaller image breaks and what it does not. (default: all others)",
+            help="Columns in order, such as method,gqa,compute; a task names all its scores. list: print the columns "
+            "that there are, and what they show. (default: all but those that are shown only where named)",
         ),
     ] = None,
     against: Annotated[
@@ -176,13 +175,18 @@ def table(
             raise OptionError("--columns and --against exclude each other: give one")
         print(_against(against, folder, form))
         return
-    from ..results.tables.render import FORMATS, render
+    from ..results.tables.columns import listing
+    from ..results.tables.render import FORMATS, fitted, render
     from ..results.tables.tables import build
 
     if form not in FORMATS:
         raise OptionError(f"unknown format {form!r}: choose {', '.join(FORMATS)}")
+    tables = build(finished(folder))
+    if columns == "list":
+        print_list([], ["column", "what it shows"], [[*one] for one in listing(tables)], as_json=False)
+        return
     names = [name.strip() for name in columns.split(",")] if columns is not None else None
-    print(render(build(finished(folder)), form, names))
+    print(fitted(tables, names, terminal()) if form == "text" else render(tables, form, names))
 
 
 def _against(name: str, folder: Path, form: str) -> str:
@@ -237,10 +241,10 @@ def _print_run(cells: list[Cell], folder: Path, *, as_json: bool) -> None:
         print(f"Visual tokens at each layer's input, {cell.config.task}: {layers}")
 
 
-def _print_tables(tables: list[Table], folder: Path, *, quiet: bool = False) -> None:
-    from ..results.tables.render import render
+def _print_tables(tables: list[ResultTable], folder: Path, *, quiet: bool = False) -> None:
+    from ..results.tables.render import fitted
 
-    print(render(tables))
+    print(fitted(tables, None, terminal()))
     Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet).print(
         f"Stored in {folder}: `visibench table {folder}` prints all that is there."
     )

@@ -65,9 +65,14 @@ def finished(folder: Path) -> list[Cell]:
     return cells
 
 
+def terminal() -> int | None:
+    """Columns of the terminal to print in; None where the output goes to a file or another program."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
 def width() -> int:
     """Columns to print in: the terminal's, or many where the output goes to a file."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 160
+    return terminal() or 160
 
 
 def integers(text: str, separator: str, option: str) -> list[int]:

@@ -17,7 +17,7 @@ from ..errors import OptionError, VisibenchError, suggest
 from .shared import check_writable, finished
 
 if TYPE_CHECKING:
-    from ..reports.wandb.sink import Pictures, Sink, Target
+    from ..reports.wandb.sink import Destination, OverlaySource, Sink
 
 SENT, FAILED = "sent: ", "not sent: "
 """How lines begin that say what became of a try, while a sweep runs."""
@@ -51,18 +51,18 @@ def sync(
     """Send what is new in a run folder, finished or not: a run for each cell, and one with tables and figures."""
     from ..reports.wandb.sink import Sink
 
-    target = destination(folder, mode, project, entity, group, tags, samples)
+    destination = destination_of(folder, mode, project, entity, group, tags, samples)
     if follow:
         os.nice(10)  # cells that are being timed should not notice
         os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # there is another try, and an end that waits
-    sink = Sink(folder, target, _overlaid() if images and samples else None)
+    sink = Sink(folder, destination, _overlaid() if images and samples else None)
     new = _followed(sink) if follow else 0
     cells = sink.store.usable() if follow else finished(folder)
     new += sum(sink.send(cell, cells) for cell in cells)
     tables = bool(cells) and sink.finish(cells)
     Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(
         f"{'Sent' if mode == 'online' else f'Written to {folder}/wandb'}: {new} of {len(cells)} cells"
-        f"{' and their tables' if tables else ''} in group {target.group!r} of project {target.project!r}."
+        f"{' and their tables' if tables else ''} in group {destination.group!r} of project {destination.project!r}."
         f"{'' if new == len(cells) else ' The others had gone before.'}"
     )
 
@@ -85,13 +85,13 @@ def _followed(sink: Sink) -> int:
     return new
 
 
-def _overlaid() -> Pictures:
-    from ..reports.html.pictures import Pictures
+def _overlaid() -> OverlaySource:
+    from ..reports.image_loader import ImageLoader
 
-    return Pictures().overlaid
+    return ImageLoader().overlaid
 
 
-def destination(
+def destination_of(
     folder: Path,
     mode: str,
     project: str | None,
@@ -99,9 +99,9 @@ def destination(
     group: str | None,
     tags: str | None,
     samples: int = 32,
-) -> Target:
+) -> Destination:
     """Where results go. Raises :class:`OptionError` for names that cannot be, by wandb's own rules where it has one."""
-    from ..reports.wandb.sink import MODES, PROJECT, Target
+    from ..reports.wandb.sink import MODES, PROJECT, Destination
 
     if mode not in MODES:
         raise OptionError(f"unknown mode {mode!r}; {suggest(mode, MODES)}")
@@ -111,12 +111,12 @@ def destination(
         raise OptionError(f"the {empty[0]} for W&B is empty: name one, or leave the option out")
     named = tuple(tag.strip() for tag in (tags or "").split(",") if tag.strip())
     chosen = project or os.environ.get("WANDB_PROJECT") or PROJECT
-    target = Target(group or folder.resolve().name, mode, chosen, entity, named, samples)
-    _check_names(target)
-    return target
+    destination = Destination(group or folder.resolve().name, mode, chosen, entity, named, samples)
+    _check_names(destination)
+    return destination
 
 
-def _check_names(target: Target) -> None:
+def _check_names(destination: Destination) -> None:
     """Raise :class:`OptionError` for a name that wandb would refuse, if only once there is something to send."""
     from pydantic import ValidationError
     from wandb import Settings
@@ -124,10 +124,10 @@ def _check_names(target: Target) -> None:
     from wandb.sdk.artifacts._validators import validate_artifact_name
 
     checks: dict[str, Callable[[], object]] = {
-        "project": lambda: Settings(project=target.project),
-        "entity": lambda: Settings(project=target.entity),  # part of the same addresses; has no rule of its own
-        "tags": lambda: Settings(run_tags=target.tags),
-        "group": lambda: validate_artifact_name(f"{target.group}-tables".replace("/", "-")),
+        "project": lambda: Settings(project=destination.project),
+        "entity": lambda: Settings(project=destination.entity),  # part of the same addresses; has no rule of its own
+        "tags": lambda: Settings(run_tags=destination.tags),
+        "group": lambda: validate_artifact_name(f"{destination.group}-tables".replace("/", "-")),
     }
     for name, check in checks.items():
         try:
@@ -138,12 +138,12 @@ def _check_names(target: Target) -> None:
             raise OptionError(f"W&B takes no such {name}: {told}") from error
 
 
-def sync_command(folder: Path, target: Target) -> str:
+def sync_command(folder: Path, destination: Destination) -> str:
     """The command that sends ``folder`` to the same place, with the options that differ from what would be."""
-    from ..reports.wandb.sink import PROJECT, Target
+    from ..reports.wandb.sink import PROJECT, Destination
 
-    given = target.options()
-    default = Target(folder.resolve().name, project=os.environ.get("WANDB_PROJECT") or PROJECT).options()
+    given = destination.options()
+    default = Destination(folder.resolve().name, project=os.environ.get("WANDB_PROJECT") or PROJECT).options()
     usual = set(zip(default[::2], default[1::2], strict=True))
     options = [part for pair in zip(given[::2], given[1::2], strict=True) if pair not in usual for part in pair]
     return shlex.join(["visibench", "wandb", "sync", str(folder), *options])
@@ -168,13 +168,13 @@ def report(
     from ..reports.wandb.sink import prepare
     from ..results.tables.tables import build
 
-    target = destination(folder, "offline" if dry_run else "online", project, entity, group, None)
+    destination = destination_of(folder, "offline" if dry_run else "online", project, entity, group, None)
     tables = build(finished(folder))
     if dry_run is not None:
         check_writable(dry_run)
-        dry_run.write_text(json.dumps(as_json(document(tables, target)), indent=1) + "\n", encoding="utf-8")
+        dry_run.write_text(json.dumps(as_json(document(tables, destination)), indent=1) + "\n", encoding="utf-8")
         print(dry_run)
         return
     prepare(folder)
-    target.check()
-    print(save(tables, target))
+    destination.check()
+    print(save(tables, destination))

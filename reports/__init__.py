@@ -1,1 +1,3 @@
-"""What readers are handed: an HTML page (html), and runs and reports on W&B (wandb)."""
+"""Reports of a run: one HTML page (html), Weights & Biases (wandb), and images of questions for both (question_image,
+image_loader).
+"""

@@ -18,7 +18,7 @@ from ...models import LoadedModel, load_model
 from ...models.load import release
 from ...results.store.store import Cell, Store
 from ...results.tables.render import render
-from ...results.tables.tables import Table, build
+from ...results.tables.tables import ResultTable, build
 from ...utils.interrupt import stoppable
 from ..answers.cell import agreed, run_cell
 from ..answers.cell_spec import CellSpec
@@ -127,7 +127,7 @@ def _sweep_model(
     return finished, failed
 
 
-def save_tables(cells: list[Cell], out: Path) -> list[Table]:
+def save_tables(cells: list[Cell], out: Path) -> list[ResultTable]:
     """Write the tables of ``cells`` to ``out`` as ``table.md``, ``table.csv`` and ``table.json``, and return them."""
     tables = build(cells)
     for form in ("md", "csv", "json"):

@@ -1,1 +1,1 @@
-"""The HTML report: the page (report), its questions (questions) and pictures (pictures, inline)."""
+"""The HTML report: the page (report), what stands in cards (cards), which questions (questions), figures (inline)."""

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 from matplotlib.figure import Figure
 
-from ...results.figures import plots
+from ...results.figures.style import styled
 
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _KEEP = {"path", "g", "use", "clipPath", "rect", "defs", "pattern", "svg", "image"}
@@ -23,7 +23,7 @@ def inline(figure: Figure, prefix: str, title: str) -> str:
     permission of a Content-Security-Policy.
     """
     stream = io.BytesIO()
-    with plots.styled():
+    with styled():
         figure.savefig(stream, format="svg", metadata={"Date": None})
     root = ElementTree.fromstring(stream.getvalue())
     for parent in list(root.iter()):

@@ -6,12 +6,11 @@ seed, wrong if it is with none; between them it counts as neither.
 
 from __future__ import annotations
 
-import base64
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -20,11 +19,11 @@ from numpy.typing import NDArray
 from ...results.statistics.inference import DENSE
 from ...results.statistics.metrics import RIGHT
 from ...results.store.records import CellConfig
-from ...results.store.token_grids import Places, read, size
-from ...results.tables.tables import Row, Table
+from ...results.store.token_grids import Places, kept_tokens, read
+from ...results.tables.tables import MethodRow, ResultTable
 
-Kind = Literal["lost", "gained"]
-KINDS: dict[Kind, str] = {"lost": "dense right, methods wrong", "gained": "dense wrong, methods right"}
+Parting = Literal["lost", "gained"]
+KINDS: dict[Parting, str] = {"lost": "dense right, methods wrong", "gained": "dense wrong, methods right"}
 RULE = (
     "Chosen from the questions on which the dense model is right and some method wrong, or the other way round, in "
     "turn from every task and kind: there first one about an image that is not shown yet, then one on which methods "
@@ -33,7 +32,7 @@ RULE = (
 
 
 @dataclass(frozen=True)
-class Answer:
+class MethodAnswer:
     """What one method said: ``answers`` and ``score`` by seed, the mean score. ``parts``: not as the dense model.
 
     ``left``: visual tokens at the last layer's input, and ``kept``, which of the prompt's they are (None: not
@@ -41,7 +40,7 @@ class Answer:
     cell that ``reused`` vision features or not. All these are of the first seed.
     """
 
-    row: Row
+    row: MethodRow
     answers: list[str]
     score: float
     right: bool | None
@@ -54,7 +53,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Question:
+class ShownQuestion:
     """A question with the answers of all rows that were asked it. ``config``: of the dense model's cell."""
 
     config: CellConfig
@@ -64,16 +63,16 @@ class Question:
     category: str
     prompt: str
     target: str
-    kind: Kind
+    kind: Parting
     visual_tokens: int
     places: Places
-    answers: list[Answer]
+    answers: list[MethodAnswer]
 
 
-class Asked:
+class TaskAnswers:
     """The answers of all rows to one task: ``scores`` (rows, questions), means over seeds."""
 
-    def __init__(self, task: str, rows: Sequence[Row]) -> None:
+    def __init__(self, task: str, rows: Sequence[MethodRow]) -> None:
         self.task = task
         self.rows = [row for row in rows if any(cell.config.task == task for cell in row.cells)]
         self.cells = [[cell for cell in row.cells if cell.config.task == task] for row in self.rows]
@@ -86,7 +85,7 @@ class Asked:
         self.wrong = np.stack([(scores < RIGHT).all(0) for scores in seeds])
         self.dense = next((place for place, row in enumerate(self.rows) if row.method == DENSE), None)
 
-    def parting(self, kind: Kind) -> NDArray[np.bool_]:
+    def parting(self, kind: Parting) -> NDArray[np.bool_]:
         """Bool (rows, questions): the dense model is right (wrong, for ``gained``), the row the opposite."""
         if self.dense is None:
             return np.zeros_like(self.right)
@@ -97,12 +96,12 @@ class Asked:
         """The image of each question."""
         return [str(image) for image in self.runs[0][0]["image"]]
 
-    def question(self, place: int, kind: Kind) -> Question:
+    def question(self, place: int, kind: Parting) -> ShownQuestion:
         """The question at ``place``."""
         assert self.dense is not None
         sample = self.runs[self.dense][0].iloc[place]
         parting = self.parting(kind)[:, place]
-        return Question(
+        return ShownQuestion(
             config=self.cells[self.dense][0].config,
             doc_id=int(sample["doc_id"]),
             question_id=str(sample["question_id"]),
@@ -116,12 +115,12 @@ class Asked:
             answers=[self._answer(number, place, bool(parts)) for number, parts in enumerate(parting)],
         )
 
-    def _answer(self, number: int, place: int, parts: bool) -> Answer:
+    def _answer(self, number: int, place: int, parts: bool) -> MethodAnswer:
         samples = [run.iloc[place] for run in self.runs[number]]
         first = samples[0]
         timed = pd.notna(first["latency_ms"])
         right, wrong = bool(self.right[number, place]), bool(self.wrong[number, place])
-        return Answer(
+        return MethodAnswer(
             row=self.rows[number],
             answers=[str(sample["answer"]) for sample in samples],
             score=float(self.scores[number, place]),
@@ -137,9 +136,9 @@ class Asked:
 
 @dataclass(frozen=True)
 class _Candidate:
-    asked: Asked
+    asked: TaskAnswers
     place: int
-    kind: Kind
+    kind: Parting
     parting: tuple[int, ...]
     even: int
 
@@ -148,10 +147,10 @@ class _Candidate:
         return self.asked.task, self.asked.images[self.place]
 
 
-def choose(table: Table, count: int) -> list[Question]:
+def choose(table: ResultTable, count: int) -> list[ShownQuestion]:
     """Up to ``count`` questions by :data:`RULE`; none without a dense row."""
     queues = {}
-    asked = [Asked(task, table.rows) for task in table.questions]
+    asked = [TaskAnswers(task, table.rows) for task in table.questions]
     for kind in KINDS:
         for each in asked:
             queues[each.task, kind] = _candidates(each, kind)
@@ -174,7 +173,7 @@ def _order(one: _Candidate, images: set[tuple[str, str]], shown: Counter[int]) -
     return one.image in images, min(shown[row] for row in one.parting), -one.even, one.place
 
 
-def _candidates(asked: Asked, kind: Kind) -> list[_Candidate]:
+def _candidates(asked: TaskAnswers, kind: Parting) -> list[_Candidate]:
     parting = asked.parting(kind)
     counts, others = parting.sum(0), len(asked.rows) - 1
     return [
@@ -182,28 +181,3 @@ def _candidates(asked: Asked, kind: Kind) -> list[_Candidate]:
         for place, even in enumerate(np.minimum(counts, others - counts))
         if counts[place]
     ]
-
-
-def drawable(kept: Sequence[bool] | None, left: int, places: Places) -> bool:
-    """Whether tokens ``kept``, of ``left`` at the last layer, can be shown at ``places``.
-
-    Where merging left none of the prompt's own tokens, a dark image would say that nothing was seen.
-    """
-    return bool(places) and kept is not None and len(kept) == size(places) and (any(kept) or not left)
-
-
-def placed(places: Places, tokens: int, grids: Sequence[int], whole: bool) -> Places:
-    """Where ``tokens`` can be drawn on pictures: as recorded, or in a run of old on its only square ``grids``."""
-    if not whole:
-        return []
-    if not places and len(grids) == 1 and grids[0] and grids[0] ** 2 == tokens:
-        return [[[grids[0], grids[0], 1, 1, 0]]]
-    return places if len(places) == len(grids) and size(places) == tokens else []
-
-
-def kept_tokens(packed: Any, count: int) -> list[bool] | None:
-    """The column ``kept`` of :func:`~visibench.evals.answers.score.evaluate`, one bool a visual token of the prompt."""
-    if not isinstance(packed, str):
-        return None
-    bits = np.unpackbits(np.frombuffer(base64.b64decode(packed), np.uint8))
-    return [bool(bit) for bit in bits[:count]] if len(bits) >= count else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ...errors import DataError
 from ...results.tables.columns import columns
 from ...results.statistics.inference import DENSE
 from ...results.store.store import Cell
-from ...results.tables.tables import Row, Table, build
+from ...results.tables.tables import MethodRow, ResultTable, build
 
 GIGA = 1e-9
 SHOWN = ["doc_id", "question_id", "category", "prompt", "target", "output", "answer", "score"]
@@ -27,7 +27,7 @@ def dense_of(cell: Cell, cells: Iterable[Cell]) -> list[Cell]:
     return [c for c in cells if c.config.method == DENSE and (c.config.task, c.metrics.data_hash) == wanted]
 
 
-def row_of(cell: Cell, dense: Sequence[Cell]) -> Row:
+def row_of(cell: Cell, dense: Sequence[Cell]) -> MethodRow:
     """The cell as a row of a table of its own, beside those of the ``dense`` cells that it can be compared with."""
     own = (cell.config.label, cell.config.method)
     return next(row for table in build([cell, *dense]) for row in table.rows if (row.label, row.method) == own)
@@ -96,7 +96,7 @@ def samples(cell: Cell, rows: int) -> pd.DataFrame:
     return frame
 
 
-def sweep_content(tables: Sequence[Table], scratch: Path) -> dict[str, Any]:
+def sweep_content(tables: Sequence[ResultTable], scratch: Path) -> dict[str, Any]:
     """Tables with the figures that their numbers allow, each as PNG and as data; those after the first numbered."""
     return {
         numbered(name, number): value
@@ -110,57 +110,24 @@ def numbered(name: str, number: int) -> str:
     return f"{name}_{number}" if number > 1 else name
 
 
-def _drawn(table: Table, scratch: Path) -> dict[str, Any]:
+def _drawn(table: ResultTable, scratch: Path) -> dict[str, Any]:
     import wandb
 
-    from ...results.figures import plots
+    from ...results.figures.plots import PLOTS
+    from ...results.figures.style import save
 
-    figures = [{key: v for column in columns(table) for key, v in column.figures(row).items()} for row in table.rows]
-    found: dict[str, Any] = {"table": wandb.Table(dataframe=pd.DataFrame(figures))}
-    for kind in plots.KINDS:
+    figures = [
+        {key: figure for column in columns(table, csv=True) for key, figure in column.figures(row).items()}
+        for row in table.rows
+    ]
+    content: dict[str, Any] = {"table": wandb.Table(dataframe=pd.DataFrame(figures))}
+    for plot in PLOTS:
         try:
-            figure = plots.draw(table, kind)
+            figure = plot.draw(table)
         except DataError:  # nothing was timed
             continue
-        file = scratch / f"{kind}.png"
-        plots.save(figure, file)
-        found[f"plots/{kind}"] = wandb.Image(str(file))
-        found[f"plots/{kind}_data"] = wandb.Table(dataframe=pd.DataFrame(BEHIND[kind](table)))
-    return found
-
-
-def _scores(table: Table, name: str, cost: Callable[[Row], float]) -> list[dict[str, Any]]:
-    from ...results.figures.plots import panels_of
-
-    return [
-        {"panel": p.title, "unit": p.axis, "method": q.row.label, name: q.x, "score": q.y, "low": q.low, "high": q.high}
-        for p in panels_of(table, cost)
-        for q in p.points
-    ]
-
-
-def _layers(table: Table) -> list[dict[str, Any]]:
-    return [
-        {"method": row.label, "layer": layer, "visual_tokens": count}
-        for row in table.rows
-        for layer, count in enumerate(row.tokens.per_layer)
-    ]
-
-
-def _components(table: Table) -> list[dict[str, Any]]:
-    return [
-        {"method": row.label, "component": name, "gflops": macs * GIGA}
-        for row in table.rows
-        for name, macs in row.components.items()
-    ]
-
-
-BEHIND: dict[str, Callable[[Table], list[dict[str, Any]]]] = {
-    "pareto": lambda table: _scores(table, "tflops", lambda row: row.macs * 1e-12),
-    "latency": lambda table: _scores(
-        table, "prefill_ms", lambda row: row.prefill.median if row.prefill else float("nan")
-    ),
-    "tokens": _layers,
-    "stages": _components,
-}
-"""The numbers of each figure, by the names of :data:`~visibench.results.figures.plots.KINDS`."""
+        file = scratch / f"{plot.name}.png"
+        save(figure, file)
+        content[f"plots/{plot.name}"] = wandb.Image(str(file))
+        content[f"plots/{plot.name}_data"] = wandb.Table(dataframe=pd.DataFrame(plot.numbers(table)))
+    return content

@@ -9,28 +9,28 @@ from typing import Any
 from ...errors import DataError
 from ...methods import list_methods
 from ...results.tables.render import render
-from ...results.tables.summary import by_budget, lead
-from ...results.tables.tables import Table
-from .sink import Target, reason
+from ...results.tables.summary import by_group, lead
+from ...results.tables.tables import ResultTable
+from .sink import Destination, reason
 from .content import numbered
 
 
-def document(tables: Sequence[Table], target: Target) -> Any:
-    """The report, a ``wandb_workspaces.reports.v2.Report``. Runs are those of the target's group in its project."""
+def document(tables: Sequence[ResultTable], destination: Destination) -> Any:
+    """The report, a ``wandb_workspaces.reports.v2.Report``. Runs are those of the destination's group in its project."""
     import wandb_workspaces.reports.v2 as wr
 
     blocks: list[Any] = [wr.TableOfContents(), wr.H1("Summary")]
     for table in tables:
         blocks += [wr.P(line) for line in lead(table)]
-        blocks += [wr.MarkdownBlock(f"**{title}.** {text}") for title, text in by_budget(table)]
-    blocks += [wr.H1("Plots"), wr.PanelGrid(runsets=[_runs(target)], panels=_panels(tables))]
+        blocks += [wr.MarkdownBlock(f"**{title}.** {text}") for title, text in by_group(table)]
+    blocks += [wr.H1("Plots"), wr.PanelGrid(runsets=[_runs(destination)], panels=_panels(tables))]
     means = _means(tables)
-    blocks += [wr.PanelGrid(runsets=[_runs(target, "sweep")], panels=means)] * bool(means)
+    blocks += [wr.PanelGrid(runsets=[_runs(destination, "sweep")], panels=means)] * bool(means)
     blocks += [wr.H1("Tables"), wr.MarkdownBlock(render(list(tables), "md"))]
     used = sorted({row.method for table in tables for row in table.rows})
     blocks += [wr.H1("Methods"), wr.UnorderedList([note(name) for name in used])]
-    title = f"Visual-token pruning: {target.group}"[:128]
-    return wr.Report(project=target.project, entity=target.entity or "", title=title, blocks=blocks, width="fluid")
+    title = f"Visual-token pruning: {destination.group}"[:128]
+    return wr.Report(project=destination.project, entity=destination.entity or "", title=title, blocks=blocks, width="fluid")
 
 
 def note(name: str) -> str:
@@ -43,19 +43,19 @@ def note(name: str) -> str:
     return f"{name}: {method.title}{paper}{source}"
 
 
-def _runs(target: Target, kind: str = "cell") -> Any:
+def _runs(destination: Destination, kind: str = "cell") -> Any:
     import wandb_workspaces.expr as expr
     import wandb_workspaces.reports.v2 as wr
 
-    group = [expr.Metric("Group") == target.group, expr.Metric("JobType") == kind]
-    return wr.Runset(name=f"{'Cells' if kind == 'cell' else 'Tables'} of {target.group}", filters=group)
+    group = [expr.Metric("Group") == destination.group, expr.Metric("JobType") == kind]
+    return wr.Runset(name=f"{'Cells' if kind == 'cell' else 'Tables'} of {destination.group}", filters=group)
 
 
-def _panels(tables: Sequence[Table]) -> list[Any]:
+def _panels(tables: Sequence[ResultTable]) -> list[Any]:
     """A task each: accuracy against executed compute, and bars by method."""
     import wandb_workspaces.reports.v2 as wr
 
-    metrics = {task: scores[0] for table in tables for task, scores in table.columns.items()}
+    metrics = {task: scores[0] for table in tables for task, scores in table.metrics.items()}
     panels: list[Any] = []
     for place, (task, score) in enumerate(metrics.items()):
         name = wr.SummaryMetric(f"{task}/{score.key}")
@@ -77,7 +77,7 @@ def _panels(tables: Sequence[Table]) -> list[Any]:
     return panels
 
 
-def _means(tables: Sequence[Table]) -> list[Any]:
+def _means(tables: Sequence[ResultTable]) -> list[Any]:
     """Mean score retained over several tasks against executed compute, a point a row of the sweep's own table.
 
     No run of a cell knows other tasks, so the points come from the table; the picture beside them names the methods.
@@ -86,15 +86,15 @@ def _means(tables: Sequence[Table]) -> list[Any]:
 
     panels: list[Any] = []
     for number, table in enumerate(tables, start=1):
-        if len(table.columns) < 2 or not any(row.retained for row in table.rows):
+        if len(table.metrics) < 2 or not any(row.retained for row in table.rows):
             continue
         place = 4 * len(panels)
-        title = f"mean over {len(table.columns)} tasks: score retained, % of dense, against executed TFLOPs"
+        title = f"mean over {len(table.metrics)} tasks: score retained, % of dense, against executed TFLOPs"
         panels += [
             wr.CustomChart(
                 query={"summaryTable": {"tableKey": numbered("table", number)}},
                 chart_name="wandb/scatter/v0",
-                chart_fields={"x": "executed_tflops", "y": "retained_percent"},
+                chart_fields={"x": "executed_tmacs_question_alone", "y": "retained_percent"},
                 chart_strings={"title": title},
                 layout=wr.Layout(x=0, y=place, w=12, h=8),
             ),
@@ -113,12 +113,12 @@ def as_json(report: Any) -> dict[str, Any]:
     return report._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
-def save(tables: Sequence[Table], target: Target) -> str:
+def save(tables: Sequence[ResultTable], destination: Destination) -> str:
     """Save the report and return its address. Raises :class:`DataError` where W&B does not take it."""
     import wandb
 
     try:
-        entity = target.entity or wandb.Api(timeout=20).default_entity
-        return document(tables, replace(target, entity=entity)).save().url
+        entity = destination.entity or wandb.Api(timeout=20).default_entity
+        return document(tables, replace(destination, entity=entity)).save().url
     except Exception as error:  # an outage, a refusal, or a fault of wandb itself
         raise DataError(f"W&B did not take the report: {reason(error)}") from error

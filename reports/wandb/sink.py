@@ -38,12 +38,12 @@ if TYPE_CHECKING:
 MODES = ("online", "offline")
 PROJECT = "visibench"
 KEYLESS = "no W&B API key: set WANDB_API_KEY, run `wandb login`, or choose offline"
-Pictures = Callable[[Cell, Sequence[int]], Mapping[int, Mapping[str, "Image"]]]
+OverlaySource = Callable[[Cell, Sequence[int]], Mapping[int, Mapping[str, "Image"]]]
 """Images of a cell's questions: doc_id → column → image."""
 
 
 @dataclass(frozen=True)
-class Target:
+class Destination:
     """Where results go. Without ``entity`` the account's default; ``rows``: how many answers of each cell are sent."""
 
     group: str
@@ -59,7 +59,7 @@ class Target:
             raise OptionError(KEYLESS)
 
     def options(self) -> list[str]:
-        """This target as options of ``visibench wandb sync``."""
+        """This destination as options of ``visibench wandb sync``."""
         given = {"mode": self.mode, "project": self.project, "entity": self.entity, "group": self.group}
         named = given | {"tags": ",".join(self.tags) or None, "samples": self.rows}
         return [part for key, value in named.items() if value is not None for part in (f"--{key}", str(value))]
@@ -70,7 +70,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Run:
+class WandbRun:
     """A run to be: ``content`` makes what is logged, ``files`` go into an artifact named ``artifact``."""
 
     id: str
@@ -88,18 +88,18 @@ class Run:
 class Sink:
     """Sends cells of a run folder, and then its tables. Raises :class:`VisibenchError` where W&B does not take them."""
 
-    def __init__(self, folder: Path, target: Target, pictures: Pictures | None = None) -> None:
-        self.store, self.target, self.pictures = Store(folder), target, pictures
+    def __init__(self, folder: Path, destination: Destination, overlays: OverlaySource | None = None) -> None:
+        self.store, self.destination, self.overlays = Store(folder), destination, overlays
         prepare(folder)
-        target.check()
+        destination.check()
         self.sent = Sent(folder)
 
     def send(self, cell: Cell, cells: Iterable[Cell]) -> bool:
         """Send one cell; ``cells``: where to look for its dense counterpart. False if it is there already."""
         dense, config = dense_of(cell, cells), config_of(cell)
         environment = cell.metrics.environment.model_dump(mode="json", exclude={"host", "code"})
-        run = Run(
-            id=self.target.run_id(cell.metrics.config_hash, environment),
+        run = WandbRun(
+            id=self.destination.run_id(cell.metrics.config_hash, environment),
             name=f"{cell.config.label} · {cell.config.task} · seed {cell.config.seed}",
             kind="cell",
             config=config,
@@ -111,13 +111,13 @@ class Sink:
 
     def finish(self, cells: list[Cell]) -> bool:
         """Send tables and figures of all ``cells`` as a run of the whole sweep."""
-        tables, group = build(cells), self.target.group
+        tables, group = build(cells), self.destination.group
         with tempfile.TemporaryDirectory() as scratch:
             files = [Path(scratch) / f"table.{form}" for form in ("md", "csv", "json")]
             for file in files:
                 file.write_text(render(tables, file.suffix[1:]) + "\n", encoding="utf-8")
-            run = Run(
-                id=self.target.run_id("sweep"),
+            run = WandbRun(
+                id=self.destination.run_id("sweep"),
                 name=group,
                 kind="sweep",
                 config={"cells": len(cells)} | names(cells),
@@ -128,27 +128,27 @@ class Sink:
             marks = sorted(cell.config.label + cell.metrics.model_dump_json() for cell in cells)
             return self._once(run, digest([marks, self._asked()]))
 
-    def _once(self, run: Run, mark: str) -> bool:
+    def _once(self, run: WandbRun, mark: str) -> bool:
         """Make or update a run, unless it was sent with the same ``mark``."""
-        target = self.target
-        place = "/".join([_server(target.mode), target.entity or "", target.project, run.id])
+        destination = self.destination
+        place = "/".join([_server(destination.mode), destination.entity or "", destination.project, run.id])
         if self.sent.get(place) == mark:
             return False
         import wandb
 
-        settings = wandb.Settings(**_PRIVATE, mode="online" if target.mode == "online" else "offline")
+        settings = wandb.Settings(**_PRIVATE, mode="online" if destination.mode == "online" else "offline")
         try:
             with wandb.init(
-                project=target.project,
-                entity=target.entity,
-                group=target.group,
-                tags=target.tags,
+                project=destination.project,
+                entity=destination.entity,
+                group=destination.group,
+                tags=destination.tags,
                 dir=str(self.store.root),
                 id=run.id,
                 name=run.name,
                 job_type=run.kind,
                 config=run.config,
-                resume="allow" if target.mode == "online" else None,
+                resume="allow" if destination.mode == "online" else None,
                 settings=settings,
             ) as opened:
                 opened.log(run.content())
@@ -163,15 +163,15 @@ class Sink:
     def _samples(self, cell: Cell) -> wandb.Table:
         import wandb
 
-        frame = samples(cell, self.target.rows)
-        found = self.pictures(cell, frame["doc_id"].tolist()) if self.pictures else {}
+        frame = samples(cell, self.destination.rows)
+        found = self.overlays(cell, frame["doc_id"].tolist()) if self.overlays else {}
         for column in dict.fromkeys(name for by in found.values() for name in by):
             images = [found.get(doc, {}).get(column) for doc in frame["doc_id"]]
             frame[column] = pd.Series([wandb.Image(i) if i is not None else None for i in images], dtype=object)
         return wandb.Table(dataframe=frame)
 
     def _asked(self) -> list[Any]:
-        return [self.target.tags, self.target.rows, self.pictures is not None]
+        return [self.destination.tags, self.destination.rows, self.overlays is not None]
 
 
 class Sent:
@@ -255,7 +255,7 @@ def _server(mode: str) -> str:
     return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai") if mode == "online" else mode
 
 
-def _artifact(run: Run) -> wandb.Artifact:
+def _artifact(run: WandbRun) -> wandb.Artifact:
     import wandb
 
     artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", run.artifact), type=run.kind)

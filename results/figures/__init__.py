@@ -1,1 +1,1 @@
-"""Pictures: accuracy against compute (plots, series) and stage times (timeplot)."""
+"""Figures of a table (plots, and a file each: scores, layers, components) and of a profile (timeplot)."""

@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
 from ..store.profiles import Profile, Row
-from . import plots
+from . import style
 
 # Title and look of each segment, in the order of time; told apart in grey too.
 _SEGMENTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -30,14 +30,14 @@ _BAR, _STRIP = 0.56, 0.1  # heights; rows are 1 apart
 def draw(profile: Profile) -> Figure:
     """A panel for each batch size and length, with a bar for each of its rows."""
     panels = profile.together()
-    labels = [[plots.wrap(row.method.replace(",", ", "), 34) for row in rows] for rows in panels]
+    labels = [[style.wrap(row.method.replace(",", ", "), 34) for row in rows] for rows in panels]
     lines = max(sum(1 + 0.45 * label.count("\n") for label in own) for own in labels)
-    with plots.styled():
-        figure, places = plots.grid(len(panels), most=1 if len(panels) < 4 else 2, size=(8.6, 1.1 + 0.34 * lines))
+    with style.styled():
+        figure, places = style.grid(len(panels), most=1 if len(panels) < 4 else 2, size=(8.6, 1.1 + 0.34 * lines))
         for place, rows, own in zip(places, panels, labels, strict=True):
             _panel(place, rows, own)
         figure.legend(handles=_handles(profile), loc="outside upper center", ncols=3)
-        plots.caption(figure, _notes(profile))
+        style.caption(figure, _notes(profile))
     return figure
 
 
@@ -61,7 +61,7 @@ def _panel(place: Axes, rows: Sequence[Row], labels: Sequence[str]) -> None:
     for height, row, end in zip(heights, rows, ends, strict=True):
         lower, upper = row.ms["end_to_end"].quartiles
         _whisker(place, lower, upper, height)
-        place.annotate(f"{_short(end)} ms", (max(upper, end), height), **plots.BESIDE, **plots.SMALL)
+        place.annotate(f"{_short(end)} ms", (max(upper, end), height), **style.BESIDE, **style.SMALL)
         reach = max(reach, upper, end)
         for number, text in enumerate(_figures(row), start=1):
             _column(place, text, number, ("axes fraction", "data"), height, "center")
@@ -83,7 +83,7 @@ def _column(place: Axes, text: str, number: int, system: Any, height: float, sid
     """A figure beside the axes, flush right in its column."""
     place.annotate(
         text, (1, height), xycoords=system, xytext=(_COLUMN * number, 0), textcoords="offset points", ha="right",
-        va=side, **plots.SMALL,
+        va=side, **style.SMALL,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ patch.
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -60,6 +61,31 @@ def views(kept: Sequence[bool], places: Places) -> Iterator[View]:
 def read(column: Any) -> Places:
     """The column ``places`` of one question; empty where the run did not record it."""
     return json.loads(column) if isinstance(column, str) else []
+
+
+def drawable(kept: Sequence[bool] | None, left: int, places: Places) -> bool:
+    """Whether tokens ``kept``, of ``left`` at the last layer, can be shown at ``places``.
+
+    Where merging left none of the prompt's own tokens, a dark image would say that nothing was seen.
+    """
+    return bool(places) and kept is not None and len(kept) == size(places) and (any(kept) or not left)
+
+
+def placed(places: Places, tokens: int, grids: Sequence[int], whole: bool) -> Places:
+    """Where ``tokens`` can be drawn on pictures: as recorded, or in a run of old on its only square ``grids``."""
+    if not whole:
+        return []
+    if not places and len(grids) == 1 and grids[0] and grids[0] ** 2 == tokens:
+        return [[[grids[0], grids[0], 1, 1, 0]]]
+    return places if len(places) == len(grids) and size(places) == tokens else []
+
+
+def kept_tokens(packed: Any, count: int) -> list[bool] | None:
+    """The column ``kept`` of :func:`~visibench.evals.answers.score.evaluate`, one bool a visual token of the prompt."""
+    if not isinstance(packed, str):
+        return None
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(packed), np.uint8))
+    return [bool(bit) for bit in bits[:count]] if len(bits) >= count else None
 
 
 def _tokens(view: Sequence[int]) -> int:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import html
-from collections import defaultdict
 from collections.abc import Sequence
 from itertools import zip_longest
 
-from .columns import Column, Shown
+from .columns import Column, Entry
 from .notes import heading, notes
-from .tables import Row, Table
+from .tables import MethodRow, ResultTable
 
+_ARROWS = {"↑": r"\uparrow", "↓": r"\downarrow", "↗": r"\nearrow", "↘": r"\searrow", "·": r"\cdot", "≈": r"\approx"}
 _LATEX = str.maketrans(
     {
         **{character: f"\\{character}" for character in "&%$#_{}"},
@@ -24,13 +24,11 @@ _LATEX = str.maketrans(
         "[": "{[}",
         "*": "{*}",
         "±": r"$\pm$",
-        "↑": r"$\uparrow$",
-        "↓": r"$\downarrow$",
+        **{arrow: f"${command}$" for arrow, command in _ARROWS.items()},
         "α": r"$\alpha$",
         "×": r"$\times$",
         "–": "--",
         "−": "$-$",
-        "·": r"$\cdot$",
         "…": r"\dots{}",
         "\n": " ",
     }
@@ -50,45 +48,35 @@ STYLE = """\
 .results p { margin: 0.4em 0; max-width: 75em; font-size: 13px; }
 """
 """What :func:`html_table` needs of a page's style sheet."""
-_MATHS = {"↑": r"{\uparrow}", "↓": r"{\downarrow}", "=": "{=}"}
 
 
-def grouped(table: Table) -> list[tuple[str, list[Row]]]:
-    """The dense row without a title, then the others by budget, the largest first, each group with its title."""
-    groups: dict[int, list[Row]] = defaultdict(list)
-    for row in table.rows:
-        groups[-1 if row.evidence.budget is None else row.evidence.budget].append(row)
-    return [("" if budget < 0 else _title(rows), rows) for budget, rows in sorted(groups.items())]
-
-
-def latex(tables: Sequence[Table], chosen: Sequence[Sequence[Column]]) -> str:
+def latex(tables: Sequence[ResultTable], chosen: Sequence[Sequence[Column]]) -> str:
     """A floating table each, for a document that uses ``booktabs`` and ``graphicx``; wide ones shrink to the page."""
-    count = len(tables)
     parts = [
-        _latex_table(table, own, number, count)
-        for number, (table, own) in enumerate(zip(tables, chosen, strict=True), 1)
+        _latex_table(table, own, place, len(tables))
+        for place, (table, own) in enumerate(zip(tables, chosen, strict=True), 1)
     ]
     return "\n\n".join([r"% \usepackage{booktabs,graphicx}", *parts])
 
 
-def _latex_table(table: Table, chosen: Sequence[Column], number: int, count: int) -> str:
+def _latex_table(table: ResultTable, chosen: Sequence[Column], place: int, tables: int) -> str:
     body = []
-    for title, rows in grouped(table):
+    for title, rows in table.grouped():
         body += [r"\midrule"]
         if title:
             body += [rf"\multicolumn{{{len(chosen)}}}{{l}}{{\emph{{{_escape(title)}}}}} \\"]
         body += [" & ".join(_latex_entry(column.show(row)) for column in chosen) + r" \\" for row in rows]
     titles = zip_longest(*(column.title.split("\n") for column in chosen), fillvalue="")
-    lines = [*(f"{line}." for line in heading(table, number, count)), *notes(table, chosen, "Bold")]
+    lines = [*(f"{line}." for line in heading(table, place, tables)), *notes(table, chosen, "Bold")]
     return "\n".join(
         [
             r"\begin{table*}",
             r"\centering",
             rf"\caption{{{_escape(_caption(table))}}}",
-            rf"\label{{tab:visibench{f'-{number}' if count > 1 else ''}}}",
+            rf"\label{{tab:visibench{f'-{place}' if tables > 1 else ''}}}",
             r"\smallskip\setlength{\tabcolsep}{4pt}\renewcommand{\arraystretch}{1.2}",
             r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
-            rf"\begin{{tabular}}{{{''.join('l' if column.name == 'method' else 'r' for column in chosen)}}}",
+            rf"\begin{{tabular}}{{{''.join('l' if column.words else 'r' for column in chosen)}}}",
             r"\toprule",
             *(" & ".join(map(_escape, line)) + r" \\" for line in titles),
             *body,
@@ -102,17 +90,17 @@ def _latex_table(table: Table, chosen: Sequence[Column], number: int, count: int
     )
 
 
-def _latex_entry(shown: Shown) -> str:
+def _latex_entry(entry: Entry) -> str:
     """The marks stand above what follows the value, so that columns stay narrow."""
-    value = _escape(shown.value)
-    above = r"\,".join(rf"{_MATHS[mark[0]]}\mathrm{{{_escape(mark[1:])}}}" for mark in shown.marks)
-    spread = shown.spread.replace("± ", r"\pm ").replace(" −", r"\,-")
-    below = spread + rf"\,(\mathrm{{sd}}\,{shown.sd})" * bool(shown.sd)
+    value = _escape(entry.value)
+    above = r"\,".join(rf"{{{_ARROWS[mark.arrow]}}}\mathrm{{{_escape(mark.reference[0])}}}" for mark in entry.marks)
+    spread = entry.spread.replace("± ", r"\pm ").replace(" −", r"\,-")
+    below = spread + rf"\,(\mathrm{{sd}}\,{entry.sd})" * bool(entry.sd)
     behind = "".join([f"^{{{above}}}"] * bool(above) + [f"_{{{below}}}"] * bool(below))
-    return (rf"\textbf{{{value}}}" if shown.best else value) + (f"${behind}$" if behind else "")
+    return (rf"\textbf{{{value}}}" if entry.best else value) + (f"${behind}$" if behind else "")
 
 
-def _caption(table: Table) -> str:
+def _caption(table: ResultTable) -> str:
     return f"Visual-token pruning on {table.facts['model']}: scores, visual tokens and executed compute."
 
 
@@ -120,26 +108,26 @@ def _escape(text: str) -> str:
     return text.translate(_LATEX)
 
 
-def page(tables: Sequence[Table], chosen: Sequence[Sequence[Column]]) -> str:
+def page(tables: Sequence[ResultTable], chosen: Sequence[Sequence[Column]]) -> str:
     """A page of HTML that stands alone: no script, nothing to load."""
     body = [
-        html_table(table, own, number, len(tables))
-        for number, (table, own) in enumerate(zip(tables, chosen, strict=True), 1)
+        html_table(table, own, place, len(tables))
+        for place, (table, own) in enumerate(zip(tables, chosen, strict=True), 1)
     ]
     head = f'<meta charset="utf-8">\n<title>visibench</title>\n<style>\n{STYLE}</style>'
     return "\n".join([f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>', *body, "</body>\n</html>"])
 
 
-def html_table(table: Table, chosen: Sequence[Column], number: int = 1, count: int = 1) -> str:
-    """One table of ``count`` with its notes as an HTML fragment, for pages that include :data:`STYLE`.
+def html_table(table: ResultTable, chosen: Sequence[Column], place: int = 1, tables: int = 1) -> str:
+    """One table of so many ``tables`` with its notes as an HTML fragment, for pages that include :data:`STYLE`.
 
     ``chosen``: the columns to show, as :func:`~visibench.results.tables.columns.columns` gives them.
     """
     titles = ("<br>".join(map(html.escape, column.title.split("\n"))) for column in chosen)
-    caption = " ".join([_caption(table), *(f"{line}." for line in heading(table, number, count))])
+    caption = " ".join([_caption(table), *(f"{line}." for line in heading(table, place, tables))])
     lines = ['<div class="results">', "<table>", f"<caption>{html.escape(caption)}</caption>"]
     lines += ["<thead>", "<tr>" + "".join(f'<th scope="col">{title}</th>' for title in titles) + "</tr>", "</thead>"]
-    for title, rows in grouped(table):
+    for title, rows in table.grouped():
         lines += ["<tbody>"]
         if title:
             lines += [f'<tr><th scope="rowgroup" colspan="{len(chosen)}">{html.escape(title)}</th></tr>']
@@ -150,20 +138,11 @@ def html_table(table: Table, chosen: Sequence[Column], number: int = 1, count: i
     )
 
 
-def _html_entry(column: Column, row: Row) -> str:
-    shown = column.show(row)
-    value = html.escape(shown.value)
-    parts = [f"<strong>{value}</strong>" if shown.best else value]
-    parts += [f"<small>{html.escape(' '.join([*shown.behind, *shown.marks]))}</small>"] * bool(
-        shown.behind or shown.marks
-    )
-    entry = " ".join(parts)
-    return f'<th scope="row">{entry}</th>' if column.name == "method" else f"<td>{entry}</td>"
-
-
-def _title(rows: Sequence[Row]) -> str:
-    means = [row.tokens.mean for row in rows]
-    low, high = f"{min(means):.1f}", f"{max(means):.1f}"
-    span = low if low == high else f"{low} to {high}"
-    share = f"{100 * sum(means) / len(means) / max(rows[0].tokens.prompt, 1):.0f} %"
-    return f"T = {span} of {rows[0].tokens.prompt:g} visual tokens ({share})"
+def _html_entry(column: Column, row: MethodRow) -> str:
+    entry = column.show(row)
+    value = html.escape(entry.value)
+    parts = [f"<strong>{value}</strong>" if entry.best else value]
+    behind = " ".join([*entry.behind, *map(str, entry.marks)])
+    parts += [f"<small>{html.escape(behind)}</small>"] * bool(behind)
+    inner = " ".join(parts)
+    return f'<th scope="row">{inner}</th>' if column.words else f"<td>{inner}</td>"

@@ -1,4 +1,4 @@
-"""Tables as text, Markdown, LaTeX, HTML, CSV and JSON."""
+"""Tables as text, Markdown, LaTeX, HTML, CSV and JSON. No form knows a column: each asks them all the same."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pydantic_core import to_json
@@ -16,18 +16,18 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from ...errors import OptionError, suggest
-from .columns import Column, choose
-from .formats import grouped, latex, page
+from .columns import Column, Entry, choose, every
+from .formats import latex, page
 from .notes import heading, notes
-from .tables import Row, Table
+from .tables import MethodRow, ResultTable
 
 _LABEL = 60  # characters of a method's label in one line
 _MARKUP = re.compile(r"[\\`*<\[~&]|(?<![^\W_])_|_(?![^\W_])")
 Chosen = Sequence[Sequence[Column]]
 
 
-def render(tables: list[Table], form: str = "text", names: Sequence[str] | None = None) -> str:
-    """All tables in a format of :data:`FORMATS`, with the columns ``names`` (None: all) in their order.
+def render(tables: list[ResultTable], form: str = "text", names: Sequence[str] | None = None) -> str:
+    """All tables in a format of :data:`FORMATS`, with the columns ``names`` (None: by default) in their order.
 
     Raises :class:`OptionError` for an unknown format or column, and for a choice of columns in JSON, which holds all.
     """
@@ -35,59 +35,108 @@ def render(tables: list[Table], form: str = "text", names: Sequence[str] | None 
         raise OptionError(f"unknown format {form!r}; {suggest(form, FORMATS)}")
     if form == "json" and names is not None:
         raise OptionError("JSON holds everything: choose columns with another format")
-    return FORMATS[form](tables, choose(tables, names))
+    return FORMATS[form](tables, choose(tables, names, csv=form == "csv"))
 
 
-def _text(tables: list[Table], chosen: Chosen) -> str:
-    # Wider than any table: a terminal that is too narrow wraps lines, where rich would cut figures off.
+def fitted(tables: list[ResultTable], names: Sequence[str] | None, width: int | None) -> str:
+    """The text of all tables for a terminal of so many columns: a table that is wider stands there in parts.
+
+    None: for a file, as wide as the tables are.
+    """
+    return _text(tables, choose(tables, names), width)
+
+
+def _text(tables: list[ResultTable], chosen: Chosen, width: int | None = None) -> str:
+    """``width`` None: as wide as the widest line."""
+    # Wider than any table: a terminal that is too narrow would cut figures off.
     console = Console(file=io.StringIO(), width=1000, no_color=True)
-    for number, (table, columns) in enumerate(zip(tables, chosen, strict=True), start=1):
-        grid = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in columns:
-            if column.name == "method":
-                grid.add_column(column.title, max_width=_LABEL, overflow="fold")
-            else:
-                grid.add_column(column.title, justify="right", no_wrap=True)
-        for title, rows in grouped(table):
-            if title:
-                grid.add_row()
-                grid.add_row(Text(title))
-            for row in rows:
-                grid.add_row(*(Text(column.show(row).text("{}*")) for column in columns))
-        parts: list[str | RichTable] = [*heading(table, number, len(tables)), grid, *notes(table, columns, "*"), ""]
-        for part in parts:
-            console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
+    for place, (table, columns) in enumerate(zip(tables, chosen, strict=True), start=1):
+        parts: list[str | RichTable] = [*heading(table, place, len(tables)), *_grids(table, columns, width)]
+        for part in [*parts, *notes(table, columns, "*"), ""]:
+            wraps = width is not None and isinstance(part, str)
+            soft = isinstance(part, str) and not wraps
+            console.print(part, markup=False, highlight=False, soft_wrap=soft, width=width if wraps else None)
     stream = console.file
     assert isinstance(stream, io.StringIO)
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
 
-def _markdown(tables: list[Table], chosen: Chosen) -> str:
+@dataclass(frozen=True)
+class _Layout:
+    """How entries are spelled, in one line or several, and how wide a label may be."""
+
+    spell: Callable[[Entry], str]
+    label: int = _LABEL
+
+    def width(self, table: ResultTable, column: Column) -> int:
+        """Of a column, with what stands between two of them."""
+        entries = [self.spell(column.show(row)) for row in table.rows]
+        longest = max(len(line) for text in (column.title, *entries) for line in text.split("\n"))
+        return (min(longest, self.label) if column.words else longest) + 3
+
+
+def _grids(table: ResultTable, columns: Sequence[Column], width: int | None) -> list[RichTable]:
+    """One grid or, where it is wider than ``width``, several with entries in two lines, each behind the labels."""
+    flat = _Layout(lambda entry: entry.text("{}*"))
+    if width is None or sum(flat.width(table, column) for column in columns) <= width:
+        return [_grid(table, columns, flat)]
+    stacked = _Layout(lambda entry: entry.stacked("{}*"), min(_LABEL, max(width // 3, 12)))
+    words = [column for column in columns if column.words]
+    room = width - sum(stacked.width(table, column) for column in words)
+    parts: list[list[Column]] = [[]]
+    left = room
+    for column in (column for column in columns if not column.words):
+        needs = stacked.width(table, column)
+        if parts[-1] and needs > left:
+            parts.append([])
+            left = room
+        parts[-1].append(column)
+        left -= needs
+    return [_grid(table, [*words, *part], stacked) for part in parts]
+
+
+def _grid(table: ResultTable, columns: Sequence[Column], layout: _Layout) -> RichTable:
+    grid = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        if column.words:
+            grid.add_column(column.title, max_width=layout.label, overflow="fold")
+        else:
+            grid.add_column(column.title, justify="right", no_wrap=True)
+    for title, rows in table.grouped():
+        if title:
+            grid.add_row()
+            grid.add_row(Text(title))
+        for row in rows:
+            grid.add_row(*(Text(layout.spell(column.show(row))) for column in columns))
+    return grid
+
+
+def _markdown(tables: list[ResultTable], chosen: Chosen) -> str:
     parts = []
-    for number, (table, columns) in enumerate(zip(tables, chosen, strict=True), start=1):
+    for place, (table, columns) in enumerate(zip(tables, chosen, strict=True), start=1):
         grid = [[column.title for column in columns]]
-        grid += [["---" if column.name == "method" else "---:" for column in columns]]
-        for title, rows in grouped(table):
+        grid += [["---" if column.words else "---:" for column in columns]]
+        for title, rows in table.grouped():
             grid += [[f"*{title}*", *[""] * (len(columns) - 1)]] if title else []
             grid += [[_plain(column, column.show(row).text("**{}**")) for column in columns] for row in rows]
         lines = ["| " + " | ".join(entry.replace("|", r"\|") for entry in line) + " |" for line in grid]
         lines = [line.replace("\n", " ") for line in lines]
         parts.append(
-            "\n\n".join([*heading(table, number, len(tables)), "\n".join(lines), *notes(table, columns, "Bold")])
+            "\n\n".join([*heading(table, place, len(tables)), "\n".join(lines), *notes(table, columns, "Bold")])
         )
     return "\n\n".join(parts)
 
 
 def _plain(column: Column, entry: str) -> str:
     """An entry in which nothing of a label counts as Markdown or HTML; an underscore inside a word does not anyway."""
-    return _MARKUP.sub(r"\\\g<0>", entry) if column.name == "method" else entry
+    return _MARKUP.sub(r"\\\g<0>", entry) if column.words else entry
 
 
-def _csv(tables: list[Table], chosen: Chosen) -> str:
+def _csv(tables: list[ResultTable], chosen: Chosen) -> str:
     rows = [
-        {"table": number, "model": table.facts["model"]}
+        {"table": place, "model": table.facts["model"]}
         | {key: value for column in columns for key, value in column.figures(row).items()}
-        for number, (table, columns) in enumerate(zip(tables, chosen, strict=True), start=1)
+        for place, (table, columns) in enumerate(zip(tables, chosen, strict=True), start=1)
         for row in table.rows
     ]
     fields = list(dict.fromkeys(key for row in rows for key in row))
@@ -98,11 +147,11 @@ def _csv(tables: list[Table], chosen: Chosen) -> str:
     return stream.getvalue().rstrip("\n")
 
 
-def _json(tables: list[Table], _: Chosen) -> str:
+def _json(tables: list[ResultTable], _: Chosen) -> str:
     return to_json({"tables": [as_json(table) for table in tables]}, indent=1, inf_nan_mode="null").decode()
 
 
-FORMATS: dict[str, Callable[[list[Table], Chosen], str]] = {
+FORMATS: dict[str, Callable[[list[ResultTable], Chosen], str]] = {
     "text": _text,
     "md": _markdown,
     "latex": latex,
@@ -112,8 +161,9 @@ FORMATS: dict[str, Callable[[list[Table], Chosen], str]] = {
 }
 
 
-def as_json(table: Table) -> dict[str, Any]:
+def as_json(table: ResultTable) -> dict[str, Any]:
     """A table as JSON values: scores in lmms-eval's units, compute in MACs and the papers' TFLOPs, times in ms."""
+    columns = every(table)
     return {
         "facts": table.facts,
         "commits": table.commits,
@@ -121,62 +171,20 @@ def as_json(table: Table) -> dict[str, Any]:
         "differs": table.differs,
         "questions": {task: asdict(questions) for task, questions in table.questions.items()},
         "metrics": {
-            task: [score.model_dump(exclude={"value"}) for score in scores] for task, scores in table.columns.items()
+            task: [score.model_dump(exclude={"value"}) for score in scores] for task, scores in table.metrics.items()
         },
-        "rows": [
-            {
-                "label": row.label,
-                "method": row.method,
-                "options": row.options,
-                "seeds": row.seeds,
-                "scores": {task: {key: _score_json(row, task, key) for key in by} for task, by in row.scores.items()},
-                "budget": row.evidence.budget,
-                "loyalty": {task: asdict(share) for task, share in row.evidence.loyalty.items()},
-                "loyalty_mean": asdict(row.evidence.loyalty_mean) if row.evidence.loyalty_mean else None,
-                "difficulty": {
-                    "smaller_image": row.evidence.groups_by,
-                    "groups": {
-                        task: {name: asdict(e) for name, e in by.items()} for task, by in row.evidence.groups.items()
-                    },
-                },
-                "retained_percent": _retained_json(row),
-                "visual_tokens": row.tokens.model_dump() | {"mean": row.tokens.mean, "last": row.tokens.last},
-                "executed_macs": row.macs,
-                "executed_tflops": row.macs * 1e-12,
-                "executed_macs_by_component": row.components,
-                "sd_over_questions": asdict(row.evidence.spread) if row.evidence.spread else None,
-                "prefill_ms": asdict(row.prefill) if row.prefill else None,
-                "reused_images": _reused_json(row),
-            }
-            for row in table.rows
-        ],
+        "rows": [_row_json(columns, row) for row in table.rows],
     }
 
 
-def _reused_json(row: Row) -> dict[str, dict[int, int]]:
-    """By task and seed, images whose vision features were there before."""
-    found: dict[str, dict[int, int]] = {}
-    for cell in row.cells:
-        found.setdefault(cell.config.task, {})[cell.config.seed] = cell.metrics.reused_images
-    return found
+def _row_json(columns: Sequence[Column], row: MethodRow) -> dict[str, Any]:
+    joined: dict[str, Any] = {}
+    for column in columns:
+        joined = _joined(joined, column.json(row))
+    return joined
 
 
-def _retained_json(row: Row) -> dict[str, Any] | None:
-    """Mean and standard deviation over seeds, and limits of the 95 % interval over questions (None: not known)."""
-    interval = row.evidence.retained
-    limits = {"low": 100 * interval.low, "high": 100 * interval.high} if interval else {"low": None, "high": None}
-    return asdict(row.retained) | limits if row.retained else None
-
-
-def _score_json(row: Row, task: str, key: str) -> dict[str, Any]:
-    """A score over seeds, its interval over questions (None: not known) and the comparisons with dense and random."""
-    interval = row.evidence.scores.get(task, {}).get(key)
-    against = {name: by.get(task, {}).get(key) for name, by in row.evidence.against.items()}
-    return asdict(row.scores[task][key]) | {
-        "interval": asdict(interval) if interval else None,
-        "best_p_holm": row.evidence.best.get(task, {}).get(key),
-        "against": {
-            name: {"reference": v.reference, **asdict(v.comparison), "p_holm": v.p_holm, "sign": v.sign} if v else None
-            for name, v in against.items()
-        },
-    }
+def _joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Both objects in one, and so those inside them that both have."""
+    both = {key: _joined(one[key], other[key]) for key in one.keys() & other.keys() if isinstance(one[key], dict)}
+    return one | other | both

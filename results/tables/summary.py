@@ -5,103 +5,117 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from ..statistics.inference import ALPHA, DENSE
-from .columns import compute_unit
-from .formats import grouped
-from .tables import Row, Table
+from ..statistics.inference import ALPHA, DENSE, Contrast, Verdict
+from .columns.costs import compute_unit
+from .tables import MethodRow, ResultTable
 
 
-def lead(table: Table) -> list[str]:
+def lead(table: ResultTable) -> list[str]:
     """What was run, and the cheapest row that is on no task shown to be below the dense model."""
     return [_scope(table), *_cheapest(table)]
 
 
-def by_budget(table: Table) -> list[tuple[str, str]]:
+def by_group(table: ResultTable) -> list[tuple[str, str]]:
     """For each group of rows of similar T, its title and what it shows; nothing without a dense row."""
     if not any(row.method == DENSE for row in table.rows):
         return []
-    return [(title, _group(table, rows)) for title, rows in grouped(table) if title]
+    return [(title, _group(table, rows)) for title, rows in table.grouped() if title]
 
 
-def _scope(table: Table) -> str:
+def _scope(table: ResultTable) -> str:
     pruned = [row for row in table.rows if row.method != DENSE]
     dense = next((row for row in table.rows if row.method == DENSE), None)
     asked = sum(questions.asked for questions in table.questions.values())
     subset = ", a subset, so these are no full-set scores" if table.is_subset else ""
-    what = f"{_count(len(pruned), 'setting')} of {_count(len({row.method for row in pruned}), 'method')}"
-    where = f"{table.facts['model']}, {_count(asked, 'question')} of {_count(len(table.questions), 'task')}{subset}"
+    what = f"{_counted(len(pruned), 'setting')} of {_counted(len({row.method for row in pruned}), 'method')}"
+    where = f"{table.facts['model']}, {_counted(asked, 'question')} of {_counted(len(table.questions), 'task')}{subset}"
     if dense is None:
         return f"{what} on {where}; the dense model was not run, so no share of its scores can be given."
     return f"{what} on {where}, compared with the dense model at {_cost(table, dense)}."
 
 
-def _cheapest(table: Table) -> list[str]:
+def _cheapest(table: ResultTable) -> list[str]:
     """Rows are compared on the headline metrics of all tasks; one that lacks a comparison cannot be the answer."""
     if not any(row.method == DENSE for row in table.rows):
         return []
     compared = [row for row in table.rows if len(_signs(table, row, "dense")) == len(table.questions)]
     if not compared:
         return ["No setting could be compared with the dense model on every task."]
-    tied = [row for row in compared if -1 not in _signs(table, row, "dense").values()]
-    if not tied:
+    not_below = [row for row in compared if -1 not in _signs(table, row, "dense").values()]
+    if not not_below:
         return [f"Each of the {len(compared)} settings compared is shown to score below dense on at least one task."]
-    row = min(tied, key=lambda row: row.macs)
+    row = min(not_below, key=lambda row: row.macs)
     least = f"The setting of least compute that is shown below dense on no task is {row.label}, which keeps"
     return [
-        f"{least} {_retained(row)} at {_cost(table, row)}. Not shown is not the same as equal: the notes of the table "
-        "say which differences this many questions can show."
+        f"{least} {_retained(row)} at {_cost(table, row)}.{_below_alone(table, row)} Not shown is not the same as "
+        "equal: the notes of the table say which differences this many questions can show."
     ]
 
 
-def _group(table: Table, rows: Sequence[Row]) -> str:
+def _below_alone(table: ResultTable, row: MethodRow) -> str:
+    """Where a test by itself, without the adjustment for the others, puts the row below dense."""
+    contrasts = _contrasts(table, row, "dense").items()
+    tasks = [task for task, contrast in contrasts if contrast.verdict == Verdict.LOWER_ALONE]
+    return f" Tests by themselves, not adjusted for their number, put it below on {', '.join(tasks)}." * bool(tasks)
+
+
+def _group(table: ResultTable, rows: Sequence[MethodRow]) -> str:
     known = [row for row in rows if row.retained is not None]
     if not known:
         return "No row has all the scores that a share of the dense scores needs."
     first = max(known, key=lambda row: row.retained.mean if row.retained else 0.0)
     most = f", the highest figure of {len(known)} rows" if len(known) > 1 else ""
     parts = [f"{first.label} keeps {_retained(first)} at {_cost(table, first)}{most}."]
-    for name, of in (("dense", "dense"), ("random", "random tokens")):
-        signs = _signs(table, first, name)
-        said = [
-            f"{word} {of} on {', '.join(tasks)}"
-            for sign, word in ((1, "above"), (-1, "below"))
-            if (tasks := [task for task, found in signs.items() if found == sign])
+    for reference, words in (("dense", "dense"), ("random", "random tokens")):
+        signs = _signs(table, first, reference)
+        shown = [
+            f"{direction} {words} on {', '.join(tasks)}"
+            for sign, direction in ((1, "above"), (-1, "below"))
+            if (tasks := [task for task, other in signs.items() if other == sign])
         ]
-        ties = [task for task, found in signs.items() if found == 0]
-        parts += [f"It is shown {' and '.join(said)}."] * bool(said)
-        parts += [f"No difference from {of} is shown on {', '.join(ties)}."] * bool(ties)
+        not_shown = [task for task, sign in signs.items() if sign == 0]
+        parts += [f"It is shown {' and '.join(shown)}."] * bool(shown)
+        parts += [f"No difference from {words} is shown on {', '.join(not_shown)}."] * bool(not_shown)
     return " ".join([*parts, _best(table, rows)]).strip()
 
 
-def _best(table: Table, rows: Sequence[Row]) -> str:
+def _best(table: ResultTable, rows: Sequence[MethodRow]) -> str:
     """Who is shown to be best of a group, by task; nobody is called so for a higher number alone."""
     if len(rows) < 2:
         return ""
     best = []
-    for task, (score, *_) in table.columns.items():
+    for task, (score, *_) in table.metrics.items():
         best += [f"{row.label} on {task}" for row in rows if row.evidence.best.get(task, {}).get(score.key, 1) < ALPHA]
     return f"Shown best of all: {', '.join(best)}." if best else "No row is shown to be the best on any task."
 
 
-def verdicts(table: Table) -> str:
+def verdicts(table: ResultTable) -> str:
     """How many rows × tasks are shown above, below, or not to differ from dense; empty without any."""
-    found = Counter(sign for row in table.rows for sign in _signs(table, row, "dense").values())
-    if not found:
+    signs = Counter(sign for row in table.rows for sign in _signs(table, row, "dense").values())
+    if not signs:
         return ""
     return (
-        f"Of {found.total()} comparisons with dense (settings × tasks, headline scores), {found[-1]} show a lower "
-        f"score, {found[1]} a higher one, and {found[0]} no difference."
+        f"Of {signs.total()} comparisons with dense (settings × tasks, headline scores), {signs[-1]} show a lower "
+        f"score, {signs[1]} a higher one, and {signs[0]} no difference."
     )
 
 
-def _signs(table: Table, row: Row, reference: str) -> dict[str, int]:
+def _signs(table: ResultTable, row: MethodRow, reference: str) -> dict[str, int]:
     """How the row's headline scores compare: 1 shown higher, -1 shown lower, 0 no difference shown."""
+    return {task: contrast.sign for task, contrast in _contrasts(table, row, reference).items()}
+
+
+def _contrasts(table: ResultTable, row: MethodRow, reference: str) -> dict[str, Contrast]:
+    """The row's headline scores against the reference, where they can be compared."""
     against = row.evidence.against[reference]
-    found = {task: against.get(task, {}).get(score.key) for task, (score, *_) in table.columns.items()}
-    return {task: verdict.sign for task, verdict in found.items() if verdict is not None}
+    return {
+        task: contrast
+        for task, (score, *_) in table.metrics.items()
+        if (contrast := against.get(task, {}).get(score.key)) is not None
+    }
 
 
-def _retained(row: Row) -> str:
+def _retained(row: MethodRow) -> str:
     if row.retained is None:
         return "an unknown share of the dense scores"
     interval = row.evidence.retained
@@ -110,10 +124,10 @@ def _retained(row: Row) -> str:
     return f"{row.retained.mean:.1f} % of the dense scores{spread}"
 
 
-def _cost(table: Table, row: Row) -> str:
+def _cost(table: ResultTable, row: MethodRow) -> str:
     unit, name = compute_unit(table)
     return f"T = {row.tokens.mean:.1f} visual tokens and {row.macs / unit:#.3g} {name}"
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

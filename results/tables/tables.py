@@ -1,7 +1,7 @@
 """Tables of a run folder: methods × tasks, with what each method really kept, computed and took.
 
-Only cells that can be compared stand in one table: same model, data, questions, settings, versions and machine. Others
-come as tables of their own, and each says in what it differs.
+Only cells that can be compared stand in one table. Others come as tables of their own, and each says in what it
+differs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ORDER = {method: place for place, method in enumerate(BASELINES)}
 
 
 @dataclass(frozen=True)
-class Quantity:
+class SeedMean:
     """A mean over ``n`` seeds, with their standard deviation (None for a single one)."""
 
     mean: float
@@ -35,7 +35,7 @@ class Quantity:
     n: int = 1
 
     @classmethod
-    def over(cls, values: Sequence[float]) -> Quantity | None:
+    def over(cls, values: Sequence[float]) -> SeedMean | None:
         """Mean and standard deviation of ``values``; None if there are none."""
         if not values:
             return None
@@ -43,7 +43,7 @@ class Quantity:
 
 
 @dataclass(frozen=True)
-class Prefill:
+class PrefillTimes:
     """Median, quartiles, their range and minimum of ``n`` prefill times over tasks and seeds, in milliseconds."""
 
     median: float
@@ -69,7 +69,7 @@ class Latency:
 
 
 @dataclass(frozen=True)
-class Row:
+class MethodRow:
     """One method. ``scores``: by task and metric, lmms-eval's units. Tokens and MACs are means over tasks and seeds.
 
     ``components``: the MACs by what spent them (:class:`~visibench.results.store.records.Compute`).
@@ -81,12 +81,12 @@ class Row:
     method: str
     options: dict[str, Any]
     seeds: list[int]
-    scores: dict[str, dict[str, Quantity]]
-    retained: Quantity | None
+    scores: dict[str, dict[str, SeedMean]]
+    retained: SeedMean | None
     tokens: VisualTokens
     macs: float
     components: dict[str, float]
-    prefill: Prefill | None
+    prefill: PrefillTimes | None
     evidence: Evidence
     cells: tuple[Cell, ...] = ()
 
@@ -106,15 +106,15 @@ class Row:
     def latency(self) -> Latency | None:
         """What the cells' samples say of the time of each question; None where they say nothing."""
         samples = [cell.samples().assign(reused=cell.metrics.reused_images > 0) for cell in self.cells]
-        found = pd.concat(samples)[["latency_ms", "batch_questions", "reused"]].dropna() if samples else pd.DataFrame()
-        if found.empty:
+        timed = pd.concat(samples)[["latency_ms", "batch_questions", "reused"]].dropna() if samples else pd.DataFrame()
+        if timed.empty:
             return None
-        median = found[["latency_ms", "batch_questions"]].astype(float).median()
-        return Latency(median["latency_ms"], len(found), median["batch_questions"], int(found["reused"].sum()))
+        median = timed[["latency_ms", "batch_questions"]].astype(float).median()
+        return Latency(median["latency_ms"], len(timed), median["batch_questions"], int(timed["reused"].sum()))
 
 
 @dataclass(frozen=True)
-class Questions:
+class TaskQuestions:
     """How many questions of a task were asked, of how many, and where they come from."""
 
     asked: int
@@ -124,32 +124,44 @@ class Questions:
 
 
 @dataclass(frozen=True)
-class Table:
-    """Rows that can be compared. ``columns``: the metrics of each task; ``facts``: what all cells have in common.
+class ResultTable:
+    """Rows that can be compared. ``metrics``: of each task; ``facts``: what all cells have in common.
 
     ``differs``: in what this table differs from the others of the same folder. ``commits``: of visibench, where cells
     were made from a checkout. ``remarks``: what a reader must know of single cells.
+    ``margin``: a share of the best score, within which differences were tested to be; None: they were not.
     """
 
-    rows: list[Row]
-    columns: dict[str, list[ScoreRecord]]
-    questions: dict[str, Questions]
+    rows: list[MethodRow]
+    metrics: dict[str, list[ScoreRecord]]
+    questions: dict[str, TaskQuestions]
     facts: dict[str, Any]
     differs: dict[str, Any]
     commits: list[str]
     remarks: list[str]
+    margin: float | None = None
 
     @property
     def is_subset(self) -> bool:
         """Whether some task was asked only in part."""
         return any(asked.asked < asked.of for asked in self.questions.values())
 
+    def grouped(self) -> list[tuple[str, list[MethodRow]]]:
+        """The dense row without a title, then the others by similar T, the largest first, each group with its title."""
+        groups: dict[int, list[MethodRow]] = defaultdict(list)
+        for row in self.rows:
+            groups[-1 if row.evidence.budget is None else row.evidence.budget].append(row)
+        return [("" if place < 0 else _group_title(rows), rows) for place, rows in sorted(groups.items())]
 
-def build(cells: Iterable[Cell]) -> list[Table]:
-    """Tables of comparable cells, the largest first. Raises :class:`DataError` for cells that contradict each other."""
+
+def build(cells: Iterable[Cell], margin: float | None = None) -> list[ResultTable]:
+    """Tables of comparable cells, the largest first. Raises :class:`DataError` for cells that contradict each other.
+
+    ``margin``: test as well whether scores differ from their references by less than this share of the best score.
+    """
     groups = _comparable(list(cells))
     differs = differences([group[0] for group in groups])
-    return [_table(group, own) for group, own in zip(groups, differs, strict=True)]
+    return [_table(group, own, margin) for group, own in zip(groups, differs, strict=True)]
 
 
 def _comparable(cells: list[Cell]) -> list[list[Cell]]:
@@ -170,24 +182,33 @@ def _comparable(cells: list[Cell]) -> list[list[Cell]]:
     return sorted(result, key=len, reverse=True)
 
 
-def _table(cells: list[Cell], differs: dict[str, Any]) -> Table:
-    columns = {cell.config.task: list(cell.metrics.scores) for cell in sorted(cells, key=lambda cell: cell.config.task)}
+def _table(cells: list[Cell], differs: dict[str, Any], margin: float | None) -> ResultTable:
+    metrics = {cell.config.task: list(cell.metrics.scores) for cell in sorted(cells, key=lambda cell: cell.config.task)}
     questions = {
-        c.config.task: Questions(c.metrics.size, c.metrics.total, c.config.origin, c.metrics.note) for c in cells
+        c.config.task: TaskQuestions(c.metrics.size, c.metrics.total, c.config.origin, c.metrics.note) for c in cells
     }
     dense = {cell.config.task: cell.metrics.scores[0].value for cell in cells if cell.config.method == DENSE}
     groups = _grouped(cells, _method_key)
-    rows = [_row(group, dense, evidence) for group, evidence in zip(groups, infer(groups), strict=True)]
+    rows = [_row(group, dense, evidence) for group, evidence in zip(groups, infer(groups, margin), strict=True)]
     rows.sort(key=lambda row: (_ORDER.get(row.method, len(_ORDER)), row.method, -row.tokens.mean, row.label))
-    return Table(
+    return ResultTable(
         rows=rows,
-        columns=columns,
+        metrics=metrics,
         questions=dict(sorted(questions.items())),
         facts=facts_of(cells[0]),
         differs=differs,
         commits=_commits(cells),
         remarks=[f"{_name(cell)}: {remark}" for cell in cells for remark in cell.metrics.remarks],
+        margin=margin,
     )
+
+
+def _group_title(rows: Sequence[MethodRow]) -> str:
+    means = [row.tokens.mean for row in rows]
+    low, high = f"{min(means):.1f}", f"{max(means):.1f}"
+    span = low if low == high else f"{low} to {high}"
+    share = f"{100 * sum(means) / len(means) / max(rows[0].tokens.prompt, 1):.0f} %"
+    return f"T = {span} of {rows[0].tokens.prompt:g} visual tokens ({share})"
 
 
 def _name(cell: Cell) -> str:
@@ -207,19 +228,19 @@ def _method_key(cell: Cell) -> str:
     return json.dumps([cell.config.label, cell.config.method, options], sort_keys=True)
 
 
-def _row(cells: list[Cell], dense: dict[str, float], evidence: Evidence) -> Row:
+def _row(cells: list[Cell], dense: dict[str, float], evidence: Evidence) -> MethodRow:
     config = cells[0].config
     scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for cell in cells:
         for score in cell.metrics.scores:
             scores[cell.config.task][score.key].append(score.value)
     tokens = [cell.metrics.visual_tokens for cell in cells]
-    return Row(
+    return MethodRow(
         label=config.label,
         method=config.method,
         options=config.options,
         seeds=sorted({cell.config.seed for cell in cells}),
-        scores={task: {key: _quantity(values) for key, values in by.items()} for task, by in scores.items()},
+        scores={task: {key: _seed_mean(values) for key, values in by.items()} for task, by in scores.items()},
         retained=_retained(cells, dense),
         tokens=VisualTokens(
             prompt=statistics.fmean(t.prompt for t in tokens),
@@ -233,13 +254,13 @@ def _row(cells: list[Cell], dense: dict[str, float], evidence: Evidence) -> Row:
     )
 
 
-def _quantity(values: list[float]) -> Quantity:
-    quantity = Quantity.over(values)
-    assert quantity is not None
-    return quantity
+def _seed_mean(values: list[float]) -> SeedMean:
+    mean = SeedMean.over(values)
+    assert mean is not None
+    return mean
 
 
-def _retained(cells: list[Cell], dense: dict[str, float]) -> Quantity | None:
+def _retained(cells: list[Cell], dense: dict[str, float]) -> SeedMean | None:
     """Percent of the dense score, mean over the dense model's tasks, for each seed that has them all."""
     by_seed: dict[int, list[float]] = defaultdict(list)
     for cell in cells:
@@ -247,7 +268,7 @@ def _retained(cells: list[Cell], dense: dict[str, float]) -> Quantity | None:
         if reference > 0:
             by_seed[cell.config.seed].append(100 * cell.metrics.scores[0].value / reference)
     wanted = sum(value > 0 for value in dense.values())
-    return Quantity.over([statistics.fmean(values) for values in by_seed.values() if len(values) == wanted])
+    return SeedMean.over([statistics.fmean(values) for values in by_seed.values() if len(values) == wanted])
 
 
 def _components(cells: list[Cell]) -> dict[str, float]:
@@ -255,12 +276,12 @@ def _components(cells: list[Cell]) -> dict[str, float]:
     return {name: statistics.fmean(part.get(name, 0.0) for part in parts) for name in dict.fromkeys(chain(*parts))}
 
 
-def _prefill(cells: list[Cell]) -> Prefill | None:
+def _prefill(cells: list[Cell]) -> PrefillTimes | None:
     times = [time for cell in cells if cell.metrics.prefill for time in cell.metrics.prefill.times_ms]
     if not times:
         return None
     lower, _, upper = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
-    return Prefill(statistics.median(times), lower, upper, upper - lower, min(times), len(times))
+    return PrefillTimes(statistics.median(times), lower, upper, upper - lower, min(times), len(times))
 
 
 def _grouped(cells: list[Cell], key: Callable[[Cell], str]) -> list[list[Cell]]:
@@ -271,7 +292,7 @@ def _grouped(cells: list[Cell], key: Callable[[Cell], str]) -> list[list[Cell]]:
 
 
 def _by_task(cells: list[Cell], value: Callable[[Cell], Any]) -> dict[str, set[Any]]:
-    found: dict[str, set[Any]] = defaultdict(set)
+    values: dict[str, set[Any]] = defaultdict(set)
     for cell in cells:
-        found[cell.config.task].add(value(cell))
-    return found
+        values[cell.config.task].add(value(cell))
+    return values

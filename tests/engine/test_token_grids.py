@@ -8,9 +8,8 @@ import torch
 from families import model_of
 from PIL import Image
 from visibench.models.adapters import FAMILIES
-from visibench.reports.html.pictures import DIMMED, dimmed
-from visibench.reports.html.questions import placed
-from visibench.results.store.token_grids import size, views
+from visibench.reports.image_loader import DIMMED, dimmed
+from visibench.results.store.token_grids import placed, size, views
 
 TILED = SimpleNamespace(
     crop_to_patches=False, min_patches=1, max_patches=12, size={"height": 48, "width": 48}

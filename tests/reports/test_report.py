@@ -18,9 +18,10 @@ from visibench.evals.settings.method_spec import describe_methods
 from visibench.evals.tasks.tasks import load_tasks
 from visibench.models import load_model
 from visibench.reports.html.inline import inline, veil
-from visibench.reports.html.pictures import LONGEST, Pictures, seen, stored
 from visibench.reports.html.questions import choose
-from visibench.reports.html.report import Picture, report
+from visibench.reports.html.report import report
+from visibench.reports.image_loader import LONGEST, ImageLoader, seen, stored
+from visibench.reports.question_image import QuestionImage
 from visibench.results.figures import plots
 from visibench.results.store.store import Store
 from visibench.results.tables import summary
@@ -30,7 +31,7 @@ from visibench.results.tables.tables import build
 @pytest.fixture(autouse=True)
 def _pages_without_figures(monkeypatch):
     """Drawing them takes most of a page's time; the tests in a browser have them."""
-    monkeypatch.setattr("visibench.reports.html.report._FIGURES", {})
+    monkeypatch.setattr("visibench.reports.html.report.PLOTS", ())
 
 
 @pytest.fixture
@@ -49,41 +50,41 @@ def table(tmp_path):
 # ---- what it says -------------------------------------------------------------------------------------------------
 
 
-def test_summary_tells_shown_differences_from_ties(table):
+def test_summary_tells_shown_differences_from_those_not_shown(table):
     worse = table(none=RIGHT, fastv=HALF)
     assert "below dense on at least one task" in summary.lead(worse)[1]
-    (_, said), *_ = summary.by_budget(worse)
+    (_, said), *_ = summary.by_group(worse)
     assert "50.0 % of the dense scores" in said
     assert "T = 12.0" in said
     assert "shown below dense on gqa" in said
     assert "tied" not in said
 
 
-def test_a_difference_too_small_to_be_shown_is_called_tied(table):
+def test_a_difference_too_small_to_be_shown_is_not_called_equal(table):
     almost = RIGHT.copy()
     almost[:2] = 0
-    tied = table(none=RIGHT, fastv=almost)
-    assert "fastv, which keeps 95.0 % of the dense scores" in summary.lead(tied)[1]
-    assert "Not shown is not the same as equal" in summary.lead(tied)[1]
-    (_, said), *_ = summary.by_budget(tied)
+    close = table(none=RIGHT, fastv=almost)
+    assert "fastv, which keeps 95.0 % of the dense scores" in summary.lead(close)[1]
+    assert "Not shown is not the same as equal" in summary.lead(close)[1]
+    (_, said), *_ = summary.by_group(close)
     assert "No difference from dense is shown on gqa" in said
     assert "shown below" not in said
-    assert summary.verdicts(tied).endswith("0 show a lower score, 0 a higher one, and 1 no difference.")
+    assert summary.verdicts(close).endswith("0 show a lower score, 0 a higher one, and 1 no difference.")
 
 
-def test_of_two_tied_rows_the_higher_is_not_called_best(table):
+def test_of_two_rows_that_tests_do_not_tell_apart_the_higher_is_not_called_best(table):
     one, other = RIGHT.copy(), RIGHT.copy()
     one[:1], other[-2:] = 0, 0
-    (_, said), *_ = summary.by_budget(table(none=RIGHT, fastv=one, dart=other))
+    (_, said), *_ = summary.by_group(table(none=RIGHT, fastv=one, dart=other))
     assert "fastv keeps 97.5 %" in said
     assert "No row is shown to be the best" in said
-    (_, said), *_ = summary.by_budget(table(none=RIGHT, fastv=one, dart=WRONG))
+    (_, said), *_ = summary.by_group(table(none=RIGHT, fastv=one, dart=WRONG))
     assert "Shown best of all: fastv on gqa" in said
 
 
 def test_without_the_dense_model_no_share_is_named(table):
     alone = table(fastv=HALF, dart=RIGHT)
-    assert summary.by_budget(alone) == []
+    assert summary.by_group(alone) == []
     assert "the dense model was not run" in summary.lead(alone)[0]
     assert choose(alone, 9) == []
 
@@ -181,12 +182,12 @@ def test_pictures_are_bounded_and_come_with_the_reason_where_there_is_none(tmp_p
     assert (large.width, large.height) == (LONGEST, 151)
     assert large.uri.startswith("data:image/jpeg")
     assert len(large.uri) < 80_000
-    gone = Pictures()(config(origin=str(tmp_path / "gone")), {0: "is it?"})
+    gone = ImageLoader()(config(origin=str(tmp_path / "gone")), {0: "is it?"})
     assert "gone" in gone[0]
     (gqa,) = load_tasks(["gqa"], str(disk_data))
     prompt = gqa.question(0)[0]
-    asked = Pictures()(config(origin=str(disk_data)), {0: prompt, 1: "another question", 999: prompt})
-    assert isinstance(asked[0][0], Picture)
+    asked = ImageLoader()(config(origin=str(disk_data)), {0: prompt, 1: "another question", 999: prompt})
+    assert isinstance(asked[0][0], QuestionImage)
     assert asked[0][0].grid == 12
     assert "data have changed" in asked[1]
     assert "no question 999" in asked[999]
@@ -194,7 +195,7 @@ def test_pictures_are_bounded_and_come_with_the_reason_where_there_is_none(tmp_p
 
 def test_figures_side_by_side_share_no_id_and_hold_no_style(table):
     page = table(none=RIGHT, fastv=HALF)
-    svgs = [inline(plots.draw(page, kind), f"{kind}-", kind) for kind in ("tokens", "stages")]
+    svgs = [inline(plots.draw(page, kind), f"{kind}-", kind) for kind in ("tokens", "components")]
     ids = [each for svg in svgs for each in re.findall(r'\bid="([^"]+)"', svg)]
     assert len(ids) == len(set(ids)) > 30
     for svg in svgs:
@@ -226,7 +227,7 @@ class Elements(HTMLParser):
 
 def test_hostile_strings_are_text(tmp_path):
     tables = build(hostile_store(tmp_path).cells())
-    page = Elements(report(tables, HOSTILE[0], pictures=lambda config, prompts: dict.fromkeys(prompts, HOSTILE[1])))
+    page = Elements(report(tables, HOSTILE[0], images=lambda config, prompts: dict.fromkeys(prompts, HOSTILE[1])))
     assert [tag for tag, _ in page.tags].count("script") == 1
     assert not [tag for tag, _ in page.tags if tag == "img"]
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on") or name == "style"]
@@ -258,19 +259,19 @@ def test_page_shows_every_row_with_full_precision_to_sort_by(table):
 
 
 def test_overlays_show_where_recorded_and_old_runs_say_so(tmp_path):
-    picture = Picture("data:image/png;base64,", 144, 144, 4, "as seen")
+    picture = QuestionImage("data:image/png;base64,", 144, 144, 4, "as seen")
     show = lambda config, prompts: {key: [picture] for key in prompts}  # noqa: E731
     kept = np.arange(16) % 3 == 0
     new, old = Store(tmp_path / "new"), Store(tmp_path / "old")
     for store, bits in ((new, kept), (old, None)):
         cell(store, "none", RIGHT, kept=None if bits is None else np.ones(16))
         cell(store, "fastv", HALF, 6, kept=bits)
-    page = Elements(report(build(new.cells()), "new", questions=1, pictures=show))
+    page = Elements(report(build(new.cells()), "new", questions=1, images=show))
     veils = [attributes["d"] for tag, attributes in page.tags if attributes.get("class") == "veil"]
     np.testing.assert_array_equal(rastered(veils[1], 4), ~kept.reshape(4, 4))
     assert veils[0] == ""
     assert "6 of 16 visual tokens left under fastv" in str(page.tags)
-    before = report(build(old.cells()), "old", questions=1, pictures=show)
+    before = report(build(old.cells()), "old", questions=1, images=show)
     assert 'class="veil"' not in before
     assert "this run did not record which tokens stayed" in before
 
@@ -279,8 +280,8 @@ def test_a_grid_that_is_not_the_prompts_draws_no_overlay(tmp_path):
     store = Store(tmp_path)
     cell(store, "none", RIGHT, kept=np.ones(16))
     cell(store, "fastv", HALF, 6, kept=np.ones(16))
-    picture = Picture("data:image/png;base64,", 144, 144, 12, "as seen")
-    page = report(build(store.cells()), "x", pictures=lambda config, prompts: {key: [picture] for key in prompts})
+    picture = QuestionImage("data:image/png;base64,", 144, 144, 12, "as seen")
+    page = report(build(store.cells()), "x", images=lambda config, prompts: {key: [picture] for key in prompts})
     assert 'class="veil"' not in page
     assert "the place of each token in the image is not known here" in page
 

@@ -8,7 +8,8 @@ import shutil
 import numpy as np
 import pytest
 from reported import HALF, HOSTILE, RIGHT, WRONG, N, cell, hostile_store
-from visibench.reports.html.report import Picture, report
+from visibench.reports.html.report import report
+from visibench.reports.question_image import QuestionImage
 from visibench.results.store.store import Store
 from visibench.results.tables.tables import build
 
@@ -98,8 +99,8 @@ def page(tmp_path_factory):
         cell(store, "fastv", np.where(np.arange(N) < 10, 1 - dense, dense), 8, task=task, kept=some)
         cell(store, "dart", np.where(np.arange(N) < 30, 1 - dense, dense), 4, task=task, kept=some)
         cell(store, "random", WRONG, 12, task=task, kept=some, label="a " + "very long label " * 9)
-    picture = Picture(PIXEL, 144, 144, 4, "as the model saw it")
-    text = report(build(store.cells()), "run", pictures=lambda config, prompts: {key: [picture] for key in prompts})
+    picture = QuestionImage(PIXEL, 144, 144, 4, "as the model saw it")
+    text = report(build(store.cells()), "run", images=lambda config, prompts: {key: [picture] for key in prompts})
     file = folder / "report.html"
     file.write_text(text, encoding="utf-8")
     return file
@@ -235,7 +236,7 @@ def test_it_prints_whole_and_on_white(page, browser):
 
 def test_nothing_hostile_runs(tmp_path, browser):
     store = hostile_store(tmp_path / "run")
-    text = report(build(store.cells()), HOSTILE[0], pictures=lambda config, prompts: dict.fromkeys(prompts, HOSTILE[1]))
+    text = report(build(store.cells()), HOSTILE[0], images=lambda config, prompts: dict.fromkeys(prompts, HOSTILE[1]))
     file = tmp_path / "report.html"
     # Without the policy, so that escaping alone must hold.
     file.write_text(text.replace('http-equiv="Content-Security-Policy"', 'name="none"'), encoding="utf-8")

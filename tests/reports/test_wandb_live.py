@@ -12,10 +12,10 @@ import pytest
 from accountless import KEY, environment
 from storing import config, full
 from visibench.cli import app, main
-from visibench.commands.live import sending, target_of
+from visibench.commands.live import destination_asked, sending
 from visibench.errors import DataError
 from visibench.evals.sweeps.events import CellFinished, Listening, Named, Reporter
-from visibench.reports.wandb.sink import Target
+from visibench.reports.wandb.sink import Destination
 from visibench.results.store.store import Store
 
 QUICK = {f"WANDB__GRAPHQL_RETRY_{name}": "1" for name in ("MAX", "WAIT_MIN_SECONDS", "WAIT_MAX_SECONDS")}
@@ -34,7 +34,7 @@ def test_a_dead_server_costs_one_warning(tmp_path, monkeypatch, capsys):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     folder = tmp_path / "run"
-    with sending(folder, target_of(folder, "online", None, None, None, "a,b")) as live:
+    with sending(folder, destination_asked(folder, "online", None, None, None, "a,b")) as live:
         full(Store(folder))
         live()
     said = capsys.readouterr().err
@@ -48,7 +48,7 @@ def test_a_dead_server_costs_one_warning(tmp_path, monkeypatch, capsys):
         assert not file.is_file() or KEY.encode() not in file.read_bytes(), file
 
 
-OFFLINE = Target("a", mode="offline")
+OFFLINE = Destination("a", mode="offline")
 
 
 def stand_in(folder: Path, monkeypatch, does: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 from storing import config, full, put
 from visibench.cli import main
 from visibench.reports.wandb.document import as_json, document
-from visibench.reports.wandb.sink import Target
+from visibench.reports.wandb.sink import Destination
 from visibench.results.store.store import Store
 from visibench.results.tables.render import render
 from visibench.results.tables.tables import build
@@ -88,7 +88,7 @@ def test_one_task_has_no_mean(tmp_path):
     store = Store(tmp_path)
     for method, score in (("none", 0.8), ("fastv", 0.6)):
         put(store, config(method, "gqa"), score)
-    blocks = as_json(document(build(store.cells()), Target("mine")))["spec"]
+    blocks = as_json(document(build(store.cells()), Destination("mine")))["spec"]
     assert str(blocks).count("panel-grid") == 1
 
 

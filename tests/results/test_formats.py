@@ -17,11 +17,12 @@ from markdown_it import MarkdownIt
 from storing import config, frame, full, put
 from visibench.cli import main
 from visibench.errors import OptionError
+from visibench.reports.html.report import report
 from visibench.results.statistics.comparison import compare
 from visibench.results.statistics.inference import ALPHA, MethodRuns, budgets
 from visibench.results.store.records import ScoreRecord, VisualTokens
 from visibench.results.store.store import Store
-from visibench.results.tables.formats import grouped
+from visibench.results.tables.columns import COLUMNS, Column, Entry, add_column, listing
 from visibench.results.tables.render import render
 from visibench.results.tables.tables import build
 
@@ -68,7 +69,7 @@ def test_a_quarter_itself_is_one_budget():
 def test_rows_stand_by_budget_with_dense_first(store):
     for method, tokens in (("none", 16.0), ("fastv", 4.0), ("tome", 8.0), ("dart", 8.0), ("vtw", 7.0)):
         answered(store, method, [1, 0, 1], tokens)
-    found = [(title, [row.label for row in rows]) for title, rows in grouped(build(store.cells())[0])]
+    found = [(title, [row.label for row in rows]) for title, rows in build(store.cells())[0].grouped()]
     assert found == [
         ("", ["none"]),
         ("T = 7.0 to 8.0 of 16 visual tokens (48 %)", ["dart", "tome", "vtw"]),
@@ -175,10 +176,10 @@ def test_latex_lines_have_an_entry_a_column(store):
     text = render([table], "latex")
     columns = re.search(r"\\begin\{tabular\}\{(\w+)\}", text).group(1)
     lines = [line for line in text.splitlines() if line.endswith(r" \\") and "multicolumn" not in line]
-    assert columns == "l" + "r" * 8
-    assert [len(fields(line)) for line in lines] == [9] * 5
+    assert columns == "l" + "r" * 7
+    assert [len(fields(line)) for line in lines] == [8] * 5
     fastv = ["fastv", "60.0", "600.0", "75.0", r"100.0$_{+0.0\,-69.8}$", "12.0", "8.0", "2.00"]
-    assert [entry.strip() for entry in fields(lines[-1])] == [*fastv, r"2.0$_{\pm 1.5}$"]
+    assert [entry.strip() for entry in fields(lines[-1])] == fastv
 
 
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="needs a LaTeX")
@@ -276,6 +277,69 @@ def test_html_shows_hostile_labels_as_text(store):
 # ---- columns ------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def seeds_column():
+    """A column as its author would write it, in a file of its own."""
+
+    @add_column
+    class SeedsColumn(Column):
+        name, title, about = "draws", "random\ndraws", "how often a method was drawn anew"
+
+        def show(self, row):
+            return Entry(f"{len(row.seeds)} of {len(self.table.rows)}")
+
+        def figures(self, row):
+            return {"draws_count": len(row.seeds)}
+
+        def notes(self, bold):
+            return ["Draws: seeds of a row."]
+
+    yield SeedsColumn
+    COLUMNS.remove(SeedsColumn)
+
+
+@pytest.mark.usefixtures("seeds_column")
+def test_a_new_column_is_one_class(store, cli):
+    """It stands in every form, by default and by name, and in the list of columns, with nothing else told of it."""
+    tables = build(full(store).cells())
+    for names in (None, ["method", "draws"]):
+        text, markdown = render(tables, "text", names), render(tables, "md", names)
+        (line,) = [line for line in text.splitlines() if line.strip().startswith("random  ")]
+        assert line.endswith("3 of 3")
+        assert "| random draws |" in markdown
+        assert re.search(r"^\| random \|.* 3 of 3 \|$", markdown, re.M)
+        latex, page = render(tables, "latex", names), Reader(render(tables, "html", names))
+        assert re.search(r"^random &.*3 of 3 \\\\$", latex, re.M)
+        assert {row[0]: row[-1] for row in page.rows if len(row) > 1}["random"] == "3 of 3"
+        rows = list(csv.DictReader(io.StringIO(render(tables, "csv", names))))
+        assert [row["draws_count"] for row in rows] == ["1", "3", "1"]
+        assert all(each.count("Draws: seeds of a row.") == 1 for each in (text, markdown, latex))
+    (table,) = json.loads(render(tables, "json"))["tables"]
+    assert [row["draws_count"] for row in table["rows"]] == [1, 3, 1]
+    assert ("draws", "how often a method was drawn anew") in listing(tables)
+    code, out, _ = cli("table", str(store.root), "--columns", "list")
+    assert code == 0
+    assert re.search(r"^draws +how often a method was drawn anew *$", out, re.M)
+    assert "draws" in report(tables, "run", questions=0)
+    assert "Draws: seeds of a row." not in render(tables, "md", ["method", "gqa"])
+
+
+def test_a_column_left_out_by_default_is_there_by_name_and_in_the_list(store, cli):
+    tables = build(full(store).cells())
+    assert "prefill" not in render(tables, "md").splitlines()[0]
+    assert "prefill ms" in render(tables, "md", ["method", "prefill"]).splitlines()[0]
+    assert "cells are timed one after another" in render(tables, "md", ["method", "prefill"])
+    (row, *_) = csv.DictReader(io.StringIO(render(tables, "csv")))
+    assert float(row["prefill_ms_cell_after_cell_median"]) == 2
+    code, out, _ = cli("table", str(store.root), "--columns", "list")
+    told = dict(line.split(maxsplit=1) for line in out.splitlines()[1:])
+    assert code == 0
+    assert "only where named" in told["prefill"]
+    assert "only where named" not in told["gqa:s"]
+    code, out, _ = cli("table", str(store.root), "--columns", ",".join(told), "--format", "md")
+    assert (code, out.splitlines()[0].count("|")) == (0, len(told) + 1)
+
+
 def test_columns_stand_in_the_order_asked_for(store):
     tables = build(full(store).cells())
     lines = [line for line in render(tables, "md", ["compute", "mme", "method"]).splitlines() if line.startswith("|")]
@@ -283,7 +347,7 @@ def test_columns_stand_in_the_order_asked_for(store):
     assert lines[4] == "| 1.00 | 500.0 (sd 100.0) | random |"
     rows = list(csv.DictReader(io.StringIO(render(tables, "csv", ["method", "gqa:s"]))))
     assert [row["method"] for row in rows] == ["none", "random", "fastv"]
-    assert "visual_tokens_mean" not in rows[0]
+    assert "visual_tokens_mean_over_layers" not in rows[0]
     assert float(rows[1]["gqa:s"]) == pytest.approx(0.5)
     assert r"\begin{tabular}{rl}" in render(tables, "latex", ["tokens", "method"])
     assert "visual" in render(tables, "text", ["tokens", "method"]).splitlines()[1]
@@ -292,7 +356,7 @@ def test_columns_stand_in_the_order_asked_for(store):
 def test_notes_are_about_the_columns_shown(store):
     tables = build(full(store).cells())
     told = ("Retained:", "Loyalty:", "Visual tokens:", "FLOPs:", "Prefill:")
-    assert all(start in render(tables) for start in told)
+    assert [start for start in told if start not in render(tables)] == ["Prefill:"]
     assert [start for start in told if start in render(tables, "md", ["method", "gqa", "retained"])] == ["Retained:"]
     found = [start for start in told if start in render(tables, "latex", ["method", "tokens", "prefill"])]
     assert found == ["Visual tokens:", "Prefill:"]
@@ -318,7 +382,7 @@ def test_unknown_columns_are_one_line(store):
 def test_json_says_budget_and_best(contest):
     (table,) = json.loads(render(build(contest.cells()), "json"))["tables"]
     rows = {row["label"]: row for row in table["rows"]}
-    assert [rows[name]["budget"] for name in ("none", "tome", "divprune", "dart", "vtw")] == [None, 0, 0, 1, 2]
+    assert [rows[name]["budget_group"] for name in ("none", "tome", "divprune", "dart", "vtw")] == [None, 0, 0, 1, 2]
     assert rows["tome"]["scores"]["gqa"]["exact_match"]["best_p_holm"] < ALPHA
     assert rows["vtw"]["scores"]["gqa"]["exact_match"]["best_p_holm"] is None
 

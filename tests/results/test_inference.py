@@ -169,7 +169,7 @@ def test_where_no_difference_can_be_shown_the_table_says_so(store):
     few = np.arange(12) % 2 == 0
     for method in ("none", "fastv"):
         answered(store, method, few)
-    assert "Too few questions to find any: gqa (4 images)." in render(build(store.cells()))
+    assert "Too few questions to show any: gqa (4 images)." in render(build(store.cells()))
 
 
 @pytest.mark.parametrize(
@@ -190,10 +190,10 @@ def test_unequal_sides_of_an_interval_are_both_told(low, high, says):
 def test_text_marks_what_is_shown_and_what_is_not(contest):
     text = render(build(contest.cells()))
     lines = {line.split()[0]: line for line in text.splitlines() if line.strip()}
-    assert "=d ↑r" in lines["fastv"]
+    assert "·d ↑r" in lines["fastv"]
     assert "↓d ↑r" in lines["tome"]
     assert "↓d" in lines["random:8"]
-    assert not {"↑", "↓", "="} & set(lines["none"])
+    assert not set("↑↓↗↘·≈=") & set(lines["none"])
     assert "after Holm over the rows, for each score and reference apart" in text
     assert "clustered by image (gqa 40 images)" in text
     floors = [v.detectable for row in build(contest.cells())[0].rows for v in dense_verdicts(row)]

@@ -12,8 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from storing import config, frame, put
 from visibench.errors import DataError, OptionError
-from visibench.results.figures import plots
-from visibench.results.figures.series import series
+from visibench.results.figures import plots, style
+from visibench.results.figures.scores import ScorePoint, _look, front, panels_of
+from visibench.results.figures.series import Series, series
 from visibench.results.store.records import Compute, PrefillTime, ScoreRecord, VisualTokens
 from visibench.results.store.store import Store
 from visibench.results.tables.tables import build
@@ -83,7 +84,7 @@ def lines(place):
 
 
 @pytest.mark.parametrize(
-    ("kind", "cost"), [("pareto", lambda row: row.macs * 1e-12), ("latency", lambda row: row.prefill.median)]
+    ("kind", "cost"), [("pareto", lambda row: row.macs * 1e-12), ("prefill", lambda row: row.prefill.median)]
 )
 def test_points_and_bars_are_the_tables_numbers(kind, cost, table):
     for place, task in zip(plots.draw(table, kind).axes, ("gqa", "pope", None), strict=True):
@@ -106,7 +107,7 @@ def test_random_is_the_mean_over_seeds_with_an_interval_around_it(table, stored)
     """From the stored scores themselves."""
     cells = [c for c in stored.cells() if (c.config.label, c.config.task) == ("random:keep=0.5", "gqa")]
     scores = [cell.metrics.scores[0].value for cell in cells]
-    panel = plots.panels_of(table, lambda row: row.macs)[0]
+    panel = panels_of(table, lambda row: row.macs)[0]
     (point,) = [p for p in panel.points if p.row.label == "random:keep=0.5"]
     assert len(set(scores)) > 1
     assert point.y == pytest.approx(100 * statistics.fmean(scores))
@@ -117,17 +118,17 @@ def test_the_front_is_the_pareto_set():
     rng = random.Random(0)
     for _ in range(200):
         # Few values, so that costs and scores tie.
-        points = [plots.Point(None, rng.randrange(6), rng.randrange(6)) for _ in range(rng.randrange(1, 12))]
+        points = [ScorePoint(None, rng.randrange(6), rng.randrange(6)) for _ in range(rng.randrange(1, 12))]
         beaten = {(p.x, p.y) for p in points for q in points if q.x <= p.x and q.y >= p.y and (q.x, q.y) != (p.x, p.y)}
-        best = [(p.x, p.y) for p in plots.front(points)]
+        best = [(p.x, p.y) for p in front(points)]
         assert set(best) == {(p.x, p.y) for p in points} - beaten
         assert best == sorted(set(best))
 
 
 def test_the_front_is_drawn_to_the_dearest_point(table):
     place = plots.draw(table, "pareto").axes[0]
-    panel = plots.panels_of(table, lambda row: row.macs * 1e-12)[0]
-    best = [(p.x, p.y) for p in plots.front(panel.points)]
+    panel = panels_of(table, lambda row: row.macs * 1e-12)[0]
+    best = [(p.x, p.y) for p in front(panel.points)]
     drawn = [tuple(point) for point in lines(place)["Pareto front"].get_xydata()]
     assert drawn == [*best, (max(p.x for p in panel.points), best[-1][1])]
     assert lines(place)["Pareto front"].get_drawstyle() == "steps-post"
@@ -149,7 +150,7 @@ def test_tokens_by_layer_are_the_tables(table):
 
 
 def test_bars_add_up_to_compute_and_show_time(table):
-    compute, time = plots.draw(table, "stages").axes
+    compute, time = plots.draw(table, "components").axes
     for number, row in enumerate(table.rows):
         parts = [bars[number] for bars in compute.containers]
         assert [bar.get_width() * 1e12 for bar in parts] == pytest.approx(list(row.components.values()))
@@ -181,8 +182,8 @@ def test_lines_join_the_budgets_of_one_method(store):
 
 def test_methods_differ_in_shape_as_well_as_colour():
     """As many as there are shapes, then hollow ones: all differ without colour, and no two look alike at all."""
-    groups = [plots.Series(str(number), str(number), [], []) for number in range(66)]
-    looks = [plots._look(groups, number) for number in range(66)]
+    groups = [Series(str(number), str(number), [], []) for number in range(66)]
+    looks = [_look(groups, number) for number in range(66)]
     assert len({(look["color"], look["marker"]) for look in looks}) == 66
     hollow = [(look["marker"], look["markerfacecolor"] == "white") for look in looks[:22]]
     assert len(set(hollow)) == 22
@@ -229,10 +230,10 @@ def test_nothing_is_cut_off_or_covered(kind, crowded):
 
 @pytest.mark.parametrize("kind", plots.KINDS)
 def test_files_are_valid_and_the_same_each_time(kind, table, tmp_path):
-    for suffix in plots.FORMATS:
+    for suffix in style.FORMATS:
         files = [tmp_path / f"{number}.{suffix}" for number in (1, 2)]
         for file in files:
-            plots.save(plots.draw(table, kind), file)
+            style.save(plots.draw(table, kind), file)
         assert files[0].read_bytes() == files[1].read_bytes()
     assert ElementTree.parse(tmp_path / "1.svg").getroot().tag.endswith("svg")
     with Image.open(tmp_path / "1.png") as image:
@@ -245,7 +246,7 @@ def test_labels_are_shown_as_they_are(label, store, tmp_path):
     (cell,) = [answered(store, "fastv", 0.5, 0.8, label=label)]
     (table,) = build([cell])
     for kind in plots.KINDS:
-        plots.save(plots.draw(table, kind), tmp_path / f"{kind}.svg")
+        style.save(plots.draw(table, kind), tmp_path / f"{kind}.svg")
         ElementTree.parse(tmp_path / f"{kind}.svg")
     shown = [text.get_text().strip() for text in plots.draw(table, "pareto").legends[0].get_texts()]
     assert shown == [label, "Pareto front"]
@@ -256,7 +257,7 @@ def test_scores_that_are_missing_are_left_out(store):
     score = ScoreRecord(key="exact_match", title="exact match", value=math.nan, maximum=1)
     put(store, config("vtw", label="vtw"), samples=frame(IMAGES, [0.0] * 60), scores=[score], size=60, total=750)
     (table,) = build(store.cells())
-    (panel,) = plots.panels_of(table, lambda row: row.macs)
+    (panel,) = panels_of(table, lambda row: row.macs)
     assert {point.row.label for point in panel.points} == {row.label for row in table.rows} - {"vtw"}
     (table,) = build([cell for cell in store.cells() if cell.config.method == "vtw"])
     with pytest.raises(DataError, match="nothing to plot"):
@@ -295,8 +296,8 @@ def test_command_draws_one_task_to_a_file(plot, store, tmp_path):
 def test_results_that_cannot_be_compared_are_drawn_apart(plot, store):
     swept(store, ["fastv"], tasks=("gqa",))
     answered(store, "fastv", 0.5, 0.8, model="other")
-    assert plot("run", "--kind", "stages") == (0, ["run/plots/stages-1.png", "run/plots/stages-2.png"], "")
-    code, _, err = plot("run", "--kind", "stages", "--out", "a.png")
+    assert plot("run", "--kind", "components") == (0, ["run/plots/components-1.png", "run/plots/components-2.png"], "")
+    code, _, err = plot("run", "--kind", "components", "--out", "a.png")
     assert (code, "2 tables" in err) == (2, True)
 
 
@@ -304,8 +305,8 @@ def test_one_cell_without_times(plot, store):
     answered(store, "fastv", 0.5, 0.8, timed=False, timing=None)
     code, out, err = plot("run")
     assert (code, len(out)) == (0, 3)
-    assert err.startswith("No plot of latency: nothing was timed")
-    code, _, err = plot("run", "--kind", "latency")
+    assert err.startswith("No plot of prefill: nothing was timed")
+    code, _, err = plot("run", "--kind", "prefill")
     assert (code, err.count("\n")) == (2, 1)
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import statistics
 
 import pandas as pd
@@ -13,7 +14,7 @@ from visibench.errors import DataError, OptionError
 from visibench.evals.sweeps.config import parse_config
 from visibench.results.store.records import ScoreRecord, TimingConfig
 from visibench.results.store.store import Store
-from visibench.results.tables.render import render
+from visibench.results.tables.render import fitted, render
 from visibench.results.tables.tables import build
 
 
@@ -274,17 +275,17 @@ def test_text_shows_units(store):
     assert "GFLOPs" in text
     assert "score /1000" in text
     assert " ".join(lines["random"][:10]) == "random 50.0 (sd 10.0) 500.0 (sd 100.0) 62.5 (sd 12.5)"
-    assert " ".join(lines["random"][10:]) == "100.0 +0.0 −69.8 12.0 8.0 1.00 2.0 ± 2.0"
+    assert " ".join(lines["random"][10:]) == "100.0 +0.0 −69.8 12.0 8.0 1.00"
     assert lines["none"][:7] == ["none", "80.0", "800.0", "100.0", "–", "12.0", "8.0"]
     assert "SUBSET" not in text
-    assert "sd: standard deviation, of scores and retained over 3 seeds." in text
+    assert "sd of scores and retained: standard deviation over 3 seeds." in text
 
 
 def test_markdown_has_one_cell_a_column(store):
     put(full(store), config("tome", "gqa", label="a|b"), 0.5)
     lines = [line for line in render(build(store.cells()), "md").splitlines() if line.startswith("|")]
     assert len(lines) == 7
-    assert {line.replace("\\|", "").count("|") for line in lines} == {10}
+    assert {line.replace("\\|", "").count("|") for line in lines} == {9}
     assert lines[3].startswith("| *T = 12.0 of 16 visual tokens (75 %)* |  |")
 
 
@@ -292,7 +293,7 @@ def test_csv_keeps_full_precision(store):
     rows = list(csv.DictReader(io.StringIO(render(build(full(store).cells()), "csv"))))
     assert [row["method"] for row in rows] == ["none", "random", "fastv"]
     assert float(rows[1]["mme:s:sd"]) == pytest.approx(100)
-    assert float(rows[2]["executed_tflops"]) == 0.002
+    assert float(rows[2]["executed_tmacs_question_alone"]) == 0.002
     assert rows[0]["gqa:s:sd"] == ""
 
 
@@ -313,6 +314,19 @@ def test_no_figure_is_cut_off_however_long_the_label(store):
     text = render(build(store.cells()))
     assert "…" not in text
     assert "visipruner:" + "0123456789" * 20 in "".join(line[:61].strip() for line in text.splitlines() if "01" in line)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_a_terminal_shows_every_entry_within_its_width(store, width):
+    full(store)
+    put(store, config("visipruner", "gqa", label="visipruner:shallow_layers=4,layer_threshold=0.9"), 0.5)
+    tables = build(store.cells())
+    text = fitted(tables, None, width)
+    assert max(map(len, text.splitlines())) <= width
+    wide = render(tables)
+    words, narrow = wide.split(), text.split()
+    assert all(narrow.count(word) >= words.count(word) for word in set(words) if re.fullmatch(r"[−+]?\d+\.\d+", word))
+    assert fitted(tables, None, None) == fitted(tables, None, 1000) == wide
 
 
 def test_dense_scores_of_zero_are_left_out_and_named(store):

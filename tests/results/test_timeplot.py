@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
+import matplotlib.colors
 import numpy as np
 import pytest
 import visibench
@@ -13,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from refusals import assert_refused
 from visibench.errors import DataError
-from visibench.results.figures import plots, timeplot
+from visibench.results.figures import style, timeplot
 from visibench.results.store import profiles
 
 (COMMITTED,) = (Path(visibench.__file__).parent / "results" / "measured").glob("profile_cpu_*.json")
@@ -162,7 +163,7 @@ def test_a_single_round_has_no_spread(tmp_path):
 def test_segments_differ_without_colour():
     """Neighbours by a quarter of the way from black to white; the two that are alike by hatch."""
     looks = [look for _, look in timeplot._SEGMENTS.values()]
-    light = [np.dot(plots.matplotlib.colors.to_rgb(look["facecolor"]), (0.299, 0.587, 0.114)) for look in looks]
+    light = [np.dot(matplotlib.colors.to_rgb(look["facecolor"]), (0.299, 0.587, 0.114)) for look in looks]
     assert abs(light[0] - light[1]) > 0.25
     assert abs(light[1] - light[2]) > 0.25
     assert len({look.get("hatch") for look in (looks[0], looks[2])}) == 2
@@ -216,7 +217,7 @@ def test_nothing_is_cut_off_or_covered(count, drawn):
 def test_labels_are_shown_as_they_are(label, drawn, tmp_path):
     figure = drawn(methods=[label])
     assert figure.axes[0].get_yticklabels()[1].get_text() == label
-    plots.save(figure, tmp_path / "p.svg")
+    style.save(figure, tmp_path / "p.svg")
     ElementTree.parse(tmp_path / "p.svg")
 
 

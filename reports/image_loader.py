@@ -1,4 +1,4 @@
-"""Images of questions for reports: loaded again from where the run had them, and shown as its model saw them."""
+"""Images of questions, loaded again from where the run had them, and shown as its model saw them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ...errors import VisibenchError
-from ...evals.tasks.tasks import Task, load_tasks
-from ...models import LoadedModel, load_model
-from ...results.store.records import CellConfig
-from ...results.store.store import Cell
-from ...results.store.token_grids import read, views
-from .questions import drawable, kept_tokens, placed
-from .report import Picture
+from ..errors import VisibenchError
+from ..evals.tasks.tasks import Task, load_tasks
+from ..models import LoadedModel, load_model
+from ..results.store.records import CellConfig
+from ..results.store.store import Cell
+from ..results.store.token_grids import drawable, kept_tokens, placed, read, views
+from .question_image import QuestionImage
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,14 +29,14 @@ DIMMED = 0.25
 _LOSSLESS = 40_000  # bytes up to which an image is stored as PNG
 
 
-class Pictures:
-    """Callable as :data:`visibench.reports.html.report.Pictures`; keeps tasks, and the processor of each model."""
+class ImageLoader:
+    """A :data:`~visibench.reports.question_image.ImageSource`; keeps tasks, and the processor of each model."""
 
     def __init__(self) -> None:
         self._models: dict[str, LoadedModel | str] = {}
         self._tasks: dict[tuple[str, str], Task | str] = {}
 
-    def __call__(self, config: CellConfig, prompts: Mapping[int, str]) -> dict[int, list[Picture] | str]:
+    def __call__(self, config: CellConfig, prompts: Mapping[int, str]) -> dict[int, list[QuestionImage] | str]:
         """The images of the questions ``prompts`` (by doc_id) of a cell, or why one cannot be shown."""
         task = self._task(config.task, config.origin)
         if isinstance(task, str):
@@ -49,7 +48,7 @@ class Pictures:
 
         More images, and more views of one, are numbered: ``image_2``, ``kept_2`` …
 
-        Callable as :data:`visibench.reports.wandb.sink.Pictures`. What cannot be shown is missing.
+        A :data:`~visibench.reports.wandb.sink.OverlaySource`. What cannot be shown is missing.
         """
         rows = cell.samples().set_index("doc_id").loc[list(doc_ids)]
         found = {}
@@ -76,7 +75,7 @@ class Pictures:
                 self._tasks[name, origin] = str(error)
         return self._tasks[name, origin]
 
-    def _pictures(self, model: str, task: Task, doc_id: int, prompt: str) -> list[Picture] | str:
+    def _pictures(self, model: str, task: Task, doc_id: int, prompt: str) -> list[QuestionImage] | str:
         if not 0 <= doc_id < len(task.docs):
             return f"the data have changed since the run: there is no question {doc_id}"
         try:
@@ -101,7 +100,7 @@ class Pictures:
         return self._models[name]
 
 
-def _as_seen(loaded: LoadedModel, image: Image.Image) -> Picture:
+def _as_seen(loaded: LoadedModel, image: Image.Image) -> QuestionImage:
     """The image behind resizing and cropping, before its values are scaled; as it is where it is cut into tiles."""
     vision = loaded.geometry.vision
     pixels = None if loaded.processor is None or loaded.adapter.kind != "llava" else seen(loaded.processor, image)
@@ -122,7 +121,7 @@ def numbered(name: str, number: int) -> str:
     return f"{name}_{number + 1}" if number else name
 
 
-def _decoded(picture: Picture) -> Image.Image:
+def _decoded(picture: QuestionImage) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(picture.uri.partition(",")[2]))).convert("RGB")
 
 
@@ -143,7 +142,7 @@ def seen(processor: Any, image: Image.Image) -> NDArray[np.uint8] | None:
     return made[0].float().round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
 
 
-def stored(image: Image.Image, about: str, grid: int = 0, *, whole: bool = True) -> Picture:
+def stored(image: Image.Image, about: str, grid: int = 0, *, whole: bool = True) -> QuestionImage:
     """The image in a page, at most :data:`LONGEST` pixels wide and high: PNG, or JPEG where that is large."""
     small = image.convert("RGB")
     small.thumbnail((LONGEST, LONGEST))
@@ -151,7 +150,7 @@ def stored(image: Image.Image, about: str, grid: int = 0, *, whole: bool = True)
     if len(data) > _LOSSLESS:
         data, kind = _encoded(small, "JPEG", quality=85), "jpeg"
     uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    return Picture(uri, small.width, small.height, grid, about, whole)
+    return QuestionImage(uri, small.width, small.height, grid, about, whole)
 
 
 def _encoded(image: Image.Image, form: str, **options: Any) -> bytes:
