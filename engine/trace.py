@@ -26,7 +26,8 @@ class Trace:
     """Record of one prefill. Layer numbers count decoder layers from 0; work is in multiply-adds (MACs).
 
     Attention work is kept as *pairs*, query-key products a head: a layer that attends fully over n tokens has n²
-    (kernels and papers count the masked half as well).
+    (kernels and papers count the masked half as well). Work of a sample is that of the sample alone; what the batch ran
+    besides, since its rows are padded to the longest, is kept for the batch as a whole.
     """
 
     def __init__(self, prompt: TokenLayout, layers: int, watch: Watch = unwatched) -> None:
@@ -36,12 +37,16 @@ class Trace:
         self.host_syncs = 0
         # Visual tokens that went through the projector, int (B,).
         self.projected = torch.tensor(prompt.visual_counts)
+        # The same for the whole batch, images padded to the one with the most; None: the sum of the above.
+        self.batch_projected: int | None = None
         # Tokens of one image at the attention and at the MLP of each vision block; None: all of them in every block.
         self.tower: tuple[tuple[int, int], ...] | None = None
         # Frames and patches, int (N, 3), of all images or tiles of the batch; None: images are of one size.
         self.grids: Tensor | None = None
         self._pairs: dict[int, Tensor] = {}
         self._scoring: defaultdict[int, Tensor] = defaultdict(self._zeros)
+        self._batch_pairs: dict[int, int] = {}
+        self._batch_scoring: defaultdict[int, int] = defaultdict(int)
 
     def _zeros(self) -> Tensor:
         return torch.zeros(self.prompt.rows, dtype=torch.int64)
@@ -52,12 +57,18 @@ class Trace:
         """The next decoder layer starts with this layout, and will attend fully unless it says otherwise."""
         self.layouts.append(layout)
 
-    def attended(self, layer: int, pairs: Tensor, *, instead: bool = False) -> None:
-        """Attention over ``pairs`` int (B,) ran in ``layer``, in addition to or instead of the full one."""
+    def attended(self, layer: int, pairs: Tensor, batch: int | None = None, *, instead: bool = False) -> None:
+        """Attention over ``pairs`` int (B,) ran in ``layer``, in addition to or instead of the full one.
+
+        ``batch``: pairs that the whole batch ran, by default as if every row were the one with the most.
+        """
+        batch = _padded(pairs) if batch is None else batch
+        self._batch_pairs[layer] = batch if instead else self._batch_attention(layer) + batch
         self._pairs[layer] = pairs if instead else self._attention(layer) + pairs
 
-    def scored(self, layer: int, macs: Tensor) -> None:
-        """Scoring work, int (B,) MACs, was done for ``layer``."""
+    def scored(self, layer: int, macs: Tensor, batch: int | None = None) -> None:
+        """Scoring work, int (B,) MACs, was done for ``layer``; ``batch``: MACs of the whole batch, as above."""
+        self._batch_scoring[layer] += _padded(macs) if batch is None else batch
         self._scoring[layer] = self._scoring[layer] + macs
 
     # ---- read by everybody ------------------------------------------------------------------------------------
@@ -92,3 +103,25 @@ class Trace:
     def scoring_macs(self) -> Tensor:
         """Int (B, layers): matrix multiply-adds spent on scoring tokens."""
         return torch.stack([self._scoring[layer] for layer in range(len(self.layouts))]).T
+
+    # ---- of the whole batch, padding included -----------------------------------------------------------------
+
+    def batch_tokens(self) -> list[int]:
+        """Tokens that each layer ran over: every row as long as the longest."""
+        return [layout.rows * layout.width for layout in self.layouts]
+
+    def batch_attention_pairs(self) -> list[int]:
+        """Query-key pairs a head that attention really computed in each layer."""
+        return [self._batch_attention(layer) for layer in range(len(self.layouts))]
+
+    def _batch_attention(self, layer: int) -> int:
+        layout = self.layouts[layer]
+        return self._batch_pairs.get(layer, layout.rows * layout.width**2)
+
+    def batch_scoring_macs(self) -> list[int]:
+        """Matrix multiply-adds spent on scoring tokens, for each layer."""
+        return [self._batch_scoring[layer] for layer in range(len(self.layouts))]
+
+
+def _padded(work: Tensor) -> int:
+    return len(work) * int(work.max())

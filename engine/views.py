@@ -55,9 +55,11 @@ class LayerView:
         rows, everything = rows or self.layout.last, self.layout.everything
         projected = attention.captured(self._module, self.tokens, self._segment.ruling)
         query, key = rows.pick(projected[0], 2), projected[1]
-        macs = sum(part.shape[1] * part.shape[3] for part in projected) * self.tokens.shape[2] * everything.numbers
-        macs = macs + _pairs(self.layout, rows) * query.shape[1] * query.shape[3]
-        self._trace.scored(self.layer, _with_images(self.layout, macs))
+        token = sum(part.shape[1] * part.shape[3] for part in projected) * self.tokens.shape[2]
+        pair, width = query.shape[1] * query.shape[3], self.layout.width
+        macs = token * everything.numbers + pair * _pairs(rows, everything)
+        batch = self.layout.rows * width * (token + pair * max(rows.counts))
+        self._trace.scored(self.layer, _with_images(self.layout, macs), batch)
         return attention.row_weights(query, key, rows.index, self.layout.valid, self._module.self_attn.scaling)
 
 
@@ -100,14 +102,12 @@ class AttentionView:
     def weights(self, rows: TokenSet | None = None) -> Tensor:
         """Post-softmax attention weights (B, H, R, L), fp32, of the asked ``rows`` (default: the last token) alone."""
         rows = rows or self.layout.last
-        macs = _pairs(self.layout, rows) * self._query.shape[1] * self._query.shape[3]
-        self._trace.scored(self.layer, _with_images(self.layout, macs))
+        self._scored(rows)
         return self._weights(rows.index)
 
     def scan(self, rows: TokenSet) -> Iterator[tuple[Tensor, Tensor]]:
         """Attention weights of many ``rows`` in blocks: (B, H, r, L), fp32, and which of the r rows count (B, r)."""
-        macs = _pairs(self.layout, rows) * self._query.shape[1] * self._query.shape[3]
-        self._trace.scored(self.layer, _with_images(self.layout, macs))
+        self._scored(rows)
         blocks = (t.split(attention.BLOCK, dim=1) for t in (rows.index, rows.present))
         for index, present in zip(*blocks, strict=True):
             yield self._weights(index), present
@@ -128,7 +128,7 @@ class AttentionView:
             return onto
         everything = self.layout.everything
         part = attention.subset_attention(self._query, self._key, values, rows, everything, self._scaling)
-        self._trace.attended(self.layer, _pairs(self.layout, rows))
+        self._trace.attended(self.layer, _pairs(rows, everything), _batch_pairs(rows, everything))
         return rows.place(part.transpose(1, 2), onto, dim=1)
 
     def attend(self, *parts: tuple[TokenSet, TokenSet], onto: Tensor | None = None) -> Tensor:
@@ -140,17 +140,25 @@ class AttentionView:
         """
         batch, heads, width, size = self._query.shape
         out = self._query.new_zeros(batch, width, heads, size) if onto is None else onto
-        pairs = torch.zeros(batch, dtype=torch.int64)
+        pairs, batch_pairs = torch.zeros(batch, dtype=torch.int64), 0
         for queries, keys in parts:
             if max(queries.counts) == 0:
                 continue
             with self._trace.watch("model"):
                 part = attention.subset_attention(self._query, self._key, self._value, queries, keys, self._scaling)
             out = queries.place(part.transpose(1, 2), out, dim=1)
-            pairs += queries.numbers * keys.numbers
+            pairs += _pairs(queries, keys)
+            batch_pairs += _batch_pairs(queries, keys)
         more = onto is not None
-        self._trace.attended(self.layer, _with_images(self.layout, pairs) if more else pairs, instead=not more)
+        pairs = _with_images(self.layout, pairs) if more else pairs
+        self._trace.attended(self.layer, pairs, batch_pairs, instead=not more)
         return out
+
+    def _scored(self, rows: TokenSet) -> None:
+        """Weights of ``rows`` are computed, over all columns."""
+        size = self._query.shape[1] * self._query.shape[3]
+        macs = _with_images(self.layout, _pairs(rows, self.layout.everything) * size)
+        self._trace.scored(self.layer, macs, self.layout.rows * max(rows.counts) * self.layout.width * size)
 
     def _weights(self, index: Tensor) -> Tensor:
         query = self._query.gather(
@@ -238,8 +246,13 @@ class BlockView:
         self._encoding.macs += macs
 
 
-def _pairs(layout: TokenLayout, rows: TokenSet) -> Tensor:
-    return rows.numbers * layout.everything.numbers
+def _pairs(queries: TokenSet, keys: TokenSet) -> Tensor:
+    return queries.numbers * keys.numbers
+
+
+def _batch_pairs(queries: TokenSet, keys: TokenSet) -> int:
+    """Pairs that compact tensors of both have: rows are padded to the one with the most."""
+    return len(queries.counts) * max(queries.counts) * max(keys.counts)
 
 
 def _with_images(layout: TokenLayout, work: Tensor) -> Tensor:

@@ -270,7 +270,7 @@ def scores(trainer: Trainer, limit: int) -> dict[str, float]:
     found: dict[str, float] = {}
     for task in load_tasks(list(TASKS)):
         evaluation = evaluate(loaded, load_method("none"), task, limit=limit, batch_size=20)
-        found |= {f"test {task.name} {score.key}": score.value for score in evaluation.scores}
+        found |= {f"test {task.name} {score.key}": score.value for score in evaluation.outcome.scores}
     return found
 
 

@@ -30,7 +30,8 @@ class Encoding:
     CLS feature (N, Dv). ``blocks``: query, key and scaling of the tower blocks that the method reads, by its names of
     them. ``features`` (N, P, Dv) enter the projector, ``projected`` (N, P, D) leave it. ``macs``: multiply-adds an
     image that were spent on scoring. ``kept``: the features that were projected where others were dropped before;
-    ``projected_tokens``: their number, int (N,), new ones included. ``block_tokens``: tokens of one image at the
+    ``projected_tokens``: their number, int (N,), new ones included. ``projector_input``: tokens that entered the
+    projector, images padded to the one with the most. ``block_tokens``: tokens of one image at the
     attention and at the MLP of each block, where a method merges inside the tower.
     """
 
@@ -45,5 +46,6 @@ class Encoding:
     decision: Keep | Merge | None = None
     kept: TokenSet | None = None
     projected_tokens: Tensor | None = None
+    projector_input: int = 0
     block_tokens: list[tuple[int, int]] = field(default_factory=list)
     merging: Merging = field(default_factory=Merging)

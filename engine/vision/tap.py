@@ -189,6 +189,7 @@ class VisionTap:
 
     def _on_projected(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
         encoding = self._current()
+        encoding.projector_input = output.shape[:2].numel()
         if encoding.kept is None:
             encoding.projected = output
             return None
@@ -213,10 +214,11 @@ class VisionTap:
         if encoding.decision is None:
             return None
         rows = ImageRows(layout, encoding.vision.tokens, encoding.features.shape[0])
-        trace.scored(0, torch.tensor(rows.counts) * encoding.macs)
+        trace.scored(0, torch.tensor(rows.counts) * encoding.macs, sum(rows.counts) * encoding.macs)
         trace.tower = self._tower_tokens(encoding)
         if encoding.projected_tokens is not None:
             trace.projected = rows.group(encoding.projected_tokens[:, None]).sum(1).cpu()
+            trace.batch_projected = encoding.projector_input
         return rows.translate(as_merge(encoding.decision))
 
     def _tower_tokens(self, encoding: Encoding) -> tuple[tuple[int, int], ...] | None:

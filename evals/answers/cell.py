@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +13,13 @@ from ...errors import IncompleteError, StorageError, disk_full
 from ...methods import Method
 from ...models import LoadedModel
 from ...results.statistics.metrics import agreement
-from ...results.store.records import CellConfig, CellMetrics, Compute, Failure, PrefillTime, VisualTokens, environment
+from ...results.store.records import CellConfig, CellMetrics, Failure, PrefillTime, environment
 from ...results.store.store import FAILURES, Cell, Store
 from ..tasks.tasks import Task
 from .cell_spec import CellSpec
 
 if TYPE_CHECKING:
     from .checkpoint import Answers
-    from .score import Evaluation
 
 
 def run_cell(
@@ -62,8 +60,12 @@ def run_cell(
                 seed=config.seed,
                 output_dir=folder,
             )
-            prefill = _time(loaded, method, task, config)
-            metrics = _metrics(evaluation, prefill, config, loaded)
+            metrics = CellMetrics(
+                **dict(evaluation.outcome),
+                config_hash=config.digest(),
+                prefill=_time(loaded, method, task, config),
+                environment=environment(loaded.describe()),
+            )
             same = _agreement(evaluation.samples, metrics, config, store, spec.dense)
             return store.finish(config, evaluation.samples.assign(dense_agreement=same), metrics)
     except StorageError:
@@ -125,31 +127,4 @@ def _time(loaded: LoadedModel, method: Method, task: Task, config: CellConfig) -
     timing = time_prefill(loaded, method, inputs, warmup=wanted.warmup, repeats=wanted.repeats)
     return PrefillTime(
         times_ms=list(timing.times_ms), warmup=timing.warmup, batch_size=timing.batch_size, device=timing.device
-    )
-
-
-def _metrics(result: Evaluation, prefill: PrefillTime | None, config: CellConfig, loaded: LoadedModel) -> CellMetrics:
-    samples = result.samples
-    tokens = list(zip(*samples["visual_tokens"], strict=True))
-    macs = samples["executed_macs"].tolist()
-    return CellMetrics(
-        config_hash=config.digest(),
-        size=result.size,
-        total=result.total,
-        note=result.note,
-        remarks=result.remarks,
-        nonfinite=result.nonfinite,
-        reused_images=result.reused_images,
-        scores=result.scores,
-        metrics=result.metrics,
-        categories=result.categories,
-        visual_tokens=VisualTokens(
-            prompt=statistics.fmean(samples["prompt_visual_tokens"]), per_layer=[statistics.fmean(t) for t in tokens]
-        ),
-        compute=Compute(macs=statistics.fmean(macs), macs_sd=statistics.pstdev(macs), components=result.components),
-        prefill=prefill,
-        generation=result.generation,
-        seconds=result.seconds,
-        data_hash=result.data_hash,
-        environment=environment(loaded.describe()),
     )

@@ -17,34 +17,10 @@ from pathlib import Path
 
 from ...results.store import disk
 from ...results.store.records import CellConfig, Failure, digest, environment
+from ...results.store.samples import Answer
 from ...results.store.store import ANSWERS
 
 VERSION = 2
-
-
-@dataclass
-class Record:
-    """What the bridge saw of one question. ``nonfinite``: some step gave logits that are NaN or infinite.
-
-    ``latency_ms``: milliseconds of generating for its batch of ``batch_questions`` questions, of which it was one.
-    ``places``: where its visual tokens lie, see :mod:`visibench.results.store.token_grids`; empty where that is not
-    known.
-    """
-
-    prompt: str
-    output: str
-    pixels: str
-    prompt_tokens: int
-    new_tokens: int
-    prompt_visual_tokens: int
-    visual_tokens: list[int]
-    kv_lengths: list[int]
-    executed_macs: float
-    kept: str
-    nonfinite: bool
-    latency_ms: float
-    batch_questions: int
-    places: list[list[list[int]]] = field(default_factory=list)
 
 
 @dataclass
@@ -59,7 +35,7 @@ class Batch:
     """
 
     asked: str
-    records: dict[int, Record] = field(default_factory=dict)
+    records: dict[int, Answer] = field(default_factory=dict)
     components: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: {"answer": 0.0, "generate": 0.0})
     reused: int = 0
@@ -152,7 +128,7 @@ def _parse(line: bytes) -> Batch | None:
     """A stored batch; None for a line that is damaged."""
     try:
         content = json.loads(line)
-        records = {int(doc_id): Record(**record) for doc_id, record in content.pop("records").items()}
+        records = {int(doc_id): Answer(**record) for doc_id, record in content.pop("records").items()}
         return Batch(records=records, **content)
     except (ValueError, TypeError, KeyError, AttributeError):
         return None

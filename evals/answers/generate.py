@@ -8,7 +8,7 @@ import random
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,14 +25,16 @@ from ...errors import VisibenchError
 from ...models import LoadedModel
 from ...models.load import release
 from ...results.store.records import Failure, digest
+from ...results.store.samples import Answer
 from ...results.store.token_grids import Places, size
 from ..compute import flops
 from ..compute.memory import out_of_memory
 from ..compute.timing import clock_of
 from ..tasks import lmms_eval
+from ..tasks.question import Question
 from ..tasks.tasks import Task, reason
 from .cell_spec import CellSpec
-from .checkpoint import Answers, Batch, Record, bound_to
+from .checkpoint import Answers, Batch, bound_to
 
 DEFAULT_MAX_NEW_TOKENS = 32
 """Cap on new tokens for tasks that set none (TextVQA): lmms-eval asks for a word or phrase there."""
@@ -68,15 +70,15 @@ def answer(
     answers = Answers(folder, bound_to(config, loaded.describe()), shard)
     with lmms_eval.quiet(), prune(loaded.model, spec.method, features=features or FeatureStore(0)) as session:
         bridge = Bridge(loaded, session, task, config.batch_size, on_batch, answers, config.seed, forgiving=True)
-        bridge.answer(requests(task, task.size(config.limit)[0]), shard)
+        bridge.answer(questions(task, task.size(config.limit)[0]), shard)
     return answers
 
 
-def requests(task: Task, size: int) -> list:
-    """lmms-eval's requests for the first ``size`` questions, as its ``simple_evaluate`` builds them."""
+def questions(task: Task, size: int) -> list[Question]:
+    """The first ``size`` questions, as lmms-eval's ``simple_evaluate`` asks them."""
     with lmms_eval.quiet():
         task.harness.build_all_requests(limit=size)
-    return [request for request in task.harness.instances for _ in range(request.repeats)]
+    return [Question.of(request) for request in task.harness.instances for _ in range(request.repeats)]
 
 
 class Pictured(Protocol):
@@ -88,7 +90,7 @@ class Pictured(Protocol):
 
 
 class Bridge:
-    """Answers lmms-eval's requests with a model inside a pruning session.
+    """Answers questions with a model inside a pruning session.
 
     ``answers`` holds what is answered and takes what is new. ``seed``: each batch starts from generators of Python,
     NumPy and torch seeded with it and the batch's number, so that a method that draws from them draws the same
@@ -114,32 +116,27 @@ class Bridge:
         self.hardware = loaded.describe()["hardware"]
         self.clock = clock_of(loaded.model.device)
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.records: dict[int, Record] = {}
+        self.records: dict[int, Answer] = {}
         self._in_a_row = 0
 
-    def generate_until(self, requests: list) -> list[str]:
-        """Answers to all requests, in their order."""
-        self.answer(requests)
-        return [text_of(request, self.records) for request in requests]
-
-    def answer(self, requests: list, shard: tuple[int, int] = (0, 1)) -> None:
+    def answer(self, questions: Sequence[Question], shard: tuple[int, int] = (0, 1)) -> None:
         """Answer the batches of a shard, those that are not answered yet."""
-        todo = islice(enumerate(batches(requests, self.batch_size)), shard[0], None, shard[1])
+        todo = islice(enumerate(batches(questions, self.batch_size)), shard[0], None, shard[1])
         for number, chunk in todo:
-            asked = batch_key(chunk)
-            batch = self.answers.find(asked, self._image)
+            key = batch_key(chunk)
+            batch = self.answers.find(key, self._image)
             if batch is None:
-                batch = self._answered(asked, number, chunk)
+                batch = self._answered(key, number, chunk)
                 self.answers.add(batch)
-                for key, seconds in batch.seconds.items():
-                    self.seconds[key] += seconds
+                for part, seconds in batch.seconds.items():
+                    self.seconds[part] += seconds
             self.records |= batch.records
             self.on_batch(len(chunk))
             if self._in_a_row >= HOPELESS:
                 self._give_up([chunk for _, chunk in todo])
                 return
 
-    def _give_up(self, chunks: list[list[tuple]]) -> None:
+    def _give_up(self, chunks: list[list[Question]]) -> None:
         """Note how many questions are left of those that come, if any."""
         left = sum(len(chunk) for chunk in chunks if batch_key(chunk) not in self.answers.batches)
         if left:
@@ -151,16 +148,16 @@ class Bridge:
         except VisibenchError:  # said when the question is asked again
             return ""
 
-    def _answered(self, asked: str, number: int, chunk: list[tuple]) -> Batch:
+    def _answered(self, key: str, number: int, chunk: list[Question]) -> Batch:
         started = time.perf_counter()
         if self.seed is not None:
             _seed(self.seed + number)
-        batch = Batch(asked, hardware=self.hardware)
+        batch = Batch(key, hardware=self.hardware)
         self._attempt(chunk, batch)
         batch.seconds["answer"] = time.perf_counter() - started
         return batch
 
-    def _attempt(self, chunk: list[tuple], batch: Batch) -> None:
+    def _attempt(self, chunk: list[Question], batch: Batch) -> None:
         """Run questions, in halves if they fail together."""
         try:
             batch.join(self._run(chunk))
@@ -172,7 +169,7 @@ class Bridge:
                 raise
             why = "out of memory" if no_room else reason(error)
             if len(chunk) == 1:
-                self._fail(chunk[0][3], error, no_room, batch)
+                self._fail(chunk[0].doc_id, error, no_room, batch)
         if no_room:  # outside the clause above: what the failed run holds goes with its traceback
             release()
         if len(chunk) > 1:
@@ -189,39 +186,41 @@ class Bridge:
         self._in_a_row += 1
         batch.failures.append(failure(error, doc_id))
 
-    def _run(self, chunk: list[tuple]) -> Batch:
-        prompts, ids, wanted = [a[0] for a in chunk], [a[3] for a in chunk], chunk[0][1]
-        images = [self.task.images(doc_id) for doc_id in ids]
+    def _run(self, chunk: list[Question]) -> Batch:
+        prompts = [question.prompt for question in chunk]
+        images = [self.task.images(question.doc_id) for question in chunk]
         pixels = [_pixels(pictures) for pictures in images]
         inputs = self.loaded.inputs(prompts, images, digest([prompts, pixels]) if self._shares else None)
         watch, reused = Nonfinite(), self._reused
         start = self.clock.mark()
-        new = self._generate(inputs, generation(wanted), watch)
+        new = self._generate(inputs, generation(chunk[0].options), watch)
         end = self.clock.mark()
         trace = self.session.trace
         compute = flops.executed(trace, self.loaded.geometry)
+        (together,) = flops.executed_by_batch(trace, self.loaded.geometry).total()
         nonfinite = watch.rows()  # read from the device behind ``end``, which therefore lies in the past
         latency = self.clock.between(start, end)
-        rows = zip(
-            prompts,
-            self.loaded.decode(new),
-            pixels,
-            inputs["attention_mask"].sum(1).tolist(),
-            _lengths(new, self.loaded),
-            trace.prompt.visual_counts,
-            trace.visual_counts().tolist(),
-            trace.kv_lengths().tolist(),
-            compute.total(),
-            _kept(trace),
-            nonfinite,
-            [latency] * len(ids),
-            [len(ids)] * len(ids),
-            _places(self.loaded, inputs, images, trace),
-            strict=True,
-        )
+        columns: dict[str, list[Any]] = {
+            "prompt": prompts,
+            "output": self.loaded.decode(new),
+            "pixels": pixels,
+            "prompt_tokens": inputs["attention_mask"].sum(1).tolist(),
+            "new_tokens": _lengths(new, self.loaded),
+            "prompt_visual_tokens": list(trace.prompt.visual_counts),
+            "visual_tokens": trace.visual_counts().tolist(),
+            "kv_lengths": trace.kv_lengths().tolist(),
+            "executed_macs": compute.total(),
+            "kept": _kept(trace),
+            "nonfinite": nonfinite,
+            "latency_ms": [latency] * len(chunk),
+            "batch_questions": [len(chunk)] * len(chunk),
+            "places": _places(self.loaded, inputs, images, trace),
+            "batch_macs": [together / len(chunk)] * len(chunk),
+        }
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         return Batch(
             asked="",
-            records={doc_id: Record(*row) for doc_id, row in zip(ids, rows, strict=True)},
+            records={question.doc_id: Answer(**row) for question, row in zip(chunk, rows, strict=True)},
             components={component: sum(macs) for component, macs in compute.components().items()},
             seconds={"generate": latency / 1e3},
             reused=self._reused - reused,
@@ -266,13 +265,13 @@ class Nonfinite(LogitsProcessor):
         return [] if self._seen is None else self._seen.tolist()
 
 
-def batches(requests: list, size: int) -> list[list[tuple]]:
-    """The arguments of requests in batches of one way of generating and of prompts of similar length, to pad little.
+def batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
+    """Questions in batches of one way of generating and of prompts of similar length, to pad little.
 
-    They depend on all requests of a task, and on nothing else.
+    They depend on all questions of a task, and on nothing else.
     """
-    arguments = [request.args for request in requests]
-    collator = lmms_eval.Collator(arguments, lambda a: (-len(a[0]), a[0], a[3]), group_fn=lambda a: a[1], grouping=True)
+    order = lambda question: (-len(question.prompt), question.prompt, question.doc_id)  # noqa: E731
+    collator = lmms_eval.Collator(questions, order, group_fn=lambda question: question.options, grouping=True)
     return list(collator.get_batched(n=size))
 
 
@@ -280,15 +279,6 @@ def generation(wanted: dict[str, Any]) -> dict[str, Any]:
     """Options of ``generate``: greedy, whatever the task asks, within its cap on new tokens."""
     cap = wanted.get("max_new_tokens") or DEFAULT_MAX_NEW_TOKENS
     return {"max_new_tokens": int(cap), "do_sample": False, "num_beams": 1}
-
-
-def text_of(request: Any, records: dict[int, Record]) -> str:
-    """The answer to a request, up to the task's stop strings."""
-    _, wanted, _, doc_id, *_ = request.args
-    output, stops = records[doc_id].output, wanted.get("until")
-    for stop in [stops] if isinstance(stops, str) else stops or []:
-        output = output.split(stop, 1)[0] if stop else output
-    return output
 
 
 def failure(error: BaseException, doc_id: int | None = None) -> Failure:
@@ -303,9 +293,9 @@ def given_up(failed: int, left: int) -> Failure:
     return Failure(doc_id=None, error=error, traceback="")
 
 
-def batch_key(chunk: list[tuple]) -> str:
+def batch_key(chunk: list[Question]) -> str:
     """Hash of a batch's questions, their prompts, and the way of generating."""
-    return digest([chunk[0][1], [[a[3], a[0]] for a in chunk]])
+    return digest([chunk[0].options, [[question.doc_id, question.prompt] for question in chunk]])
 
 
 def _seed(seed: int) -> None:
@@ -333,14 +323,14 @@ def _places(loaded: LoadedModel, inputs: Any, images: list[list[Image]], trace: 
     """Where the visual tokens of each row lie; empty for a row whose tokens are not those that its images say."""
     views, number, rows = loaded.adapter.family.views, 0, []
     for pictures, count in zip(images, trace.prompt.visual_counts, strict=True):
-        own: Places = []
+        places: Places = []
         for picture in pictures:
             if views is None:
                 break
             processor = getattr(loaded.processor, "image_processor", None)
-            own.append(views(loaded.model.config, processor, inputs, number, picture.size))
+            places.append(views(loaded.model.config, processor, inputs, number, picture.size))
             number += 1
-        rows.append(own if size(own) == count else [])
+        rows.append(places if size(places) == count else [])
     return rows
 
 

@@ -26,10 +26,12 @@ from ...methods import Method
 from ...models import LoadedModel, load_model
 from ...models.load import of_rank
 from ...results.store.records import environment
+from ...results.store.samples import Answer
 from ..settings.method_spec import parse
 from ..tasks import lmms_eval
+from ..tasks.question import Question
 from ..tasks.tasks import decoded
-from .score import Bridge, Record
+from .generate import Bridge
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,7 +39,8 @@ if TYPE_CHECKING:
 _UNITS = {
     "visual_tokens": "visual tokens at the input of each decoder layer, in prefill",
     "kv_lengths": "entries of each decoder layer's KV cache after prefill",
-    "executed_macs": "executed multiply-adds (MACs) of the prefill",
+    "executed_macs": "executed multiply-adds (MACs) of the prefill of the question alone",
+    "batch_macs": "executed multiply-adds (MACs) of the prefill of its batch, padding included, a question of it",
     "kept": "bits in base64, one a visual token of the prompt: whether it is at the input of the last decoder layer",
     "pixels": "hash of the decoded images",
 }
@@ -88,14 +91,14 @@ class Visibench(lmms_eval.lmms):
         self.batch_size, self.record = _batch_size(batch_size), _fresh(record)
         self.loaded: LoadedModel | None = load_model(
             str(pretrained),
-            device=_own(str(device)),
+            device=_of_this_rank(str(device)),
             dtype=str(dtype),
             attn_implementation=str(attn_implementation),
             trust_remote_code=bool(trust_remote_code),
         )
         self.method.check(self.loaded.geometry)
         self.device = self.loaded.model.device
-        self.records: dict[tuple[str, int], Record] = {}
+        self.records: dict[tuple[str, int], Answer] = {}
         self.seconds = 0.0
         self._mendable: Callable[[], AbstractContextManager] = nullcontext
 
@@ -119,22 +122,23 @@ class Visibench(lmms_eval.lmms):
 
     def generate_until(self, requests: list) -> list[Any]:
         """Answers to all requests, in their order: those that :func:`~visibench.evals.answers.score.evaluate` gives."""
-        answers: list[Any] = [None] * len(requests)
-        bar = tqdm(total=len(requests), desc="Model Responding", disable=self.rank != 0)
+        questions = [Question.of(request) for request in requests]
+        answers: list[Any] = [None] * len(questions)
+        bar = tqdm(total=len(questions), desc="Model Responding", disable=self.rank != 0)
         with bar, self._mendable():
             if self.loaded is None:
                 raise VisibenchError("lmms-eval has dropped this model after its run: make another one")
             with prune(self.loaded.model, self.method) as session:
-                for places in _by_task(requests):
-                    first = requests[places[0]].args
-                    _warn(first[4], first[1])
-                    bridge = Bridge(self.loaded, session, _Asked(self, first), self.batch_size, bar.update)
-                    texts = bridge.generate_until([requests[place] for place in places])
-                    for place, text in zip(places, texts, strict=True):
-                        doc_id = requests[place].args[3]
-                        record = self.records[first[4], doc_id] = bridge.records[doc_id]
+                for places in _by_task(questions):
+                    first = questions[places[0]]
+                    _warn(first)
+                    bridge = Bridge(self.loaded, session, _Shown(self, first), self.batch_size, bar.update)
+                    bridge.answer([questions[place] for place in places])
+                    for place in places:
+                        question = questions[place]
+                        record = self.records[question.task, question.doc_id] = bridge.records[question.doc_id]
                         counts = lmms_eval.TokenCounts(record.prompt_tokens, record.new_tokens)
-                        answers[place] = lmms_eval.GenerationResult(text, counts)
+                        answers[place] = lmms_eval.GenerationResult(question.ended(record.output), counts)
                     self.seconds += bridge.seconds["answer"]
         return answers
 
@@ -143,14 +147,14 @@ class Visibench(lmms_eval.lmms):
         ranks = _gathered((self.records, self.seconds))
         if ranks is not None:
             # Ranks with fewer questions ask their last one again to keep step: it counts once.
-            records = {key: record for found, _ in ranks for key, record in found.items()}
+            records = {key: record for answered, _ in ranks for key, record in answered.items()}
             with self._mendable():
                 self._report(dict(sorted(records.items())), max(seconds for _, seconds in ranks))
         self.loaded = None
         gc.collect()
         torch.cuda.empty_cache()
 
-    def _report(self, records: dict[tuple[str, int], Record], seconds: float) -> None:
+    def _report(self, records: dict[tuple[str, int], Answer], seconds: float) -> None:
         """Means go to ``throughput`` of lmms-eval's results, each question to the file of ``record``."""
         if not records:
             return
@@ -175,15 +179,16 @@ class Visibench(lmms_eval.lmms):
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """The images that the requests of a task show, in the place of a task of this package."""
+class _Shown:
+    """The images that the questions of a task show, in the place of a task of this package. ``first``: one of them."""
 
     model: Visibench
-    arguments: tuple
+    first: Question
 
     def images(self, doc_id: int) -> list[Image]:
-        _, _, visual, _, task, split = self.arguments
-        return decoded(task, doc_id, lambda: visual(self.model.task_dict[task][split][doc_id]))
+        first = self.first
+        docs = self.model.task_dict[first.task][first.split]
+        return decoded(first.task, doc_id, lambda: first.visual(docs[doc_id]))
 
 
 # ---- arguments ----------------------------------------------------------------------------------------------------
@@ -241,7 +246,7 @@ def _fresh(record: str | None) -> Path | None:
     return path
 
 
-def _own(device: str) -> str:
+def _of_this_rank(device: str) -> str:
     """``device``, or that of this rank if there are several."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     return of_rank(device, int(os.environ.get("LOCAL_RANK", 0))) if several else device
@@ -250,33 +255,33 @@ def _own(device: str) -> str:
 # ---- running ------------------------------------------------------------------------------------------------------
 
 
-def _by_task(requests: list) -> list[list[int]]:
-    """Places of the requests of each task: they are batched apart, as when the task runs alone."""
-    found: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
-    for place, request in enumerate(requests):
-        found[request.args[4], request.args[5]].append(place)
-    return list(found.values())
+def _by_task(questions: list[Question]) -> list[list[int]]:
+    """Places of the questions of each task: they are batched apart, as when the task runs alone."""
+    places: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
+    for place, question in enumerate(questions):
+        places[question.task, question.split].append(place)
+    return list(places.values())
 
 
-def _warn(task: str, wanted: dict[str, Any]) -> None:
-    """Say which generation options of a task are not followed."""
+def _warn(question: Question) -> None:
+    """Say which generation options of a question's task are not followed."""
     unused = {
         key: value
-        for key, value in wanted.items()
+        for key, value in question.options.items()
         if key not in _USED and value is not None and value != _GREEDY.get(key) and key not in _OF_SAMPLING
     }
     if unused:
         text = ", ".join(f"{key}={value}" for key, value in unused.items())
-        logger.warning(f"{task}: answers are generated greedily, without its {text}")
+        logger.warning(f"{question.task}: answers are generated greedily, without its {text}")
 
 
 def _gathered(value: Any) -> list[Any] | None:
     """The values of all ranks, on the first one; None on the others."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
-    found: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(value, found, dst=0)
-    return found
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values, dst=0)
+    return values
 
 
 def _save(path: Path, text: str) -> None:

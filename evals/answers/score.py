@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any
 
 import pandas as pd
@@ -20,46 +20,24 @@ from ...errors import OptionError, VisibenchError
 from ...methods import Method
 from ...models import LoadedModel
 from ...results.statistics.metrics import MME_COGNITION
-from ...results.store.records import ScoreRecord
+from ...results.store.records import Compute, Outcome, ScoreRecord, VisualTokens
+from ...results.store.samples import Answer, Sample, frame
 from ...utils import machine
 from ..tasks import lmms_eval
+from ..tasks.question import Question
 from ..tasks.tasks import MME_CATEGORY_MAXIMUM, Metric, Task, reason
-from .checkpoint import Answers, Batch, Record
-from .generate import DEFAULT_MAX_NEW_TOKENS, Bridge, batch_key, batches, generation, requests, text_of
-
-__all__ = ["DEFAULT_MAX_NEW_TOKENS", "Bridge", "Evaluation", "Record", "evaluate", "score"]
+from .checkpoint import Answers, Batch
+from .generate import Bridge, batch_key, batches, generation, questions
 
 
-@dataclass
+@dataclass(frozen=True)
 class Evaluation:
-    """What one method did on one task.
-
-    ``size`` questions of ``total`` were asked; ``note`` says if that differs from the limit. ``remarks``: what else a
-    reader must know, ``nonfinite`` questions with NaN or infinite logits among it. ``scores``: the task's
-    headline metrics. ``metrics``: all of lmms-eval's, by its keys. ``categories``: the mean per-question score by
-    category, for tasks that have categories. ``samples``: one row a question (see :func:`evaluate`). ``components``:
-    executed MACs of a prefill by component, mean over questions. ``generation``: how answers were generated.
-    ``seconds``: ``answer`` for preparing inputs and generating, ``generate`` for generating alone, ``total`` with
-    lmms-eval's scoring. ``reused_images``: see :class:`CellMetrics`.
-    ``data_hash``: of the questions, targets and pixels that were really used.
+    """What one method did on one task: the numbers, and ``samples``, a row a question with the columns of
+    :class:`~visibench.results.store.samples.Sample`.
     """
 
-    task: str
-    origin: str
-    size: int
-    total: int
-    note: str
-    remarks: list[str]
-    nonfinite: int
-    reused_images: int
-    scores: list[ScoreRecord]
-    metrics: dict[str, float]
-    categories: dict[str, float]
+    outcome: Outcome
     samples: pd.DataFrame
-    components: dict[str, float]
-    generation: dict[str, Any]
-    seconds: dict[str, float]
-    data_hash: str
 
 
 def evaluate(
@@ -79,20 +57,6 @@ def evaluate(
     and torch with it. ``output_dir`` receives the files that some scorers write. ``on_batch`` is called with the
     number of questions answered after each batch.
 
-    The samples have the columns task, doc_id, question_id, image (cluster id), category, prompt, target, output (as
-    generated), answer (as scored), score (lmms-eval's per-question score of the headline metric), prompt_tokens,
-    new_tokens, prompt_visual_tokens, visual_tokens and kv_lengths (a list, one entry a decoder layer: visual tokens at
-    its input, entries of its KV cache after prefill), executed_macs (of the prefill), kept (see
-    :func:`visibench.evals.answers.generate._kept`; older runs lack it), nonfinite (whether some step gave logits that
-    are NaN or infinite), latency_ms and batch_questions. The latency is the measured time of ``generate`` for the whole
-    batch that the question was answered in, with ``batch_questions`` questions: from inputs on the device to the tokens
-    of all its answers on the host, so with vision tower, projector, prefill, the method, and decoding up to the longest
-    answer; without the decoding and processing of images, and without the tower for images whose features are reused
-    (``--feature-cache-gb``). It is what a request in such a batch waits; ``latency_ms / batch_questions``, summed over
-    the questions, is the time of all batches. Cells (see :func:`visibench.evals.answers.cell.run_cell`) add
-    dense_agreement. ``places``: where visual tokens lie, JSON, see :mod:`visibench.results.store.token_grids`; older
-    runs lack it.
-
     Raises :class:`VisibenchError` for images that cannot be read, questions without one, and unusable options.
     """
     machine.one_process()
@@ -101,7 +65,7 @@ def evaluate(
     size, _ = task.size(limit)
     answers = Answers()
     with lmms_eval.quiet(), prune(loaded.model, method) as session:
-        Bridge(loaded, session, task, batch_size, on_batch, answers, seed).answer(requests(task, size))
+        Bridge(loaded, session, task, batch_size, on_batch, answers, seed).answer(questions(task, size))
     return score(task, answers, limit=limit, batch_size=batch_size, seed=seed, output_dir=output_dir)
 
 
@@ -120,36 +84,31 @@ def score(
     """
     size, note = task.size(limit)
     started = time.perf_counter()
-    asked = [answers.batches[batch_key(chunk)] for chunk in batches(requests(task, size), batch_size)]
-    replay = Replay({doc_id: record for batch in asked for doc_id, record in batch.records.items()})
+    scored = [answers.batches[batch_key(chunk)] for chunk in batches(questions(task, size), batch_size)]
+    replay = Replay({doc_id: record for batch in scored for doc_id, record in batch.records.items()})
     with tempfile.TemporaryDirectory() as scratch:
         result = _simple_evaluate(replay, task, size, seed, output_dir or Path(scratch))
     logged = {sample["doc_id"]: sample for sample in result["samples"][task.name]}
-    samples = pd.DataFrame([_sample(task, record, logged[i]) for i, record in sorted(replay.records.items())])
-    metrics = _metrics(result["results"][task.name])
-    seconds = {key: sum(batch.seconds[key] for batch in asked) for key in ("answer", "generate")}
-    return Evaluation(
-        task=task.name,
-        origin=task.origin,
+    records = [_sample(task, record, logged[doc_id]) for doc_id, record in sorted(replay.records.items())]
+    samples, metrics = frame(records), _metrics(result["results"][task.name])
+    seconds = {key: sum(batch.seconds[key] for batch in scored) for key in ("answer", "generate")}
+    outcome = Outcome(
         size=len(samples),
         total=len(task.docs),
         note=note,
-        remarks=_remarks(asked, batch_size),
+        remarks=_remarks(scored, batch_size),
         nonfinite=int(samples["nonfinite"].sum()),
-        reused_images=sum(batch.reused for batch in asked),
+        reused_images=sum(batch.reused for batch in scored),
         scores=[_score(metric, metrics, samples) for metric in task.info.metrics],
         metrics=metrics,
-        categories={
-            str(k): float(v) for k, v in samples.dropna(subset="category").groupby("category")["score"].mean().items()
-        },
-        samples=samples.drop(columns="pixels"),
-        components={
-            name: sum(batch.components[name] for batch in asked) / len(samples) for name in asked[0].components
-        },
+        categories=_categories(samples),
+        visual_tokens=_visual_tokens(records),
+        compute=_compute(records, scored),
         generation=replay.generation,
         seconds=seconds | {"total": seconds["answer"] + time.perf_counter() - started},
-        data_hash=_data_hash(samples),
+        data_hash=_data_hash(records),
     )
+    return Evaluation(outcome, samples)
 
 
 class Replay(lmms_eval.lmms):
@@ -157,7 +116,7 @@ class Replay(lmms_eval.lmms):
 
     is_simple = True
 
-    def __init__(self, records: dict[int, Record]) -> None:
+    def __init__(self, records: dict[int, Answer]) -> None:
         super().__init__()
         self.records = records
         self.generation: dict[str, Any] = {}
@@ -173,23 +132,24 @@ class Replay(lmms_eval.lmms):
 
     def generate_until(self, requests: list) -> list[str]:
         """Answers to all requests, in their order."""
-        wanted = requests[-1].args[1]
-        self.generation = generation(wanted) | {"until": wanted.get("until")}
-        return [text_of(request, self.records) for request in requests]
+        questions = [Question.of(request) for request in requests]
+        options = questions[-1].options
+        self.generation = generation(options) | {"until": options.get("until")}
+        return [question.ended(self.records[question.doc_id].output) for question in questions]
 
 
-def _remarks(asked: list[Batch], batch_size: int) -> list[str]:
+def _remarks(batches: list[Batch], batch_size: int) -> list[str]:
     """What a reader must know of the answers beside the numbers."""
-    questions = sum(len(batch.records) for batch in asked)
+    questions = sum(len(batch.records) for batch in batches)
     remarks = []
-    smaller = [batch for batch in asked if batch.smaller]
+    smaller = [batch for batch in batches if batch.smaller]
     if smaller:
         count, reasons = sum(len(batch.records) for batch in smaller), sorted({batch.smaller for batch in smaller})
         remarks.append(f"{count} of {questions} answered in batches smaller than {batch_size} ({'; '.join(reasons)})")
-    nonfinite = sum(record.nonfinite for batch in asked for record in batch.records.values())
+    nonfinite = sum(record.nonfinite for batch in batches for record in batch.records.values())
     if nonfinite:
         remarks.append(f"{nonfinite} of {questions} with NaN or infinite logits")
-    hardware = sorted({batch.hardware for batch in asked})
+    hardware = sorted({batch.hardware for batch in batches})
     if len(hardware) > 1:
         remarks.append(f"answered on {' and '.join(hardware)}")
     return remarks
@@ -215,34 +175,20 @@ def _simple_evaluate(replay: Replay, task: Task, size: int, seed: int, output_di
         raise VisibenchError(f"{task.name}: lmms-eval's scorer failed: {reason(error)}") from error
 
 
-def _sample(task: Task, record: Record, logged: dict[str, Any]) -> dict[str, Any]:
+def _sample(task: Task, record: Answer, logged: dict[str, Any]) -> Sample:
     doc = logged["doc"]
     target = doc[task.info.target] if task.info.target else logged["target"]
-    answer = logged["filtered_resps"][0]
-    return {
-        "task": task.name,
-        "doc_id": logged["doc_id"],
-        "question_id": str(doc.get("question_id", doc.get("id", logged["doc_id"]))),
-        "image": str(doc[task.info.cluster]) if task.info.cluster else record.pixels,
-        "category": doc.get("category"),
-        "prompt": record.prompt,
-        "target": "\n".join(map(str, target)) if isinstance(target, list) else str(target),
-        "output": record.output,
-        "answer": answer if isinstance(answer, str) else str(answer),
-        "score": _sample_score(logged, task),
-        "prompt_tokens": record.prompt_tokens,
-        "new_tokens": record.new_tokens,
-        "prompt_visual_tokens": record.prompt_visual_tokens,
-        "visual_tokens": record.visual_tokens,
-        "kv_lengths": record.kv_lengths,
-        "executed_macs": record.executed_macs,
-        "kept": record.kept,
-        "nonfinite": record.nonfinite,
-        "latency_ms": record.latency_ms,
-        "batch_questions": record.batch_questions,
-        "places": json.dumps(record.places, separators=(",", ":")),
-        "pixels": record.pixels,
-    }
+    return Sample(
+        **vars(record),
+        task=task.name,
+        doc_id=logged["doc_id"],
+        question_id=str(doc.get("question_id", doc.get("id", logged["doc_id"]))),
+        image=str(doc[task.info.cluster]) if task.info.cluster else record.pixels,
+        category=doc.get("category"),
+        target="\n".join(map(str, target)) if isinstance(target, list) else str(target),
+        answer=str(logged["filtered_resps"][0]),
+        score=_sample_score(logged, task),
+    )
 
 
 def _sample_score(logged: dict[str, Any], task: Task) -> float:
@@ -258,12 +204,12 @@ def _sample_score(logged: dict[str, Any], task: Task) -> float:
 
 def _metrics(results: dict[str, Any]) -> dict[str, float]:
     """lmms-eval's metrics by their keys, without its standard errors: for most metrics they are another quantity's."""
-    found = {}
+    metrics = {}
     for key, value in results.items():
         metric, _, kind = key.partition(",")
         if isinstance(value, int | float) and not isinstance(value, bool) and "_stderr" not in metric:
-            found[metric if kind in ("", "none") else key] = float(value)
-    return found
+            metrics[metric if kind in ("", "none") else key] = float(value)
+    return metrics
 
 
 def _score(metric: Metric, metrics: dict[str, float], samples: pd.DataFrame) -> ScoreRecord:
@@ -274,6 +220,26 @@ def _score(metric: Metric, metrics: dict[str, float], samples: pd.DataFrame) -> 
     return ScoreRecord(key=metric.key, title=metric.title, value=value, maximum=maximum)
 
 
-def _data_hash(samples: pd.DataFrame) -> str:
-    asked = samples[["doc_id", "prompt", "target", "pixels"]].astype(str)
-    return hashlib.sha256(asked.to_json(orient="values").encode()).hexdigest()[:16]
+def _categories(samples: pd.DataFrame) -> dict[str, float]:
+    means = samples.dropna(subset="category").groupby("category")["score"].mean()
+    return {str(category): float(mean) for category, mean in means.items()}
+
+
+def _visual_tokens(samples: list[Sample]) -> VisualTokens:
+    layers = zip(*(sample.visual_tokens for sample in samples), strict=True)
+    prompt = fmean(sample.prompt_visual_tokens for sample in samples)
+    return VisualTokens(prompt=prompt, per_layer=[fmean(layer) for layer in layers])
+
+
+def _compute(samples: list[Sample], batches: list[Batch]) -> Compute:
+    macs = [sample.executed_macs for sample in samples]
+    names = batches[0].components
+    components = {name: sum(batch.components[name] for batch in batches) / len(samples) for name in names}
+    together = [sample.batch_macs for sample in samples if sample.batch_macs is not None]
+    batch_macs = fmean(together) if len(together) == len(samples) else None
+    return Compute(macs=fmean(macs), macs_sd=pstdev(macs), components=components, batch_macs=batch_macs)
+
+
+def _data_hash(samples: list[Sample]) -> str:
+    shown = pd.DataFrame([(one.doc_id, one.prompt, one.target, one.pixels) for one in samples]).astype(str)
+    return hashlib.sha256(shown.to_json(orient="values").encode()).hexdigest()[:16]

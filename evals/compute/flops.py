@@ -25,7 +25,7 @@ _NORMS = ("aten::layer_norm", "aten::batch_norm", "aten::group_norm")
 
 @dataclass(frozen=True)
 class Flops:
-    """MACs of a prefill, or of decoding, by component: arrays (B,) with one figure a sample, without padding."""
+    """MACs of a prefill, or of decoding, by component: arrays (B,) with one figure a sample, or (1,) for a batch."""
 
     vision_tower: np.ndarray
     projector: np.ndarray
@@ -49,19 +49,47 @@ def executed(trace: Trace, geometry: Geometry, logits: int | None = 1) -> Flops:
 
     ``logits``: positions for which the LM head ran; 1 in ``generate``, None for all that are left as in ``model(...)``.
     """
-    g = geometry
     tokens = trace.kv_lengths().double().numpy()
-    tower, projector = _vision(trace, g.vision)
-    heads = g.heads * g.head_size
-    kv_heads = g.kv_heads * g.head_size
+    head = tokens[:, -1] if logits is None else np.full(len(tokens), float(logits))
+    pairs, scoring = (work.double().numpy().sum(1) for work in (trace.attention_pairs(), trace.scoring_macs()))
+    return _prefill(geometry, _vision(trace, geometry.vision), tokens.sum(1), pairs, scoring, head)
+
+
+def executed_by_batch(trace: Trace, geometry: Geometry, logits: int | None = 1) -> Flops:
+    """What one traced prefill computed for its whole batch, as arrays (1,).
+
+    That is more than the sum of :func:`executed` where rows differ: in each decoder layer a row is as long as the
+    longest there, in attention and scoring too, and images of which fewer features are projected are padded to the one
+    with the most. What a method multiplies by itself (``view.scored``) counts as if every row were the largest.
+    ``logits``: as there, of each row.
+    """
+    tower, projector = (np.array([macs.sum()]) for macs in _vision(trace, geometry.vision))
+    if trace.batch_projected is not None and geometry.vision is not None:
+        projector = np.array([float(trace.batch_projected * geometry.vision.projector_macs)])
+    tokens = trace.batch_tokens()
+    head = tokens[-1] if logits is None else trace.prompt.rows * logits
+    sums = sum(tokens), sum(trace.batch_attention_pairs()), sum(trace.batch_scoring_macs()), head
+    return _prefill(geometry, (tower, projector), *(np.array([float(work)]) for work in sums))
+
+
+def _prefill(
+    g: Geometry,
+    vision: tuple[np.ndarray, np.ndarray],
+    tokens: np.ndarray,
+    pairs: np.ndarray,
+    scoring: np.ndarray,
+    head: np.ndarray,
+) -> Flops:
+    """MACs of tokens and attention pairs, both summed over layers, and of ``head`` tokens at the LM head."""
+    heads, kv_heads = g.heads * g.head_size, g.kv_heads * g.head_size
     return Flops(
-        vision_tower=tower,
-        projector=projector,
-        projections=tokens.sum(1) * (2 * g.hidden * heads + 2 * g.hidden * kv_heads),
-        ffn=tokens.sum(1) * 3 * g.hidden * g.intermediate,
-        attention=trace.attention_pairs().double().numpy().sum(1) * 2 * heads,
-        lm_head=(tokens[:, -1] if logits is None else np.full(len(tokens), float(logits))) * g.hidden * g.vocabulary,
-        scoring=trace.scoring_macs().double().numpy().sum(1),
+        vision_tower=vision[0],
+        projector=vision[1],
+        projections=tokens * (2 * g.hidden * heads + 2 * g.hidden * kv_heads),
+        ffn=tokens * 3 * g.hidden * g.intermediate,
+        attention=pairs * 2 * heads,
+        lm_head=head * g.hidden * g.vocabulary,
+        scoring=scoring,
     )
 
 

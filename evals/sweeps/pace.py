@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ...engine import prune
 from ...methods import load_method
 from ...models import LoadedModel
-from ..answers.generate import Bridge, requests
+from ..answers.generate import Bridge, questions
 from ..compute.timing import time_prefill
 from ..tasks import lmms_eval
 from ..tasks.tasks import Task
@@ -28,14 +28,14 @@ class Pace(NamedTuple):
 def pace(loaded: LoadedModel, task: Task, config: SweepConfig) -> Pace:
     """Answer the first batch of a task with the dense model, twice, and time the second time."""
     size, _ = task.size(config.limit_of(task.name))
-    asked = requests(task, min(config.batch_size, size))
+    batch = questions(task, min(config.batch_size, size))
     with lmms_eval.quiet(), prune(loaded.model, load_method(DENSE)) as session:
         for _ in range(2):
             bridge = Bridge(loaded, session, task, config.batch_size)
             started = time.perf_counter()
-            bridge.generate_until(asked)
+            bridge.answer(batch)
             seconds = time.perf_counter() - started
-    return Pace(seconds / len(asked), _prefill(loaded, task, config))
+    return Pace(seconds / len(batch), _prefill(loaded, task, config))
 
 
 def _prefill(loaded: LoadedModel, task: Task, config: SweepConfig) -> float:

@@ -100,11 +100,19 @@ class VisualTokens(Record):
 
 
 class Compute(Record):
-    """Executed multiply-adds (MACs, the papers' FLOPs) of one prefill: mean and standard deviation over questions."""
+    """Executed multiply-adds (MACs, the papers' FLOPs) of one prefill.
+
+    ``macs``, ``macs_sd``, ``components``: of each question alone, mean (and standard deviation) over questions.
+    ``batch_macs``: mean over questions of the column ``batch_macs`` (:class:`~visibench.results.store.samples.Answer`):
+    all that the batches executed, rows padded to the longest of their batch, divided by the questions. It is at least
+    ``macs``, and depends on the batch size and on which questions came together. None in files of early versions, and
+    where some answers came from one.
+    """
 
     macs: float
     macs_sd: float
     components: dict[str, float]
+    batch_macs: float | None = None
 
 
 class PrefillTime(Record):
@@ -141,24 +149,20 @@ class Environment(Record):
     code: dict[str, Any] = {}
 
 
-class CellMetrics(Record):
-    """The outcome of a cell.
+class Outcome(Record):
+    """What one method did on one task: all of :class:`CellMetrics` that its answers give.
 
-    ``config_hash`` ties it to its configuration. ``size`` questions of ``total`` were asked. ``metrics`` are
-    lmms-eval's by its own keys; ``categories`` the mean per-question score by category; ``seconds`` wall times.
-    ``remarks``: what a reader must know of this cell beside the numbers. ``nonfinite``: questions for which some step
-    gave logits that are NaN or infinite. ``reused_images``: images whose vision features were kept from an earlier
-    batch, attempt or cell: ``seconds`` and latency leave out that work, ``compute`` and ``prefill`` do not. It is
-    history of the run, as times are: it depends on what the process ran before, and differs after a restart.
-    ``data_hash`` covers the questions, targets and pixels used, ``samples_hash`` the file of samples, ``checksum`` all
-    the rest of this record; both are empty in files of early versions. Schema 1 is read too: its samples lack latency
-    and dense agreement, which are null then.
+    ``size`` questions of ``total`` were asked; ``note`` says if that differs from the limit. ``scores``: the task's
+    headline metrics. ``metrics`` are lmms-eval's by its own keys; ``categories`` the mean per-question score by
+    category, for tasks that have categories. ``generation``: how answers were generated. ``seconds``: wall times,
+    ``answer`` for preparing inputs and generating, ``generate`` for generating alone, ``total`` with lmms-eval's
+    scoring. ``remarks``: what a reader must know of this cell beside the numbers. ``nonfinite``: questions for which
+    some step gave logits that are NaN or infinite. ``reused_images``: images whose vision features were kept from an
+    earlier batch, attempt or cell: ``seconds`` and latency leave out that work, ``compute`` and prefill times do not.
+    It is history of the run, as times are: it depends on what the process ran before, and differs after a restart.
+    ``data_hash`` covers the questions, targets and pixels used.
     """
 
-    schemas: ClassVar[tuple[int, ...]] = (1, METRICS_SCHEMA)
-
-    schema_version: Literal[1, 2] = METRICS_SCHEMA
-    config_hash: str
     size: int
     total: int
     note: str = ""
@@ -170,10 +174,24 @@ class CellMetrics(Record):
     categories: dict[str, float] = {}
     visual_tokens: VisualTokens
     compute: Compute
-    prefill: PrefillTime | None = None
     generation: dict[str, Any]
     seconds: dict[str, float]
     data_hash: str
+
+
+class CellMetrics(Outcome):
+    """The outcome of a cell as it is stored.
+
+    ``config_hash`` ties it to its configuration. ``samples_hash`` covers the file of samples, ``checksum`` all the rest
+    of this record; both are empty in files of early versions. Schema 1 is read too: its samples lack latency and dense
+    agreement, which are null then.
+    """
+
+    schemas: ClassVar[tuple[int, ...]] = (1, METRICS_SCHEMA)
+
+    schema_version: Literal[1, 2] = METRICS_SCHEMA
+    config_hash: str
+    prefill: PrefillTime | None = None
     environment: Environment
     samples_hash: str = ""
     checksum: str = ""

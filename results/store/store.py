@@ -44,8 +44,13 @@ KINDS = {
     "answer": None,
     "score": "fiub",
 }
-# Columns that cells of schema 1 lack: the type in which they hold nulls, and the kinds that they may have.
-LATER = {"latency_ms": ("float64", "f"), "batch_questions": ("Int64", "iu"), "dense_agreement": ("boolean", "b")}
+# Columns that early cells lack: the type in which they hold nulls, and the kinds that they may have.
+LATER = {
+    "latency_ms": ("float64", "f"),
+    "batch_questions": ("Int64", "iu"),
+    "batch_macs": ("float64", "f"),
+    "dense_agreement": ("boolean", "b"),
+}
 AnyRecord = TypeVar("AnyRecord", CellConfig, CellMetrics)
 
 

@@ -94,3 +94,26 @@ def test_dropping_features_saves_projector_work(llava):
     with visibench.prune(llava, VisionProbe(merge=True, positions="renumber")) as session:
         llava(**sample)
     assert flops.executed(session.trace, session.geometry).projector.tolist() == [2 * 9 * (32 * 48 + 48 * 48)]
+
+
+@pytest.fixture(scope="module")
+def eager():
+    return make_llava(kv_heads=1, attention="eager")
+
+
+@pytest.mark.parametrize("method", CASES, ids=str)
+def test_torch_flop_counter_agrees_on_a_batch_of_uneven_rows(eager, method):
+    """What the batch executed, padding included; that of the rows alone is no more, and the same for one row."""
+    rows = make_batch([(5, 9, 1), (3, 14, 2), (7, 4, 1), (6, 9, 0)])
+    with (
+        visibench.prune(eager, method) as session,
+        FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter,
+    ):
+        eager(**collate(rows[:3] if method.name == "probe" else rows), logits_to_keep=1)
+    together = flops.executed_by_batch(session.trace, session.geometry).total()[0]
+    assert together == counter.get_total_flops() / 2
+    assert together > sum(flops.executed(session.trace, session.geometry).total())
+    with visibench.prune(eager, method) as session:
+        eager(**rows[0])
+    alone = flops.executed(session.trace, session.geometry).total()
+    assert flops.executed_by_batch(session.trace, session.geometry).total() == alone

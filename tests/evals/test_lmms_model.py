@@ -68,7 +68,7 @@ def ask(arguments, tasks, definitions, tmp_path, **options):
 
 def same(results, samples, result):
     """Whether lmms-eval's results and logged answers of a task are those of ``result``."""
-    named = {f"{key},none": value for key, value in result.metrics.items()}
+    named = {f"{key},none": value for key, value in result.outcome.metrics.items()}
     assert named
     assert {key: results[key] for key in named} == named
     assert [sample["doc_id"] for sample in samples] == result.samples["doc_id"].tolist()
@@ -176,12 +176,12 @@ def test_mistakes_end_in_one_line(arguments, options, message, capsys):
 
 def test_each_rank_takes_its_own_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert lmms_model._own("auto") == "auto"  # one rank: as load_model decides
+    assert lmms_model._of_this_rank("auto") == "auto"  # one rank: as load_model decides
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert [lmms_model._own(device) for device in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
+    assert [lmms_model._of_this_rank(device) for device in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
     with pytest.raises(OptionError, match="one GPU"):
-        lmms_model._own("cuda:0")
+        lmms_model._of_this_rank("cuda:0")
 
 
 def test_mistakes_raise_in_python():

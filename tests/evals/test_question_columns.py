@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import visibench
 from rich.console import Console
@@ -73,6 +74,67 @@ def hold():
         holder.wait()
 
 
+# ---- the files ----------------------------------------------------------------------------------------------------
+
+COLUMNS = """task large_string, doc_id int64, question_id large_string, image large_string, category large_string,
+prompt large_string, target large_string, output large_string, answer large_string, score double, prompt_tokens int64,
+new_tokens int64, prompt_visual_tokens int64, visual_tokens list<element: int64>, kv_lengths list<element: int64>,
+executed_macs double, kept large_string, nonfinite bool, latency_ms double, batch_questions int64, places large_string,
+batch_macs double, dense_agreement bool"""
+ANSWER = """prompt output pixels prompt_tokens new_tokens prompt_visual_tokens visual_tokens kv_lengths executed_macs
+kept nonfinite latency_ms batch_questions places batch_macs"""
+METRICS = """schema_version config_hash size total note remarks nonfinite reused_images scores metrics categories
+visual_tokens compute prefill generation seconds data_hash environment samples_hash checksum"""
+
+
+def test_what_is_written_of_a_cell_keeps_its_names_and_types(loaded, pope, tmp_path):
+    """Run folders outlive versions: names and types stay, and what is added comes behind."""
+    spec, store = CellSpec(asked(), DENSE, asked()), Store(tmp_path)
+    with suppress(KeyboardInterrupt):
+        cell.run_cell(loaded, spec, pope, store, interrupt)
+    head, line = map(json.loads, (store.path(asked()) / "answers.jsonl").read_text().splitlines())
+    assert (head["version"], list(head)) == (2, ["version", "bound"])
+    assert set(line) == set("asked records components seconds reused smaller hardware failures".split())
+    assert list(next(iter(line["records"].values()))) == ANSWER.split()
+    folder = cell.run_cell(loaded, spec, pope, store).path
+    schema = pq.read_schema(folder / "samples.parquet")
+    assert [f"{field.name} {field.type}" for field in schema] == COLUMNS.replace("\n", " ").split(", ")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert set(metrics) == set(METRICS.split())
+    assert set(metrics["compute"]) == {"macs", "macs_sd", "components", "batch_macs"}
+    assert set(json.loads((folder / "config.json").read_text())) == set(CellConfig.model_fields)
+
+
+def test_files_that_lack_what_was_added_are_read(loaded, pope, tmp_path):
+    """Answers of before what a batch executes was recorded go on; a cell of them does not say it, nor does its mean."""
+    spec, store = CellSpec(asked(), DENSE), Store(tmp_path)
+    with suppress(KeyboardInterrupt):
+        cell.run_cell(loaded, spec, pope, store, interrupt)
+    file = store.path(asked()) / "answers.jsonl"
+    head, line = map(json.loads, file.read_text().splitlines())
+    for record in line["records"].values():
+        del record["batch_macs"]
+    file.write_text(json.dumps(head) + "\n" + json.dumps(line) + "\n")
+    resumed = cell.run_cell(loaded, spec, pope, store)
+    assert resumed.samples()["batch_macs"].isna().sum() == len(line["records"]) == 3
+    assert resumed.metrics.compute.batch_macs is None
+
+    old = json.loads((resumed.path / "metrics.json").read_text())
+    del old["compute"]["batch_macs"]
+    old["samples_hash"] = old["checksum"] = ""
+    (resumed.path / "metrics.json").write_text(json.dumps(old))
+    pd.read_parquet(resumed.path / "samples.parquet").drop(columns="batch_macs").to_parquet(
+        resumed.path / "samples.parquet", index=False
+    )
+    (back,) = Store(tmp_path).cells()
+    assert back.samples()["batch_macs"].isna().all()
+    assert back.metrics.compute.batch_macs is None
+
+
+def interrupt(questions):
+    raise KeyboardInterrupt
+
+
 # ---- latency ------------------------------------------------------------------------------------------------------
 
 
@@ -133,11 +195,8 @@ def test_the_clock_is_read_without_waiting_for_the_device(loaded, pope, tmp_path
 def test_a_cell_that_goes_on_keeps_the_times_measured(loaded, pope, tmp_path):
     store = Store(tmp_path)
 
-    def stop(questions):
-        raise KeyboardInterrupt
-
     with suppress(KeyboardInterrupt):
-        cell.run_cell(loaded, CellSpec(asked(), DENSE), pope, store, stop)
+        cell.run_cell(loaded, CellSpec(asked(), DENSE), pope, store, interrupt)
     (_, line) = (store.path(asked()) / "answers.jsonl").read_text().splitlines()
     kept = {int(doc): record["latency_ms"] for doc, record in json.loads(line)["records"].items()}
     samples = cell.run_cell(loaded, CellSpec(asked(), DENSE), pope, store).samples().set_index("doc_id")["latency_ms"]

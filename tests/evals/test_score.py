@@ -11,7 +11,8 @@ import pytest
 import torch
 import visibench
 from visibench.errors import DataError, InputError, OptionError, UnknownNameError
-from visibench.evals.answers.score import DEFAULT_MAX_NEW_TOKENS, evaluate
+from visibench.evals.answers.generate import DEFAULT_MAX_NEW_TOKENS
+from visibench.evals.answers.score import evaluate
 from visibench.evals.tasks import tasks as tasks_module
 from visibench.evals.tasks.tasks import TASKS, load_tasks
 
@@ -41,24 +42,24 @@ def test_constant_answers_get_the_known_scores(layout, loaded, request):
     for task in load_tasks(list(CONSTANT), str(request.getfixturevalue(layout))):
         loaded.decode = lambda ids, answer=CONSTANT[task.name]: [answer] * len(ids)
         result = evaluate(loaded, DENSE, task, batch_size=3)
-        assert result.metrics == pytest.approx(KNOWN[task.name])
-        assert [score.key for score in result.scores] == [metric.key for metric in TASKS[task.name].metrics]
-        assert (result.size, result.total, result.note) == (8, 8, "")
-    assert result.categories == {"adversarial": 2 / 3, "popular": 1 / 3, "random": 0.5}
+        assert result.outcome.metrics == pytest.approx(KNOWN[task.name])
+        assert [score.key for score in result.outcome.scores] == [metric.key for metric in TASKS[task.name].metrics]
+        assert (result.outcome.size, result.outcome.total, result.outcome.note) == (8, 8, "")
+    assert result.outcome.categories == {"adversarial": 2 / 3, "popular": 1 / 3, "random": 0.5}
 
 
 def test_answers_end_at_the_tasks_stop_string(loaded, disk_data):
     loaded.decode = lambda ids: ["yes\n\nand more"] * len(ids)
     result = evaluate(loaded, DENSE, task("pope", disk_data))
-    assert result.metrics == pytest.approx(KNOWN["pope"])
+    assert result.outcome.metrics == pytest.approx(KNOWN["pope"])
     assert set(result.samples["output"]) == {"yes\n\nand more"}
     assert set(result.samples["answer"]) == {"yes"}
 
 
 def test_maximum_of_mme_counts_perception_categories(loaded, disk_data):
     loaded.decode = lambda ids: ["yes"] * len(ids)
-    assert evaluate(loaded, DENSE, task("mme", disk_data)).scores[0].maximum == 600
-    assert evaluate(loaded, DENSE, task("mme", disk_data), limit=2).scores[0].maximum == 200
+    assert evaluate(loaded, DENSE, task("mme", disk_data)).outcome.scores[0].maximum == 600
+    assert evaluate(loaded, DENSE, task("mme", disk_data), limit=2).outcome.scores[0].maximum == 200
 
 
 def test_each_answer_goes_to_its_own_question(loaded, disk_data):
@@ -87,9 +88,30 @@ def test_batches_answer_like_single_questions(spec, loaded, disk_data):
     method, pope = visibench.load_method(**spec), task("pope", disk_data)
     one, many = (evaluate(loaded, method, pope, batch_size=size).samples for size in (1, 5))
     assert one["output"].nunique() > 2
-    own = ["executed_macs", "latency_ms", "batch_questions"]
-    assert one.drop(columns=own).equals(many.drop(columns=own))
+    differ = ["executed_macs", "batch_macs", "latency_ms", "batch_questions"]
+    assert one.drop(columns=differ).equals(many.drop(columns=differ))
     np.testing.assert_allclose(one["executed_macs"], many["executed_macs"])
+    assert one["batch_macs"].equals(one["executed_macs"]), "a batch of one is not padded"
+
+
+def test_what_a_batch_executed_is_that_of_its_longest_row_for_all(loaded, disk_data):
+    """Each batch's sum is the multiply-adds of a dense prefill of rows that are all as long as its longest prompt."""
+    result = evaluate(loaded, DENSE, task("gqa", disk_data), batch_size=8)
+    samples, g = result.samples, loaded.geometry
+    weights = 2 * g.hidden * g.heads * g.head_size + 2 * g.hidden * g.kv_heads * g.head_size
+    weights += 3 * g.hidden * g.intermediate
+    uneven = False
+    for _, batch in samples.groupby("latency_ms"):
+        shortfall = batch["prompt_tokens"].max() - batch["prompt_tokens"]
+        width = batch["prompt_tokens"].max()
+        pairs = width**2 - batch["prompt_tokens"] ** 2
+        padding = g.layers * (shortfall * weights + pairs * 2 * g.heads * g.head_size)
+        assert batch["batch_macs"].nunique() == 1
+        assert batch["batch_macs"].sum() == pytest.approx((batch["executed_macs"] + padding).sum(), rel=1e-12)
+        uneven |= bool(shortfall.any())
+    assert uneven
+    assert result.outcome.compute.batch_macs == pytest.approx(samples["batch_macs"].mean())
+    assert result.outcome.compute.batch_macs > result.outcome.compute.macs
 
 
 def test_dense_answers_are_those_of_plain_generate(loaded, disk_data):
@@ -145,19 +167,21 @@ def test_kept_names_the_tokens_that_one_question_alone_keeps(loaded, disk_data):
 
 def test_cap_on_new_tokens_is_the_tasks_own_or_recorded(loaded, disk_data):
     for name, cap in {"gqa": 16, "pope": 128, "textvqa_val": DEFAULT_MAX_NEW_TOKENS}.items():
-        generation = evaluate(loaded, DENSE, task(name, disk_data), limit=1).generation
+        generation = evaluate(loaded, DENSE, task(name, disk_data), limit=1).outcome.generation
         assert generation["max_new_tokens"] == cap
         assert generation["do_sample"] is False
 
 
 def test_data_hash_follows_questions_and_pixels(loaded, disk_data, hub_data, tmp_path):
-    digest = evaluate(loaded, DENSE, task("pope", disk_data)).data_hash
-    assert evaluate(loaded, visibench.load_method("random", keep=0.5), task("pope", hub_data)).data_hash == digest
-    assert evaluate(loaded, DENSE, task("pope", disk_data), limit=7).data_hash != digest
+    digest = evaluate(loaded, DENSE, task("pope", disk_data)).outcome.data_hash
+    assert (
+        evaluate(loaded, visibench.load_method("random", keep=0.5), task("pope", hub_data)).outcome.data_hash == digest
+    )
+    assert evaluate(loaded, DENSE, task("pope", disk_data), limit=7).outcome.data_hash != digest
     rows = hubdata.tables()["POPE"][1]
     rows = rows.map(lambda row, i: row | {"image": hubdata.picture("pink")} if i == 7 else row, with_indices=True)
     hubdata.save_to_disk(tmp_path, POPE=rows.cast(hubdata.FEATURES["POPE"]))
-    assert evaluate(loaded, DENSE, task("pope", tmp_path)).data_hash != digest
+    assert evaluate(loaded, DENSE, task("pope", tmp_path)).outcome.data_hash != digest
 
 
 def test_limit_of_mme_is_raised_to_whole_pairs(loaded, disk_data):
@@ -166,8 +190,8 @@ def test_limit_of_mme_is_raised_to_whole_pairs(loaded, disk_data):
     assert mme.size(4) == (4, "")
     assert mme.size(3) == (4, "limit 3 raised to 4: MME scores pairs of questions")
     result = evaluate(loaded, DENSE, mme, limit=5)
-    assert result.size == 6
-    assert result.note
+    assert result.outcome.size == 6
+    assert result.outcome.note
     assert task("pope", disk_data).size(100) == (8, "")
 
 
@@ -258,7 +282,7 @@ def test_hub_data_by_name(hub_data, loaded, monkeypatch):
     loaded.decode = lambda ids: ["yes"] * len(ids)
     for task in load_tasks(["gqa", "pope"], "hub"):
         assert task.origin == "hub"
-        assert evaluate(loaded, DENSE, task).metrics == pytest.approx(KNOWN[task.name])
+        assert evaluate(loaded, DENSE, task).outcome.metrics == pytest.approx(KNOWN[task.name])
     # No login is asked for, and GQA's images are opened once, not copied for every question.
     assert asked == [("lmms-lab-encoder/GQA", None)] * 2 + [("lmms-lab-encoder/POPE", None)]
 

@@ -81,11 +81,11 @@ def test_samples_of_an_evaluation_give_its_scores(name, loaded, disk_data):
     loaded.decode = lambda ids: list(rng.choice(["yes", "Yes.", "no", "a dog"], len(ids)))
     (task,) = load_tasks([name], str(disk_data))
     result = evaluate(loaded, visibench.load_method("none"), task)
-    known = [key for key in result.metrics if key in METRICS or key in ("exact_match", "pope_accuracy")]
-    assert {score.key for score in result.scores} <= set(known)
+    known = [key for key in result.outcome.metrics if key in METRICS or key in ("exact_match", "pope_accuracy")]
+    assert {score.key for score in result.outcome.scores} <= set(known)
     for key in known:
-        assert reproduces(key, result.samples, result.metrics[key])
-        assert not reproduces(key, result.samples, result.metrics[key] + 0.01)
+        assert reproduces(key, result.samples, result.outcome.metrics[key])
+        assert not reproduces(key, result.samples, result.outcome.metrics[key] + 0.01)
 
 
 def test_cognition_is_what_lmms_eval_says():

@@ -17,13 +17,14 @@ from visibench.errors import IncompleteError, StorageError
 from visibench.evals.answers import generate
 from visibench.evals.answers.cell import run_cell
 from visibench.evals.answers.cell_spec import CellSpec
-from visibench.evals.answers.checkpoint import Answers, Batch, Record
+from visibench.evals.answers.checkpoint import Answers, Batch
 from visibench.evals.answers.generate import HOPELESS, Bridge, Nonfinite, answer
 from visibench.evals.sweeps.config import parse_config
 from visibench.evals.sweeps.sweep import sweep
 from visibench.evals.tasks.tasks import load_tasks
 from visibench.methods import Budgeted, Forward, Keep, top
 from visibench.results.store.records import CellConfig
+from visibench.results.store.samples import Answer
 from visibench.results.store.store import Store
 from visibench.results.tables.render import render
 from visibench.results.tables.tables import build
@@ -139,8 +140,20 @@ def test_changed_images_never_mix(loaded, pope, tmp_path, ran):
 
 
 def made(number) -> Batch:
-    record = Record(
-        f"is it {number}?", "ja\u2028nein\r\n", "p", 9, 1, 4, [4, 2], [9, 7], 0.1 + number, "8A==", False, 7.5, 1
+    record = Answer(
+        prompt=f"is it {number}?",
+        output="ja\u2028nein\r\n",
+        pixels="p",
+        prompt_tokens=9,
+        new_tokens=1,
+        prompt_visual_tokens=4,
+        visual_tokens=[4, 2],
+        kv_lengths=[9, 7],
+        executed_macs=0.1 + number,
+        kept="8A==",
+        nonfinite=False,
+        latency_ms=7.5,
+        batch_questions=1,
     )
     return Batch(f"key{number}", {number: record}, {"ffn": 0.1 + number}, hardware="cpu")
 

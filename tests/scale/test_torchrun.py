@@ -57,7 +57,7 @@ def test_each_rank_answers_its_share_and_all_are_found(two, checkpoint, disk_dat
     asked, run = [], generate.Bridge._run
 
     def spy(bridge, chunk):
-        asked.append((id(bridge.loaded), [arguments[3] for arguments in chunk]))
+        asked.append((id(bridge.loaded), [question.doc_id for question in chunk]))
         return run(bridge, chunk)
 
     method = parse("random:keep=0.25,seed=3")
