@@ -63,18 +63,37 @@ def _print(report: Report) -> None:
     Console(width=width(), highlight=False).print(grid)
     blind = sum(metric.verdict.detectable is None for cell in report.cells for metric in cell.metrics)
     print(
-        f"p: one-sided, paired by image, Holm over {report.tests} tests; below {ALPHA} a drop is shown.\nDetectable: a "
-        f"true drop shown with about 80 % power or more; {blind} (–) have too low a score or too few images for any."
+        f"p: one-sided, paired by image, below {ALPHA} a drop is shown; half of that is for the run as a whole, half\n"
+        f"for its {report.tests} tests by cell (Holm). Detectable: a true drop shown with about 80 % power or more;\n"
+        f"{blind} (–) have too low a score or too few images for any."
     )
+    print(_whole(report.whole))
     for cell in report.cells:
         for line in _changes(cell):
             print(line)
     failed = [cell for cell in report.cells if cell.failed]
     could = "no drop of a score is shown" if blind < report.tests else "none of their scores could have shown a drop"
+    parts = [f"{len(failed)} of {len(report.cells)} cells"] * bool(failed)
+    parts += ["the run as a whole"] * report.whole.verdict.dropped
     print(
-        f"FAIL: {len(failed)} of {len(report.cells)} cells."
-        if failed
-        else f"PASS: {len(report.cells)} cells keep and compute the same; {could}."
+        f"PASS: {len(report.cells)} cells keep and compute the same; {could}."
+        if report.passed
+        else f"FAIL: {' and '.join(parts)}."
+    )
+
+
+def _whole(change: MetricChange) -> str:
+    """The test of the run as a whole, in a line."""
+    c = change.verdict.comparison
+    before, now, difference, low, high = (
+        f"{100 * value:.2f}" for value in (change.before, change.now, c.difference, c.low, c.high)
+    )
+    known = change.verdict.detectable
+    sees = "it can show no drop" if known is None else f"a drop of {100 * known:.2f} in all cells at once is detectable"
+    return (
+        f"{'FAIL' if change.verdict.dropped else '  ok'} the run as a whole: {change.title} {before} %, now {now}, "
+        f"change {difference} [{low}, {high}],\n     p {change.verdict.p_holm:.4f}, {c.questions} questions about "
+        f"{c.images} images; {sees}."
     )
 
 

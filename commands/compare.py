@@ -23,6 +23,12 @@ def compare(
     first: Annotated[str, typer.Argument(metavar="A", help=_SIDE)],
     second: Annotated[str, typer.Argument(metavar="B", help="The same for the method to compare with.")],
     show: Annotated[int, typer.Option("--show", min=0, help="Questions to list where the scores differ.")] = 20,
+    margin: Annotated[
+        float | None,
+        typer.Option(
+            metavar="PERCENT", help="Also test whether they differ by less than this, in % of the best score."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare two methods on the same questions: differences with intervals, tests, and where they disagree."""
@@ -30,8 +36,10 @@ def compare(
 
     from ..results.statistics.paired import pair
 
+    if margin is not None and not 0 < margin < 100:
+        raise OptionError(f"--margin {margin:g} is no share of a score: give percent above 0 and below 100, such as 2")
     sides = [_cells(first), _cells(second)]
-    result = pair(sides[0], sides[1])
+    result = pair(sides[0], sides[1], None if margin is None else margin / 100)
     if as_json:
         print(to_json(result, indent=1, inf_nan_mode="null").decode())
         return
@@ -87,6 +95,9 @@ def _print(result: Pairing, show: int) -> None:
         "In brackets: 95 % interval, clustered by image. Detectable: the smallest true difference that these\n"
         "questions show with about 80 % power, one test at α = 0.05; – where they can show none."
     )
+    for metric in result.metrics:
+        if result.margin is not None:
+            print(_equivalence(metric, result.margin))
     if result.agreement:
         print(f"Both answer alike on {100 * result.agreement.value:.1f} % of questions.")
     apart = f"{scores.better + scores.worse} questions tell them apart: A scores higher on {scores.better}, "
@@ -100,6 +111,14 @@ def _print(result: Pairing, show: int) -> None:
         print(f"  {row['question_id']}  {question}  {target!r}: {', '.join(said)}")
     if len(result.discordant) > show:
         print(f"  and {len(result.discordant) - show} more: --show N lists more, --json all.")
+
+
+def _equivalence(metric: PairedMetric, margin: float) -> str:
+    """Whether two one-sided tests show that a difference is within the margin."""
+    within = f"{metric.title}: a difference of less than {100 * margin:g} % of the best score"
+    if metric.p_equivalent is None:
+        return f"{within} cannot be tested: too few images, or no best score."
+    return f"{within} is {'' if metric.equivalent else 'not '}shown (two one-sided tests, p {metric.p_equivalent:.4f})."
 
 
 def _line(metric: PairedMetric) -> list[str]:

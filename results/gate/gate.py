@@ -3,9 +3,14 @@
     what a prefill kept and computed   deterministic: one question that differs fails the gate
     what was answered                  rounding may change it: only a drop of a score that is shown fails the gate
 
-A drop is shown by the paired tests of :mod:`~visibench.results.statistics.comparison`, one-sided, under Holm's
-adjustment over all cells × metrics: a run without any drop fails with at most 5 % probability, however many tests there
-are.
+A drop is shown by the paired tests of :mod:`~visibench.results.statistics.comparison`, one-sided: one of the run as a
+whole, which sees a small drop in many cells at once, and one of each cell × metric, which sees where. A run without any
+drop fails with at most 5 % probability, however many tests there are: half of that is for the run as a whole, the other
+half, by Holm's adjustment, for the cells.
+
+The run as a whole is tested on the mean score of all questions of all cells, each a share of the best. An image counts
+once, with all that was asked about it in all cells of its task: where methods fall together on an image, that is one
+thing that happened, not many.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ import pandas as pd
 
 from ...errors import DataError
 from ..statistics.comparison import Comparison, compare, flips_for, holm
-from ..statistics.metrics import Measured
+from ..statistics.metrics import Measured, measure
 from ..statistics.power import ALPHA, detectable
 from ..store.records import CellConfig
 from ..store.store import Cell
@@ -42,12 +47,16 @@ IF_MEANT = "if the change is meant, write a new baseline with --update"
 _ELSEWHERE = {"label", "task", "seed", "model", "checkpoint", "origin", "options", "device", "timing"}
 
 
+SHARES = 2
+"""How many parts of 5 % there are: the run as a whole, and its cells."""
+
+
 @dataclass(frozen=True)
-class Verdict:
+class DropTest:
     """``comparison``: now minus before, in the metric's units. ``p_drop``: one-sided; ``p_holm``: over all tests.
 
-    ``detectable``: a true drop that :func:`~visibench.results.statistics.power.detectable` says is shown; None if none
-    can be.
+    ``detectable``: a true drop that :func:`~visibench.results.statistics.power.detectable` says is shown at the level
+    of ``p_holm``; None if none can be.
     """
 
     comparison: Comparison
@@ -70,7 +79,7 @@ class MetricChange:
     maximum: float | None
     before: float
     now: float
-    verdict: Verdict
+    verdict: DropTest
 
 
 @dataclass(frozen=True)
@@ -103,10 +112,14 @@ class CellChange:
 
 @dataclass(frozen=True)
 class Report:
-    """The outcome of the gate. ``notes``: what differs and does not count."""
+    """The outcome of the gate. ``whole``: mean scores of the run, as shares of the best, ``before`` and ``now``.
+
+    ``tests``: of cells × metrics. ``notes``: what differs and does not count.
+    """
 
     passed: bool
     tests: int
+    whole: MetricChange
     cells: list[CellChange]
     notes: list[str]
 
@@ -128,7 +141,7 @@ def check(cells: Sequence[Cell], baseline: Baseline) -> Report:
         for name, before, then, now in pairs
         for old, new in zip(before.metrics, run[name].metrics.scores, strict=True)
     ]
-    verdicts = iter(judge(scores))
+    drops = iter(drops_of_cells(scores))
     changes = [
         CellChange(
             name=name,
@@ -137,23 +150,51 @@ def check(cells: Sequence[Cell], baseline: Baseline) -> Report:
             answers=int((then["answer"] != now["answer"]).sum()),
             facts=_facts(before, now),
             metrics=[
-                MetricChange(old.key, old.title, old.maximum, old.value, new.value, next(verdicts))
+                MetricChange(old.key, old.title, old.maximum, old.value, new.value, next(drops))
                 for old, new in zip(before.metrics, run[name].metrics.scores, strict=True)
             ],
         )
         for name, before, then, now in pairs
     ]
-    return Report(not any(change.failed for change in changes), len(scores), changes, _notes(baseline, run))
+    whole = _whole([(before.config.task, then, now) for _, before, then, now in pairs])
+    passed = not whole.verdict.dropped and not any(change.failed for change in changes)
+    return Report(passed, len(scores), whole, changes, _notes(baseline, run))
 
 
-def judge(pairs: Sequence[tuple[Measured, Measured]]) -> list[Verdict]:
+def drops_of_cells(pairs: Sequence[tuple[Measured, Measured]]) -> list[DropTest]:
     """Has any of these metrics dropped? Each before and now, on the same questions; all are one family of tests."""
-    compared = [compare(now, before, flips_for(len(pairs))) for before, now in pairs]
+    tests = SHARES * len(pairs)
+    compared = [compare(now, before, flips_for(tests)) for before, now in pairs]
     drops = [p_drop(comparison) for comparison in compared]
     return [
-        Verdict(comparison, p, adjusted, detectable(comparison.error, before, sides=1, tests=len(pairs)))
+        DropTest(comparison, p, min(1.0, SHARES * adjusted), detectable(comparison.error, before, sides=1, tests=tests))
         for (before, _), comparison, p, adjusted in zip(pairs, compared, drops, holm(drops), strict=True)
     ]
+
+
+def drop_of_run(before: Measured, now: Measured) -> DropTest:
+    """Has the run as a whole dropped? Its mean score before and now."""
+    comparison = compare(now, before)
+    p = p_drop(comparison)
+    return DropTest(comparison, p, min(1.0, SHARES * p), detectable(comparison.error, before, sides=1, tests=SHARES))
+
+
+def _whole(cells: Sequence[tuple[str, pd.DataFrame, pd.DataFrame]]) -> MetricChange:
+    """The mean score of all questions of all ``cells``, each with its task, its samples before and now."""
+    best: dict[str, float] = {}
+    for task, *sides in cells:
+        best[task] = max(best.get(task, 1.0), *(float(side["score"].abs().max()) for side in sides))
+    before, now = (_pooled([(task, sides[side], best[task]) for task, *sides in cells]) for side in (0, 1))
+    return MetricChange("score", "mean score of all questions", 1.0, before.value, now.value, drop_of_run(before, now))
+
+
+def _pooled(cells: Sequence[tuple[str, pd.DataFrame, float]]) -> Measured:
+    """The questions of all ``cells`` as those of one, each with its task, samples and best score."""
+    frames = [
+        samples.assign(image=task + "/" + samples["image"].astype(str), score=samples["score"] / best)
+        for task, samples, best in cells
+    ]
+    return measure("score", [pd.concat(frames, ignore_index=True)], maximum=1.0)
 
 
 def p_drop(comparison: Comparison) -> float:

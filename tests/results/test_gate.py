@@ -124,7 +124,34 @@ def test_a_drop_fails_only_if_it_is_shown(lost, passes, run, right, stored, cli,
     assert (code, err) == (0 if passes else 1, "")
     assert ("FAIL fastv · gqa · seed 0: exact match dropped" in out) is not passes
     assert ("ok fastv · gqa · seed 0:" in out) is passes
-    assert out.count("FAIL") == (0 if passes else 2)
+    assert ("FAIL the run as a whole" in out) is not passes
+    assert out.count("FAIL") == (0 if passes else 3)
+
+
+def test_a_small_drop_in_all_cells_fails_the_run_as_a_whole(tmp_path, cli):
+    """Ten of 120 answers lost in each of 20 cells, on other images each: no cell shows it by itself."""
+    rng = np.random.default_rng(6)
+    answers = {f"m{i}": (rng.random((IMAGES, EACH)) < 0.8).astype(int) for i in range(20)}
+    after = {label: scores.copy() for label, scores in answers.items()}
+    for scores in after.values():
+        hit = rng.permutation(np.argwhere(scores == 1))[:10]
+        scores[tuple(hit.T)] = 0
+        hit = rng.permutation(np.argwhere(scores == 0))[:3]
+        scores[tuple(hit.T)] = 1
+    baselines.save(baselines.baseline_of(store_run(tmp_path / "run", answers).cells()), tmp_path / "b.json")
+    root = store_run(tmp_path / "after", after).root
+    report = json.loads(cli("check", root, "--baseline", "b.json", "--json")[1])
+    assert not report["passed"]
+    assert not any(metric["verdict"]["p_holm"] < ALPHA for cell in report["cells"] for metric in cell["metrics"])
+    whole = report["whole"]
+    assert whole["verdict"]["p_holm"] < ALPHA
+    comparison = whole["verdict"]["comparison"]
+    assert (comparison["questions"], comparison["images"]) == (20 * IMAGES * EACH, IMAGES)
+    lost = sum(after[label].mean() - answers[label].mean() for label in answers) / 20
+    assert comparison["difference"] == whole["now"] - whole["before"] == pytest.approx(lost)
+    code, out, _ = cli("check", root, "--baseline", "b.json")
+    assert code == 1
+    assert "FAIL: the run as a whole." in out
 
 
 def test_a_rise_is_no_drop(run, right, stored, tmp_path):
@@ -174,19 +201,12 @@ def test_versions_and_options_of_one_side_are_noted_and_pass(run, right, stored)
 # ---- methods that break -------------------------------------------------------------------------------------------
 
 
-class LowestFirst(fastv.FastVForward):
-    """Drops what the last prompt token attends to most."""
-
-    def layer_input(self, layer, view):
-        if self.scores is not None and layer == self.layer:
-            self.scores = -self.scores
-        return super().layer_input(layer, view)
-
-
 @dataclass(frozen=True)
 class WrongWayRound(fastv.FastV):
-    def begin(self, layout, geometry):
-        return LowestFirst(self, self.at(self.layer, geometry))
+    """Drops what the last prompt token attends to most."""
+
+    def score(self, view):
+        return -super().score(view)
 
 
 @dataclass(frozen=True)
@@ -201,10 +221,11 @@ def run_fastv(out, **settings) -> list:
 
 
 def test_keeping_the_wrong_tokens_is_a_shown_drop(tmp_path, monkeypatch, cli):
-    before = run_fastv(tmp_path / "before", limit=90)
+    text = {"tasks": ["textvqa_val"], "limit": 40}
+    before = run_fastv(tmp_path / "before", **text)
     baselines.save(baselines.baseline_of(before), tmp_path / "b.json")
     monkeypatch.setitem(registry._methods, "fastv", WrongWayRound)
-    run_fastv(tmp_path / "after", limit=90)
+    run_fastv(tmp_path / "after", **text)
     code, out, _ = cli("check", tmp_path / "after", "--baseline", "b.json", "--json")
     report = json.loads(out)
     assert code == 1

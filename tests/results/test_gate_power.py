@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest, permutation_test
 from simulated import quick
-from visibench.results.gate.gate import judge, p_drop
+from visibench.results.gate.gate import drop_of_run, drops_of_cells, p_drop
 from visibench.results.statistics.comparison import MCNEMAR, SIGN_FLIP, compare
 from visibench.results.statistics.power import ALPHA, detectable
 
@@ -39,7 +39,7 @@ def test_a_sweep_without_a_drop_fails_in_at_most_5_percent(monkeypatch):
             chance = rng.beta(3, 1, (images, 1))
             before, now = (rng.random((2, images, each)) < chance).astype(float)
             pairs.append((quick(before), quick(now)))
-        alarms += any(verdict.dropped for verdict in judge(pairs))
+        alarms += any(verdict.dropped for verdict in drops_of_cells(pairs))
     assert alarms / runs <= 0.05
 
 
@@ -50,7 +50,7 @@ def test_the_gate_is_not_deaf_the_same_noise_with_a_drop_is_an_alarm(monkeypatch
         chance = rng.beta(3, 1, (50, 1))
         before, now = (rng.random((2, 50, 3)) < chance * np.array([1, 0.5])[:, None, None]).astype(float)
         same = (quick(before), quick(before))
-        (verdict, *others) = judge([(quick(before), quick(now)), *[same] * 3])
+        (verdict, *others) = drops_of_cells([(quick(before), quick(now)), *[same] * 3])
         alarms += verdict.dropped
         assert not any(other.dropped for other in others)
     assert alarms / runs > 0.9
@@ -94,3 +94,43 @@ def test_where_no_drop_can_be_shown():
     assert detectable(0.0, few, sides=1, tests=25) is None, "2^-4 never falls below 0.05 / 25"
     low = quick((np.arange(100) < 3).astype(float)[:, None])
     assert detectable(0.0, low, sides=1, tests=25) is None, "a score of 3 % cannot fall by more"
+
+
+# ---- the run as a whole -------------------------------------------------------------------------------------------
+
+
+def whole_run(rng, cells, images, each, lost, runs):
+    """p of the run as a whole, and whether a cell shows a drop by itself; ``lost``: what each right answer may turn to.
+
+    Methods answer the same questions; half of what makes an image hard is common to all of them, before and after.
+    """
+    common = rng.beta(1.6, 0.4, (runs, 1, images, 1))
+    chance = (common + rng.beta(1.6, 0.4, (runs, cells, images, 1))) / 2
+    before = rng.random((runs, cells, images, each)) < chance
+    again = rng.random(before.shape) < chance
+    after = np.where(rng.random(before.shape) < 0.1, again, before) & (rng.random(before.shape) >= lost)
+    for old, new in zip(before.astype(float), after.astype(float), strict=True):
+        pooled = [side.transpose(1, 0, 2).reshape(images, cells * each) for side in (old, new)]
+        alone = [quick(new[cell]) for cell in range(cells)], [quick(old[cell]) for cell in range(cells)]
+        yield drop_of_run(quick(pooled[0]), quick(pooled[1])), alone
+
+
+def test_an_unchanged_run_as_a_whole_fails_in_at_most_its_half_of_5_percent():
+    """Before and after share nine answers in ten, as a run on another machine might; methods go wrong together."""
+    runs = 1000
+    alarms = sum(test.dropped for test, _ in whole_run(np.random.default_rng(7), 12, 30, 3, 0.0, runs))
+    assert 0.01 <= alarms / runs <= 0.025 + 2 * math.sqrt(0.025 * 0.975 / runs)
+
+
+def test_what_the_run_as_a_whole_can_show_is_shown_four_times_in_five_and_no_cell_shows_it():
+    rng, runs = np.random.default_rng(8), 150
+    printed = [test.detectable for test, _ in whole_run(rng, 52, 34, 3, 0.0, 40)]
+    floor = float(np.median(printed))
+    assert floor < 0.06, "ten points in all cells are far above it"
+    shown = cells = 0
+    for test, (after, before) in whole_run(rng, 52, 34, 3, floor / 0.8, runs):
+        shown += test.dropped
+        if cells < 1000:  # p-values of single cells: Holm's first step over 52 of them and the half of α
+            cells += sum(p_drop(compare(n, o)) * 104 < ALPHA for n, o in zip(after[:4], before[:4], strict=True))
+    assert shown / runs >= 0.8 - 2 * math.sqrt(0.8 * 0.2 / runs)
+    assert cells / (4 * runs) < 0.05

@@ -316,6 +316,22 @@ def test_compare_two_cells(contest, run_compare):
     assert "Answer shortly" not in text
 
 
+def test_compare_calls_nothing_equal_without_a_test_of_a_margin(contest, run_compare):
+    sides = f"{contest.root}#fastv:gqa", f"{contest.root}#none:gqa"
+    code, text, _ = run_compare(*sides)
+    assert code == 0
+    assert "one-sided" not in text
+    code, text, _ = run_compare(*sides, "--margin", "12")
+    assert code == 0
+    assert "exact match: a difference of less than 12 % of the best score is shown (two one-sided tests, p 0.0" in text
+    assert "is not shown (two one-sided tests" in run_compare(*sides, "--margin", "2")[1]
+    (metric,) = json.loads(run_compare(*sides, "--margin", "12", "--json")[1])["metrics"]
+    assert metric["p_equivalent"] < 0.05
+    code, out, err = run_compare(*sides, "--margin", "0")
+    assert (code, out) == (2, "")
+    assert "--margin 0 is no share of a score" in err
+
+
 def test_compare_takes_folders_and_all_seeds_of_a_label(contest, run_compare):
     folders = {cell.config.label: cell.path for cell in contest.cells()}
     code, out, _ = run_compare(folders["tome"], folders["none"], "--json")
