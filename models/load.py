@@ -28,6 +28,7 @@ from ..utils.bounded_cache import Kept
 from ..utils.machine import processor, version
 from .adapters import FAMILIES, Adapter, Geometry
 from .geometry import Weights, about, build, check_weights, configuration, published, synthetic_inputs
+from .inputs import as_text, prepared, special_tokens
 from .support import check_configuration
 
 EMBEDDED = {"tiny": Path(__file__).parent / "tiny" / "checkpoint"}
@@ -70,9 +71,9 @@ class LoadedModel:
     ) -> BatchFeature:
         """Model inputs for a batch: the checkpoint's chat template, images first, left padded, on the model's device.
 
-        ``images[i]`` are the images of ``questions[i]``, possibly none. Token ids are (B, L). ``key``: names questions
-        and images, so that those which come again need not be processed again; up to 1 GiB of such inputs stay on the
-        host.
+        ``images[i]`` are the images of ``questions[i]``, possibly none, each as :func:`~visibench.models.inputs.as_rgb`
+        takes it. Token ids are (B, L). ``key``: names questions and images, so that those which come again need not be
+        processed again; up to 1 GiB of such inputs stay on the host.
         """
         found = (
             self.encoded(questions, images)
@@ -86,11 +87,13 @@ class LoadedModel:
         """The same as the processor gives them: on the host, and of its own precision."""
         if self.processor is None:
             raise InputError(f"{self.name} has no processor here: load a checkpoint, or use synthetic_inputs")
-        if len(questions) != len(images):
-            raise InputError(f"{len(questions)} questions, but images for {len(images)}")
-        texts = [self._prompt(question, len(pictures)) for question, pictures in zip(questions, images, strict=True)]
-        flat = [picture.convert("RGB") for pictures in images for picture in pictures]
-        return self.processor(text=texts, images=flat or None, padding=True, padding_side="left", return_tensors="pt")
+        rows = prepared(questions, images)
+        texts = [self._prompt(question, len(pictures)) for question, pictures in zip(questions, rows, strict=True)]
+        options = special_tokens(texts, self.processor.tokenizer)
+        flat = [picture for pictures in rows for picture in pictures]
+        return self.processor(
+            text=texts, images=flat or None, padding=True, padding_side="left", return_tensors="pt", **options
+        )
 
     def synthetic_inputs(self, batch: int, prompt: int, visual_tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
         """Random inputs of ``batch`` rows of ``prompt`` text tokens and ``visual_tokens``, for timing."""
@@ -119,6 +122,7 @@ class LoadedModel:
         }
 
     def _prompt(self, question: str, images: int) -> str:
+        question = as_text(question, self.processor)
         if getattr(self.processor, "chat_template", None):
             content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
             turn = [{"role": "user", "content": content}]

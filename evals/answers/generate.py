@@ -23,6 +23,7 @@ from ...engine.features import FeatureStore
 from ...engine.trace import Trace
 from ...errors import VisibenchError
 from ...models import LoadedModel
+from ...models.inputs import upright
 from ...models.load import release
 from ...results.store.records import Failure, digest
 from ...results.store.samples import Answer
@@ -188,7 +189,7 @@ class Bridge:
 
     def _run(self, chunk: list[Question]) -> Batch:
         prompts = [question.prompt for question in chunk]
-        images = [self.task.images(question.doc_id) for question in chunk]
+        images = [[upright(image) for image in self.task.images(question.doc_id)] for question in chunk]
         pixels = [_pixels(pictures) for pictures in images]
         inputs = self.loaded.inputs(prompts, images, digest([prompts, pixels]) if self._shares else None)
         watch, reused = Nonfinite(), self._reused
