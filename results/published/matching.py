@@ -1,21 +1,23 @@
 """Own results beside published figures, where the two can be compared.
 
 They can if the checkpoint is the same, all questions of the benchmark were asked, the metric is the same, and the
-method ran with the options that the source gives or with a budget close to the nominal one. All else is left out, with
-the reason.
+method ran with the options that the source gives or with a budget close to the nominal one, and with its defaults in
+all that the source does not name. All else is left out, with the reason.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from ...methods.registry import list_methods
 from ..store.records import VisualTokens
 from ..store.store import Cell
-from . import Figure, figures, in_order, vocabulary
+from . import Figure, Row, figures, in_order, vocabulary
 from .show import COUNTED, Grid, formatted, origin, record
 
 TOLERANCE = 0.05
@@ -23,8 +25,8 @@ TOLERANCE = 0.05
 
 RULE = (
     "Gap: ours - published, in the unit given. Compared are the same checkpoint, all questions, the same metric, and "
-    f"the options that the source gives or a budget within {100 * TOLERANCE:g} % of the nominal one; differences in "
-    "prompts, precision or software remain."
+    f"the options that the source gives or a budget within {100 * TOLERANCE:g} % of the nominal one, all other options "
+    "at their defaults; differences in prompts, precision or software remain."
 )
 
 
@@ -165,10 +167,15 @@ def _pairs(ours: Ours, found: list[Figure]) -> tuple[list[Match], list[str]]:
     ranges = [figure for figure in found if isinstance(figure.value, tuple)]
     usable = [figure for figure in found if not figure.row.fine_tuned and not isinstance(figure.value, tuple)]
     value = sum(ours.metrics[key] for key in quantity.keys) * (100.0 if quantity.unit == "%" else 1.0)
-    pairs = [Match(ours, figure, value, agreed) for figure in usable if (agreed := agreement(ours, figure))]
+    agreed = [(figure, budget, departures(ours, figure)) for figure in usable if (budget := agreement(ours, figure))]
+    pairs = [Match(ours, figure, value, budget) for figure, budget, strayed in agreed if not strayed]
     reasons = [f"published after fine-tuning ({_sources(tuned)})"] if tuned else []
     reasons += [f"only a range is known ({_sources(ranges)})"] if ranges else []
-    if usable and not pairs:
+    apart = [figure for figure, _, strayed in agreed if strayed]
+    if apart:
+        options = ", ".join(dict.fromkeys(option for _, _, strayed in agreed for option in strayed))
+        reasons.append(f"ours ran with {options}, which the source does not name ({_sources(apart)})")
+    if usable and not agreed:
         settings = ", ".join(dict.fromkeys(figure.row.budget or "setting not said" for figure in usable))
         held = f"{ours.tokens.mean:.1f} tokens in the mean over layer inputs, {ours.tokens.last:.1f} after the last cut"
         reasons.append(f"published at other settings ({settings}), ours holds {held}")
@@ -184,7 +191,7 @@ def agreement(ours: Ours, figure: Figure) -> str:
     row, tokens = figure.row, ours.tokens
     if row.method == "none":
         return "all tokens"
-    if row.options and all(ours.options.get(key) == value for key, value in row.options.items()):
+    if _has_options_of(ours, row):
         return ", ".join(f"{key}={_spelled(value)}" for key, value in row.options.items())
     if row.tokens is None:
         return ""
@@ -199,6 +206,30 @@ def agreement(ours: Ours, figure: Figure) -> str:
         if abs(counts[counted] - row.tokens) <= TOLERANCE * row.tokens:
             return f"{counts[counted]:.1f} tokens, {COUNTED[counted]}"
     return ""
+
+
+def departures(ours: Ours, figure: Figure) -> list[str]:
+    """Options of ours that are not at their defaults and that the source does not name, in words.
+
+    Where the budgets agree and not the options, those that set how much is kept say what the budget says.
+    """
+    method, row = list_methods().get(ours.method), figure.row
+    named = {"seed", *row.options}
+    if not _has_options_of(ours, row):
+        named |= {option for knob in (method.knobs if method else ()) for option in (knob.name, *knob.replaces)}
+    fields = {field.name: field.default for field in dataclasses.fields(method)} if method else {}
+    strayed = []
+    for option, value in ours.options.items():
+        default = fields.get(option)  # an option that this version does not have is at its default if it is off
+        usual = [*default] if isinstance(default, tuple) else default
+        if option not in named and value != usual and not (option not in fields and not value):
+            strayed.append(f"{option}={_spelled(value)} ({_spelled(usual)} by default)")
+    return strayed
+
+
+def _has_options_of(ours: Ours, row: Row) -> bool:
+    """Whether ours has the options that the source gives; not where it gives none."""
+    return bool(row.options) and all(ours.options.get(key) == value for key, value in row.options.items())
 
 
 def _sources(found: list[Figure]) -> str:

@@ -29,6 +29,8 @@ SCORES = {
     "textvqa_val": {"exact_match": 0.5},
 }
 VISIPRUNER = "stages=shallow+middle+deep, shallow_layers=6, layer_threshold=0.995, token_threshold=0.2"
+PUBLISHED = load_method("visipruner").hyperparameters()
+RENUMBER = {"positions": "renumber"}
 PYRAMID = {"cuts": (8, 16, 24), "ratios": (0.5, 0.25, 0.125)}
 
 
@@ -150,6 +152,37 @@ def test_settings_that_do_not(method, layers, options, store):
     assert not found
     assert len(left_out) == 1
     assert "published at other settings" in left_out[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "layers", "options", "more", "says"),
+    [
+        # By options: the published settings, and something beside them.
+        ("visipruner", [(32, 576)], PUBLISHED, {"skip": True}, "skip=True (False by default)"),
+        ("visipruner", [(32, 576)], PUBLISHED, {"forced": True}, "forced=True"),
+        ("fastv", [(2, 576), (30, 288)], {"keep": 0.5, "layer": 2}, RENUMBER, "positions=renumber (keep by default)"),
+        # By budget: 192 tokens behind one cut, which is what SparseVLM's table may mean.
+        ("fastv", [(2, 576), (30, 192)], {"keep": 1 / 3}, RENUMBER, "positions=renumber (keep by default)"),
+        ("dart", [(2, 576), (30, 64)], {"tokens": 64}, {"order": "score"}, "order=score (position by default)"),
+    ],
+)
+def test_an_option_that_the_source_does_not_name_is_left_out_and_told(method, layers, options, more, says, store):
+    put(store, method=method, layers=plan(layers), options=options | more, label="more")
+    found, left_out = compared(store)
+    assert not found
+    assert any(f"more, GQA: ours ran with {says}" in line and "does not name" in line for line in left_out)
+    put(store, method=method, layers=plan(layers), options=options, label="usual")
+    assert {match.ours.label for match in compared(store)[0].values()} == {"usual"}
+
+
+def test_what_sets_the_budget_is_no_departure_nor_is_an_option_of_other_versions_that_is_off(store):
+    ratios = {"cuts": [8, 16, 24], "ratios": [0.4, 0.1, 0.05], "seed": 3}
+    put(store, method="pyramiddrop", layers=[128] * 32, options=ratios)
+    put(store, method="divprune", layers=[128] * 32, options={"tokens": 128, "gone": False}, label="off")
+    put(store, method="divprune", layers=[128] * 32, options={"tokens": 128, "gone": True}, label="on")
+    found, left_out = compared(store)
+    assert {match.ours.label for match in found.values()} == {"pyramiddrop", "off"}
+    assert any(line.startswith("on, GQA: ours ran with gone=True") for line in left_out)
 
 
 def test_fine_tuned_rows_and_ranges_are_left_out(store):
