@@ -45,8 +45,8 @@ COMMANDS = (
     fit.fit,
 )
 
-TOGETHER = ("run", "sweep")
-"""Commands that several ranks can run, and that go on where they stopped."""
+RESUMED = ("run", "sweep")
+"""Commands that go on where they stopped."""
 
 
 def main() -> NoReturn:
@@ -65,7 +65,7 @@ def main() -> NoReturn:
         _fail(f"{error.format_message()} (see `visibench --help`)", error.exit_code)
     if code == 130:  # Ctrl-C: raised or returned, depending on typer's version
         again = shlex.join(["visibench", *sys.argv[1:]])
-        resumes = sys.argv[1:2] and sys.argv[1] in TOGETHER
+        resumes = sys.argv[1:2] and sys.argv[1] in RESUMED
         _fail(f"interrupted{f': the same command goes on where this one stopped: {again}' if resumes else ''}", 130)
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -76,26 +76,12 @@ def _fail(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def _meet(context: typer.Context) -> None:
-    """Go on as the first rank, which the others serve until the command ends; they end here."""
-    from .evals.sweeps import torchrun
-
-    here = torchrun.join()
-    if here.rank == 0:
-        context.call_on_close(lambda: here.send(None))
-        return
-    torchrun.serve(here)
-    raise typer.Exit
-
-
 @app.callback(invoke_without_command=True)
 def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     """Compare visual-token pruning methods for multimodal LLMs: accuracy against compute."""
-    if machine.ranks() > 1 and context.invoked_subcommand in TOGETHER:
-        _meet(context)
     machine.one_process()
     if version:
         print(f"visibench {__version__}")

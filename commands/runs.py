@@ -13,13 +13,13 @@ from rich.console import Console
 
 from ..errors import IncompleteError, OptionError
 from . import live, scale
-from .forecast import show
+from .dry_run import show
 from .shared import AsJson, FeatureCache, Limit, finished, print_list, terminal
 
 if TYPE_CHECKING:
     from ..evals.sweeps.config import SweepConfig
     from ..evals.sweeps.events import Reporter
-    from ..evals.sweeps.processes import Executor
+    from ..evals.sweeps.executor import Executor
     from ..results.store.store import Cell
     from ..results.tables.tables import ResultTable
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from ..errors import OptionError, suggest
 
 if TYPE_CHECKING:
-    from ..evals.sweeps.processes import Executor
+    from ..evals.sweeps.executor import Executor
 
 KNOWN = ("local", "ray")
 
@@ -25,7 +26,7 @@ Workers = Annotated[
         min=1,
         metavar="N",
         help="Processes that share the cells, each with a CUDA device of its own, or a share of the CPU threads; with "
-        "Ray, at most so many. (default: 1; with Ray, one for each GPU or CPU of the cluster)",
+        "--executor ray, at most so many. (default: 1; with Ray, one for each GPU or CPU of the cluster)",
     ),
 ]
 Address = Annotated[
@@ -34,32 +35,37 @@ Address = Annotated[
 ]
 Shard = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", help="Ray: cells of more questions are cut. (default: 1000)"),
+    typer.Option(min=1, metavar="N", help="Workers: cells of more questions are cut. (default: 1000)"),
 ]
 
 
 def choose(
     executor: str, workers: int | None, address: str | None, shard: int | None, device: str = "auto"
 ) -> Executor | None:
-    """What runs the cells, on ``device`` as the configuration names it; None: this process."""
-    from ..evals.sweeps.torchrun import together
+    """What runs the cells, on ``device`` as the configuration names it; None: this process.
 
+    Several workers on this machine are those of a Ray cluster of its own where Ray is installed, else of a pool.
+    """
     if executor not in KNOWN:
         raise OptionError(f"unknown executor {executor!r}; {suggest(executor, KNOWN)}")
-    if together() and (executor == "ray" or (workers or 1) > 1):
-        raise OptionError("torchrun shares out the questions of each cell already: leave out --workers and --executor")
-    given: dict[str, Any] = {"address": address, "shard": shard}
-    given = {name: value for name, value in given.items() if value is not None}
+    if address is not None and executor != "ray":
+        raise OptionError("--address is for --executor ray: add that, or leave it out")
+    if shard is not None and executor != "ray" and workers in (None, 1):
+        raise OptionError("--shard is for --workers of 2 and more, or --executor ray: add one of them, or leave it out")
+    cut: dict[str, Any] = {} if shard is None else {"shard": shard}
     if executor == "ray":
-        from ..evals.sweeps.ray import Ray
+        from ..evals.workers.ray import Ray
 
-        return Ray(workers=workers, **given)
-    if given:
-        raise OptionError(f"--{next(iter(given))} is for --executor ray: add that, or leave it out")
-    from ..evals.sweeps.processes import Processes
-
+        return Ray(address, workers, **cut)
     if workers is None or workers == 1:
         return None
-    processes = Processes(workers)
-    processes.environments(device)
-    return processes
+    from ..evals.workers.devices import environments
+
+    environments(workers, device)
+    if find_spec("ray"):
+        from ..evals.workers.ray import Ray
+
+        return Ray(workers=workers, **cut)
+    from ..evals.workers.pool import Pool
+
+    return Pool(workers, **cut)

@@ -15,22 +15,22 @@ def stoppable(say: Callable[[str], Any]) -> Iterator[Callable[[], None]]:
 
     Outside the main thread, where no signals arrive, this does nothing.
     """
-    asked = False
+    pressed = False
 
-    def ask(number: int, frame: Any) -> None:
-        nonlocal asked
-        asked = True
+    def note(number: int, frame: Any) -> None:
+        nonlocal pressed
+        pressed = True
         signal.signal(signal.SIGINT, before)
         say("Stopping after the batch that runs; Ctrl-C again stops at once.")
 
     def check() -> None:
-        if asked:
+        if pressed:
             raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield check
         return
-    before = signal.signal(signal.SIGINT, ask) or signal.default_int_handler
+    before = signal.signal(signal.SIGINT, note) or signal.default_int_handler
     try:
         yield check
     finally:

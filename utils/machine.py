@@ -47,8 +47,8 @@ def one_process() -> None:
     """Raise :class:`OptionError` on several ranks, each of which would do everything."""
     if ranks() > 1:
         raise OptionError(
-            f"started on {ranks()} ranks, each of which would do the same: with torchrun, visibench can run and sweep, "
-            "and lmms-eval can run --model visibench (docs/scale.md)"
+            f"started on {ranks()} ranks, each of which would do the same: start one process, which `visibench sweep` "
+            "shares out with --workers or --executor ray; torchrun is for lmms-eval's --model visibench (docs/scale.md)"
         )
 
 

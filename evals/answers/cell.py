@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
@@ -18,9 +18,6 @@ from ...results.store.store import FAILURES, Cell, Store
 from ..tasks.tasks import Task
 from .cell_spec import CellSpec
 
-if TYPE_CHECKING:
-    from .checkpoint import Answers
-
 
 def run_cell(
     loaded: LoadedModel,
@@ -29,15 +26,13 @@ def run_cell(
     store: Store,
     on_batch: Callable[[int], Any] | None = None,
     features: FeatureStore | None = None,
-    answer: Callable[..., Answers] | None = None,
 ) -> Cell:
     """Answer what is not answered yet, score, time and store a cell. The caller holds its claim.
 
-    ``features``: where cells share what the vision tower computes for an image. Prefill is timed without it.
-    ``answer``: who answers the questions, with the arguments of :func:`visibench.evals.answers.generate.answer`, which
-    is the default. The samples get a column ``dense_agreement``: whether an answer is that of the cell ``spec.dense``
-    (see :func:`visibench.results.statistics.metrics.agreement`); null where that cell is not done by now
-    (:func:`agreed` makes up for it), or was asked other questions.
+    ``features``: where cells share what the vision tower computes for an image. Prefill is timed without it. The
+    samples get a column ``dense_agreement``: whether an answer is that of the cell ``spec.dense`` (see
+    :func:`visibench.results.statistics.metrics.agreement`); null where that cell is not done by now (:func:`agreed`
+    makes up for it), or was asked other questions.
 
     Raises :class:`IncompleteError` if some questions or the scoring failed: then the failures lie in the cell's folder,
     the cell is not done, and its good batches are kept for the next time. Raises :class:`StorageError` if the folder
@@ -49,7 +44,7 @@ def run_cell(
     config, method = spec.config, spec.method
     folder = store.begin(config)
     try:
-        answers = (answer or generate.answer)(loaded, spec, task, folder, on_batch=on_batch, features=features)
+        answers = generate.answer(loaded, spec, task, folder, on_batch=on_batch, features=features)
         failures = answers.failures
         if not failures:
             evaluation = score(

@@ -1,4 +1,6 @@
-"""Many cells: their configuration (config), what it comes to (cells), which are taken (claims), who runs them (sweep,
-processes, ray, torchrun), what is told meanwhile (events), what it would cost (dry_run, pace), and what comes along
-(references).
+"""Many cells: their configuration (config), what it comes to (cells), and the run (sweep).
+
+Who runs them: executor is the interface, in_process the engine by default; claims are between processes on one folder.
+Around them: what is told meanwhile (events), what a run would cost (dry_run, pace), what comes along (references), and
+what cells share (feature_sharing).
 """

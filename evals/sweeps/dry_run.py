@@ -32,9 +32,10 @@ from ..compute.paper_flops import Work, planned
 from ..tasks.hub import hub_or_cache
 from ..tasks.tasks import HUB, reason
 from . import pace
+from .cells import fingerprint, plan
 from .config import DENSE, SweepConfig
 from .events import Lines, Note
-from .sweep import Prepared, fingerprint, plan
+from .executor import Prepared
 
 PROMPTS = 8
 """Questions of a task on which a method's plan is priced."""
@@ -44,7 +45,7 @@ Basis = Literal["measured", "planned", "bound"]
 
 
 @dataclass(frozen=True)
-class Forecast:
+class CellCost:
     """One cell. ``macs``: executed in one prefill, mean over questions; ``seconds``: for all of the cell.
 
     ``questions``: None where the task would have to be downloaded first. ``basis``: of ``macs``, which are an upper
@@ -65,7 +66,7 @@ class Forecast:
         return None if self.macs is None or self.questions is None else self.macs * self.questions * 1e-12
 
 
-def forecast(config: SweepConfig, out: Path, console: Console) -> list[Forecast]:
+def dry_run(config: SweepConfig, out: Path, console: Console) -> list[CellCost]:
     """All cells of a sweep in their order. Nothing is written to ``out``.
 
     A model is loaded for budgets, and to time a batch if it is on this disk and not large. Raises
@@ -75,7 +76,7 @@ def forecast(config: SweepConfig, out: Path, console: Console) -> list[Forecast]
     return [cell for one in config.by_model() for cell in _of_model(one, store, console)]
 
 
-def _of_model(config: SweepConfig, store: Store, console: Console) -> list[Forecast]:
+def _of_model(config: SweepConfig, store: Store, console: Console) -> list[CellCost]:
     prepared = Prepared(config, Lines(console))
     cells = plan(config, solve=prepared.solve)
     _check(config, [cell.method for cell in cells], prepared)
@@ -102,17 +103,17 @@ def _check(config: SweepConfig, methods: Sequence[Method], prepared: Prepared) -
         prune(sizes.model, method)
 
 
-def _cell(cell: CellSpec, found: Cell | None, known: _Known) -> Forecast:
+def _cell(cell: CellSpec, done: Cell | None, known: _Known) -> CellCost:
     config = cell.config
-    if found:
-        size, compute = found.metrics.size, found.metrics.compute.macs
-        return Forecast(config, True, size, compute, "measured", _seconds(found.metrics), "cells")
+    if done:
+        size, compute = done.metrics.size, done.metrics.compute.macs
+        return CellCost(config, True, size, compute, "measured", _seconds(done.metrics), "cells")
     questions = known.questions(config)
     seconds = known.seconds(config, questions)
     clock: Literal["cells", "batch"] | None = "cells" if seconds else None
-    if seconds is None and questions is not None and (found_pace := known.pace(config.task)):
-        seconds, clock = found_pace.question * questions + found_pace.prefill, "batch"
-    return Forecast(config, False, questions, *known.compute(cell), seconds, clock)
+    if seconds is None and questions is not None and (batch := known.pace(config.task)):
+        seconds, clock = batch.question * questions + batch.prefill, "batch"
+    return CellCost(config, False, questions, *known.compute(cell), seconds, clock)
 
 
 def _what(config: CellConfig) -> tuple:

@@ -20,32 +20,35 @@ from ...results.statistics.inference import BASELINES, DENSE, RANDOM, budgets
 from ...results.store.records import CellConfig
 from ...results.store.store import Cell
 from ..answers.cell_spec import CellSpec
-from .cells import plan
-from .config import MethodEntry, Solve, SweepConfig
+from .config import MethodEntry
 
 REFERENCES = [method for method in BASELINES if method != DENSE]
 SEEDS = 5
 """Of methods that draw."""
 
 
-def references(config: SweepConfig, cells: Sequence[Cell], solve: Solve, say: Callable[[str], Any]) -> list[CellSpec]:
-    """The cells to add to the finished ``cells`` of a sweep. ``say`` hears of budgets that a reference cannot meet."""
+def references(
+    cells: Sequence[Cell], seed: int, expand: Callable[[MethodEntry], list[CellSpec]], say: Callable[[str], Any]
+) -> list[CellSpec]:
+    """The cells to add to the finished ``cells`` of a sweep.
+
+    ``seed``: the first of a method that draws. ``expand``: what a method comes to on the tasks of the sweep. ``say``
+    hears of budgets that a reference cannot meet.
+    """
     present = {_setting(cell.config) for cell in cells}
-    found: list[CellSpec] = []
+    added: list[CellSpec] = []
     for name, tokens in lacking(cells):
-        first = config.seeds[0]
-        seeds = list(range(first, first + SEEDS)) if name == RANDOM else None
-        entry = MethodEntry(name=name, budget={"tokens": tokens}, seeds=seeds)
+        seeds = list(range(seed, seed + SEEDS)) if name == RANDOM else None
         try:
-            mine = plan(config.model_copy(update={"methods": [entry], "budget": None}), dense=False, solve=solve)
+            specs = expand(MethodEntry(name=name, budget={"tokens": tokens}, seeds=seeds))
         except OptionError as error:
             say(f"No reference {error}")
             continue
-        new = {_setting(cell.config) for cell in mine}
-        if not new <= present:
-            present |= new
-            found += mine
-    return found
+        settings = {_setting(cell.config) for cell in specs}
+        if not settings <= present:
+            present |= settings
+            added += specs
+    return added
 
 
 def _setting(config: CellConfig) -> tuple[str, str]:
@@ -61,8 +64,8 @@ def lacking(cells: Sequence[Cell]) -> Iterator[tuple[str, float]]:
     means = {row: fmean(counts) for row, counts in rows.items()}
     groups = dict(zip(means, budgets(list(means.values())), strict=True))
     for group in sorted(set(groups.values())):
-        own = [row for row in means if groups[row] == group]
-        tokens = float(f"{fmean(means[row] for row in own):.4g}")
+        members = [row for row in means if groups[row] == group]
+        tokens = float(f"{fmean(means[row] for row in members):.4g}")
         for name in REFERENCES:
-            if name not in {method for method, _ in own}:
+            if name not in {method for method, _ in members}:
                 yield name, tokens

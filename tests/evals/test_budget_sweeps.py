@@ -5,8 +5,9 @@ import yaml
 from rich.console import Console
 from visibench.errors import OptionError
 from visibench.evals.compute.profile import ProfileConfig
+from visibench.evals.sweeps.cells import plan
 from visibench.evals.sweeps.config import parse, parse_config, variants
-from visibench.evals.sweeps.sweep import plan, sweep
+from visibench.evals.sweeps.sweep import sweep
 
 QUIET = Console(quiet=True)
 
@@ -54,7 +55,7 @@ def test_a_solved_sweep_is_skipped_the_second_time(settings, tmp_path, monkeypat
     config = parse_config(settings | {"budget": {"tokens": 8}, "methods": ["divprune"]}, "test")
     cells = sweep(config, tmp_path, QUIET)
     assert yaml.safe_load((tmp_path / "sweep.yaml").read_text())["budget"] == {"tokens": 8}
-    monkeypatch.setattr("visibench.evals.sweeps.sweep.run_cell", lambda *args, **options: pytest.fail("ran again"))
+    monkeypatch.setattr("visibench.evals.sweeps.in_process.run_cell", lambda *args, **options: pytest.fail("ran again"))
     assert sweep(config, tmp_path, QUIET) == cells
 
 
@@ -74,7 +75,7 @@ def test_a_solved_sweep_is_skipped_the_second_time(settings, tmp_path, monkeypat
 )
 def test_unusable_budgets_show_before_the_model_is_loaded(changes, message, settings, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "visibench.evals.sweeps.sweep.load_model", lambda *args, **options: pytest.fail("model was loaded")
+        "visibench.evals.sweeps.executor.load_model", lambda *args, **options: pytest.fail("model was loaded")
     )
     with pytest.raises(OptionError, match=message) as caught:
         sweep(parse_config(settings | changes, "test"), tmp_path, QUIET)

@@ -11,11 +11,13 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 from visibench.cli import app
-from visibench.evals.sweeps import dry_run, pace
-from visibench.evals.sweeps import sweep as sweeps
+from visibench.evals.sweeps import dry_run as dry
+from visibench.evals.sweeps import executor, pace
 from visibench.evals.sweeps.config import parse_config, select
-from visibench.evals.sweeps.dry_run import forecast
+from visibench.evals.sweeps.dry_run import dry_run
+from visibench.evals.sweeps.sweep import sweep
 from visibench.evals.tasks.tasks import load_tasks
+from visibench.results.store.store import Store
 
 QUIET = Console(quiet=True)
 METHODS = ["random:layer=2,keep=0.5", "fastv:keep=0.5", "visipruner:shallow_layers=4"]
@@ -32,8 +34,8 @@ def ran(settings, tmp_path_factory) -> Path:
     """A folder where all methods have run on GQA, and the dense model alone on MME."""
     folder = tmp_path_factory.mktemp("ran")
     config = parse_config(settings, "test")
-    sweeps.sweep(select(config, tasks=["gqa"]), folder, QUIET)
-    sweeps.sweep(select(config, ["none"], ["mme"]), folder, QUIET)
+    sweep(select(config, tasks=["gqa"]), folder, QUIET)
+    sweep(select(config, ["none"], ["mme"]), folder, QUIET)
     return folder
 
 
@@ -43,18 +45,18 @@ def contents(folder: Path) -> dict:
 
 @pytest.fixture
 def _no_model(monkeypatch):
-    monkeypatch.setattr(sweeps, "load_model", lambda *args, **options: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(executor, "load_model", lambda *args, **options: pytest.fail("a model was loaded"))
 
 
 def test_a_plan_prices_what_then_runs(settings, ran, tmp_path, monkeypatch):
     """Plans give all of dense and random, which score nothing; FastV scores, VisiPruner adapts."""
     monkeypatch.setattr(pace, "pace", lambda *given: pace.Pace(0.5, 0.25))
-    cells = forecast(select(parse_config(settings, "test"), tasks=["gqa"]), tmp_path / "new", QUIET)
+    cells = dry_run(select(parse_config(settings, "test"), tasks=["gqa"]), tmp_path / "new", QUIET)
     assert not (tmp_path / "new").exists()
     assert [cell.questions for cell in cells] == [6] * 4
     assert [cell.basis for cell in cells] == ["planned"] * 3 + ["bound"]
     assert [(cell.seconds, cell.clock) for cell in cells] == [(6 * 0.5 + 0.25, "batch")] * 4
-    ours = {(cell.config.label): cell.metrics for cell in sweeps.Store(ran).cells() if cell.config.task == "gqa"}
+    ours = {(cell.config.label): cell.metrics for cell in Store(ran).cells() if cell.config.task == "gqa"}
     dense, random, fastv, visipruner = cells
     assert dense.macs == pytest.approx(ours["none"].compute.macs, rel=1e-12)
     assert random.macs == pytest.approx(ours[random.config.label].compute.macs, rel=1e-12)
@@ -68,14 +70,14 @@ def test_a_plan_prices_what_then_runs(settings, ran, tmp_path, monkeypatch):
 @pytest.mark.usefixtures("_no_model")
 def test_what_is_done_gives_the_time_of_the_rest(settings, ran):
     before = contents(ran)
-    cells = forecast(parse_config(settings | {"seeds": [0, 1]}, "test"), ran, QUIET)
+    cells = dry_run(parse_config(settings | {"seeds": [0, 1]}, "test"), ran, QUIET)
     assert contents(ran) == before
     state = {(cell.config.label, cell.config.seed, cell.config.task): cell for cell in cells}
     assert [key for key, cell in state.items() if cell.done] == [
         ("none", 0, "gqa"), ("none", 0, "mme"), ("random:keep=0.5,layer=2", 0, "gqa"), ("fastv:keep=0.5", 0, "gqa"),
         ("visipruner:shallow_layers=4", 0, "gqa"),
     ]  # fmt: skip
-    finished = {(cell.config.label, cell.config.task): cell.metrics for cell in sweeps.Store(ran).cells()}
+    finished = {(cell.config.label, cell.config.task): cell.metrics for cell in Store(ran).cells()}
 
     def took(metrics) -> float:
         return metrics.seconds["total"] + sum(metrics.prefill.times_ms) / 2 * 3 / 1e3
@@ -93,7 +95,7 @@ def test_what_is_done_gives_the_time_of_the_rest(settings, ran):
 def test_times_of_other_settings_are_not_taken(settings, ran, monkeypatch):
     monkeypatch.setattr(pace, "LARGEST", 0)
     for change in ({"batch_size": 3}, {"dtype": "bfloat16"}, {"attention": "eager"}):
-        cells = forecast(parse_config(settings | change, "test"), ran, QUIET)
+        cells = dry_run(parse_config(settings | change, "test"), ran, QUIET)
         assert not any(cell.done or cell.seconds or cell.clock for cell in cells)
 
 
@@ -122,7 +124,7 @@ def test_what_fails_in_that_batch_leaves_the_time_unknown(settings, tmp_path, mo
 
     monkeypatch.setattr(pace, "pace", fail)
     console = Console(record=True, quiet=False, file=io.StringIO())
-    cells = forecast(select(parse_config(settings, "test"), ["none"]), tmp_path, console)
+    cells = dry_run(select(parse_config(settings, "test"), ["none"]), tmp_path, console)
     assert [(cell.seconds, cell.clock) for cell in cells] == [(None, None)] * 2
     assert console.export_text().splitlines() == [
         f"No time for {task}: RuntimeError: no kernel" for task in ("gqa", "mme")
@@ -155,18 +157,18 @@ def test_what_the_sweep_refuses_is_refused(settings, tmp_path, cli, change, says
 
 
 def test_questions_of_the_hub_are_not_downloaded_to_be_counted(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeps, "load_tasks", lambda *args: pytest.fail("a task was loaded"))
+    monkeypatch.setattr(executor, "load_tasks", lambda *args: pytest.fail("a task was loaded"))
     config = parse_config(settings | {"data": "hub", "limit": None}, "test")
-    assert {(cell.questions, cell.macs, cell.seconds) for cell in forecast(config, tmp_path, QUIET)} == {(None,) * 3}
+    assert {(cell.questions, cell.macs, cell.seconds) for cell in dry_run(config, tmp_path, QUIET)} == {(None,) * 3}
 
 
 @pytest.mark.usefixtures("_no_model")
 def test_a_model_that_is_nowhere_is_said_to_be_unchecked(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(dry_run, "hub_or_cache", nullcontext)
+    monkeypatch.setattr(dry, "hub_or_cache", nullcontext)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     console = Console(record=True, quiet=False, file=io.StringIO(), width=400)
     config = parse_config(settings | {"data": "hub", "limit": None, "model": "no/body"}, "test")
-    assert len(forecast(config, tmp_path, console)) == 8
+    assert len(dry_run(config, tmp_path, console)) == 8
     (told,) = console.export_text().splitlines()
     assert told.startswith("Not checked against the model: cannot load model 'no/body'")
 

@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 from storing import untimed
 from visibench.errors import OptionError, UnknownNameError
+from visibench.evals.sweeps import executor
 from visibench.evals.sweeps import sweep as sweeps
 from visibench.evals.sweeps.config import parse_config
 from visibench.results.tables.tables import build
@@ -21,7 +22,7 @@ def settings(checkpoint, disk_data) -> dict:
 
 
 def test_each_model_is_loaded_once_and_gone_before_the_next(settings, tmp_path, monkeypatch):
-    held, load = [], sweeps.load_model
+    held, load = [], executor.load_model
 
     def spy(name, **options):
         if options.get("weights") == "meta":
@@ -32,7 +33,7 @@ def test_each_model_is_loaded_once_and_gone_before_the_next(settings, tmp_path, 
         held.append(weakref.ref(loaded.model))
         return loaded
 
-    monkeypatch.setattr(sweeps, "load_model", spy)
+    monkeypatch.setattr(executor, "load_model", spy)
     cells = sweeps.sweep(parse_config(settings, "test"), tmp_path, QUIET)
     assert len(held) == 2
     assert [(cell.config.model, cell.config.method) for cell in cells] == [

@@ -20,12 +20,13 @@ from visibench.errors import IncompleteError
 from visibench.evals.answers import cell, generate
 from visibench.evals.answers.cell_spec import CellSpec
 from visibench.evals.answers.generate import Bridge
+from visibench.evals.sweeps.cells import plan
 from visibench.evals.sweeps.claims import claimed
 from visibench.evals.sweeps.config import parse_config
 from visibench.evals.sweeps.events import Reporter
-from visibench.evals.sweeps.ray import Ray
-from visibench.evals.sweeps.sweep import plan, sweep
+from visibench.evals.sweeps.sweep import sweep
 from visibench.evals.tasks.tasks import load_tasks
+from visibench.evals.workers.ray import Ray
 from visibench.results.statistics.metrics import answers, loyalty
 from visibench.results.store.records import CellConfig
 from visibench.results.store.store import Store

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 from visibench.errors import OptionError
+from visibench.evals.sweeps import executor
 from visibench.evals.sweeps import references as rows
 from visibench.evals.sweeps import sweep as sweeps
 from visibench.evals.sweeps.config import parse_config
@@ -74,23 +75,24 @@ def test_a_sweep_adds_them_at_the_budget_that_was_measured(settings, tmp_path):
     score = row.scores["gqa"]["exact_match"]
     assert (score.mean, score.sd) == (pytest.approx(alone.mean()), pytest.approx(alone.std()))
 
-    def forbidden(*args):
-        pytest.fail("something ran again")
+    class Forbidden:
+        def run(self, *args):
+            pytest.fail("something ran again")
 
-    again = sweeps.sweep(config, tmp_path, QUIET, executor=forbidden)
+    again = sweeps.sweep(config, tmp_path, QUIET, executor=Forbidden())
     assert [c.config for c in again] == [c.config for c in cells]
     assert len(Store(tmp_path).cells()) == len(cells)
 
 
 def test_a_budget_out_of_reach_is_said_and_the_others_are_added(settings, tmp_path, monkeypatch):
-    solve = sweeps.Prepared.solve
+    solve = executor.Prepared.solve
 
     def limited(self, name, options, target):
         if name == "pooling":
             raise OptionError("pooling: T=72 is out of reach: tokens gives T=1 to T=36")
         return solve(self, name, options, target)
 
-    monkeypatch.setattr(sweeps.Prepared, "solve", limited)
+    monkeypatch.setattr(executor.Prepared, "solve", limited)
     notes = Notes()
     config = parse_config(settings | {"methods": ["divprune:tokens=72"]}, "test")
     cells = sweeps.sweep(config, tmp_path, QUIET, report=notes)

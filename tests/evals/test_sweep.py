@@ -16,8 +16,9 @@ from visibench.errors import DataError, OptionError, UnknownNameError
 from visibench.evals.answers import generate
 from visibench.evals.settings import method_spec
 from visibench.evals.settings.include import PACKAGED
+from visibench.evals.sweeps.cells import fingerprint, plan
 from visibench.evals.sweeps.config import load_config, parse_config, variants
-from visibench.evals.sweeps.sweep import fingerprint, plan, sweep
+from visibench.evals.sweeps.sweep import sweep
 from visibench.results.store.store import Store
 from visibench.results.tables.tables import build
 
@@ -234,7 +235,7 @@ def test_only_new_cells_run(settings, tmp_path, monkeypatch):
 )
 def test_mistakes_show_before_the_model_is_loaded(changes, error, settings, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "visibench.evals.sweeps.sweep.load_model", lambda *args, **options: pytest.fail("model was loaded")
+        "visibench.evals.sweeps.executor.load_model", lambda *args, **options: pytest.fail("model was loaded")
     )
     with pytest.raises(error):
         sweep(parse_config(settings | changes, "test"), tmp_path, QUIET)

@@ -15,7 +15,7 @@ from pathlib import Path
 import visibench.evals.answers.score
 import visibench.evals.compute.timing  # noqa: F401
 from visibench.cli import main
-from visibench.evals.sweeps import sweep as sweeping
+from visibench.evals.sweeps import in_process
 from visibench.results.store import disk
 
 config, out, count = sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
@@ -94,7 +94,7 @@ def kill() -> dict:
 def share() -> dict:
     """Let ``count`` processes share the sweep, the first of which dies in its second cell."""
     log = out.with_suffix(".cells")
-    run = sweeping.run_cell
+    run = in_process.run_cell
 
     def noted(loaded, cell, *arguments, **options):
         done = run(loaded, cell, *arguments, **options)
@@ -103,7 +103,7 @@ def share() -> dict:
         return done
 
     def prepare(dies=False):
-        sweeping.run_cell = noted
+        in_process.run_cell = noted
         if dies:
             disk.append = nth(disk.append, 6, tear, [])
 

@@ -10,8 +10,9 @@ from refusals import assert_refused
 from rich.console import Console
 from storing import config, frame, put
 from visibench.errors import DataError
+from visibench.evals.sweeps.cells import plan
 from visibench.evals.sweeps.config import load_config, parse_config
-from visibench.evals.sweeps.sweep import plan, sweep
+from visibench.evals.sweeps.sweep import sweep
 from visibench.methods import fastv, registry
 from visibench.results.gate import baseline as baselines
 from visibench.results.gate.gate import ALPHA, check

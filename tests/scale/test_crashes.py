@@ -9,8 +9,8 @@ import pytest
 import storing
 import yaml
 from storing import outcome
+from visibench.evals.sweeps.cells import plan
 from visibench.evals.sweeps.config import load_config
-from visibench.evals.sweeps.sweep import plan
 from visibench.results.store.store import Store
 
 KILLS = 12

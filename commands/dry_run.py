@@ -11,16 +11,16 @@ from .shared import print_list
 
 if TYPE_CHECKING:
     from ..evals.sweeps.config import SweepConfig
-    from ..evals.sweeps.dry_run import Forecast
+    from ..evals.sweeps.dry_run import CellCost
 
 HEADER = ["method", "task", "seed", "questions", "state", "TFLOPs", "basis", "time"]
 
 
 def show(config: SweepConfig, folder: Path, *, as_json: bool) -> None:
     """Print the cells of a sweep into ``folder``, what is done, and what the rest will take."""
-    from ..evals.sweeps.dry_run import forecast
+    from ..evals.sweeps.dry_run import dry_run
 
-    cells = forecast(config, folder, Console(stderr=True))
+    cells = dry_run(config, folder, Console(stderr=True))
     lines = _summary(cells, folder)
     if config.references:
         lines.append("Not among them: references, whose budgets are known once the other cells have run.")
@@ -30,7 +30,7 @@ def show(config: SweepConfig, folder: Path, *, as_json: bool) -> None:
     print_list([_json(cell) for cell in cells], header, rows, "\n" + "\n".join(lines), as_json=as_json)
 
 
-def _row(cell: Forecast) -> list[str]:
+def _row(cell: CellCost) -> list[str]:
     from ..evals.sweeps.events import duration
 
     return [
@@ -45,13 +45,13 @@ def _row(cell: Forecast) -> list[str]:
     ]
 
 
-def _upto(cell: Forecast) -> str:
+def _upto(cell: CellCost) -> str:
     if cell.questions is not None:
         return str(cell.questions)
     return "?" if cell.config.limit is None else f"≤ {cell.config.limit}"
 
 
-def _summary(cells: list[Forecast], folder: Path) -> list[str]:
+def _summary(cells: list[CellCost], folder: Path) -> list[str]:
     rest = [cell for cell in cells if not cell.done]
     lines = [f"{len(cells)} cells: {len(cells) - len(rest)} done in {folder}, {len(rest)} to do."]
     if not rest:
@@ -69,7 +69,7 @@ def _summary(cells: list[Forecast], folder: Path) -> list[str]:
     return [*lines, _time(rest)]
 
 
-def _time(rest: list[Forecast]) -> str:
+def _time(rest: list[CellCost]) -> str:
     from ..evals.sweeps.events import duration
 
     known = [cell.seconds for cell in rest if cell.seconds is not None]
@@ -84,12 +84,12 @@ def _time(rest: list[Forecast]) -> str:
     return f"Time: {total}, {', else '.join(used)}; loading the model not counted."
 
 
-def _but(cells: list[Forecast], known: int, reason: str) -> str:
+def _but(cells: list[CellCost], known: int, reason: str) -> str:
     missing = len(cells) - known
     return f" ({missing} of {len(cells)} cells {reason})" if missing else ""
 
 
-def _json(cell: Forecast) -> dict[str, Any]:
+def _json(cell: CellCost) -> dict[str, Any]:
     return {
         "config": cell.config.model_dump(mode="json"),
         "done": cell.done,

@@ -1,0 +1,115 @@
+"""Who runs the cells of a model: the interface, and what every executor is handed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+from ...errors import IncompleteError
+from ...methods import Method
+from ...models import LoadedModel, load_model
+from ...models.load import release
+from ...results.store.store import Store
+from ..answers.cell_spec import CellSpec
+from ..compute import budget
+from ..tasks.tasks import Task, load_tasks
+from .claims import done_elsewhere
+from .config import SweepConfig
+from .events import Named, Note, Reporter
+
+UNFINISHED = "not finished"
+
+
+class Executor(Protocol):
+    """Runs cells: in this process, in several on this machine, or on a Ray cluster."""
+
+    def run(self, job: Job, prepared: Prepared, report: Reporter) -> None:
+        """Leave each cell of ``job`` done in its store, or with its failures written down there.
+
+        ``prepared`` is what this process has loaded; an executor uses it, or frees it for workers of its own.
+        ``report`` hears of each cell once when it begins and once when it ends. Other processes may work on the same
+        store: cells that they have claimed are waited for. Raises :class:`VisibenchError` where no cell can run, such
+        as a method that cannot act on the model, and ``KeyboardInterrupt`` behind what was running.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """Cells of one model to run: all of ``cells`` with ``sizes`` questions by task, since ``began`` (epoch seconds)."""
+
+    config: SweepConfig
+    cells: list[CellSpec]
+    sizes: Mapping[str, int]
+    store: Store
+    began: float
+
+    def check(self) -> None:
+        """Raise :class:`OptionError` for methods that cannot act on the model, without loading its weights."""
+        geometry = load_model(self.config.model, weights="meta").geometry
+        for cell in self.cells:
+            cell.method.check(geometry)
+
+    def named(self, cell: CellSpec, number: int) -> Named:
+        """What events call the cell that is begun as the ``number``-th."""
+        return Named.cell(cell.config, number, len(self.cells), self.sizes[cell.config.task])
+
+    def problem(self, cell: CellSpec) -> str:
+        """Why a cell is not done; empty if it is."""
+        size = self.sizes.get(cell.config.task, 0)  # 0: it was done before
+        try:
+            done = done_elsewhere(cell.config, size, self.store, self.began)
+        except IncompleteError as error:
+            return str(error)
+        return "" if done else UNFINISHED
+
+    def failure(self, cell: CellSpec) -> str:
+        """What is to be said of a cell that is not done."""
+        config = cell.config
+        return f"{config.label} · {config.task} · seed {config.seed}: {self.problem(cell)}"
+
+
+class Prepared:
+    """Model and tasks of a sweep, each loaded when it is first needed."""
+
+    def __init__(self, config: SweepConfig, report: Reporter) -> None:
+        self.config, self.report = config, report
+        self._tasks: dict[str, Task] = {}
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """The model."""
+        config = self.config
+        return load_model(config.model, device=config.device, dtype=config.dtype, attn_implementation=config.attention)
+
+    def forget(self) -> None:
+        """Free the model's memory."""
+        for name in ("prompts", "loaded"):
+            self.__dict__.pop(name, None)
+        release()
+
+    def tasks(self, names: Sequence[str]) -> dict[str, Task]:
+        """Tasks by name."""
+        missing = [name for name in names if name not in self._tasks]
+        self._tasks |= {task.name: task for task in (load_tasks(missing, self.config.data) if missing else [])}
+        return {name: self._tasks[name] for name in names}
+
+    def sizes(self, names: Collection[str]) -> dict[str, int]:
+        """Questions to ask of each of these tasks."""
+        tasks = self.tasks([name for name in self.config.tasks if name in names])
+        return {name: task.size(self.config.limit_of(name))[0] for name, task in tasks.items()}
+
+    @cached_property
+    def prompts(self) -> budget.Prompts:
+        """What budgets are solved on: the first questions of every task."""
+        tasks = self.tasks(self.config.tasks)
+        return budget.Prompts.of(self.loaded, list(tasks.values()), batch_size=self.config.batch_size)
+
+    def solve(self, name: str, options: Mapping[str, Any], target: budget.Target) -> Method:
+        """The method that meets the target."""
+        solved = budget.solve(name, options, target, self.prompts)
+        price = target.spell(self.prompts.price(target.kind, solved.method))
+        self.report(Note(text=f"{name} {target}: {solved.method} gives {price} on {self.prompts.count} prompts"))
+        return solved.method
