@@ -20,9 +20,13 @@ def methods(as_json: AsJson = False) -> None:
 def models(as_json: AsJson = False) -> None:
     """List the models that need no download. Any supported hub name or local folder works as well."""
     from ..models import list_models
+    from ..models.support import DECODERS
 
     found = [{"name": name, "about": about} for name, about in list_models().items()]
-    also = "Also: a local folder, or a hub name such as llava-hf/llava-1.5-7b-hf."
+    also = (
+        "Also: a local folder, or a hub name such as llava-hf/llava-1.5-7b-hf.\n"
+        f"Tested text decoders: {', '.join(sorted(DECODERS))}."
+    )
     print_list(found, ["model", "about"], [[m["name"], m["about"]] for m in found], also, as_json=as_json)
 
 

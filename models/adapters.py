@@ -48,6 +48,11 @@ class VisionGeometry:
         return self.tokens * self.merged
 
     @property
+    def block_weights(self) -> int:
+        """Weights of one block, as :attr:`Geometry.layer_weights`."""
+        return 4 * self.hidden**2 + self.ffn_matrices * self.hidden * self.intermediate
+
+    @property
     def grid(self) -> int:
         """Visual tokens along one side of the (square) image."""
         return round(self.tokens**0.5)
@@ -309,17 +314,21 @@ class Adapter:
     def _check_sizes(self) -> None:
         """Compute is counted by the configuration: what is there must be what it says."""
         name, geometry = type(self.model).__name__, self.geometry
-        if len(self.layers) != geometry.layers:
-            raise UnsupportedModelError(
-                f"{name} cannot be pruned: it has {len(self.layers)} decoder layers, its configuration says "
-                f"{geometry.layers}: set num_hidden_layers"
-            )
-        for number, layer in enumerate(self.layers):
-            if (weights := matrix_weights(layer)) != geometry.layer_weights:
+        parts = [("decoder layer", self.layers, geometry.layers, geometry.layer_weights)]
+        if geometry.vision is not None:
+            parts += [("vision block", self.vision_blocks, geometry.vision.layers, geometry.vision.block_weights)]
+        for part, modules, count, weights in parts:
+            if len(modules) != count:
                 raise UnsupportedModelError(
-                    f"{name} cannot be pruned: decoder layer {number} multiplies by {weights:,} weights, by its "
-                    f"configuration {geometry.layer_weights:,}: merge adapters such as LoRA first (merge_and_unload)"
+                    f"{name} cannot be pruned: it has {len(modules)} {part}s where its configuration says {count}: "
+                    "set the number there"
                 )
+            for number, module in enumerate(modules):
+                if (own := matrix_weights(module)) != weights:
+                    raise UnsupportedModelError(
+                        f"{name} cannot be pruned: {part} {number} multiplies by {own:,} weights, by its configuration "
+                        f"{weights:,}: merge adapters such as LoRA first (merge_and_unload)"
+                    )
 
     def rotary(self, like: Tensor, positions: Tensor) -> Any:
         """Rotary cos and sin for int ``positions``, in the dtype and on the device of ``like``.

@@ -14,6 +14,7 @@ from PIL import Image
 from ..errors import VisibenchError
 from ..evals.tasks.tasks import Task, load_tasks
 from ..models import LoadedModel, load_model
+from ..models.inputs import as_rgb
 from ..results.store.records import CellConfig
 from ..results.store.store import Cell
 from ..results.store.token_grids import drawable, kept_tokens, placed, read, views
@@ -134,9 +135,9 @@ def dimmed(image: Image.Image, kept: NDArray[np.bool_]) -> Image.Image:
 
 def seen(processor: Any, image: Image.Image) -> NDArray[np.uint8] | None:
     """What the image processor makes of an image, uint8 (height, width, 3); None if it makes several images of it."""
-    made = processor.image_processor(
-        images=[image.convert("RGB")], do_rescale=False, do_normalize=False, return_tensors="pt"
-    )["pixel_values"]
+    made = processor.image_processor(images=[as_rgb(image)], do_rescale=False, do_normalize=False, return_tensors="pt")[
+        "pixel_values"
+    ]
     if made.ndim != 4 or len(made) != 1:
         return None
     return made[0].float().round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
@@ -144,7 +145,7 @@ def seen(processor: Any, image: Image.Image) -> NDArray[np.uint8] | None:
 
 def stored(image: Image.Image, about: str, grid: int = 0, *, whole: bool = True) -> QuestionImage:
     """The image in a page, at most :data:`LONGEST` pixels wide and high: PNG, or JPEG where that is large."""
-    small = image.convert("RGB")
+    small = as_rgb(image)
     small.thumbnail((LONGEST, LONGEST))
     data, kind = _encoded(small, "PNG"), "png"
     if len(data) > _LOSSLESS:

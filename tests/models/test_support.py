@@ -1,5 +1,7 @@
 """The table of tested text decoders, every entry of it: miniatures with random weights against their own layers."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import visibench
@@ -134,3 +136,10 @@ def test_compute_equals_that_of_torchs_counter(model, inputs, method):
     rotary = [sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.endswith("rotary_emb")]
     closed = flops.executed(session.trace, session.geometry, logits=None)
     assert closed.total()[0] == (counter.get_total_flops() - sum(rotary)) / 2
+
+
+def test_readme_and_the_command_name_the_tested_decoders(cli):
+    names = f"Tested text decoders: {', '.join(sorted(DECODERS))}"
+    readme = (Path(visibench.__file__).parent / "README.md").read_text()
+    assert names in " ".join(readme.split())
+    assert names in " ".join(cli("models")[1].split())

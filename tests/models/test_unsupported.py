@@ -111,8 +111,12 @@ def test_adapters_are_refused_until_they_are_merged():
     """The compute of those beside the weights would not be counted."""
     peft = pytest.importorskip("peft")
     (inputs,), method = make_batch([(3, 4, 1)]), visibench.load_method("fastv", keep=0.5)
-    settings = peft.LoraConfig(r=2, target_modules=r".*language_model.*q_proj", init_lora_weights=False)
-    wrapped = peft.get_peft_model(make_llava(layers=4), settings)
+    settings = {"r": 2, "init_lora_weights": False}
+    tower = peft.LoraConfig(target_modules=r".*vision_tower.*fc1", **settings)
+    with refusal("vision block 0 multiplies by 7,328 weights, by its configuration 7,168: merge adapters"):
+        visibench.prune(peft.get_peft_model(make_llava(layers=4), tower).get_base_model(), method)
+    decoder = peft.LoraConfig(target_modules=r".*language_model.*q_proj", **settings)
+    wrapped = peft.get_peft_model(make_llava(layers=4), decoder)
     with refusal("PeftModel, which wraps a model: pass model.merge_and_unload().*model.unload()"):
         visibench.prune(wrapped, method)
     with refusal(
@@ -129,7 +133,11 @@ def test_adapters_are_refused_until_they_are_merged():
 def test_layers_taken_away_by_hand_are_noticed():
     model = make_llava(layers=4)
     del model.model.language_model.layers[2]
-    with refusal("has 3 decoder layers, its configuration says 4: set num_hidden_layers"):
+    with refusal("has 3 decoder layers where its configuration says 4: set the number there"):
+        visibench.prune(model, visibench.load_method("none"))
+    model = make_llava(layers=4)
+    del model.model.vision_tower.encoder.layers[0]
+    with refusal("has 2 vision blocks where its configuration says 3"):
         visibench.prune(model, visibench.load_method("none"))
 
 
