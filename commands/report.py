@@ -13,6 +13,7 @@ from ..errors import DataError
 from .shared import check_writable, finished
 
 if TYPE_CHECKING:
+    from ..methods import Method
     from ..reports.question_image import ImageSource
 
 
@@ -62,8 +63,10 @@ def _about() -> dict[str, dict[str, Any]]:
     from ..evals.settings.method_spec import describe_methods
     from ..methods import list_methods
 
-    modules = {name: sys.modules[cls.__module__] for name, cls in list_methods().items()}
-    return {
-        facts["name"]: facts | {"algorithm": inspect.getdoc(modules[facts["name"]]) or ""}
-        for facts in describe_methods()
-    }
+    return {facts["name"]: facts | {"algorithm": _files(list_methods()[facts["name"]])} for facts in describe_methods()}
+
+
+def _files(method: type[Method]) -> str:
+    """The descriptions of the files of a method and of the method that it extends."""
+    files = dict.fromkeys(cls.__module__ for cls in reversed(method.__mro__) if hasattr(cls, "title"))
+    return "\n\n".join(inspect.getdoc(sys.modules[file]) or "" for file in files)

@@ -22,24 +22,19 @@ Where the paper's text differs from the code, the code is the default and an opt
 ``consecutive_exit`` (the code's count is never reset), ``visual_self_attention=False`` (the paper also removes
 visual-to-visual attention in the shallow layers), ``sink`` (the paper merges onto any visual token; the code onto the
 first). ``layer0`` chooses between the code's two rules for layer 0, by model size.
-
-``forced=True`` is for timing where the thresholds find nothing, as with random weights. Everything is measured as ever,
-but a plan decides: in each row the ``filter_tokens`` visual tokens of largest |c_j| stay from ``filter_layer`` on, and
-none from ``exit_layer`` on. The plan's defaults are the averages that the paper reports on GQA: filtering around the
-9th layer, 10.3 tokens, exit at layer 23.9.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from ..engine.contract import Forward, Keep, Knob
-from .base import MAGNITUDES, REFERENCE_DEPTH, Layered, top
-from .registry import register
+from .base import MAGNITUDES, REFERENCE_DEPTH, Layered
 
 if TYPE_CHECKING:
     from ..engine.contract import AttentionView, Geometry, LayerView, TokenLayout, TokenSet
@@ -47,13 +42,17 @@ if TYPE_CHECKING:
 STAGES = ("shallow", "middle", "deep")
 
 
-@register("visipruner", "VisiPruner", paper="2510.17205", source="EIT-NLP/VisiPruner@d778622")
+@dataclass(frozen=True)
 class VisiPruner(Layered):
     """Shallow visual attention off, a value-aware choice in the middle, no visual tokens in the deep layers."""
 
+    name = "visipruner"  # registered with the plan of visipruner_forced, which can stand in for the rule
+    title = "VisiPruner"
+    paper = "2510.17205"
+    source = "EIT-NLP/VisiPruner@d778622"
     hook_points = ("attention", "decoder")
     adaptive = True
-    examples = (
+    examples: ClassVar[tuple[str, ...]] = (
         "layers=scaled",
         "layers=scaled,layer_threshold=0.9,token_threshold=3,exit_threshold=0.9",
         "layers=scaled,layer0=13b,consecutive_exit=true",
@@ -61,14 +60,19 @@ class VisiPruner(Layered):
         "layers=scaled,skip=true",
         "layers=scaled,skip=true,layer0=13b",
         "layers=scaled,skip=true,visual_self_attention=false",
-        "layers=scaled,forced=true,filter_layer=14",
     )
     everything = "layers=scaled,stages=middle,layer_threshold=1,token_threshold=0"
-    knobs = (
+    knobs: ClassVar[tuple[Knob, ...]] = (
         Knob("token_threshold", lambda visual_tokens, geometry: MAGNITUDES),
-        Knob("filter_tokens", lambda visual_tokens, geometry: range(visual_tokens + 1)),
         Knob("shallow_layers", lambda visual_tokens, geometry: range(1, max(geometry.layers, REFERENCE_DEPTH))),
     )
+
+    # The stage without which an option does nothing.
+    belongs: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("layer0", "sink", "visual_self_attention", "skip"), "shallow"),
+        **dict.fromkeys(("layer_threshold", "token_threshold"), "middle"),
+        **dict.fromkeys(("exit_threshold", "exit_layers", "consecutive_exit"), "deep"),
+    }
 
     stages: tuple[str, ...] = STAGES
     shallow_layers: int = 6
@@ -81,10 +85,6 @@ class VisiPruner(Layered):
     visual_self_attention: bool = True
     consecutive_exit: bool = False
     skip: bool = False
-    forced: bool = False
-    filter_layer: int = 9
-    filter_tokens: int = 10
-    exit_layer: int = 24
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,62 +100,23 @@ class VisiPruner(Layered):
         for name in ("layer_threshold", "exit_threshold"):
             self.require(-1 <= getattr(self, name) <= 1, f"{name} is a cosine and must lie in [-1, 1]")
         self.require(self.token_threshold >= 0, "token_threshold is a norm and must be >= 0")
-        self.require(self.filter_tokens >= 0, "filter_tokens must be >= 0")
-        for option, (part, forced) in _BELONGS.items():
-            if getattr(self, option) != type(self).__dataclass_fields__[option].default:
-                self.require(part in self.stages, f"{option} has no effect without stage {part!r}")
-                self.require(forced in (None, self.forced), f"{option} has no effect with forced={self.forced}")
+        for option, part in self.belongs.items():
+            used = part in self.stages or not self.changed(option)
+            self.require(used, f"{option} has no effect without stage {part!r}")
         self.require(self.layer0 == "7b" or self.sink == 0, "sink has no effect with layer0='13b', which moves no mass")
+
+    def changed(self, option: str) -> bool:
+        """Whether an option has another value than by default."""
+        return bool(getattr(self, option) != type(self).__dataclass_fields__[option].default)
 
     def check(self, geometry: Geometry) -> None:
         self.check_layers("shallow_layers", (self.shallow_layers,), geometry)
-        if self.forced:
-            shallow, (cut, leave) = self.at(self.shallow_layers, geometry), self.planned(geometry)
-            scale = ", or give layers='scaled'" if self.layers == "given" else ""
-            self.require(
-                shallow + 2 <= cut < leave <= geometry.layers,
-                f"the plan of {shallow} shallow layers, filtering at {cut} and exit at {leave} does not fit a model of "
-                f"{geometry.layers}: keep shallow_layers + 2 <= filter_layer < exit_layer{scale}",
-            )
-
-    def planned(self, geometry: Geometry) -> tuple[int, int]:
-        """The first layers with few and with no visual tokens in the forced plan.
-
-        Scaled to few layers these would fall together: then each is as late as the one before it allows.
-        """
-        cut, scaled = self.at(self.filter_layer, geometry), self.layers == "scaled"
-        cut = max(cut, self.at(self.shallow_layers, geometry) + 2) if scaled else cut
-        leave = self.at(self.exit_layer, geometry) if "deep" in self.stages else geometry.layers
-        return cut, max(leave, cut + 1) if scaled else leave
 
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor] | None:
-        if "middle" not in self.stages:
-            return {}
-        if not self.forced:
-            return None
-        total, (cut, leave) = layout.visual.total, self.planned(geometry)
-        return {cut: total.clamp(max=self.filter_tokens), leave: torch.zeros_like(total)}
+        return None if "middle" in self.stages else {}
 
     def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
         return VisiPrunerForward(self, layout, geometry)
-
-
-# The stage to which an option belongs, and whether thresholds (False) or the forced plan (True) must decide.
-_BELONGS = {
-    "layer0": ("shallow", None),
-    "sink": ("shallow", None),
-    "visual_self_attention": ("shallow", None),
-    "skip": ("shallow", None),
-    "layer_threshold": ("middle", False),
-    "token_threshold": ("middle", False),
-    "exit_threshold": ("deep", False),
-    "exit_layers": ("deep", False),
-    "consecutive_exit": ("deep", False),
-    "forced": ("middle", None),
-    "filter_layer": ("middle", True),
-    "filter_tokens": ("middle", True),
-    "exit_layer": ("deep", True),
-}
 
 
 class VisiPrunerForward(Forward):
@@ -164,7 +125,6 @@ class VisiPrunerForward(Forward):
     def __init__(self, method: VisiPruner, layout: TokenLayout, geometry: Geometry) -> None:
         self.method = method
         self.shallow_layers = method.at(method.shallow_layers, geometry)
-        self.filter_layer, self.exit_layer = method.planned(geometry)
         self.total = layout.visual.total
         self.filtered = torch.zeros_like(self.total, dtype=torch.bool)
         self.idle_layers = torch.zeros_like(self.total)
@@ -225,7 +185,7 @@ class VisiPrunerForward(Forward):
     def middle(self, layer: int, view: AttentionView) -> None:
         """Measure what each visual token contributes to the last token, and decide for the next layer."""
         effect, norm = contributions(view, view.layout.visual)
-        self.keep = self.plan(layer + 1, view, norm) if self.method.forced else self.rule(view, effect, norm)
+        self.keep = self.rule(view, effect, norm)
 
     def rule(self, view: AttentionView, effect: Tensor, norm: Tensor) -> Tensor:
         """The visual tokens that stay by the thresholds, bool (B, V)."""
@@ -244,12 +204,6 @@ class VisiPrunerForward(Forward):
             keep = keep & (self.idle_layers < self.method.exit_layers)[:, None]
         self.filtered = self.filtered | trigger
         return keep
-
-    def plan(self, layer: int, view: AttentionView, norm: Tensor) -> Tensor:
-        """The visual tokens that stay from ``layer`` on by the forced plan, bool (B, V)."""
-        if layer == self.filter_layer:
-            return top(norm, torch.full_like(self.total, self.method.filter_tokens), view.present)
-        return view.present if layer < self.exit_layer else torch.zeros_like(view.present)
 
 
 def contributions(view: AttentionView, visual: TokenSet) -> tuple[Tensor, Tensor]:
