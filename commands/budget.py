@@ -16,8 +16,10 @@ from ..errors import OptionError, UnsupportedModelError
 from .shared import AsJson, prompt_lengths
 
 if TYPE_CHECKING:
-    from ..evals.compute.budget import Cost, Prompts, Solution, Target
+    from ..evals.compute.budget import Cost, Prompts, Solution
     from ..evals.compute.timing import Timing
+    from ..evals.settings.method_spec import MethodSpec
+    from ..evals.settings.target import Target
 
 _LEGEND = (
     "T: visual tokens, mean over decoder-layer inputs and prompts, {how}. TFLOPs: {what}, one multiply-add = 1. The "
@@ -63,7 +65,8 @@ def budget(
     as_json: AsJson = False,
 ) -> None:
     """Solve each method's options for one budget: what to pass to run and sweep, and what it really costs."""
-    from ..evals.compute.budget import DENSE, Target
+    from ..evals.compute.budget import DENSE
+    from ..evals.settings.target import Target
 
     wanted = Target.parse(target)
     asked = _asked(methods)
@@ -95,21 +98,19 @@ def budget(
         raise OptionError(f"{wanted} is out of reach of all {len(refused)} methods: the reasons stand above")
 
 
-def _solved(
-    asked: list[tuple[str, dict[str, str]]], wanted: Target, prompts: Prompts
-) -> tuple[list[Solution], dict[str, str]]:
+def _solved(asked: list[MethodSpec], wanted: Target, prompts: Prompts) -> tuple[list[Solution], dict[str, str]]:
     """The methods that meet the target, and why the others do not."""
     from ..evals.compute.budget import solve
-    from ..evals.settings import method_spec
+    from ..evals.settings.method_spec import written
 
     solved, refused = [], {}
     with Console(stderr=True).status("Solving …") as status:
-        for name, options in asked:
-            status.update(f"Solving {name} for {wanted} …")
+        for spec in asked:
+            status.update(f"Solving {spec.name} for {wanted} …")
             try:
-                solved.append(solve(name, options, wanted, prompts))
+                solved.append(solve(spec.reference, spec.given, wanted, prompts))
             except (OptionError, UnsupportedModelError) as error:
-                refused[method_spec.written(name, options)] = str(error)
+                refused[written(spec.cls, spec.options)] = str(error)
     return solved, refused
 
 
@@ -143,24 +144,23 @@ def _sizes(
     return Prompts(loaded, [inputs], inputs), where
 
 
-def _asked(methods: list[str] | None) -> list[tuple[str, dict[str, str]]]:
-    """Names and options, checked: those given, or the plainest example of every method less what a budget decides."""
-    from ..evals.compute.budget import decided, knobs
-    from ..evals.settings import method_spec
+def _asked(methods: list[str] | None) -> list[MethodSpec]:
+    """What to solve, checked: those given, or the plainest example of every method less what a budget decides."""
+    from ..evals.settings.method_spec import MethodSpec, decided, spell, split
     from ..methods import list_methods
 
     if methods is None:
         turned = [cls for cls in list_methods().values() if cls.knobs]
-        plainest = [(cls, method_spec.split(method_spec.spell(cls, cls.examples[0]))[1]) for cls in turned]
+        plainest = [(cls, split(spell(cls, cls.examples[0]))[1]) for cls in turned]
         return [
-            (cls.name, {key: value for key, value in options.items() if key not in decided(cls.knobs[0])})
+            MethodSpec.of(cls.name, {key: value for key, value in options.items() if key not in decided(cls.knobs[0])})
             for cls, options in plainest
         ]
     # A comma in front of key=value goes on with the same method.
     texts = [text for several in methods for text in re.split(r",(?!\s*\w+\s*=)", several)]
-    asked = [method_spec.split(text) for text in texts]
-    for name, options in asked:
-        knobs(name, options)
+    asked = [MethodSpec.parse(text) for text in texts]
+    for spec in asked:
+        spec.knobs()  # raises where nothing is left to turn
     return asked
 
 

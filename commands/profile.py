@@ -64,7 +64,8 @@ def profile(
     Takes a configuration, or --model and --methods; options replace what the configuration says.
     """
     from ..evals.compute.profile import ProfileConfig
-    from ..evals.sweeps.config import parse, read
+    from ..evals.settings.config import parse
+    from ..evals.settings.include import read
 
     given: dict[str, Any] = {
         "model": model,

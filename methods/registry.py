@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar, dataclass_transform, get_args, overload
@@ -16,6 +17,7 @@ MethodClass = TypeVar("MethodClass", bound=type[Method])
 _ANSWERS = {"image": "image", "tower": "block", "vision": "vision"}
 _methods: dict[str, type[Method]] = {}
 _plugins_loaded = False
+_collected: dict[str, type[Method]] | None = None
 
 
 @overload
@@ -43,14 +45,26 @@ def _with_facts(cls: MethodClass, facts: dict[str, str]) -> MethodClass:
 
 def _register(cls: MethodClass) -> MethodClass:
     cls = checked(cls)
-    other = _methods.get(cls.name)
+    table = _methods if _collected is None else _collected
+    other = _methods.get(cls.name) or table.get(cls.name)
     if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
         raise VisibenchError(
             f"method {cls.name!r} is registered twice, by {other.__module__} and {cls.__module__}: rename one of them"
         )
     check_hooks(cls)
-    _methods[cls.name] = cls
+    table[cls.name] = cls
     return cls
+
+
+@contextmanager
+def collecting() -> Iterator[dict[str, type[Method]]]:
+    """What is registered inside goes into the yielded table, and nowhere else."""
+    global _collected
+    before, _collected = _collected, {}
+    try:
+        yield _collected
+    finally:
+        _collected = before
 
 
 def checked(cls: MethodClass) -> MethodClass:

@@ -13,13 +13,12 @@ the prompts at hand. On a model without weights all comes from plans.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from statistics import fmean
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
@@ -27,52 +26,19 @@ from ...engine import prune
 from ...engine.contract import Knob
 from ...engine.session import PruningSession
 from ...engine.trace import Trace
-from ...errors import OptionError, suggest
+from ...errors import OptionError
 from ...methods import Method, load_method
-from ...methods.registry import get
 from ...models import LoadedModel
 from ...results.store.records import VisualTokens
-from ..settings import method_spec
+from ..settings.method_spec import MethodSpec
+from ..settings.target import Kind, Target
 from ..tasks.tasks import Task
 from . import flops
 from .prefill_plan import planned_prefill
 from .timing import Timing, time_prefill
 
-Kind = Literal["tokens", "tflops", "ms"]
 SAMPLES = 16
 DENSE = load_method("none")
-_SPELLED = {"tokens": "T={:.4g}", "tflops": "{:.4g} TFLOPs", "ms": "{:.4g} ms"}
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a prefill may cost: ``tokens``, T; ``tflops``, executed multiply-adds times 10⁻¹²; or ``ms``, measured."""
-
-    kind: Kind
-    value: float
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise OptionError(f"unknown target {self.kind!r}; {suggest(self.kind, get_args(Kind))}")
-        if not (math.isfinite(self.value) and self.value >= 0):
-            raise OptionError(f"target {self.kind} must be a number >= 0, not {self.value}")
-
-    @classmethod
-    def parse(cls, text: str) -> Target:
-        """From ``tokens=48``, ``tflops=0.5`` or ``ms=30``."""
-        kind, _, value = (part.strip() for part in text.partition("="))
-        try:
-            number = float(value)
-        except ValueError:
-            raise OptionError(f"target {text!r}: expected tokens=NUMBER, tflops=NUMBER or ms=NUMBER") from None
-        return cls(kind, number)  # type: ignore[arg-type]  # checked there
-
-    def spell(self, value: float) -> str:
-        """A cost of this kind with its unit."""
-        return _SPELLED[self.kind].format(value)
-
-    def __str__(self) -> str:
-        return self.spell(self.value)
 
 
 @dataclass(frozen=True)
@@ -184,9 +150,10 @@ def solve(name: str, options: Mapping[str, Any], target: Target, prompts: Prompt
     :class:`UnsupportedModelError` if the method cannot act on this architecture.
     """
     limits, refusals = [], []
-    for knob in knobs(name, options):
+    spec = MethodSpec.of(name, options)
+    for knob in spec.knobs():
         try:
-            settings, refusal = accepted(name, options, knob, prompts)
+            settings, refusal = accepted(spec, knob, prompts)
         except OptionError as error:
             refusals.append(error)
             continue
@@ -198,46 +165,22 @@ def solve(name: str, options: Mapping[str, Any], target: Target, prompts: Prompt
         limits.append(limit)
     if not limits:
         raise refusals[0]
-    raise OptionError(f"{name}: {target} is out of reach: {'; '.join(limits)}")
+    raise OptionError(f"{spec.name}: {target} is out of reach: {'; '.join(limits)}")
 
 
-def knobs(name: str, options: Mapping[str, Any]) -> list[Knob]:
-    """The knobs of a method that ``options`` leave to be turned. Raises :class:`OptionError` if there is none."""
-    every = get(name).knobs
-    get(name).check_names(options)
-    if not every:
-        raise OptionError(f"{name} has nothing to turn for a budget: leave its budget out")
-    if fixed(name, options):
-        both = " and ".join(sorted({key for knob in every for key in decided(knob) & options.keys()}))
-        raise OptionError(f"{name}: {both} given, which is for a budget to decide: leave it or the budget out")
-    return [knob for knob in every if not decided(knob) & options.keys()]
-
-
-def fixed(name: str, options: Mapping[str, Any]) -> bool:
-    """Whether ``options`` leave no knob of the method to be turned."""
-    return all(decided(knob) & options.keys() for knob in get(name).knobs)
-
-
-def decided(knob: Knob) -> set[str]:
-    """The options that must not be given where this knob is turned."""
-    return {knob.name, *knob.replaces}
-
-
-def accepted(
-    name: str, options: Mapping[str, Any], knob: Knob, prompts: Prompts
-) -> tuple[list[Method], OptionError | None]:
+def accepted(spec: MethodSpec, knob: Knob, prompts: Prompts) -> tuple[list[Method], OptionError | None]:
     """The method at all values of ``knob`` that it takes on this model, fewest visual tokens first; a refusal, if any.
 
     Raises the refusal where fewer than two are left, or refused values lie between accepted ones, and
     :class:`UnsupportedModelError` where the method cannot act on this architecture.
     """
-    geometry, given = prompts.loaded.geometry, method_spec.typed(name, options)
+    geometry = prompts.loaded.geometry
     most = max(count for layout in prompts.layouts for count in layout.visual_counts)
     found: dict[int, Method] = {}
     refusal = None
     for number, value in enumerate(knob.values(most, geometry)):
         try:
-            method = get(name).from_options(**knob.at(value, given))
+            method = spec.cls.from_options(**knob.at(value, spec.options))
             method.check(geometry)
             found[number] = method
         except OptionError as error:

@@ -27,7 +27,7 @@ from ...models.geometry import Weights
 from ...models.load import release
 from ...results.store.profiles import DENSE, Lengths, Profile, Row, Spread, speedup
 from ...results.store.records import environment
-from ..sweeps.config import Config, Count, Variant, variants
+from ..settings.config import Config, Count, Variant, variants
 from . import flops, timing
 from .memory import keep_freed_memory, out_of_memory, peak_memory
 

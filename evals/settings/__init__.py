@@ -1,1 +1,3 @@
-"""What users write: methods as text (method_spec), YAML files that include each other (include)."""
+"""What users write: methods as text (method_spec), what they may cost (target), YAML files that include each other
+(include), and what every configuration says (config).
+"""

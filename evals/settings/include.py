@@ -163,7 +163,7 @@ def _set_option(content: dict[str, Any], text: str) -> tuple[str, ...]:
 def _names(entry: Any) -> set[str]:
     """How an entry of a method may be called; whether it is a usable one is checked later."""
     if isinstance(entry, str):
-        return {entry.partition(":")[0].strip(), entry.strip()}
+        return {method_spec.name_of(entry), entry.strip()}
     found = (entry.get("name"), entry.get("label")) if isinstance(entry, dict) else ()
     return {name for name in found if isinstance(name, str)}
 

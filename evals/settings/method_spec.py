@@ -3,14 +3,107 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from ...engine.contract import Knob, spell_value
 from ...errors import OptionError
 from ...methods import Method, list_methods
-from ...methods.registry import get
+from ...methods.files import find
+from .target import Target
+
+# FILE.py[:NAME][:options]; what holds an equals sign is no name.
+_LOCAL = re.compile(r"(?P<file>.+?\.py)(?::(?P<name>[^:=,]*))?(?:(?P<colon>:)(?P<options>.*))?$")
+
+
+Solve = Callable[[str, Mapping[str, Any], Target], Method]
+"""Finds the method that meets a target, from its name and the other options."""
+
+
+def nowhere(name: str, options: Mapping[str, Any], target: Target) -> Method:
+    """The answer to budgets where there are no questions to solve them on."""
+    command = f"`visibench budget --target {target.kind}={target.value:g}` finds"
+    raise OptionError(
+        f"{name}: only sweeps solve budgets, on the questions of their tasks: give the options that {command}"
+    )
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method as it is asked for, from the command line or a configuration: parsed once, then asked for all else.
+
+    ``reference``: a registered name, or FILE.py:NAME. ``given``: options as they were written; ``options``: each of its
+    field's type. With a ``target`` they are not all: a knob is to be turned until it is met. ``label``: how tables call
+    the method. ``seeds``: one run each.
+    """
+
+    reference: str
+    cls: type[Method]
+    given: Mapping[str, Any]
+    options: Mapping[str, Any]
+    target: Target | None = None
+    label: str = ""
+    seeds: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, reference: str, given: Mapping[str, Any]) -> MethodSpec:
+        """The method ``reference`` with options ``given`` as text or values.
+
+        Raises :class:`~visibench.errors.UnknownNameError`, and :class:`OptionError` for a value of a wrong type.
+        """
+        method = find(reference)
+        return cls(reference, method, given, typed(method, given))
+
+    @classmethod
+    def parse(cls, text: str) -> MethodSpec:
+        """From ``NAME[:key=value,…]`` or ``FILE.py[:NAME][:key=value,…]``."""
+        return cls.of(*split(text))
+
+    @property
+    def name(self) -> str:
+        """The method's own name."""
+        return self.cls.name
+
+    def build(self) -> Method:
+        """The method with its options alone. Raises :class:`OptionError`."""
+        return self.cls.from_options(**self.options)
+
+    def method(self, solve: Solve = nowhere) -> Method:
+        """The method with all its options; ``solve`` finds what a target leaves open."""
+        return solve(self.reference, self.given, self.target) if self.target else self.build()
+
+    def seeded(self) -> bool:
+        """Whether the method draws random numbers."""
+        return is_seeded(self.cls)
+
+    def __str__(self) -> str:
+        """How the method is called without a label: by its options, of which a target leaves some open."""
+        if self.target is None:
+            return str(seeded(self.build(), 0))
+        return written(self.cls, {key: value for key, value in self.options.items() if key != "seed"})
+
+    def fixed(self) -> bool:
+        """Whether the options leave no knob of the method to be turned."""
+        return all(decided(knob) & self.options.keys() for knob in self.cls.knobs)
+
+    def knobs(self) -> list[Knob]:
+        """The knobs that the options leave to be turned. Raises :class:`OptionError` if there is none."""
+        self.cls.check_names(self.options)
+        if not self.cls.knobs:
+            raise OptionError(f"{self.name} has nothing to turn for a budget: leave its budget out")
+        if self.fixed():
+            both = " and ".join(sorted({key for knob in self.cls.knobs for key in decided(knob) & self.options.keys()}))
+            raise OptionError(f"{self.name}: {both} given, which is for a budget to decide: leave it or the budget out")
+        return [knob for knob in self.cls.knobs if not decided(knob) & self.options.keys()]
+
+
+def decided(knob: Knob) -> set[str]:
+    """The options that must not be given where this knob is turned."""
+    return {knob.name, *knob.replaces}
 
 
 def parse(text: str) -> Method:
@@ -18,12 +111,26 @@ def parse(text: str) -> Method:
 
     Raises :class:`~visibench.errors.UnknownNameError` or :class:`OptionError`.
     """
-    return build(*split(text))
+    return MethodSpec.parse(text).build()
+
+
+def name_of(text: str) -> str:
+    """How the method of a text is called, whether or not there is one: without its file and its options."""
+    reference, _, _ = _divided(text)
+    return reference.rpartition(".py:")[2].strip()
+
+
+def _divided(text: str) -> tuple[str, str | None, str]:
+    """Reference, a colon if there is one, and what is written behind it."""
+    local = _LOCAL.match(text.strip())
+    if local is None:
+        return text.strip().partition(":")
+    return ":".join(filter(None, local.group("file", "name"))), local["colon"], local["options"] or ""
 
 
 def split(text: str) -> tuple[str, dict[str, str]]:
-    """Name and options, still as text."""
-    name, colon, rest = text.strip().partition(":")
+    """Name, or file and name, and options, still as text."""
+    name, colon, rest = _divided(text)
     options: dict[str, str] = {}
     for item in rest.split(",") if colon else []:
         key, equals, value = (part.strip() for part in item.partition("="))
@@ -37,15 +144,16 @@ def split(text: str) -> tuple[str, dict[str, str]]:
 
 def build(name: str, options: Mapping[str, Any]) -> Method:
     """The method ``name`` with ``options``, each converted to the type of its field."""
-    return get(name).from_options(**typed(name, options))
+    return MethodSpec.of(name, options).build()
 
 
-def typed(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """``options`` of the method ``name``, each converted to the type of its field; unknown ones as they are."""
-    cls = get(name)
+def typed(cls: type[Method], options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` of a method, each converted to the type of its field; unknown ones as they are."""
     types = get_type_hints(cls)
     fields = {field.name for field in dataclasses.fields(cls)}
-    return {key: _convert(name, key, value, types[key]) if key in fields else value for key, value in options.items()}
+    return {
+        key: _convert(cls.name, key, value, types[key]) if key in fields else value for key, value in options.items()
+    }
 
 
 def seeded(method: Method, seed: int) -> Method:
@@ -64,11 +172,9 @@ def spell(cls: type[Method], options: str) -> str:
     return f"{cls.name}:{options}" if options else cls.name
 
 
-def written(name: str, options: Mapping[str, Any]) -> str:
-    """``NAME:key=value,…`` for options that need not be all that the method must be given."""
-    values = typed(name, options).items()
-    spelled = (f"{key}={'+'.join(map(str, v)) if isinstance(v, tuple) else v}" for key, v in values)
-    return spell(get(name), ",".join(spelled))
+def written(cls: type[Method], options: Mapping[str, Any]) -> str:
+    """``NAME:key=value,…`` for options, by type, that need not be all that the method must be given."""
+    return spell(cls, ",".join(f"{key}={spell_value(value)}" for key, value in options.items()))
 
 
 def describe_methods() -> list[dict[str, Any]]:

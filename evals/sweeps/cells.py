@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from ...methods import load_method
+from ...methods.files import file_of
 from ...models.load import EMBEDDED
 from ...results.store.records import CellConfig
 from ..answers.cell_spec import CellSpec
-from ..tasks.tasks import check_data, definition, origin_of
-from .config import DENSE, Solve, SweepConfig, Variant, nowhere, variants
+from ..settings.config import DENSE, Variant, variants
+from ..settings.method_spec import Solve, nowhere
+from ..tasks.tasks import origins
+from .config import SweepConfig
 
 _WHOLE_FILE = 32 << 20
 _EDGE = 64 << 10
@@ -22,28 +26,27 @@ def plan(config: SweepConfig, *, dense: bool = True, solve: Solve = nowhere) -> 
 
     ``solve`` is asked, after all checks, for the methods that have a budget.
     """
-    check_data(config.data)
-    for task in config.tasks:
-        definition(task)
-    return [cell for one in config.by_model() for cell in _of_model(one, dense, solve)]
+    where = origins(config.tasks, config.data)
+    return [cell for one in config.by_model() for cell in _of_model(one, where, dense, solve)]
 
 
-def _of_model(config: SweepConfig, dense: bool, solve: Solve) -> list[CellSpec]:
+def _of_model(config: SweepConfig, where: Mapping[str, str], dense: bool, solve: Solve) -> list[CellSpec]:
     checkpoint = fingerprint(config.model)
-    found = variants(config, dense=dense, solve=solve)
+    every = variants(config, dense=dense, solve=solve)
     reference = next(
-        (one for one in found if one.method.name == DENSE), Variant(load_method(DENSE), DENSE, found[0].seed)
+        (one for one in every if one.method.name == DENSE), Variant(load_method(DENSE), DENSE, every[0].seed)
     )
     cells = []
-    for variant in found:
-        for task in config.tasks:
-            cell = _cell(config, checkpoint, variant, task)
-            own = cell if cell.method == DENSE else _cell(config, checkpoint, reference, task)
-            cells.append(CellSpec(cell, variant.method, own))
+    for variant in every:
+        for task, origin in where.items():
+            cell = _cell(config, checkpoint, variant, task, origin)
+            dense_cell = cell if cell.method == DENSE else _cell(config, checkpoint, reference, task, origin)
+            cells.append(CellSpec(cell, variant.method, dense_cell))
     return cells
 
 
-def _cell(config: SweepConfig, checkpoint: str, variant: Variant, task: str) -> CellConfig:
+def _cell(config: SweepConfig, checkpoint: str, variant: Variant, task: str, origin: str) -> CellConfig:
+    file = file_of(type(variant.method))
     return CellConfig(
         model=config.model,
         checkpoint=checkpoint,
@@ -55,10 +58,12 @@ def _cell(config: SweepConfig, checkpoint: str, variant: Variant, task: str) -> 
         label=variant.label,
         seed=variant.seed,
         task=task,
-        origin=origin_of(task, config.data),
+        origin=origin,
         limit=config.limit_of(task),
         batch_size=config.batch_size,
         timing=config.timing,
+        method_file=file.path if file else "",
+        method_hash=file.digest if file else "",
     )
 
 

@@ -29,11 +29,12 @@ from ...results.store.store import Cell, Store
 from ..answers.cell_spec import CellSpec
 from ..compute.flops import executed
 from ..compute.paper_flops import Work, planned
+from ..settings.config import DENSE
 from ..tasks.hub import hub_or_cache
 from ..tasks.tasks import HUB, reason
 from . import pace
 from .cells import fingerprint, plan
-from .config import DENSE, SweepConfig
+from .config import SweepConfig
 from .events import Lines, Note
 from .executor import Prepared
 

@@ -14,6 +14,7 @@ from ...models.load import release
 from ...results.store.store import Store
 from ..answers.cell_spec import CellSpec
 from ..compute import budget
+from ..settings.target import Target
 from ..tasks.tasks import Task, load_tasks
 from .claims import done_elsewhere
 from .config import SweepConfig
@@ -107,7 +108,7 @@ class Prepared:
         tasks = self.tasks(self.config.tasks)
         return budget.Prompts.of(self.loaded, list(tasks.values()), batch_size=self.config.batch_size)
 
-    def solve(self, name: str, options: Mapping[str, Any], target: budget.Target) -> Method:
+    def solve(self, name: str, options: Mapping[str, Any], target: Target) -> Method:
         """The method that meets the target."""
         solved = budget.solve(name, options, target, self.prompts)
         price = target.spell(self.prompts.price(target.kind, solved.method))

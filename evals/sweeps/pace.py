@@ -10,9 +10,10 @@ from ...methods import load_method
 from ...models import LoadedModel
 from ..answers.generate import Bridge, questions
 from ..compute.timing import time_prefill
+from ..settings.config import DENSE
 from ..tasks import lmms_eval
 from ..tasks.tasks import Task
-from .config import DENSE, SweepConfig
+from .config import SweepConfig
 
 LARGEST = 2**30
 """Bytes of weights of a model that is loaded for this."""

@@ -20,7 +20,7 @@ from ...results.statistics.inference import BASELINES, DENSE, RANDOM, budgets
 from ...results.store.records import CellConfig
 from ...results.store.store import Cell
 from ..answers.cell_spec import CellSpec
-from .config import MethodEntry
+from ..settings.config import MethodEntry
 
 REFERENCES = [method for method in BASELINES if method != DENSE]
 SEEDS = 5

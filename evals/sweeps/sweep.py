@@ -15,8 +15,9 @@ from ...results.tables.render import render
 from ...results.tables.tables import ResultTable, build
 from ..answers.cell import agreed
 from ..answers.cell_spec import CellSpec
+from ..settings.config import MethodEntry, settled
 from .cells import plan
-from .config import MethodEntry, SweepConfig, settled
+from .config import SweepConfig
 from .events import ModelStarted, Note, Reporter, Stopwatch, SweepFinished, SweepStarted, reporter
 from .executor import Executor, Job, Prepared
 from .in_process import InProcess

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -184,6 +184,14 @@ def load_tasks(names: Sequence[str], data: str = EMBEDDED) -> list[Task]:
     check_data(data)
     files = {name: definition(name) for name in names}
     return [_load(name, file, origin_of(name, data)) for name, file in files.items()]
+
+
+def origins(names: Iterable[str], data: str) -> dict[str, str]:
+    """Where the questions of each of these tasks come from, see :func:`origin_of`; names and data are checked."""
+    check_data(data)
+    for name in names:
+        definition(name)
+    return {name: origin_of(name, data) for name in names}
 
 
 def check_data(data: str) -> None:

@@ -87,7 +87,7 @@ class Worker:
         ``reference``: files of its ``dense`` cell, if that is done.
         """
         prepared = self.prepared
-        spec = CellSpec(config, method_spec.build(config.method, config.options), dense)
+        spec = CellSpec(config, method_spec.build(config.reference, config.options), dense)
         if fingerprint(config.model) != config.checkpoint:
             raise DataError(f"model {config.model!r} is another one on {platform.node()}: copy the folder there")
         task, loaded, features = prepared.tasks([config.task])[config.task], prepared.loaded, self.features

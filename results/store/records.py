@@ -11,11 +11,13 @@ import json
 import platform
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from ...utils import machine
 
 CONFIG_SCHEMA: Literal[1] = 1
+UNHASHED = ("label", "method_file")
+"""What of a cell's configuration does not count: how it is called, and where its method's file lay."""
 METRICS_SCHEMA: Literal[2] = 2
 PACKAGES = ("visibench", "torch", "torchvision", "transformers", "lmms-eval", "datasets", "pillow", "numpy")
 
@@ -43,6 +45,8 @@ class CellConfig(Record):
 
     ``checkpoint``: hash of a local checkpoint's files, empty for one from the hub. ``options``: every hyperparameter of
     the method. ``origin``: ``embedded``, ``hub``, or the folder of the data. ``timing`` None: prefill is not timed.
+    ``method_file``, ``method_hash``: the file of a method that is not registered, and the hash of its content, which
+    alone counts; for others both are empty and left out of what is stored.
     """
 
     schemas: ClassVar[tuple[int, ...]] = (CONFIG_SCHEMA,)
@@ -62,10 +66,22 @@ class CellConfig(Record):
     limit: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=8, ge=1)
     timing: TimingConfig | None = TimingConfig()
+    method_file: str = ""
+    method_hash: str = ""
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = handler(self)
+        return content if self.method_hash else {k: v for k, v in content.items() if not k.startswith("method_")}
+
+    @property
+    def reference(self) -> str:
+        """How the method is found again: by its name, or in its file."""
+        return f"{self.method_file}:{self.method}" if self.method_file else self.method
 
     def digest(self) -> str:
-        """Hash of everything but the label, 16 hex digits."""
-        return self.hashed(without="label")
+        """Hash of everything but :data:`UNHASHED`, 16 hex digits."""
+        return digest(json.loads(self.model_dump_json(exclude=set(UNHASHED))))
 
     @property
     def folder(self) -> str:

@@ -28,7 +28,7 @@ from pydantic import ValidationError
 
 from ...errors import DataError
 from . import disk
-from .records import CellConfig, CellMetrics, Failure, Record, digest
+from .records import UNHASHED, CellConfig, CellMetrics, Failure, Record, digest
 
 CONFIG, SAMPLES, METRICS = "config.json", "samples.parquet", "metrics.json"
 ANSWERS, FAILURES, LOCK = "answers", "failures.jsonl", "lock"
@@ -263,8 +263,8 @@ def _open(path: Path) -> Cell:
     config, asked = _read(path / CONFIG, CellConfig)
     metrics, told = _read(path / METRICS, CellMetrics)
     checksum = told.pop("checksum", "")
-    del asked["label"]
-    if metrics.config_hash != digest(asked):
+    counted = {key: value for key, value in asked.items() if key not in UNHASHED}
+    if metrics.config_hash != digest(counted):
         raise DataError(f"{path / CONFIG} was changed after its run: restore it, or delete {path} and run again")
     if checksum and checksum != digest(told):
         raise DataError(f"{path / METRICS} was changed after its run: restore it, or delete {path} and run again")

@@ -12,9 +12,11 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from visibench.cli import main
 from visibench.errors import OptionError
 from visibench.evals.compute import budget, flops, prefills
-from visibench.evals.compute.budget import Planned, Prompts, Target, accepted, decided, knobs, solve
+from visibench.evals.compute.budget import Planned, Prompts, accepted, solve
 from visibench.evals.compute.timing import Timing
 from visibench.evals.settings import method_spec
+from visibench.evals.settings.method_spec import MethodSpec, decided
+from visibench.evals.settings.target import Target
 from visibench.evals.tasks.tasks import load_tasks
 from visibench.methods import fitprune
 from visibench.models import LoadedModel
@@ -52,7 +54,8 @@ def traced(model, method, rows=ROWS):
 @pytest.mark.parametrize("cls", TURNED, ids=lambda cls: cls.name)
 def test_achieved_is_what_a_trace_finds_and_no_neighbour_is_nearer(cls, llava, prompts):
     options = open_options(cls)
-    settings, _ = accepted(cls.name, options, knobs(cls.name, options)[0], prompts)
+    spec = MethodSpec.of(cls.name, options)
+    settings, _ = accepted(spec, spec.knobs()[0], prompts)
     planned = settings[0].left(prompts.layouts[0], prompts.loaded.geometry) is not None
     every = [prompts.tokens(method) for method in settings] if planned else []
     least, most = (traced(llava, method) for method in (settings[0], settings[-1]))
@@ -107,7 +110,8 @@ def test_the_next_knob_is_turned_where_the_first_does_not_reach(llava, prompts):
 @pytest.mark.parametrize("text", ["fastv:layer=2", "downsample", "vtw"])
 def test_compute_is_that_of_the_nearest_setting(text, llava, prompts):
     name, options = method_spec.split(text)
-    settings, _ = accepted(name, options, knobs(name, options)[0], prompts)
+    spec = MethodSpec.of(name, options)
+    settings, _ = accepted(spec, spec.knobs()[0], prompts)
     macs = {}
     for method in settings:
         total = 0.0

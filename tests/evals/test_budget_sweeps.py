@@ -5,8 +5,9 @@ import yaml
 from rich.console import Console
 from visibench.errors import OptionError
 from visibench.evals.compute.profile import ProfileConfig
+from visibench.evals.settings.config import parse, variants
 from visibench.evals.sweeps.cells import plan
-from visibench.evals.sweeps.config import parse, parse_config, variants
+from visibench.evals.sweeps.config import parse_config
 from visibench.evals.sweeps.sweep import sweep
 
 QUIET = Console(quiet=True)

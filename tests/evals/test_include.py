@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 from visibench.errors import DataError, OptionError
+from visibench.evals.settings.config import variants
 from visibench.evals.sweeps.cells import plan
-from visibench.evals.sweeps.config import load_config, parse_config, select, variants
+from visibench.evals.sweeps.config import load_config, parse_config, select
 
 COMMANDS = Path(__file__).parents[2] / "commands"
 

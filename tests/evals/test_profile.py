@@ -17,7 +17,8 @@ from visibench.errors import OptionError, VisibenchError
 from visibench.evals.compute import profile as profiling
 from visibench.evals.compute import timing
 from visibench.evals.compute.profile import ProfileConfig, profile
-from visibench.evals.sweeps.config import parse, read, variants
+from visibench.evals.settings.config import parse, variants
+from visibench.evals.settings.include import read
 from visibench.results.store.profiles import read as read_profile
 
 # Installed with the package, but not needed here.

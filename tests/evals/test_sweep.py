@@ -15,9 +15,10 @@ from storing import outcome
 from visibench.errors import DataError, OptionError, UnknownNameError
 from visibench.evals.answers import generate
 from visibench.evals.settings import method_spec
+from visibench.evals.settings.config import variants
 from visibench.evals.settings.include import PACKAGED
 from visibench.evals.sweeps.cells import fingerprint, plan
-from visibench.evals.sweeps.config import load_config, parse_config, variants
+from visibench.evals.sweeps.config import load_config, parse_config
 from visibench.evals.sweeps.sweep import sweep
 from visibench.results.store.store import Store
 from visibench.results.tables.tables import build
