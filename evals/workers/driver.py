@@ -127,8 +127,9 @@ class _Driver:
         self.idle: list[Handle] = []
         self.running: dict[Future, tuple[Handle, _Task]] = {}
         self.cells, self.tasks = deque(job.cells), deque[_Task]()
+        self.opened: list[_Open] = []
         self.unsettled = {cell.config.folder for cell in job.cells}
-        self.opened, self.waiting, self.stopped = 0, False, False
+        self.waiting = self.stopped = False
 
     def drive(self, workers: int) -> None:
         """Run all cells."""
@@ -158,8 +159,8 @@ class _Driver:
         """Let go of all workers and cells."""
         for worker in [*self.idle, *self.starting.values(), *(worker for worker, _ in self.running.values())]:
             worker.kill()
-        for task in [*self.tasks, *(task for _, task in self.running.values())]:
-            task.state.claim.close()
+        for state in self.opened:
+            state.claim.close()
 
     def _say(self, notes: tuple[str, ...]) -> None:
         for text in notes:
@@ -242,10 +243,10 @@ class _Driver:
         time.sleep(LOOK)
 
     def _open(self, cell: CellSpec, claim: ExitStack) -> None:
-        self.opened += 1
-        name = self.job.named(cell, self.opened)
+        name = self.job.named(cell, len(self.opened) + 1)
         parts = min(math.ceil(name.questions / self.shard), math.ceil(name.questions / cell.config.batch_size))
         state = _Open(cell, name, claim, parts if parts > 1 else 0)
+        self.opened.append(state)
         self.report(CellStarted(cell=name))
         if self.job.problem(cell) != UNFINISHED:  # another process has been at it meanwhile
             self._end(state)
