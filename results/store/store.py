@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from ...errors import DataError
+from ...utils.bounded_cache import Kept
 from . import disk
 from .records import UNHASHED, CellConfig, CellMetrics, Failure, Record, digest
 
@@ -51,6 +52,9 @@ LATER = {
     "batch_macs": ("float64", "f"),
     "dense_agreement": ("boolean", "b"),
 }
+KEPT = 2**29
+"""Bytes of samples that stay in memory once they are read: tables and reports ask for them again and again."""
+_tables: Kept[pd.DataFrame] = Kept(lambda samples: int(samples.memory_usage(deep=True).sum()), KEPT)
 AnyRecord = TypeVar("AnyRecord", CellConfig, CellMetrics)
 
 
@@ -63,34 +67,44 @@ class Cell:
     metrics: CellMetrics
 
     def samples(self) -> pd.DataFrame:
-        """One row a question; see :func:`visibench.evals.answers.score.evaluate` for the columns.
+        """A row a question; see :class:`~visibench.results.store.samples.Sample` for the columns.
 
+        A file is read and checked once as long as it stays as it is, and all that is read fits into ``KEPT`` bytes.
         Raises :class:`DataError` unless they are whole, and those that the metrics were made of.
         """
-        file, metrics = self.path / SAMPLES, self.metrics
-        remedy = f"delete {self.path} and run again"
+        file = self.path / SAMPLES
         try:
-            content = file.read_bytes()
+            state = file.stat()
         except OSError as error:
-            raise DataError(f"cannot read {file} ({error.strerror or error}): {remedy}") from error
-        if metrics.samples_hash and metrics.samples_hash != _hash(content):
-            raise DataError(f"{file} is damaged, or was changed after its run (its hash differs): {remedy}")
-        try:
-            samples = pd.read_parquet(io.BytesIO(content))
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise DataError(f"{file} is damaged (no whole Parquet file): {remedy}") from error
-        if len(samples) != metrics.size:
-            raise DataError(f"{file} holds {len(samples)} questions, but its metrics {metrics.size}: {remedy}")
-        for column, (kind, _) in LATER.items():
-            if column not in samples:
-                samples[column] = pd.Series(None, samples.index, dtype=kind)
-        for column, kinds in (KINDS | {column: kinds for column, (_, kinds) in LATER.items()}).items():
-            if column not in samples:
-                raise DataError(f"{file} has no column {column!r}: {remedy}")
-            kind = samples[column].dtype.kind
-            if kind not in (kinds or "OUST"):
-                raise DataError(f"{file} holds no {'numbers' if kinds else 'text'} in column {column!r}: {remedy}")
-        return samples
+            raise _unreadable(file, error) from error
+        which = (file, self.metrics.samples_hash, self.metrics.size, state.st_ino, state.st_size, state.st_mtime_ns)
+        return _tables.get(which, lambda: _samples(file, self.metrics)).copy(deep=False)
+
+
+def _samples(file: Path, metrics: CellMetrics) -> pd.DataFrame:
+    remedy = _remedy(file)
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    if metrics.samples_hash and metrics.samples_hash != _hash(content):
+        raise DataError(f"{file} is damaged, or was changed after its run (its hash differs): {remedy}")
+    try:
+        samples = pd.read_parquet(io.BytesIO(content))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"{file} is damaged (no whole Parquet file): {remedy}") from error
+    if len(samples) != metrics.size:
+        raise DataError(f"{file} holds {len(samples)} questions, but its metrics {metrics.size}: {remedy}")
+    for column, (kind, _) in LATER.items():
+        if column not in samples:
+            samples[column] = pd.Series(None, samples.index, dtype=kind)
+    for column, kinds in (KINDS | {column: kinds for column, (_, kinds) in LATER.items()}).items():
+        if column not in samples:
+            raise DataError(f"{file} has no column {column!r}: {remedy}")
+        kind = samples[column].dtype.kind
+        if kind not in (kinds or "OUST"):
+            raise DataError(f"{file} holds no {'numbers' if kinds else 'text'} in column {column!r}: {remedy}")
+    return samples
 
 
 class Store:
@@ -283,12 +297,12 @@ def _names(folder: Path) -> list[str]:
 
 def _read(file: Path, kind: type[AnyRecord]) -> tuple[AnyRecord, dict[str, Any]]:
     """A record, and the JSON object that it was read from."""
-    remedy = f"delete {file.parent} and run again"
+    remedy = _remedy(file)
     try:
         text = file.read_text(encoding="utf-8")
         content = json.loads(text)
     except OSError as error:
-        raise DataError(f"cannot read {file} ({error.strerror or error}): {remedy}") from error
+        raise _unreadable(file, error) from error
     except ValueError as error:
         raise DataError(f"{file} is damaged (no whole JSON file): {remedy}") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
@@ -304,6 +318,14 @@ def _read(file: Path, kind: type[AnyRecord]) -> tuple[AnyRecord, dict[str, Any]]
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise DataError(f"{file} is damaged ({where}: {first['msg']}): {remedy}") from error
+
+
+def _remedy(file: Path) -> str:
+    return f"delete {file.parent} and run again"
+
+
+def _unreadable(file: Path, error: OSError) -> DataError:
+    return DataError(f"cannot read {file} ({error.strerror or error}): {_remedy(file)}")
 
 
 def _write(file: Path, record: Record) -> None:

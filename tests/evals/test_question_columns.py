@@ -1,5 +1,6 @@
 """What is stored of each question beside its answer: the time of its batch, and whether dense answers the same."""
 
+import hashlib
 import json
 import math
 import statistics
@@ -7,6 +8,7 @@ import string
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 
 import pandas as pd
@@ -16,7 +18,7 @@ import visibench
 from rich.console import Console
 from storing import config as made_up
 from storing import frame, put, untimed
-from visibench.errors import IncompleteError
+from visibench.errors import DataError, IncompleteError
 from visibench.evals.answers import cell, generate
 from visibench.evals.answers.cell_spec import CellSpec
 from visibench.evals.answers.generate import Bridge
@@ -24,7 +26,7 @@ from visibench.evals.sweeps.cells import plan
 from visibench.evals.sweeps.claims import claimed
 from visibench.evals.sweeps.config import parse_config
 from visibench.evals.sweeps.events import Reporter
-from visibench.evals.sweeps.sweep import sweep
+from visibench.evals.sweeps.sweep import save_tables, sweep
 from visibench.evals.tasks.tasks import load_tasks
 from visibench.evals.workers.ray import Ray
 from visibench.results.statistics.metrics import answers, loyalty
@@ -373,3 +375,41 @@ def test_a_sweep_waits_for_dense_cells_of_others_at_its_end(ray, settings, tmp_p
     config = parse_config(settings | {"methods": [label]}, "test")
     straight = sweep(config, tmp_path / "straight", QUIET)
     assert [untimed(one) for one in cells] == [untimed(one) for one in straight]
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_and_its_tables_read_each_file_once(settings, tmp_path, monkeypatch):
+    reads, read = Counter(), pd.read_parquet
+
+    def counted(source, *arguments, **options):
+        reads[hashlib.sha256(source.getvalue()).hexdigest()] += 1
+        return read(source, *arguments, **options)
+
+    monkeypatch.setattr(pd, "read_parquet", counted)
+    cells = sweep(parse_config(settings, "test"), tmp_path, QUIET)
+    tables = save_tables(cells, tmp_path)
+    render(tables, "md", ["method", "latency", "loyalty"])
+    again = sweep(parse_config(settings, "test"), tmp_path, QUIET)
+    assert [one.config for one in again] == [one.config for one in cells]
+    assert len(reads) == len(cells) == 8
+    assert set(reads.values()) == {1}
+
+
+def test_what_was_read_does_not_hide_a_later_change(tmp_path):
+    store, config = Store(tmp_path), made_up()
+    done = put(store, config)
+    before = done.samples()
+    before["answer"] = "mine"
+    assert done.samples()["answer"].tolist() != before["answer"].tolist(), "who changes a table changes its own"
+    file = done.path / "samples.parquet"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DataError, match="damaged, or was changed"):
+        done.samples()
+    assert store.done(config) is None
+    file.unlink()
+    with pytest.raises(DataError, match="cannot read"):
+        done.samples()
