@@ -58,7 +58,7 @@ def run_cell(
             metrics = CellMetrics(
                 **dict(evaluation.outcome),
                 config_hash=config.digest(),
-                prefill=_time(loaded, method, task, config),
+                prefill=_time(loaded, method, task, config, evaluation.samples),
                 environment=environment(loaded.describe()),
             )
             same = _agreement(evaluation.samples, metrics, config, store, spec.dense)
@@ -111,15 +111,29 @@ def _agreement(
     return agreement(reference.samples(), samples)
 
 
-def _time(loaded: LoadedModel, method: Method, task: Task, config: CellConfig) -> PrefillTime | None:
+def _time(
+    loaded: LoadedModel, method: Method, task: Task, config: CellConfig, samples: pd.DataFrame
+) -> PrefillTime | None:
     if config.timing is None:
         return None
     from ..compute.timing import time_prefill
 
-    wanted = config.timing
-    questions = [task.question(i) for i in range(min(wanted.batch_size, len(task.docs)))]
+    repeats, count = config.timing, min(config.timing.batch_size, len(task.docs))
+    doc_ids = _typical(samples, count) if method.adaptive else list(range(count))
+    questions = [task.question(doc_id) for doc_id in doc_ids]
     inputs = loaded.inputs([prompt for prompt, _ in questions], [images for _, images in questions])
-    timing = time_prefill(loaded, method, inputs, warmup=wanted.warmup, repeats=wanted.repeats)
+    timing = time_prefill(loaded, method, inputs, warmup=repeats.warmup, repeats=repeats.repeats)
     return PrefillTime(
-        times_ms=list(timing.times_ms), warmup=timing.warmup, batch_size=timing.batch_size, device=timing.device
+        times_ms=list(timing.times_ms),
+        warmup=timing.warmup,
+        batch_size=timing.batch_size,
+        device=timing.device,
+        doc_ids=doc_ids,
     )
+
+
+def _typical(samples: pd.DataFrame, count: int) -> list[int]:
+    """So many questions in the middle by executed compute; of two in the middle the lower one."""
+    by_compute = samples.sort_values(["executed_macs", "doc_id"])["doc_id"].tolist()
+    start = max(len(by_compute) - count, 0) // 2
+    return by_compute[start : start + count]

@@ -33,7 +33,10 @@ class Record(BaseModel):
 
 
 class TimingConfig(Record):
-    """How prefill is timed: on the first ``batch_size`` questions of a task."""
+    """How prefill is timed: on ``batch_size`` questions of a task, the first ones.
+
+    With an adaptive method, where what it sees decides how many tokens stay, those in the middle by executed compute.
+    """
 
     batch_size: int = Field(default=1, ge=1)
     warmup: int = Field(default=3, ge=0)
@@ -132,12 +135,16 @@ class Compute(Record):
 
 
 class PrefillTime(Record):
-    """Measured prefill times in milliseconds, after warm-up, synchronised."""
+    """Measured prefill times in milliseconds, after warm-up, synchronised.
+
+    ``doc_ids``: the questions of the batch that was timed; None in files of early versions, which timed the first ones.
+    """
 
     times_ms: list[float]
     warmup: int
     batch_size: int
     device: str
+    doc_ids: list[int] | None = None
 
 
 class Failure(Record):

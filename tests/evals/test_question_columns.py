@@ -10,10 +10,12 @@ import sys
 import time
 from collections import Counter
 from contextlib import suppress
+from dataclasses import dataclass
 
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import torch
 import visibench
 from rich.console import Console
 from storing import config as made_up
@@ -22,6 +24,7 @@ from visibench.errors import DataError, IncompleteError
 from visibench.evals.answers import cell, generate
 from visibench.evals.answers.cell_spec import CellSpec
 from visibench.evals.answers.generate import Bridge
+from visibench.evals.compute import timing
 from visibench.evals.sweeps.cells import plan
 from visibench.evals.sweeps.claims import claimed
 from visibench.evals.sweeps.config import parse_config
@@ -29,8 +32,9 @@ from visibench.evals.sweeps.events import Reporter
 from visibench.evals.sweeps.sweep import save_tables, sweep
 from visibench.evals.tasks.tasks import load_tasks
 from visibench.evals.workers.ray import Ray
+from visibench.methods import Forward, Keep, Method
 from visibench.results.statistics.metrics import answers, loyalty
-from visibench.results.store.records import CellConfig
+from visibench.results.store.records import CellConfig, TimingConfig
 from visibench.results.store.store import Store
 from visibench.results.tables.render import render
 from visibench.results.tables.tables import build
@@ -39,6 +43,27 @@ DENSE = visibench.load_method("none")
 QUIET = Console(quiet=True)
 HOLD = "import sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); "
 HOLD += "print('held', flush=True); sys.stdin.read()"
+
+
+@dataclass(frozen=True)
+class Growing(Method):
+    """Keeps as many visual tokens as a hash of the question says, so that every question costs something else."""
+
+    name = "growing"
+    title = "Growing"
+    hook_points = ("decoder",)
+    adaptive = True
+
+    def begin(self, layout, geometry):
+        return GrowingForward()
+
+
+class GrowingForward(Forward):
+    def layer_input(self, layer, view):
+        if layer != 1:
+            return None
+        number = view.layout.fingerprint[:, None] % 16
+        return Keep(view.present & (torch.arange(view.present.shape[1]) <= number))
 
 
 @pytest.fixture
@@ -235,6 +260,34 @@ def test_tables_show_latency_where_it_is_named(tmp_path):
     assert "| fastv | – |" in text
     assert "; 4 are of cells that reused vision features, which leaves out the tower." in text
     assert "Questions in such a batch: 1.5 (median)." in text
+
+
+@pytest.mark.parametrize(("method", "count"), [("adaptive", 1), ("adaptive", 3), ("fastv", 3)])
+def test_an_adaptive_methods_prefill_is_timed_on_typical_questions(method, count, loaded, pope, tmp_path, monkeypatch):
+    """The medians of what they really kept, which the recorded numbers name; other methods' first ones."""
+    timed = []
+
+    def time_prefill(model, method, inputs, **options):
+        timed.append(inputs["pixel_values"])
+        return timing.Timing(times_ms=(1.0,), warmup=0, batch_size=count, device="cpu")
+
+    monkeypatch.setattr(timing, "time_prefill", time_prefill)
+    method = Growing() if method == "adaptive" else visibench.load_method("fastv", keep=0.5)
+    config = asked(method, timing=TimingConfig(batch_size=count))
+    done = cell.run_cell(loaded, CellSpec(config, method), pope, Store(tmp_path))
+    samples = done.samples()
+    chosen = done.metrics.prefill.doc_ids
+    if not method.adaptive:
+        assert chosen == [0, 1, 2]
+    else:
+        macs = samples.set_index("doc_id")["executed_macs"]
+        assert macs.nunique() > 3
+        assert macs[0] != macs[chosen].median(), "the first question is no typical one"
+        below, above = (macs < macs[chosen].min()).sum(), (macs > macs[chosen].max()).sum()
+        assert abs(below - above) <= 1
+        assert len(chosen) == count
+    expected = loaded.inputs(*map(list, zip(*(pope.question(doc_id) for doc_id in chosen), strict=True)))
+    assert torch.equal(timed[0], expected["pixel_values"])
 
 
 # ---- agreement with dense -----------------------------------------------------------------------------------------
