@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..errors import DataError, OptionError, UnknownNameError, suggest
-from .shared import AsJson, width
+from .shared import AsJson, Margin, share, width
 
 if TYPE_CHECKING:
     from ..results.statistics.paired import PairedMetric, Pairing
@@ -23,12 +23,7 @@ def compare(
     first: Annotated[str, typer.Argument(metavar="A", help=_SIDE)],
     second: Annotated[str, typer.Argument(metavar="B", help="The same for the method to compare with.")],
     show: Annotated[int, typer.Option("--show", min=0, help="Questions to list where the scores differ.")] = 20,
-    margin: Annotated[
-        float | None,
-        typer.Option(
-            metavar="PERCENT", help="Also test whether they differ by less than this, in % of the best score."
-        ),
-    ] = None,
+    margin: Margin = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare two methods on the same questions: differences with intervals, tests, and where they disagree."""
@@ -36,10 +31,9 @@ def compare(
 
     from ..results.statistics.paired import pair
 
-    if margin is not None and not 0 < margin < 100:
-        raise OptionError(f"--margin {margin:g} is no share of a score: give percent above 0 and below 100, such as 2")
+    within = share(margin)
     sides = [_cells(first), _cells(second)]
-    result = pair(sides[0], sides[1], None if margin is None else margin / 100)
+    result = pair(sides[0], sides[1], within)
     if as_json:
         print(to_json(result, indent=1, inf_nan_mode="null").decode())
         return

@@ -21,6 +21,7 @@ HEADER = ["printed in", "setting", "text tokens", "printed", "by its formula", "
 UNITS = ((1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs"))
 TITLES = {
     "executed": "executed, all of the above",
+    "planned": "planned, all of the above",
     "paper": "paper convention, visual tokens alone",
     "decode": "first decoding step",
     "lm_head": "LM head",
@@ -181,7 +182,8 @@ def _sized(
     if weights == "random":
         return prefills(loaded, chosen, [loaded.synthetic_inputs(1, *tokens)]), facts | {"note": ""}
     note = "Nothing ran: the method's own scoring, merging and edited attention are not counted."
-    return plan(loaded, chosen, *tokens).drop(columns="scoring"), facts | {"note": note}
+    planned = plan(loaded, chosen, *tokens).drop(columns="scoring").rename(columns={"executed": "planned"})
+    return planned, facts | {"note": note}
 
 
 def _print(found: pd.DataFrame, facts: dict[str, Any], as_json: bool) -> None:
@@ -190,7 +192,7 @@ def _print(found: pd.DataFrame, facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts | {"macs": macs, "mean_per_layer": layers}, indent=1))
         return
-    scale, unit = next((pair for pair in UNITS if macs["executed"]["mean"] >= pair[0]), UNITS[-1])
+    scale, unit = next((pair for pair in UNITS if max(one["mean"] for one in macs.values()) >= pair[0]), UNITS[-1])
     rows = [
         [TITLES.get(str(name), str(name).replace("_", " ")), _spread(one, scale, len(found))]
         for name, one in macs.items()

@@ -15,7 +15,7 @@ from .shared import AsJson, check_writable, integers, width
 
 if TYPE_CHECKING:
     from ..evals.compute.profile import ProfileConfig
-    from ..results.store.profiles import Profile, Row, Spread
+    from ..results.store.profiles import Profile, ProfileRow, RepeatedTimes
 
 HEADER = (
     ("visual", "tokens T"),
@@ -140,7 +140,7 @@ def _print(result: Profile) -> None:
     console.print(_legend(result), soft_wrap=False)
 
 
-def _cells(row: Row, dense: Row) -> list[str]:
+def _cells(row: ProfileRow, dense: ProfileRow) -> list[str]:
     from ..results.store.profiles import quartiles, ratios
 
     lower, upper = quartiles(ratios(dense.ms["prefill"].times, row.ms["prefill"].times))
@@ -160,7 +160,7 @@ def _cells(row: Row, dense: Row) -> list[str]:
     ]
 
 
-def _time(spread: Spread | None) -> str:
+def _time(spread: RepeatedTimes | None) -> str:
     if spread is None:
         return "n/a"
     if len(spread.times) == 1:

@@ -14,7 +14,7 @@ from rich.console import Console
 from ..errors import IncompleteError, OptionError
 from . import live, scale
 from .dry_run import show
-from .shared import AsJson, FeatureCache, Limit, finished, print_list, terminal
+from .shared import AsJson, FeatureCache, Limit, Margin, finished, print_list, share, terminal
 
 if TYPE_CHECKING:
     from ..evals.sweeps.config import SweepConfig
@@ -164,6 +164,7 @@ def table(
             "that there are, and what they show. (default: all but those that are shown only where named)",
         ),
     ] = None,
+    margin: Margin = None,
     against: Annotated[
         str | None,
         typer.Option(metavar="published", help="Compare with published figures instead of printing the table."),
@@ -171,8 +172,9 @@ def table(
 ) -> None:
     """Print the table of a run folder again, or its results beside published figures."""
     if against is not None:
-        if columns is not None:
-            raise OptionError("--columns and --against exclude each other: give one")
+        stray = [name for name, value in (("columns", columns), ("margin", margin)) if value is not None]
+        if stray:
+            raise OptionError(f"--{stray[0]} and --against exclude each other: give one")
         print(_against(against, folder, form))
         return
     from ..results.tables.columns import listing
@@ -181,7 +183,8 @@ def table(
 
     if form not in FORMATS:
         raise OptionError(f"unknown format {form!r}: choose {', '.join(FORMATS)}")
-    tables = build(finished(folder))
+    within = share(margin)
+    tables = build(finished(folder), within)
     if columns == "list":
         print_list([], ["column", "what it shows"], [[*one] for one in listing(tables)], as_json=False)
         return

@@ -29,6 +29,10 @@ FeatureCache = Annotated[
         "Results are the same. (default: 1)",
     ),
 ]
+Margin = Annotated[
+    float | None,
+    typer.Option(metavar="PERCENT", help="Also test whether they differ by less than this, in % of the best score."),
+]
 Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Ask only the first N questions of each task.")]
 
 
@@ -73,6 +77,13 @@ def terminal() -> int | None:
 def width() -> int:
     """Columns to print in: the terminal's, or many where the output goes to a file."""
     return terminal() or 160
+
+
+def share(percent: float | None) -> float | None:
+    """What ``--margin`` gives, as a share. Raises :class:`OptionError` for what is none."""
+    if percent is not None and not 0 < percent < 100:
+        raise OptionError(f"--margin {percent:g} is no share of a score: give percent above 0 and below 100, such as 2")
+    return None if percent is None else percent / 100
 
 
 def integers(text: str, separator: str, option: str) -> list[int]:

@@ -25,7 +25,7 @@ from ...methods import Method, load_method
 from ...models import LoadedModel, load_model
 from ...models.geometry import Weights
 from ...models.load import release
-from ...results.store.profiles import DENSE, Lengths, Profile, Row, Spread, speedup
+from ...results.store.profiles import DENSE, Lengths, Profile, ProfileRow, RepeatedTimes, speedup
 from ...results.store.records import environment
 from ..settings.config import Config, Count, Variant, variants
 from . import flops, timing
@@ -80,7 +80,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Facts:
-    """What does not change from repeat to repeat; as in :class:`Row`."""
+    """What does not change from repeat to repeat; as in :class:`ProfileRow`."""
 
     executed_macs: float
     visual_tokens: list[float]
@@ -112,7 +112,7 @@ def profile(config: ProfileConfig, console: Console, keep: Callable[[Profile], o
     for lengths in config.lengths:
         loaded.synthetic_inputs(1, lengths.prompt, lengths.visual_tokens)
     contenders = [Contender(DENSE, None), *(Contender(_label(v, found), v.method) for v in found)]
-    rows: list[Row] = []
+    rows: list[ProfileRow] = []
     left_out: list[str] = []
     settings = list(product(config.lengths, config.batch_sizes))
 
@@ -157,7 +157,7 @@ def _cpu(threads: int | None) -> Iterator[None]:
 
 def compare(
     loaded: LoadedModel, contenders: list[Contender], batch: int, lengths: Lengths, config: ProfileConfig
-) -> list[Row] | None:
+) -> list[ProfileRow] | None:
     """One row for each contender, the first of which is the dense model; None if they do not fit in memory."""
     try:
         inputs = loaded.synthetic_inputs(batch, lengths.prompt, lengths.visual_tokens)
@@ -175,13 +175,13 @@ def compare(
         overhead = measured.pop("overhead", None)
         end_to_end = statistics.median(measured["end_to_end"]) / 1e3
         rows.append(
-            Row(
+            ProfileRow(
                 method=contender.label,
                 options=contender.method.hyperparameters() if contender.method else {},
                 batch_size=batch,
                 lengths=lengths,
-                ms={phase: Spread.of(measured[phase]) for phase in timing.PHASES if phase in measured},
-                overhead_ms=Spread.of(overhead) if overhead else None,
+                ms={phase: RepeatedTimes.of(measured[phase]) for phase in timing.PHASES if phase in measured},
+                overhead_ms=RepeatedTimes.of(overhead) if overhead else None,
                 speedup={phase: speedup(dense_times[phase], measured[phase]) for phase in ("prefill", "end_to_end")},
                 promised=dense_facts.executed_macs / fact.executed_macs,
                 tokens_per_second=batch * lengths.new_tokens / end_to_end,

@@ -54,33 +54,35 @@ def summary(cell: Cell, dense: Sequence[Cell]) -> dict[str, Any]:
 
     ``TASK/METRIC`` with ``…/ci_low`` and ``…/ci_high`` (95 %, clustered by image), ``score_percent`` (the headline as
     a share of its maximum), ``retained_percent``, ``loyalty_percent``, ``visual_tokens/…``, ``compute/…gflops`` (one
-    multiply-add = 1), ``kv_cache/entries`` (mean over decoder layers), ``prefill_ms/…``, ``seconds/…``.
+    multiply-add = 1; of each question alone, ``in_batch`` of the batches that were run), ``kv_cache/entries`` (mean over decoder layers), ``prefill_ms/…``, ``seconds/…``.
     """
     task, row = cell.config.task, row_of(cell, dense)
-    found: dict[str, Any] = {}
+    numbers: dict[str, Any] = {}
     for score in cell.metrics.scores:
-        found[f"{task}/{score.key}"] = score.value
+        numbers[f"{task}/{score.key}"] = score.value
         interval = row.evidence.scores.get(task, {}).get(score.key)
         if interval:
-            found |= {f"{task}/{score.key}/ci_low": interval.low, f"{task}/{score.key}/ci_high": interval.high}
+            numbers |= {f"{task}/{score.key}/ci_low": interval.low, f"{task}/{score.key}/ci_high": interval.high}
     headline = cell.metrics.scores[0]
     if headline.maximum:
-        found["score_percent"] = 100 * headline.value / headline.maximum
+        numbers["score_percent"] = 100 * headline.value / headline.maximum
     if row.retained:
-        found["retained_percent"] = row.retained.mean
+        numbers["retained_percent"] = row.retained.mean
     if row.evidence.loyalty_mean:
-        found["loyalty_percent"] = 100 * row.evidence.loyalty_mean.value
+        numbers["loyalty_percent"] = 100 * row.evidence.loyalty_mean.value
     tokens = cell.metrics.visual_tokens
-    found |= {"visual_tokens/prompt": tokens.prompt, "visual_tokens/T": tokens.mean, "visual_tokens/last": tokens.last}
-    found["compute/gflops"] = cell.metrics.compute.macs * GIGA
-    found["compute/tflops"] = cell.metrics.compute.macs * 1e-12
-    found |= {f"compute/{name}_gflops": macs * GIGA for name, macs in cell.metrics.compute.components.items()}
+    numbers |= {"visual_tokens/prompt": tokens.prompt, "visual_tokens/T": tokens.mean, "visual_tokens/last": tokens.last}
+    numbers["compute/gflops"] = cell.metrics.compute.macs * GIGA
+    numbers["compute/tflops"] = cell.metrics.compute.macs * 1e-12
+    if cell.metrics.compute.batch_macs is not None:
+        numbers["compute/in_batch_gflops"] = cell.metrics.compute.batch_macs * GIGA
+    numbers |= {f"compute/{name}_gflops": macs * GIGA for name, macs in cell.metrics.compute.components.items()}
     answered = cell.samples()
     if "kv_lengths" in answered:
-        found["kv_cache/entries"] = statistics.fmean(statistics.fmean(lengths) for lengths in answered["kv_lengths"])
+        numbers["kv_cache/entries"] = statistics.fmean(statistics.fmean(lengths) for lengths in answered["kv_lengths"])
     if row.prefill:
-        found |= {"prefill_ms/median": row.prefill.median, "prefill_ms/iqr": row.prefill.iqr}
-    return found | {f"seconds/{name}": seconds for name, seconds in cell.metrics.seconds.items()}
+        numbers |= {"prefill_ms/median": row.prefill.median, "prefill_ms/iqr": row.prefill.iqr}
+    return numbers | {f"seconds/{name}": seconds for name, seconds in cell.metrics.seconds.items()}
 
 
 def samples(cell: Cell, rows: int) -> pd.DataFrame:

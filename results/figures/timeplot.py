@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
-from ..store.profiles import Profile, Row
+from ..store.profiles import Profile, ProfileRow
 from . import style
 
 # Title and look of each segment, in the order of time; told apart in grey too.
@@ -41,14 +41,14 @@ def draw(profile: Profile) -> Figure:
     return figure
 
 
-def segments(row: Row) -> dict[str, float]:
+def segments(row: ProfileRow) -> dict[str, float]:
     """The parts of a bar in milliseconds: they add up to the median end to end."""
     vision = row.ms["vision"].median if "vision" in row.ms else 0.0
     prefill, whole = row.ms["prefill"].median, row.ms["end_to_end"].median
     return {"vision": vision, "prefill": prefill - vision, "decode": whole - prefill}
 
 
-def _panel(place: Axes, rows: Sequence[Row], labels: Sequence[str]) -> None:
+def _panel(place: Axes, rows: Sequence[ProfileRow], labels: Sequence[str]) -> None:
     heights, ends = range(len(rows)), [0.0] * len(rows)
     for part, (_, look) in _SEGMENTS.items():
         sizes = [segments(row)[part] for row in rows]
@@ -87,7 +87,7 @@ def _column(place: Axes, text: str, number: int, system: Any, height: float, sid
     )  # fmt: skip
 
 
-def _figures(row: Row) -> tuple[str, str, str]:
+def _figures(row: ProfileRow) -> tuple[str, str, str]:
     overhead = "–" if row.overhead_ms is None else _short(row.overhead_ms.median)
     return f"{row.speedup['prefill']:.2f}×", f"{row.promised:.2f}×", overhead
 

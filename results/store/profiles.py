@@ -20,7 +20,7 @@ DENSE = "dense"
 """What the model without the engine is called."""
 EARLY: dict[str, Any] = {"schema_version": SCHEMA, "left_out": []}
 """What files of early versions lack, and what it was: a setting that did not fit in memory then ended the profile."""
-Count = Annotated[int, Field(ge=1, strict=True)]
+Positive = Annotated[int, Field(ge=1, strict=True)]
 # What readers name of the environment, by part.
 _NAMED = {
     "model": ("name", "weights", "dtype", "attention", "device", "hardware", "threads"),
@@ -35,16 +35,16 @@ _WHOLE = ("prefill", "end_to_end")  # those that have a speed-up
 class Lengths(Record):
     """Tokens of each row: text and visual ones in the prompt, and generated ones."""
 
-    prompt: Count
+    prompt: Positive
     visual_tokens: Annotated[int, Field(ge=0, strict=True)]
-    new_tokens: Count
+    new_tokens: Positive
 
     def spelled(self) -> str:
         """In words."""
         return f"{self.prompt} text and {self.visual_tokens} visual tokens, {self.new_tokens} new ones"
 
 
-class Spread(Record):
+class RepeatedTimes(Record):
     """Repeated times in milliseconds."""
 
     median: float
@@ -53,7 +53,7 @@ class Spread(Record):
     times: list[float] = Field(min_length=1)
 
     @classmethod
-    def of(cls, times: list[float]) -> Spread:
+    def of(cls, times: list[float]) -> RepeatedTimes:
         """Of the times of all repeats."""
         lower, upper = quartiles(times)
         return cls(median=statistics.median(times), iqr=upper - lower, min=min(times), times=times)
@@ -64,7 +64,7 @@ class Spread(Record):
         return quartiles(self.times)
 
 
-class Row(Record):
+class ProfileRow(Record):
     """One method at one batch size and length.
 
     ``ms``: times by phase, see :func:`~visibench.evals.compute.timing.time_phases`; ``decode`` is per generated token.
@@ -80,8 +80,8 @@ class Row(Record):
     options: dict[str, Any]
     batch_size: int
     lengths: Lengths
-    ms: dict[str, Spread]
-    overhead_ms: Spread | None
+    ms: dict[str, RepeatedTimes]
+    overhead_ms: RepeatedTimes | None
     speedup: dict[str, float]
     promised: float
     executed_macs: float
@@ -110,7 +110,7 @@ class Profile(Record):
     """
 
     schema_version: Literal[1] = SCHEMA
-    rows: list[Row] = Field(min_length=1)
+    rows: list[ProfileRow] = Field(min_length=1)
     left_out: list[str]
     notes: list[str]
     warmup: int
@@ -118,14 +118,14 @@ class Profile(Record):
     weights_bytes: int
     environment: Environment
 
-    def together(self) -> list[list[Row]]:
+    def together(self) -> list[list[ProfileRow]]:
         """Rows that were measured in the same rounds, at one batch size and length; dense first."""
-        found: list[list[Row]] = []
+        rounds: list[list[ProfileRow]] = []
         for row in self.rows:
-            if row.is_dense or not found:
-                found.append([])
-            found[-1].append(row)
-        return found
+            if row.is_dense or not rounds:
+                rounds.append([])
+            rounds[-1].append(row)
+        return rounds
 
     def origin(self) -> str:
         """Model, machine and versions in one line."""
@@ -189,15 +189,15 @@ def read(path: Path) -> Profile:
             "wrote it, or measure anew with `visibench profile --out`"
         )
     try:
-        found = Profile.model_validate(content)
+        profile = Profile.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise DataError(f"{path} is damaged, or no profile ({where}: {first['msg']}): {remedy}") from error
-    wrong = next(_contradictions(found), None)
+    wrong = next(_contradictions(profile), None)
     if wrong is not None:
         raise DataError(f"{path} is damaged, or was changed after it was written ({wrong}): {remedy}")
-    return found
+    return profile
 
 
 def _contradictions(profile: Profile) -> Iterator[str]:
@@ -215,7 +215,7 @@ def _contradictions(profile: Profile) -> Iterator[str]:
             yield from (f"{where}: {wrong}" for wrong in _wrong(row, rows[0], profile.repeats))
 
 
-def _wrong(row: Row, dense: Row, repeats: int) -> Iterator[str]:
+def _wrong(row: ProfileRow, dense: ProfileRow, repeats: int) -> Iterator[str]:
     """What is wrong with a row; the first thing counts, since the others build on it."""
     absent = {"vision"} if row.lengths.visual_tokens == 0 else set()
     absent |= {"decode"} if row.lengths.new_tokens == 1 else set()
@@ -223,14 +223,14 @@ def _wrong(row: Row, dense: Row, repeats: int) -> Iterator[str]:
         yield f"times of {', '.join(row.ms)} and speed-ups of {', '.join(row.speedup)} are not what such a row has"
     if (row.overhead_ms is None) != row.is_dense:
         yield "a method without overhead"
-    for phase, spread in row.ms.items():
-        if len(spread.times) != repeats:
-            yield f"{len(spread.times)} times of {phase} in {repeats} rounds"
-        if not all(math.isfinite(time) and time > 0 for time in spread.times):
+    for phase, measured in row.ms.items():
+        if len(measured.times) != repeats:
+            yield f"{len(measured.times)} times of {phase} in {repeats} rounds"
+        if not all(math.isfinite(time) and time > 0 for time in measured.times):
             yield f"a time of {phase} is no positive number"
     overhead = {} if row.overhead_ms is None else {"overhead": row.overhead_ms}
-    for phase, spread in (row.ms | overhead).items():
-        if not all(map(math.isfinite, spread.times)) or not _agree(spread, Spread.of(spread.times)):
+    for phase, measured in (row.ms | overhead).items():
+        if not all(map(math.isfinite, measured.times)) or not _agree(measured, RepeatedTimes.of(measured.times)):
             yield f"median, range or minimum of {phase} are not those of its times"
     nested = [row.ms[phase].times for phase in _NESTED if phase in row.ms]
     if any(a > b for inner, outer in pairwise(nested) for a, b in zip(inner, outer, strict=True)):
@@ -242,6 +242,6 @@ def _wrong(row: Row, dense: Row, repeats: int) -> Iterator[str]:
         yield "the promised speed-up is no positive number"
 
 
-def _agree(one: Spread, other: Spread) -> bool:
+def _agree(one: RepeatedTimes, other: RepeatedTimes) -> bool:
     pairs = ((one.median, other.median), (one.iqr, other.iqr), (one.min, other.min))
     return all(math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9) for a, b in pairs)

@@ -6,7 +6,7 @@ import html
 from collections.abc import Sequence
 from itertools import zip_longest
 
-from .columns import Column, Entry
+from .columns import Column, TableEntry
 from .notes import heading, notes
 from .tables import MethodRow, ResultTable
 
@@ -90,7 +90,7 @@ def _latex_table(table: ResultTable, chosen: Sequence[Column], place: int, table
     )
 
 
-def _latex_entry(entry: Entry) -> str:
+def _latex_entry(entry: TableEntry) -> str:
     """The marks stand above what follows the value, so that columns stay narrow."""
     value = _escape(entry.value)
     above = r"\,".join(rf"{{{_ARROWS[mark.arrow]}}}\mathrm{{{_escape(mark.reference[0])}}}" for mark in entry.marks)

@@ -16,7 +16,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from ...errors import OptionError, suggest
-from .columns import Column, Entry, choose, every
+from .columns import Column, TableEntry, choose, every
 from .formats import latex, page
 from .notes import heading, notes
 from .tables import MethodRow, ResultTable
@@ -65,7 +65,7 @@ def _text(tables: list[ResultTable], chosen: Chosen, width: int | None = None) -
 class _Layout:
     """How entries are spelled, in one line or several, and how wide a label may be."""
 
-    spell: Callable[[Entry], str]
+    spell: Callable[[TableEntry], str]
     label: int = _LABEL
 
     def width(self, table: ResultTable, column: Column) -> int:

@@ -72,7 +72,9 @@ class Latency:
 class MethodRow:
     """One method. ``scores``: by task and metric, lmms-eval's units. Tokens and MACs are means over tasks and seeds.
 
-    ``components``: the MACs by what spent them (:class:`~visibench.results.store.records.Compute`).
+    ``macs``: of each question alone, and ``batch_macs`` what its batch executed for it, padding included (None: some
+    cell did not record it). ``components``: the former by what spent them
+    (:class:`~visibench.results.store.records.Compute`).
     ``evidence``: intervals, comparisons and loyalty from the answers to single questions. ``cells``: what it is made
     of, by task and seed.
     """
@@ -85,6 +87,7 @@ class MethodRow:
     retained: SeedMean | None
     tokens: VisualTokens
     macs: float
+    batch_macs: float | None
     components: dict[str, float]
     prefill: PrefillTimes | None
     evidence: Evidence
@@ -247,6 +250,7 @@ def _row(cells: list[Cell], dense: dict[str, float], evidence: Evidence) -> Meth
             per_layer=[statistics.fmean(layer) for layer in zip(*(t.per_layer for t in tokens), strict=True)],
         ),
         macs=statistics.fmean(cell.metrics.compute.macs for cell in cells),
+        batch_macs=_batch_macs(cells),
         components=_components(cells),
         prefill=_prefill(cells),
         evidence=evidence,
@@ -269,6 +273,11 @@ def _retained(cells: list[Cell], dense: dict[str, float]) -> SeedMean | None:
             by_seed[cell.config.seed].append(100 * cell.metrics.scores[0].value / reference)
     wanted = sum(value > 0 for value in dense.values())
     return SeedMean.over([statistics.fmean(values) for values in by_seed.values() if len(values) == wanted])
+
+
+def _batch_macs(cells: list[Cell]) -> float | None:
+    known = [cell.metrics.compute.batch_macs for cell in cells]
+    return statistics.fmean(macs for macs in known if macs is not None) if None not in known else None
 
 
 def _components(cells: list[Cell]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Tables in LaTeX and HTML, rows grouped by budget, what is bold, and the choice of columns."""
 
 import csv
+import dataclasses
 import io
 import itertools
 import json
@@ -14,15 +15,18 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from markdown_it import MarkdownIt
+from simulated import of_scores
 from storing import config, frame, full, put
 from visibench.cli import main
 from visibench.errors import OptionError
 from visibench.reports.html.report import report
 from visibench.results.statistics.comparison import compare
-from visibench.results.statistics.inference import ALPHA, MethodRuns, budgets
-from visibench.results.store.records import ScoreRecord, VisualTokens
+from visibench.results.statistics.inference import ALPHA, Contrast, MethodRuns, budgets
+from visibench.results.store.records import Compute, ScoreRecord, VisualTokens
 from visibench.results.store.store import Store
-from visibench.results.tables.columns import COLUMNS, Column, Entry, add_column, listing
+from visibench.results.tables import formats
+from visibench.results.tables.columns import COLUMNS, Column, TableEntry, add_column, listing
+from visibench.results.tables.columns.scores import mark_of
 from visibench.results.tables.render import render
 from visibench.results.tables.tables import build
 
@@ -286,7 +290,7 @@ def seeds_column():
         name, title, about = "draws", "random\ndraws", "how often a method was drawn anew"
 
         def show(self, row):
-            return Entry(f"{len(row.seeds)} of {len(self.table.rows)}")
+            return TableEntry(f"{len(row.seeds)} of {len(self.table.rows)}")
 
         def figures(self, row):
             return {"draws_count": len(row.seeds)}
@@ -343,7 +347,7 @@ def test_a_column_left_out_by_default_is_there_by_name_and_in_the_list(store, cl
 def test_columns_stand_in_the_order_asked_for(store):
     tables = build(full(store).cells())
     lines = [line for line in render(tables, "md", ["compute", "mme", "method"]).splitlines() if line.startswith("|")]
-    assert lines[0] == "| compute GFLOPs | mme score /1000 | method |"
+    assert lines[0] == "| compute alone, GFLOPs | mme score /1000 | method |"
     assert lines[4] == "| 1.00 | 500.0 (sd 100.0) | random |"
     rows = list(csv.DictReader(io.StringIO(render(tables, "csv", ["method", "gqa:s"]))))
     assert [row["method"] for row in rows] == ["none", "random", "fastv"]
@@ -369,6 +373,73 @@ def test_a_task_names_all_its_scores(store):
     header = render(tables, "md", ["pope"]).splitlines()[0]
     assert header == "| pope f1 % | pope accuracy % |"
     assert render(tables, "md", ["pope:accuracy"]).splitlines()[0] == "| pope accuracy % |"
+
+
+def test_what_batches_executed_stands_beside_what_each_question_executes_alone(store):
+    for task in ("gqa", "mme"):
+        put(store, config("none", task), compute=Compute(macs=2e9, macs_sd=0, components={}, batch_macs=2e9))
+        batch = 3e9 if task == "gqa" else 2e9
+        put(store, config("visipruner", task), compute=Compute(macs=1e9, macs_sd=0, components={}, batch_macs=batch))
+    tables = build(store.cells())
+    lines = [line for line in render(tables, "md", ["compute", "batch_compute"]).splitlines() if line.startswith("|")]
+    assert lines[0] == "| compute alone, GFLOPs | compute in batch, GFLOPs |"
+    assert lines[-1] == "| 1.00 | 2.50 |"
+    assert "batches of 8 executed, divided by their questions. Rows are padded" in render(tables)
+    rows = list(csv.DictReader(io.StringIO(render(tables, "csv"))))
+    alone, batch = "executed_tmacs_question_alone", "executed_tmacs_in_batch"
+    assert [(float(row[alone]), float(row[batch])) for row in rows] == [(2e-3, 2e-3), (1e-3, 2.5e-3)]
+    (table,) = json.loads(render(tables, "json"))["tables"]
+    assert [row["batch_executed_macs"] for row in table["rows"]] == [2e9, 2.5e9]
+
+
+def test_what_batches_executed_is_not_told_where_a_cell_did_not_record_it(store):
+    put(store, config("none", "gqa"), compute=Compute(macs=2e9, macs_sd=0, components={}, batch_macs=2e9))
+    put(store, config("none", "mme"))
+    tables = build(store.cells())
+    assert "in batch" not in render(tables)
+    (table,) = json.loads(render(tables, "json"))["tables"]
+    assert table["rows"][0]["batch_executed_macs"] is None
+
+
+@pytest.mark.parametrize(
+    ("p", "p_holm", "p_equivalent", "difference", "arrow"),
+    [
+        (0.001, 0.01, None, 0.2, "↑"),
+        (0.001, 0.01, 0.01, -0.2, "↓"),
+        (0.01, 0.08, None, 0.2, "↗"),
+        (0.01, 0.08, 0.3, -0.2, "↘"),
+        (0.2, 1.0, None, -0.2, "·"),
+        (0.2, 1.0, 0.3, 0.2, "·"),
+        (0.2, 1.0, 0.01, 0.2, "≈"),
+    ],
+)
+def test_marks_tell_what_is_shown_from_what_is_not(p, p_holm, p_equivalent, difference, arrow):
+    one = compare(of_scores(np.ones((8, 1))), of_scores(np.zeros((8, 1))))
+    comparison = dataclasses.replace(one, difference=difference, p=p)
+    mark = mark_of("random", Contrast("random", comparison, p_holm, 8, None, p_equivalent))
+    assert str(mark) == f"{arrow}r"
+    assert "random" in mark.meaning
+    assert "equal" not in mark.meaning
+    assert arrow.translate(formats._LATEX).isascii()
+
+
+def test_equivalence_is_said_only_with_a_margin_and_in_every_form(store, cli):
+    ease = np.random.default_rng(0).random(600)
+    answered(store, "none", ease < 0.9, 16.0)
+    answered(store, "fastv", ease < 0.9)
+    answered(store, "tome", ease < 0.5)
+    without = render(build(store.cells()))
+    assert "≈" not in without
+    assert "·d" in next(line for line in without.splitlines() if line.startswith(" fastv"))
+    text = render(build(store.cells(), 0.1))
+    assert "≈d" in next(line for line in text.splitlines() if line.startswith(" fastv"))
+    assert "↓d" in next(line for line in text.splitlines() if line.startswith(" tome"))
+    assert "≈: differs by less than 10 % of the best possible score (two one-sided tests" in text
+    code, out, _ = cli("table", str(store.root), "--margin", "10", "--format", "json")
+    (row,) = (row for row in json.loads(out)["tables"][0]["rows"] if row["label"] == "fastv")
+    against = row["scores"]["gqa"]["exact_match"]["against"]["dense"]
+    assert (code, against["verdict"], against["p_equivalent"] < 0.05) == (0, "equivalent within the margin", True)
+    assert cli("table", str(store.root), "--margin", "0")[0] == 2
 
 
 def test_unknown_columns_are_one_line(store):

@@ -10,9 +10,9 @@ from importlib import import_module
 
 from ....errors import OptionError, suggest
 from ..tables import ResultTable
-from .column import COLUMNS, Column, Entry, Mark, add_column, spread
+from .column import COLUMNS, Column, Mark, TableEntry, add_column, spread
 
-__all__ = ["COLUMNS", "Column", "Entry", "Mark", "add_column", "choose", "columns", "every", "listing", "spread"]
+__all__ = ["COLUMNS", "Column", "Mark", "TableEntry", "add_column", "choose", "columns", "every", "listing", "spread"]
 
 for _module in ("scores", "costs", "times", "groups"):  # their columns stand in a table in this order
     import_module(f"{__name__}.{_module}")

@@ -28,7 +28,7 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Entry:
+class TableEntry:
     """What stands in a row. ``spread``: what follows the value, such as ``± 3.1`` or, of unequal sides, ``+0.9 −4.4``.
 
     ``sd``: a standard deviation, over seeds or questions; ``best``: shown to be the best of its group.
@@ -56,7 +56,7 @@ class Entry:
         return "\n".join(filter(None, lines))
 
 
-MISSING = Entry("–")
+MISSING = TableEntry("–")
 
 
 class Column(ABC):
@@ -91,7 +91,7 @@ class Column(ABC):
         """One or two lines."""
 
     @abstractmethod
-    def show(self, row: MethodRow) -> Entry:
+    def show(self, row: MethodRow) -> TableEntry:
         """What stands in a row."""
 
     @abstractmethod
@@ -129,11 +129,11 @@ def spell_score(value: float, maximum: float | None) -> str:
     return f"{value:.4g}" if maximum is None else f"{value * (100.0 if maximum == 1 else 1.0):.1f}"
 
 
-def entry_of(estimate: Estimate | None, maximum: float | None) -> Entry:
+def entry_of(estimate: Estimate | None, maximum: float | None) -> TableEntry:
     """A value with its interval."""
     if estimate is None:
         return MISSING
-    return Entry(spell_score(estimate.value, maximum), spread(estimate, lambda width: spell_score(width, maximum)))
+    return TableEntry(spell_score(estimate.value, maximum), spread(estimate, lambda width: spell_score(width, maximum)))
 
 
 def spread(estimate: Estimate, spelled: Callable[[float], str]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..tables import MethodRow, ResultTable
-from .column import Column, Entry, add_column
+from .column import MISSING, Column, TableEntry, add_column
 
 _UNITS = ((1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs"))
 TERA = 1e-12
@@ -31,9 +31,9 @@ class MeanTokensColumn(_TokensColumn):
     name, title = "tokens", "visual\ntokens T"
     about = "T: visual tokens, mean over decoder-layer inputs"
 
-    def show(self, row: MethodRow) -> Entry:
+    def show(self, row: MethodRow) -> TableEntry:
         spread = row.evidence.spread
-        return Entry(f"{row.tokens.mean:.1f}", sd=f"{spread.tokens:.1f}" if spread else "")
+        return TableEntry(f"{row.tokens.mean:.1f}", sd=f"{spread.tokens:.1f}" if spread else "")
 
     def figures(self, row: MethodRow) -> dict[str, Any]:
         spread = row.evidence.spread
@@ -60,8 +60,8 @@ class LastTokensColumn(_TokensColumn):
     name, title = "last", "at the\nlast layer"
     about = "visual tokens at the input of the last decoder layer"
 
-    def show(self, row: MethodRow) -> Entry:
-        return Entry(f"{row.tokens.last:.1f}")
+    def show(self, row: MethodRow) -> TableEntry:
+        return TableEntry(f"{row.tokens.last:.1f}")
 
     def figures(self, row: MethodRow) -> dict[str, Any]:
         return {"visual_tokens_at_last_layer": row.tokens.last}
@@ -79,11 +79,11 @@ class ComputeColumn(Column):
 
     @property
     def title(self) -> str:
-        return f"compute\n{compute_unit(self.table)[1]}"
+        return f"compute\nalone, {compute_unit(self.table)[1]}"
 
-    def show(self, row: MethodRow) -> Entry:
+    def show(self, row: MethodRow) -> TableEntry:
         (unit, _), spread = compute_unit(self.table), row.evidence.spread
-        return Entry(f"{row.macs / unit:#.3g}", sd=f"{spread.macs / unit:#.2g}" if spread else "")
+        return TableEntry(f"{row.macs / unit:#.3g}", sd=f"{spread.macs / unit:#.2g}" if spread else "")
 
     def figures(self, row: MethodRow) -> dict[str, Any]:
         spread = row.evidence.spread
@@ -100,8 +100,41 @@ class ComputeColumn(Column):
         }
 
     def notes(self, bold: str) -> list[str]:
-        alone = "all that a prefill of each question alone executes"
-        return [f"FLOPs: one multiply-add = 1, {alone}, mean over questions.", *_over_questions(self.table)]
+        alone = "all that a prefill of each question alone executes, mean over questions"
+        return [f"FLOPs: one multiply-add = 1. Compute alone: {alone}.", *_over_questions(self.table)]
+
+
+@add_column
+class BatchComputeColumn(Column):
+    """Multiply-adds of the batches that were run, shared out among their questions."""
+
+    name = "batch_compute"
+    about = "multiply-adds that the prefills of whole batches executed, padding included, for each question"
+
+    @property
+    def known(self) -> bool:
+        return any(row.batch_macs is not None for row in self.table.rows)
+
+    @property
+    def title(self) -> str:
+        return f"compute\nin batch, {compute_unit(self.table)[1]}"
+
+    def show(self, row: MethodRow) -> TableEntry:
+        unit, _ = compute_unit(self.table)
+        return MISSING if row.batch_macs is None else TableEntry(f"{row.batch_macs / unit:#.3g}")
+
+    def figures(self, row: MethodRow) -> dict[str, Any]:
+        return {"executed_tmacs_in_batch": None if row.batch_macs is None else row.batch_macs * TERA}
+
+    def json(self, row: MethodRow) -> dict[str, Any]:
+        return {"batch_executed_macs": row.batch_macs}
+
+    def notes(self, bold: str) -> list[str]:
+        size = self.table.facts["batch_size"]
+        return [
+            f"Compute in batch: what the prefills of batches of {size} executed, divided by their questions. Rows are "
+            "padded to the longest of their batch, so it depends on which questions came together."
+        ]
 
 
 def _over_questions(table: ResultTable) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from ...statistics.inference import mean_of
 from ...statistics.intervals import Estimate
 from ..tables import MethodRow, ResultTable
-from .column import MISSING, Column, Entry, add_column, entry_of
+from .column import MISSING, Column, TableEntry, add_column, entry_of
 
 GROUPS = {"A": "lost when smaller", "B": "right when smaller"}
 _FIGURES: dict[str, Callable[[Estimate], float]] = {
@@ -40,13 +40,13 @@ class DifficultyColumn(Column):
     def title(self) -> str:
         return f"{self.group}: {GROUPS[self.group]}\n% (questions)"
 
-    def show(self, row: MethodRow) -> Entry:
+    def show(self, row: MethodRow) -> TableEntry:
         """Mean over the tasks that have such questions, and in brackets how many there are."""
         estimates = [groups[self.group] for groups in row.evidence.groups.values() if self.group in groups]
         if not estimates:
             return MISSING
         mean = entry_of(mean_of(estimates), 1.0)
-        return Entry(f"{mean.value} ({sum(estimate.questions for estimate in estimates)})", mean.spread)
+        return TableEntry(f"{mean.value} ({sum(estimate.questions for estimate in estimates)})", mean.spread)
 
     def figures(self, row: MethodRow) -> dict[str, Any]:
         by_task = {task: groups.get(self.group) for task, groups in row.evidence.groups.items()}

@@ -10,7 +10,7 @@ from ...statistics.inference import ALPHA, DENSE, Contrast, Verdict
 from ...store.records import ScoreRecord
 from ..tables import MethodRow, ResultTable
 from . import score_notes
-from .column import MISSING, Column, Entry, Mark, add_column, entry_of, spell_score, spread
+from .column import MISSING, Column, Mark, TableEntry, add_column, entry_of, spell_score, spread
 
 
 @add_column
@@ -20,8 +20,8 @@ class MethodColumn(Column):
     name, title, words = "method", "method", True
     about = "the method with its options, as the sweep calls it"
 
-    def show(self, row: MethodRow) -> Entry:
-        return Entry(row.label)
+    def show(self, row: MethodRow) -> TableEntry:
+        return TableEntry(row.label)
 
     def figures(self, row: MethodRow) -> dict[str, Any]:
         return {"method": row.label, "budget_group": row.evidence.budget, "seeds": len(row.seeds)}
@@ -55,16 +55,16 @@ class ScoreColumn(Column):
         unit = "" if maximum is None else " %" if maximum == 1 else f" /{maximum:g}"
         return f"{self.task}\n{self.score.title}{unit}"
 
-    def show(self, row: MethodRow) -> Entry:
+    def show(self, row: MethodRow) -> TableEntry:
         task, key, maximum = self.task, self.score.key, self.score.maximum
         mean = row.scores.get(task, {}).get(key)
         if mean is None or math.isnan(mean.mean):
             return MISSING
         interval = row.evidence.scores.get(task, {}).get(key)
-        entry = entry_of(interval, maximum) if interval else Entry(spell_score(mean.mean, maximum))
+        entry = entry_of(interval, maximum) if interval else TableEntry(spell_score(mean.mean, maximum))
         marks = tuple(mark_of(name, contrast) for name, contrast in self._contrasts(row).items() if contrast)
         best = row.evidence.best.get(task, {}).get(key, 1.0) < ALPHA
-        return Entry(
+        return TableEntry(
             entry.value, entry.spread, spell_score(mean.sd, maximum) if mean.sd is not None else "", marks, best
         )
 
@@ -143,12 +143,12 @@ class RetainedColumn(Column):
     name, title = "retained", "retained\n%"
     about = "score / dense score, mean over tasks, with its interval"
 
-    def show(self, row: MethodRow) -> Entry:
+    def show(self, row: MethodRow) -> TableEntry:
         if row.retained is None:
             return MISSING
         interval, sd = row.evidence.retained, row.retained.sd
         behind = spread(interval, lambda width: f"{100 * width:.1f}") if interval else ""
-        return Entry(f"{row.retained.mean:.1f}", behind, f"{sd:.1f}" if sd is not None else "")
+        return TableEntry(f"{row.retained.mean:.1f}", behind, f"{sd:.1f}" if sd is not None else "")
 
     def figures(self, row: MethodRow) -> dict[str, Any]:
         interval = row.evidence.retained
@@ -193,7 +193,7 @@ class LoyaltyColumn(Column):
     name, title = "loyalty", "loyalty\n%"
     about = "share of answers that equal the dense model's, mean over tasks, with its interval"
 
-    def show(self, row: MethodRow) -> Entry:
+    def show(self, row: MethodRow) -> TableEntry:
         return entry_of(row.evidence.loyalty_mean, 1.0)
 
     def figures(self, row: MethodRow) -> dict[str, Any]:

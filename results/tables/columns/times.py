@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..tables import MethodRow
-from .column import MISSING, Column, Entry, add_column
+from .column import MISSING, Column, TableEntry, add_column
 
 IN_TURN = (
     "cells are timed one after another, so that differences hold drift of the machine: compare by visibench profile"
@@ -24,8 +24,8 @@ class PrefillColumn(Column):
     def known(self) -> bool:
         return any(row.prefill for row in self.table.rows)
 
-    def show(self, row: MethodRow) -> Entry:
-        return Entry(f"{row.prefill.median:.1f}", f"± {row.prefill.iqr:.1f}") if row.prefill else MISSING
+    def show(self, row: MethodRow) -> TableEntry:
+        return TableEntry(f"{row.prefill.median:.1f}", f"± {row.prefill.iqr:.1f}") if row.prefill else MISSING
 
     def figures(self, row: MethodRow) -> dict[str, Any]:
         return {
@@ -52,9 +52,9 @@ class LatencyColumn(Column):
     name, title, default = "latency", "latency\nms (questions)", "nowhere"
     about = "median time in which the batch of a question was answered to its last token, and of how many questions"
 
-    def show(self, row: MethodRow) -> Entry:
+    def show(self, row: MethodRow) -> TableEntry:
         latency = row.latency
-        return Entry(f"{latency.median:.1f} ({latency.questions})") if latency else MISSING
+        return TableEntry(f"{latency.median:.1f} ({latency.questions})") if latency else MISSING
 
     def figures(self, row: MethodRow) -> dict[str, Any]:
         latency = row.latency
