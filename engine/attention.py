@@ -44,8 +44,17 @@ for _name in ("eager", "sdpa", "flash_attention_2", "flash_attention_3"):
 
 
 def implementation_of(config: Any) -> str:
-    """The attention implementation that the model was loaded with, intercepted or not."""
-    return config._attn_implementation.removeprefix(PREFIX)
+    """The attention implementation that the model was loaded with, intercepted or not.
+
+    Raises :class:`UnsupportedModelError` for one that cannot be intercepted: its masks are of a form of their own.
+    """
+    implementation = config._attn_implementation.removeprefix(PREFIX)
+    if PREFIX + implementation not in ALL_ATTENTION_FUNCTIONS:
+        raise UnsupportedModelError(
+            f"attention implementation {implementation!r} cannot be observed; "
+            "load the model with attn_implementation='sdpa'"
+        )
+    return implementation
 
 
 def kernel_of(module: nn.Module, implementation: str) -> Kernel:
@@ -69,16 +78,10 @@ class Interception:
     def __enter__(self) -> Interception:
         for module in self._modules:
             config: Any = module.config
-            implementation = implementation_of(config)
-            if id(config) not in self._configs:
-                if PREFIX + implementation not in ALL_ATTENTION_FUNCTIONS:
-                    raise UnsupportedModelError(
-                        f"attention implementation {implementation!r} cannot be observed; "
-                        "load the model with attn_implementation='sdpa'"
-                    )
-                self._configs[id(config)] = (config, config._attn_implementation)
-        for config, _ in self._configs.values():
-            config._attn_implementation = PREFIX + implementation_of(config)
+            self._configs.setdefault(id(config), (config, config._attn_implementation))
+        intercepted = [(config, PREFIX + implementation_of(config)) for config, _ in self._configs.values()]
+        for config, implementation in intercepted:
+            config._attn_implementation = implementation
         self._outer = {module: _interceptors.get(module) for module in self._modules}
         _interceptors.update(self._modules)
         return self

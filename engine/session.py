@@ -54,6 +54,7 @@ class PruningSession:
         self.model, self.method, self.layout, self.watch = model, method, layout, watch
         self.features = features
         self.adapter = Adapter(model)
+        implementation_of(self.adapter.decoder.config)  # known, or refused
         self.geometry = self.adapter.geometry
         self._tap = VisionTap(self.adapter, method, watch, features)
         method.check(self.geometry)

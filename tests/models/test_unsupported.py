@@ -107,6 +107,14 @@ def test_wrappers_say_where_the_model_is(wrap, instead):
         visibench.prune(wrap(make_llava(layers=1)), visibench.load_method("none"))
 
 
+@pytest.mark.parametrize("name", ["none", "random", "fastv"])
+def test_attention_of_an_unknown_kind_is_refused_whatever_the_method_reads(name):
+    """Its masks are of another form, behind a cut too."""
+    model = make_llava(layers=2, attention="flex_attention")
+    with refusal("attention implementation 'flex_attention' cannot be observed; load the model with .*'sdpa'"):
+        visibench.prune(model, visibench.load_method(name, **({} if name == "none" else {"keep": 0.5})))
+
+
 def test_adapters_are_refused_until_they_are_merged():
     """The compute of those beside the weights would not be counted."""
     peft = pytest.importorskip("peft")
