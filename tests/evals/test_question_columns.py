@@ -1,12 +1,8 @@
-"""What is stored of each question beside its answer: the time of its batch, and whether dense answers the same."""
+"""What is stored of each question and of a cell: names and types, the time of its batch, what is read again."""
 
 import hashlib
 import json
-import math
 import statistics
-import string
-import subprocess
-import sys
 import time
 from collections import Counter
 from contextlib import suppress
@@ -18,31 +14,23 @@ import pytest
 import torch
 import visibench
 from rich.console import Console
+from storing import DENSE, frame, pope_config, put
 from storing import config as made_up
-from storing import frame, put, untimed
-from visibench.errors import DataError, IncompleteError
+from visibench.errors import DataError
 from visibench.evals.answers import cell, generate
 from visibench.evals.answers.cell_spec import CellSpec
 from visibench.evals.answers.generate import Bridge
 from visibench.evals.compute import timing
-from visibench.evals.sweeps.cells import plan
-from visibench.evals.sweeps.claims import claimed
 from visibench.evals.sweeps.config import parse_config
-from visibench.evals.sweeps.events import Reporter
 from visibench.evals.sweeps.sweep import save_tables, sweep
 from visibench.evals.tasks.tasks import load_tasks
-from visibench.evals.workers.ray import Ray
 from visibench.methods import Forward, Keep, Method
-from visibench.results.statistics.metrics import answers, loyalty
-from visibench.results.store.records import CellConfig, TimingConfig
+from visibench.results.store.records import TimingConfig
 from visibench.results.store.store import Store
 from visibench.results.tables.render import render
 from visibench.results.tables.tables import build
 
-DENSE = visibench.load_method("none")
 QUIET = Console(quiet=True)
-HOLD = "import sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); "
-HOLD += "print('held', flush=True); sys.stdin.read()"
 
 
 @dataclass(frozen=True)
@@ -71,35 +59,11 @@ def pope(disk_data):
     return load_tasks(["pope"], str(disk_data))[0]
 
 
-def asked(method=DENSE, **changes) -> CellConfig:
-    values = {"model": "m", "method": method.name, "options": method.hyperparameters(), "label": method.name}
-    return CellConfig(**values | {"task": "pope", "origin": "data", "batch_size": 3, "timing": None} | changes)
-
-
 @pytest.fixture
 def settings(checkpoint, disk_data) -> dict:
     methods = ["fastv:layer=8,keep=0.9", {"name": "random", "keep": 0.1, "seeds": [0, 1]}]
     where = {"model": str(checkpoint), "data": str(disk_data), "tasks": ["gqa", "pope"], "methods": methods}
     return where | {"timing": None, "batch_size": 4, "limit": 4}
-
-
-@pytest.fixture
-def hold():
-    """Claims a cell for another process, which is returned."""
-    holders = []
-
-    def claim(store, config):
-        path = store.path(config)
-        path.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-c", HOLD, str(path / "lock")]
-        holders.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
-        assert holders[-1].stdout.readline() == b"held\n"
-        return holders[-1]
-
-    yield claim
-    for holder in holders:
-        holder.kill()
-        holder.wait()
 
 
 # ---- the files ----------------------------------------------------------------------------------------------------
@@ -111,16 +75,18 @@ executed_macs double, kept large_string, nonfinite bool, latency_ms double, batc
 batch_macs double, dense_agreement bool"""
 ANSWER = """prompt output pixels prompt_tokens new_tokens prompt_visual_tokens visual_tokens kv_lengths executed_macs
 kept nonfinite latency_ms batch_questions places batch_macs"""
+CONFIG = """schema_version model checkpoint device dtype attention method options label seed task
+origin limit batch_size timing"""
 METRICS = """schema_version config_hash size total note remarks nonfinite reused_images scores metrics categories
 visual_tokens compute prefill generation seconds data_hash environment samples_hash checksum"""
 
 
 def test_what_is_written_of_a_cell_keeps_its_names_and_types(loaded, pope, tmp_path):
     """Run folders outlive versions: names and types stay, and what is added comes behind."""
-    spec, store = CellSpec(asked(), DENSE, asked()), Store(tmp_path)
+    spec, store = CellSpec(pope_config(), DENSE, pope_config()), Store(tmp_path)
     with suppress(KeyboardInterrupt):
         cell.run_cell(loaded, spec, pope, store, interrupt)
-    head, line = map(json.loads, (store.path(asked()) / "answers.jsonl").read_text().splitlines())
+    head, line = map(json.loads, (store.path(pope_config()) / "answers.jsonl").read_text().splitlines())
     assert (head["version"], list(head)) == (2, ["version", "bound"])
     assert set(line) == set("asked records components seconds reused smaller hardware failures".split())
     assert list(next(iter(line["records"].values()))) == ANSWER.split()
@@ -130,15 +96,15 @@ def test_what_is_written_of_a_cell_keeps_its_names_and_types(loaded, pope, tmp_p
     metrics = json.loads((folder / "metrics.json").read_text())
     assert set(metrics) == set(METRICS.split())
     assert set(metrics["compute"]) == {"macs", "macs_sd", "components", "batch_macs"}
-    assert set(json.loads((folder / "config.json").read_text())) == set(CellConfig.model_fields)
+    assert set(json.loads((folder / "config.json").read_text())) == set(CONFIG.split())
 
 
 def test_files_that_lack_what_was_added_are_read(loaded, pope, tmp_path):
     """Answers of before what a batch executes was recorded go on; a cell of them does not say it, nor does its mean."""
-    spec, store = CellSpec(asked(), DENSE), Store(tmp_path)
+    spec, store = CellSpec(pope_config(), DENSE), Store(tmp_path)
     with suppress(KeyboardInterrupt):
         cell.run_cell(loaded, spec, pope, store, interrupt)
-    file = store.path(asked()) / "answers.jsonl"
+    file = store.path(pope_config()) / "answers.jsonl"
     head, line = map(json.loads, file.read_text().splitlines())
     for record in line["records"].values():
         del record["batch_macs"]
@@ -177,7 +143,7 @@ def test_latency_is_the_time_of_the_batch_of_a_question(loaded, pope, tmp_path, 
 
     monkeypatch.setattr(Bridge, "_generate", timed)
     started = time.perf_counter()
-    done = cell.run_cell(loaded, CellSpec(asked(), DENSE), pope, Store(tmp_path))
+    done = cell.run_cell(loaded, CellSpec(pope_config(), DENSE), pope, Store(tmp_path))
     wall = 1e3 * (time.perf_counter() - started)
     samples = done.samples()
     batches = samples.groupby("latency_ms")["batch_questions"].agg(["size", "first", "nunique"])
@@ -215,7 +181,7 @@ def test_the_clock_is_read_without_waiting_for_the_device(loaded, pope, tmp_path
 
     monkeypatch.setattr(generate, "clock_of", lambda device: Clock())
     monkeypatch.setattr(generate.Nonfinite, "rows", read)
-    done = cell.run_cell(loaded, CellSpec(asked(), DENSE), pope, Store(tmp_path))
+    done = cell.run_cell(loaded, CellSpec(pope_config(), DENSE), pope, Store(tmp_path))
     assert told == ["mark", "mark", "read"] * 3
     assert (done.samples()["latency_ms"] == 12.5).all()
 
@@ -224,10 +190,12 @@ def test_a_cell_that_goes_on_keeps_the_times_measured(loaded, pope, tmp_path):
     store = Store(tmp_path)
 
     with suppress(KeyboardInterrupt):
-        cell.run_cell(loaded, CellSpec(asked(), DENSE), pope, store, interrupt)
-    (_, line) = (store.path(asked()) / "answers.jsonl").read_text().splitlines()
+        cell.run_cell(loaded, CellSpec(pope_config(), DENSE), pope, store, interrupt)
+    (_, line) = (store.path(pope_config()) / "answers.jsonl").read_text().splitlines()
     kept = {int(doc): record["latency_ms"] for doc, record in json.loads(line)["records"].items()}
-    samples = cell.run_cell(loaded, CellSpec(asked(), DENSE), pope, store).samples().set_index("doc_id")["latency_ms"]
+    samples = (
+        cell.run_cell(loaded, CellSpec(pope_config(), DENSE), pope, store).samples().set_index("doc_id")["latency_ms"]
+    )
     assert len(kept) == 3
     assert {doc: samples[doc] for doc in kept} == kept
     assert samples.nunique() == 3
@@ -273,7 +241,7 @@ def test_an_adaptive_methods_prefill_is_timed_on_typical_questions(method, count
 
     monkeypatch.setattr(timing, "time_prefill", time_prefill)
     method = Growing() if method == "adaptive" else visibench.load_method("fastv", keep=0.5)
-    config = asked(method, timing=TimingConfig(batch_size=count))
+    config = pope_config(method, timing=TimingConfig(batch_size=count))
     done = cell.run_cell(loaded, CellSpec(config, method), pope, Store(tmp_path))
     samples = done.samples()
     chosen = done.metrics.prefill.doc_ids
@@ -288,146 +256,6 @@ def test_an_adaptive_methods_prefill_is_timed_on_typical_questions(method, count
         assert len(chosen) == count
     expected = loaded.inputs(*map(list, zip(*(pope.question(doc_id) for doc_id in chosen), strict=True)))
     assert torch.equal(timed[0], expected["pixel_values"])
-
-
-# ---- agreement with dense -----------------------------------------------------------------------------------------
-
-
-def plain(answer: str) -> str:
-    """An answer without case, punctuation and extra spaces, by other means than the package's."""
-    return " ".join(answer.lower().translate(str.maketrans("", "", string.punctuation.replace("_", ""))).split())
-
-
-def test_agreement_is_that_of_both_cells(settings, tmp_path):
-    cells = {
-        (one.config.label, one.config.seed, one.config.task): one
-        for one in sweep(parse_config(settings | {"tasks": ["pope"]}, "test"), tmp_path, QUIET)
-    }
-    seen = set()
-    for (label, _, task), one in cells.items():
-        own, dense = one.samples(), cells["none", 0, task].samples()
-        assert own["dense_agreement"].dtype == "boolean"
-        both = own.merge(dense, on="doc_id", suffixes=("", "_dense"), validate="one_to_one")
-        assert len(both) == len(own) == len(dense)
-        same = both["answer"].map(plain) == both["answer_dense"].map(plain)
-        assert both["dense_agreement"].tolist() == same.tolist()
-        assert label != "none" or same.all()
-        seen |= set(same) if label != "none" else set()
-        measured = loyalty(answers(cells["none", 0, task]), [answers(one)])
-        assert measured.value == pytest.approx(own["dense_agreement"].mean())
-    assert seen == {True, False}
-    (table,) = build(cells.values())
-    for row in table.rows[1:]:
-        means = pd.concat([own.samples().assign(task=own.config.task) for own in row.cells])
-        means = means.groupby("task")["dense_agreement"].mean()
-        assert {task: share.value for task, share in row.evidence.loyalty.items()} == pytest.approx(means.to_dict())
-
-
-def test_without_a_dense_cell_agreement_is_null(loaded, pope, tmp_path):
-    method, store = visibench.load_method("fastv", layer=1, keep=0.1), Store(tmp_path)
-    config, dense = asked(method, limit=3), asked(limit=3)
-
-    def agreement(reference) -> pd.Series:
-        return cell.run_cell(loaded, CellSpec(config, method, reference), pope, store).samples()["dense_agreement"]
-
-    assert agreement(None).isna().all()
-    assert agreement(dense).isna().all(), "it has yet to run"
-    reference = cell.run_cell(loaded, CellSpec(dense, DENSE, dense), pope, store)
-    assert reference.samples()["dense_agreement"].tolist() == [True] * 3
-    assert agreement(dense).notna().all()
-    store.finish(dense, reference.samples(), reference.metrics.model_copy(update={"data_hash": "other"}))
-    assert agreement(dense).isna().all(), "it was asked other questions"
-
-
-def test_where_dense_fails_agreement_is_null_until_it_succeeds(settings, tmp_path):
-    changes = {"methods": ["fastv:layer=1,keep=0.1"], "tasks": ["pope"]}
-    config, store = parse_config(settings | changes, "test"), Store(tmp_path)
-    with pytest.MonkeyPatch.context() as broken:
-        broken.setattr(type(DENSE), "begin", lambda *arguments: 1 / 0)
-        with pytest.raises(IncompleteError, match="1 of 2 cells are incomplete"):
-            sweep(config, tmp_path, QUIET)
-    (alone,) = store.cells()
-    before = alone.samples()
-    assert alone.config.method == "fastv"
-    assert before["dense_agreement"].isna().all()
-
-    dense, cell = sweep(config, tmp_path, QUIET)
-    after = cell.samples()
-    same = after["answer"].map(plain) == dense.samples()["answer"].map(plain)
-    assert after["dense_agreement"].tolist() == same.tolist()
-    pd.testing.assert_frame_equal(after.drop(columns="dense_agreement"), before.drop(columns="dense_agreement"))
-    hashes = {"samples_hash", "checksum"}
-    assert cell.metrics.model_dump(exclude=hashes) == alone.metrics.model_dump(exclude=hashes)
-    assert [one.config for one in store.cells()] == [cell.config, dense.config]
-
-
-def test_every_cell_knows_its_dense_cell(settings):
-    plans = plan(parse_config(settings, "test"))
-    dense = {one.config.task: one.config for one in plans if one.config.method == "none"}
-    assert [one.config.method for one in plans[:2]] == ["none", "none"]
-    assert all(one.dense == dense[one.config.task] for one in plans)
-    alone = plan(parse_config(settings, "test"), dense=False)
-    assert {one.config.method for one in alone} == {"fastv", "random"}
-    assert [one.dense for one in alone] == [one.dense for one in plans[2:]], "as it would be, should it lie there"
-
-
-# ---- order --------------------------------------------------------------------------------------------------------
-
-
-def test_while_dense_is_with_another_process_cells_without_it_come_first(tmp_path, hold):
-    store, came, said = Store(tmp_path), [], []
-    dense = {task: made_up("none", task) for task in ("gqa", "mme")}
-    plans = [CellSpec(made_up(method, task), DENSE, dense[task]) for method in ("none", "fastv") for task in dense]
-    holder = hold(store, dense["gqa"])
-
-    def say(text):
-        said.append(text)
-        came.append("waits")
-        holder.kill()
-
-    for one in claimed(plans, store, say, lambda: None):
-        came.append((one.config.method, one.config.task))
-    assert came == [("none", "mme"), ("fastv", "mme"), "waits", ("none", "gqa"), ("fastv", "gqa")]
-    assert len(said) == 1
-
-
-class Lets(Reporter):
-    """Lets another process go when something is waiting for it; keeps the order of the cells begun."""
-
-    def __init__(self, holder) -> None:
-        self.holder, self.began = holder, []
-
-    def __call__(self, event) -> None:
-        if event.event == "cell_started":
-            self.began.append((event.cell.label, event.cell.task))
-        if event.event == "note" and "Waiting for" in event.text:
-            self.began.append("waits")
-            self.holder.kill()
-
-
-def held_up(settings, tmp_path, hold, executor=None) -> tuple[list, list]:
-    """Order and outcome of a sweep while the first dense cell is with another process."""
-    config = parse_config(settings | {"methods": ["fastv:layer=1,keep=0.1"]}, "test")
-    lets = Lets(hold(Store(tmp_path / "held"), plan(config)[0].config))
-    cells = sweep(config, tmp_path / "held", QUIET, report=lets, executor=executor)
-    return lets.began, cells
-
-
-@pytest.mark.parametrize("ray", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_sweep_waits_for_dense_cells_of_others_at_its_end(ray, settings, tmp_path, hold, monkeypatch):
-    if ray:
-        pytest.importorskip("ray")
-        monkeypatch.setenv("RAY_worker_niceness", "0")
-    label = "fastv:keep=0.1,layer=1"
-    order, cells = held_up(settings, tmp_path, hold, Ray(workers=1) if ray else None)
-    assert order == [("none", "pope"), (label, "pope"), "waits", ("none", "gqa"), (label, "gqa")]
-    assert all(one.samples()["dense_agreement"].notna().all() for one in cells)
-    assert not any(math.isnan(latency) for one in cells for latency in one.samples()["latency_ms"])
-    if not ray:  # who runs them one after the other changes nothing but their order
-        return
-    config = parse_config(settings | {"methods": [label]}, "test")
-    straight = sweep(config, tmp_path / "straight", QUIET)
-    assert [untimed(one) for one in cells] == [untimed(one) for one in straight]
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------

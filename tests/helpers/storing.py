@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+import visibench
 from visibench.results.store.records import (
     CellConfig,
     CellMetrics,
@@ -13,6 +14,7 @@ from visibench.results.store.records import (
 )
 from visibench.results.store.store import Store
 
+DENSE = visibench.load_method("none")
 SAMPLES = pd.DataFrame(
     {
         "doc_id": [0, 1],
@@ -32,6 +34,12 @@ def config(method="none", task="gqa", seed=0, **changes) -> CellConfig:
     options = {"keep": 0.5, "seed": seed} if method == "random" else {}
     values = {"model": "tiny", "method": method, "options": options, "label": method, "task": task, "seed": seed}
     return CellConfig(**values | changes)
+
+
+def pope_config(method=DENSE, **changes) -> CellConfig:
+    """A cell of POPE in batches of three that is answered, not made up; prefill is not timed."""
+    values = {"model": "m", "method": method.name, "options": method.hyperparameters(), "label": method.name}
+    return CellConfig(**values | {"task": "pope", "origin": "data", "batch_size": 3, "timing": None} | changes)
 
 
 def metrics(cell: CellConfig, score=0.8, data="d0", versions=None, **changes) -> CellMetrics:

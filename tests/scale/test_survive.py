@@ -12,7 +12,7 @@ import pytest
 import torch
 import visibench
 from rich.console import Console
-from storing import outcome
+from storing import DENSE, outcome, pope_config
 from visibench.errors import IncompleteError, StorageError
 from visibench.evals.answers import generate
 from visibench.evals.answers.cell import run_cell
@@ -23,13 +23,10 @@ from visibench.evals.sweeps.config import parse_config
 from visibench.evals.sweeps.sweep import sweep
 from visibench.evals.tasks.tasks import load_tasks
 from visibench.methods import Budgeted, Forward, Keep, top
-from visibench.results.store.records import CellConfig
 from visibench.results.store.samples import Answer
 from visibench.results.store.store import Store
 from visibench.results.tables.render import render
 from visibench.results.tables.tables import build
-
-DENSE = visibench.load_method("none")
 
 
 @dataclass(frozen=True)
@@ -53,11 +50,6 @@ class DiceForward(Forward):
             return None
         scores = torch.rand(view.present.shape, dtype=torch.float64)
         return Keep(top(scores, self.method.budget(view.layout.visual.total), view.present))
-
-
-def asked(method=DENSE, root="data", **changes) -> CellConfig:
-    values = {"model": "m", "method": method.name, "options": method.hyperparameters(), "label": method.name}
-    return CellConfig(**values | {"task": "pope", "origin": str(root), "batch_size": 3, "timing": None} | changes)
 
 
 @pytest.fixture
@@ -96,15 +88,15 @@ def after(count):
 
 @pytest.mark.parametrize("method", [Dice(keep=0.5), visibench.load_method("random", keep=0.25, seed=3)], ids=str)
 def test_a_cell_stopped_after_any_batch_ends_like_one_in_one_go(method, loaded, pope, tmp_path, ran):
-    straight = run_cell(loaded, CellSpec(asked(method), method), pope, Store(tmp_path / "straight"))
+    straight = run_cell(loaded, CellSpec(pope_config(method), method), pope, Store(tmp_path / "straight"))
     torch.manual_seed(99)
     for done in (1, 2):
         store = Store(tmp_path / str(done))
         with pytest.raises(KeyboardInterrupt):
-            run_cell(loaded, CellSpec(asked(method), method), pope, store, after(done))
-        assert store.done(asked(method)) is None
+            run_cell(loaded, CellSpec(pope_config(method), method), pope, store, after(done))
+        assert store.done(pope_config(method)) is None
         ran.clear()
-        resumed = run_cell(loaded, CellSpec(asked(method), method), pope, store)
+        resumed = run_cell(loaded, CellSpec(pope_config(method), method), pope, store)
         assert ran == [3, 3, 2][done:]
         assert outcome(resumed) == outcome(straight)
         assert {file.name for file in resumed.path.iterdir()} == {"config.json", "samples.parquet", "metrics.json"}
@@ -112,8 +104,8 @@ def test_a_cell_stopped_after_any_batch_ends_like_one_in_one_go(method, loaded, 
 
 def test_shards_add_up_to_the_cell(loaded, pope, tmp_path, ran):
     method = Dice(keep=0.5)
-    straight = run_cell(loaded, CellSpec(asked(method, batch_size=2), method), pope, Store(tmp_path / "straight"))
-    store, config = Store(tmp_path / "shards"), asked(method, batch_size=2)
+    straight = run_cell(loaded, CellSpec(pope_config(method, batch_size=2), method), pope, Store(tmp_path / "straight"))
+    store, config = Store(tmp_path / "shards"), pope_config(method, batch_size=2)
     folder = store.begin(config)
     ran.clear()
     for shard in (2, 0, 1):
@@ -126,7 +118,7 @@ def test_shards_add_up_to_the_cell(loaded, pope, tmp_path, ran):
 
 
 def test_changed_images_never_mix(loaded, pope, tmp_path, ran):
-    store, config = Store(tmp_path / "run"), asked()
+    store, config = Store(tmp_path / "run"), pope_config()
     with pytest.raises(KeyboardInterrupt):
         run_cell(loaded, CellSpec(config, DENSE), pope, store, after(3))
     rows = hubdata.tables()["POPE"][1]
@@ -140,21 +132,10 @@ def test_changed_images_never_mix(loaded, pope, tmp_path, ran):
 
 
 def made(number) -> Batch:
-    record = Answer(
-        prompt=f"is it {number}?",
-        output="ja\u2028nein\r\n",
-        pixels="p",
-        prompt_tokens=9,
-        new_tokens=1,
-        prompt_visual_tokens=4,
-        visual_tokens=[4, 2],
-        kv_lengths=[9, 7],
-        executed_macs=0.1 + number,
-        kept="8A==",
-        nonfinite=False,
-        latency_ms=7.5,
-        batch_questions=1,
-    )
+    texts = {"prompt": f"is it {number}?", "output": "ja\u2028nein\r\n", "pixels": "p", "kept": "8A=="}
+    tokens = {"prompt_tokens": 9, "new_tokens": 1, "prompt_visual_tokens": 4}
+    layers = {"visual_tokens": [4, 2], "kv_lengths": [9, 7], "executed_macs": 0.1 + number}
+    record = Answer(**texts, **tokens, **layers, nonfinite=False, latency_ms=7.5, batch_questions=1)
     return Batch(f"key{number}", {number: record}, {"ffn": 0.1 + number}, hardware="cpu")
 
 
@@ -195,7 +176,7 @@ def test_damaged_lines_are_asked_again(tmp_path):
 
 def test_batches_without_room_run_in_halves_and_tables_say_so(loaded, pope, tmp_path, ran, monkeypatch):
     method, at = visibench.load_method("fastv", keep=0.5), loaded.adapter.layers[5]
-    config = asked(method, batch_size=4)
+    config = pope_config(method, batch_size=4)
     straight = run_cell(loaded, CellSpec(config, method), pope, Store(tmp_path / "straight"))
     ran.clear()
 
@@ -220,7 +201,7 @@ def test_a_question_that_fails_leaves_the_cell_unfinished(loaded, disk_data, tmp
     rows = rows.map(lambda row, i: row | bad if i == 4 else row, with_indices=True)
     hubdata.save_to_disk(tmp_path / "data", POPE=rows.cast(hubdata.FEATURES["POPE"]))
     (damaged,), (mended,) = load_tasks(["pope"], str(tmp_path / "data")), load_tasks(["pope"], str(disk_data))
-    store, config = Store(tmp_path / "run"), asked()
+    store, config = Store(tmp_path / "run"), pope_config()
     with pytest.raises(IncompleteError, match=r"1 of 8 questions failed, question 4, DataError: .*failures\.jsonl"):
         run_cell(loaded, CellSpec(config, DENSE), damaged, store)
     (line,) = (store.path(config) / "failures.jsonl").read_text().splitlines()
@@ -276,7 +257,7 @@ def test_a_cell_that_is_given_up_says_so_and_counts_what_is_left(loaded, pope, t
 
     monkeypatch.setattr(Bridge, "_run", failing)
     monkeypatch.setattr(generate, "HOPELESS", 3)
-    config, store = asked(batch_size=1), Store(tmp_path)
+    config, store = pope_config(batch_size=1), Store(tmp_path)
     answer(loaded, CellSpec(config, DENSE), pope, folder := store.begin(config), shard=(7, 8))
     with pytest.raises(KeyboardInterrupt):
         run_cell(loaded, CellSpec(config, DENSE), pope, store, after(3))
@@ -292,7 +273,7 @@ def test_a_cell_that_is_given_up_says_so_and_counts_what_is_left(loaded, pope, t
 
 
 def test_a_failing_scorer_keeps_the_answers(loaded, pope, tmp_path, ran, monkeypatch):
-    store, config = Store(tmp_path), asked()
+    store, config = Store(tmp_path), pope_config()
     with monkeypatch.context() as patched:
         patched.setattr("visibench.evals.answers.score._metrics", lambda results: 1 / 0)
         with pytest.raises(IncompleteError, match="failed, ZeroDivisionError"):
@@ -314,7 +295,7 @@ def test_nan_and_infinite_logits_are_counted(loaded, pope, tmp_path):
         return output
 
     hook = loaded.model.lm_head.register_forward_hook(poison)
-    done = run_cell(loaded, CellSpec(asked(), DENSE), pope, Store(tmp_path))
+    done = run_cell(loaded, CellSpec(pope_config(), DENSE), pope, Store(tmp_path))
     hook.remove()
     assert done.metrics.nonfinite == done.samples()["nonfinite"].sum() == 2
     assert done.metrics.remarks == ["2 of 8 with NaN or infinite logits"]
@@ -335,7 +316,7 @@ def test_forbidden_tokens_are_no_fault():
 
 @pytest.mark.slow
 def test_a_full_disk_at_any_write_is_one_line_and_loses_nothing(loaded, pope, tmp_path, monkeypatch, ran):
-    config, fsync, writes, fails = asked(limit=2, batch_size=1), os.fsync, [], 0
+    config, fsync, writes, fails = pope_config(limit=2, batch_size=1), os.fsync, [], 0
     straight = run_cell(loaded, CellSpec(config, DENSE), pope, Store(tmp_path / "straight"))
 
     def full(handle):
@@ -372,7 +353,7 @@ def test_a_full_disk_behind_a_scorer_ends_the_sweep(loaded, pope, tmp_path, monk
 
     monkeypatch.setattr("visibench.evals.answers.score._simple_evaluate", full)
     with pytest.raises(StorageError, match="no room left"):
-        run_cell(loaded, CellSpec(asked(), DENSE), pope, Store(tmp_path))
+        run_cell(loaded, CellSpec(pope_config(), DENSE), pope, Store(tmp_path))
 
 
 def test_ctrl_c_finishes_the_batch_that_runs(settings, tmp_path, monkeypatch, ran):
