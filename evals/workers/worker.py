@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ...engine.features import FeatureStore
 from ...errors import DataError, IncompleteError, StorageError, VisibenchError
+from ...methods.files import file_of
 from ...results.store.records import CellConfig
 from ...results.store.store import Store
 from ..answers.cell import run_cell
@@ -86,10 +87,7 @@ class Worker:
 
         ``reference``: files of its ``dense`` cell, if that is done.
         """
-        prepared = self.prepared
-        spec = CellSpec(config, method_spec.build(config.reference, config.options), dense)
-        if fingerprint(config.model) != config.checkpoint:
-            raise DataError(f"model {config.model!r} is another one on {platform.node()}: copy the folder there")
+        prepared, spec = self.prepared, _spec(config, dense)
         task, loaded, features = prepared.tasks([config.task])[config.task], prepared.loaded, self.features
         answered: list[int] = []
 
@@ -121,3 +119,14 @@ class Worker:
             written = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
         new = {name: content for name, content in written.items() if answers.get(name) != content}
         return Outcome(new, sum(answered), self._told(), stopped)
+
+
+def _spec(config: CellConfig, dense: CellConfig | None) -> CellSpec:
+    """The cell, its method built here; :class:`DataError` where model or method are not those that the sweep means."""
+    method = method_spec.build(config.reference, config.options)
+    file = file_of(type(method))
+    if fingerprint(config.model) != config.checkpoint:
+        raise DataError(f"model {config.model!r} is another one on {platform.node()}: copy the folder there")
+    if (file.digest if file else "") != config.method_hash:
+        raise DataError(f"{config.method_file} is another one on {platform.node()}: copy the file there")
+    return CellSpec(config, method, dense)

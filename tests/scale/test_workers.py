@@ -8,10 +8,12 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
+import visibench
 from cases import METHODS
 from rich.console import Console
 from storing import outcomes
@@ -227,6 +229,17 @@ def test_a_cell_names_its_method_as_it_was_meant(name):
         values = {"method": method.name, "options": method.hyperparameters(), "label": method.name}
         cell = pickle.loads(pickle.dumps(CellConfig(model="tiny", task="pope", **values)))
         assert build(cell.method, cell.options) == method
+
+
+def test_a_method_in_a_file_is_the_one_that_the_sweep_read(config, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text((Path(visibench.__file__).parent / "examples" / "my_method.py").read_text())
+    one = config.model_copy(update={"tasks": ["gqa"], "methods": [f"{file}:keep=0.5"]})
+    worker, (_, cell) = Worker(one.model_dump_json()), plan(one)
+    assert worker.run(cell.config, None, (0, 2), {}, {}).answered == 4
+    file.write_text(file.read_text() + "# changed\n")
+    with pytest.raises(DataError, match=r"mine\.py is another one on .*: copy the file there"):
+        worker.run(cell.config, None, (0, 2), {}, {})
 
 
 def test_what_a_worker_cannot_load_is_said_once(config, tmp_path, monkeypatch):
