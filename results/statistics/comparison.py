@@ -3,10 +3,10 @@
 The p-value is McNemar's exact one where scores are 0 or 1 and each image has one question, else that of the sign-flip
 test by image (:mod:`~visibench.results.statistics.sign_flip`).
 
-Interval and test never contradict each other: the 95 % interval holds 0 if and only if p ≥ 0.05. Difference ± t × error
-mostly does so by itself. Where few answers change it may not, for t × error is then only roughly right; there the limit
-on the side of 0 is the one of the test (Miettinen 1976), with the error that its p-value stands for: difference / t(p).
-So the interval errs no more often than the exact test where there is no difference.
+Interval and test never contradict each other: the 95 % interval holds 0 if and only if p ≥ 0.05. Tango's interval
+mostly does so by itself. Where few answers change it may not, for exact tests move in steps; there the limit on the
+side of 0 is the one of the test (Miettinen 1976), with the error that its p-value stands for: difference / t(p). So
+the interval errs no more often than the exact test where there is no difference.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from scipy.special import stdtrit
 from statsmodels.stats.contingency_tables import mcnemar
 
-from .intervals import NOTHING, difference, freedom, quantile
+from .intervals import NOTHING, Paired, freedom, quantile
 from .metrics import Measured
 from .power import ALPHA, detectable
 from .sign_flip import FLIPS, FLIPS_PER_TEST, sign_flip
@@ -66,9 +66,9 @@ def compare(first: Measured, second: Measured, flips: int = FLIPS) -> Comparison
     exact = float(mcnemar([[0, better], [worse, 0]], exact=True).pvalue) if binary else None
     independent = exact is not None and first.is_mean and first.images == first.questions
     p, counted = (exact, True) if independent and exact is not None else sign_flip(first, second, flips)
-    low, high, error = difference(first, second)
-    value, scale = first.value - second.value, first.maximum or math.inf
-    low, high = (min(max(limit, -scale), scale) for limit in _agreeing(value, low, high, p, first))
+    value, paired = first.value - second.value, Paired.of(first, second)
+    error = paired.error * (first.maximum or 1.0)
+    low, high = _agreeing(value, *paired.limits(quantile(first)), p, first)
     return Comparison(
         difference=value,
         low=low,

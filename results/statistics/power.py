@@ -6,7 +6,7 @@ import math
 
 from scipy.special import betaincinv, stdtr, stdtrit
 
-from .intervals import difference, freedom, independent
+from .intervals import Paired, freedom, independent
 from .metrics import Measured
 
 ALPHA = 0.05
@@ -45,16 +45,15 @@ def detectable(error: float, reference: Measured, *, sides: int = 2, tests: int 
 def equivalence(first: Measured, second: Measured, margin: float) -> float | None:
     """p of the claim that two methods differ by less than ``margin``, a share of the metric's maximum: TOST.
 
-    Two one-sided tests, paired and clustered by image (Schuirmann 1987): t = (margin - |difference|) / error. The error
-    is not taken to be less than that of a true difference of the margin, √(m (1 - m) / n) for n independent questions,
-    since answers that never differ prove no more than their number. None where that is not known: one image, or a
-    metric without a maximum. Raises :class:`ValueError` unless 0 < ``margin`` < 1.
+    Two one-sided tests (Schuirmann 1987), paired and clustered by image: how far the difference lies within either end
+    of the margin, in standard errors that would be there if it were that end (as in the intervals: answers that never
+    differ prove no more than their number). None where that is not known: one image, or a metric without a maximum.
+    Raises :class:`ValueError` unless 0 < ``margin`` < 1.
     """
     if not 0 < margin < 1:
         raise ValueError(f"a margin is a share between 0 and 1 of the best score, not {margin:g}")
-    error = difference(first, second)[2]
-    if first.maximum is None or math.isnan(error):
+    paired = Paired.of(first, second)
+    if math.isnan(paired.questions):
         return None
-    least = math.sqrt(margin * (1 - margin) / independent(second))
-    distance = margin - abs(first.value - second.value) / first.maximum
-    return float(stdtr(freedom(first), -distance / max(error / first.maximum, least)))
+    within = [(margin - sign * paired.value) / paired.error_at(sign * margin) for sign in (1, -1)]
+    return float(stdtr(freedom(first), -min(within)))

@@ -1,63 +1,22 @@
 """Statistics of answers that share images, against lmms-eval's aggregates, other libraries, and simulated truth."""
 
-import importlib.util
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import statsmodels.api
 import visibench
-from scipy.stats import binomtest, permutation_test, t
-from simulated import assert_covers, clustered, of_scores, quick
-from statsmodels.stats.multitest import multipletests
+from scipy.stats import t
+from simulated import assert_covers, clustered, lmms_eval, lmms_value, mme, pope, quick
 from storing import frame
 from visibench.errors import DataError
 from visibench.evals.answers.score import evaluate
 from visibench.evals.tasks.tasks import load_tasks
 from visibench.results.statistics import metrics
-from visibench.results.statistics.comparison import MCNEMAR, SIGN_FLIP, compare, holm
-from visibench.results.statistics.intervals import difference, estimate, freedom
+from visibench.results.statistics.comparison import compare
+from visibench.results.statistics.intervals import Paired, estimate, freedom
 from visibench.results.statistics.metrics import METRICS, Measured, measure, reproduces
-
-CATEGORIES = ("count", "color", "OCR", "code_reasoning")
-
-
-def pope(rng, images=20, each=6) -> pd.DataFrame:
-    truth = np.tile(["yes", "no"], images * each // 2)
-    said = rng.choice(["yes", "Yes ", "no", "no idea"], len(truth))
-    score = [s.lower().strip() == t for s, t in zip(said, truth, strict=True)]
-    return frame(np.repeat(np.arange(images).astype(str), each), score, target=truth, answer=said)
-
-
-def mme(rng, images=12) -> pd.DataFrame:
-    """Two questions a category about each image; some images lack some categories."""
-    rows = [(c, f"{c}/{i}", str(i)) for i in range(images) for c in CATEGORIES if rng.random() < 0.8 for _ in range(2)]
-    category, pair, image = zip(*rows, strict=True)
-    return frame(image, rng.random(len(rows)) < 0.7, category=category, question_id=pair)
-
-
-def lmms_eval(task):
-    """lmms-eval's scoring code of a task, without the rest of lmms-eval."""
-    root = Path(importlib.util.find_spec("lmms_eval").submodule_search_locations[0])
-    spec = importlib.util.spec_from_file_location(f"lmms_{task}", root / "tasks" / task / "utils.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def lmms_value(key, samples) -> float:
-    """A metric by lmms-eval's own aggregation."""
-    if key.startswith("mme"):
-        rows = samples[samples["category"].isin(metrics.MME_COGNITION) == (key == "mme_cognition_score")]
-        return lmms_eval("mme").mme_aggregate_results(rows.to_dict("records"))
-    module = lmms_eval("pope")
-    docs = samples.rename(columns={"target": "answer", "answer": "said"}).to_dict("records")
-    results = [module.pope_process_results(doc, [doc["said"]])[key] for doc in docs]
-    return getattr(module, f"pope_aggregate_{key.removeprefix('pope_')}")(results)
-
 
 # ---- metrics ------------------------------------------------------------------------------------------------------
 
@@ -109,8 +68,8 @@ def test_the_error_is_that_of_lmms_evals_scores_without_each_image_in_turn(key):
         return math.sqrt((n - 1) / n * np.square(np.subtract(values, np.mean(values))).sum())
 
     measured = [measure(key, [samples], 2000.0 if kind is mme else 1.0) for samples in (one, two)]
-    _, _, found = difference(*measured)
-    assert found == pytest.approx(error(np.subtract(*without)), rel=1e-9)
+    found = Paired.of(*measured)
+    assert found.error * found.maximum == pytest.approx(error(np.subtract(*without)), rel=1e-9)
     plain = estimate(replace(measured[0], maximum=None))
     assert plain.half_width == pytest.approx(t.ppf(0.975, freedom(measured[0])) * error(without[0]), rel=1e-9)
     # A bootstrap, which draws at random what this takes in turn, comes to about the same.
@@ -273,104 +232,3 @@ def test_one_image_has_no_interval():
     versus = compare(one, measure("exact_match", [frame(["a"] * 4, [1, 0, 0, 1])]))
     assert math.isnan(versus.low)
     assert versus.p == 1
-
-
-# ---- paired tests -------------------------------------------------------------------------------------------------
-
-
-def test_mcnemar_where_each_image_has_one_question():
-    first, second = np.zeros((40, 1)), np.zeros((40, 1))
-    first[:12], second[12:15] = 1, 1
-    found = compare(of_scores(first), of_scores(second))
-    assert (found.better, found.worse, found.test) == (12, 3, MCNEMAR)
-    assert found.p == found.mcnemar_p == pytest.approx(binomtest(3, 15).pvalue)
-    assert found.p == pytest.approx(0.03515625)
-    assert found.difference == pytest.approx(9 / 40)
-
-
-def test_few_images_try_all_swaps():
-    """All swaps of whole images, as in SciPy's permutation test on the sums of images."""
-    rng = np.random.default_rng(9)
-    first, second = clustered(rng, 10, 4, 0.8, 0.3), clustered(rng, 10, 4, 0.5, 0.3)
-    found = compare(of_scores(first), of_scores(second))
-    exact = permutation_test(
-        (first.sum(1), second.sum(1)), lambda a, b, axis: a.mean(axis) - b.mean(axis), permutation_type="samples"
-    )
-    assert found.test == SIGN_FLIP
-    assert found.p == pytest.approx(exact.pvalue)
-
-
-def test_many_images_approach_the_exact_test():
-    first, second = np.zeros((60, 2)), np.zeros((60, 2))
-    first[:20, 0], second[20:28, 1] = 1, 1
-    found = compare(of_scores(first), of_scores(second))
-    exact = binomtest(8, 28).pvalue  # the images are a question each, in effect
-    assert found.test == SIGN_FLIP
-    assert abs(found.p - exact) <= 3 * math.sqrt(exact / 10_000) + 1e-4
-
-
-def test_swapping_recomputes_f1():
-    """Against swaps of whole images written out question by question."""
-    rng = np.random.default_rng(10)
-    one = pope(rng, images=7)
-    two = pope(rng, images=7).assign(target=one["target"])
-    found = compare(measure("pope_f1_score", [one]), measure("pope_f1_score", [two]))
-    differences = []
-    for swap in range(2**7):
-        swapped = np.array([swap >> int(image) & 1 for image in one["image"]], bool)
-        mixed = [a.assign(answer=np.where(swapped, b["answer"], a["answer"])) for a, b in ((one, two), (two, one))]
-        differences.append(lmms_value("pope_f1_score", mixed[0]) - lmms_value("pope_f1_score", mixed[1]))
-    expected = np.mean(np.abs(differences) >= abs(differences[0]) - 1e-12)
-    assert found.difference == pytest.approx(differences[0])
-    assert found.p == pytest.approx(expected)
-
-
-def rivals(rng, images, each, gain=0.0):
-    """Two methods with equal skill up to ``gain``: half of what makes an image hard is common, half is its own."""
-    common, own = rng.beta(1.5, 0.5, images), rng.beta(0.75, 0.25, (2, images))
-    chance = (common + own) / 2
-    chance[0] = np.minimum(chance[0] + gain, 1)
-    return [quick((rng.random((images, each)) < c[:, None]).astype(float)) for c in chance]
-
-
-def test_equal_methods_are_told_apart_in_at_most_5_percent():
-    rng, runs = np.random.default_rng(11), 600
-    found = [compare(*rivals(rng, 30, 8), flips=1000) for _ in range(runs)]
-    wrong = sum(c.p <= 0.05 for c in found) / runs
-    margin = 2 * math.sqrt(0.05 * 0.95 / runs)  # two Monte-Carlo standard errors: 1.8 points
-    assert wrong <= 0.05 + margin
-    assert wrong >= 0.02  # and the test is not asleep
-    assert_covers(sum(c.low <= 0 <= c.high for c in found), runs)
-    # The reason why McNemar's test is not the one used here.
-    assert sum(c.mcnemar_p <= 0.05 for c in found) / runs > 0.09
-
-
-def test_equal_methods_against_a_mean_over_seeds():
-    """A single run against the mean of five of the same kind, on questions whose difficulty differs."""
-    rng, runs, images, each = np.random.default_rng(12), 500, 40, 4
-    wrong = 0
-    for _ in range(runs):
-        chance = rng.beta(1.5, 0.5, (images, 1))
-        draws = (rng.random((6, images, each)) < chance).astype(float)
-        many = replace(quick(draws[1:].mean(0)), scores=draws[1:].reshape(5, -1))
-        wrong += compare(quick(draws[0]), many, flips=1000).p <= 0.05
-    assert wrong / runs <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / runs)
-
-
-def test_power_grows_with_the_effect():
-    rng, runs = np.random.default_rng(13), 150
-    power = [
-        np.mean([compare(*rivals(rng, 60, 4, gain), flips=500).p <= 0.05 for _ in range(runs)])
-        for gain in (0.0, 0.08, 0.16, 0.3)
-    ]
-    assert power == sorted(power)
-    assert power[0] < 0.1
-    assert power[-1] > 0.95
-
-
-def test_holm_by_hand():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
-    many = np.random.default_rng(0).random(30) ** 3
-    assert holm(list(many)) == pytest.approx(list(multipletests(many, method="holm")[1]))
-    assert holm([]) == []
