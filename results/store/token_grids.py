@@ -81,7 +81,7 @@ def placed(places: Places, tokens: int, grids: Sequence[int], whole: bool) -> Pl
 
 
 def kept_tokens(packed: Any, count: int) -> list[bool] | None:
-    """The column ``kept`` of :func:`~visibench.evals.answers.score.evaluate`, one bool a visual token of the prompt."""
+    """The column ``kept`` (:class:`~visibench.results.store.samples.Answer`), one bool a visual token of the prompt."""
     if not isinstance(packed, str):
         return None
     bits = np.unpackbits(np.frombuffer(base64.b64decode(packed), np.uint8))
