@@ -1,4 +1,7 @@
-"""Models: loading, published sizes (geometry), where families keep their parts (adapters), the embedded one (tiny)."""
+"""Models: loading (load), what a processor is given (inputs), the embedded one (tiny), published sizes (geometry).
+
+Where families keep their parts (adapters), and what of them was tested (support).
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
