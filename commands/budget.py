@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from ..errors import OptionError, UnsupportedModelError
-from .shared import AsJson, prompt_lengths
+from .shared import AsJson, Device, Dtype, SizedLayers, SizedPrompt, prompt_lengths
 
 if TYPE_CHECKING:
     from ..evals.compute.budget import Cost, Prompts, Solution
@@ -29,17 +29,18 @@ OFF = 0.1
 """A solution farther from its target, as a share of that, is named."""
 _TRACED = {"how": "as traced", "what": "all that a prefill executes"}
 _PLANNED = {"how": "by plan", "what": "what a prefill executes outside the method itself"}
+Wanted = Annotated[
+    str,
+    typer.Option(
+        metavar="KIND=NUMBER",
+        help="tokens: mean visual tokens over layer inputs; tflops: executed in a prefill; ms: its measured time.",
+    ),
+]
 
 
 def budget(
     model: Annotated[str, typer.Option(help="See `visibench models`; a local folder, or a hub name.")],
-    target: Annotated[
-        str,
-        typer.Option(
-            metavar="KIND=NUMBER",
-            help="tokens: mean visual tokens over layer inputs; tflops: executed in a prefill; ms: its measured time.",
-        ),
-    ],
+    target: Wanted,
     methods: Annotated[
         list[str] | None,
         typer.Option("--methods", "--method", metavar="NAME[:key=value,…],…", help="(default: all, layers scaled)"),
@@ -52,16 +53,13 @@ def budget(
     weights: Annotated[
         str | None, typer.Option(help="random: run on a random prompt; meta: add up what options leave.")
     ] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="With --weights: only so many decoder layers.")] = None,
-    lengths: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT/VISUAL", help="With --weights: tokens of the prompt. (default: 64/576)"),
-    ] = None,
+    layers: SizedLayers = None,
+    lengths: SizedPrompt = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Prompts at once; times are of one. (default: 8)")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Solve each method's options for one budget: what to pass to run and sweep, and what it really costs."""

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from ..errors import DataError, OptionError
-from .shared import AsJson
+from .shared import AsJson, Device, Dtype
 
 if TYPE_CHECKING:
     from ..analysis.fit import Fitted
@@ -34,8 +34,8 @@ def fit(
     data: Annotated[str, typer.Option(help="embedded, hub, or a folder laid out like the hub.")] = "embedded",
     seed: Annotated[int, typer.Option(help="Draws the prompts.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 8,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     out: Annotated[Path | None, typer.Option(help="Write what was found, and on what, to this YAML file.")] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError
-from .shared import AsJson, print_list, prompt_lengths
+from .shared import AsJson, SizedLayers, SizedPrompt, print_list, prompt_lengths
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,11 +49,8 @@ def flops(
         str | None,
         typer.Option(help="random: run on a random prompt; meta: add up what the options leave, without any memory."),
     ] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="With --weights: only so many decoder layers.")] = None,
-    lengths: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT/VISUAL", help="With --weights: tokens of the prompt. (default: 64/576)"),
-    ] = None,
+    layers: SizedLayers = None,
+    lengths: SizedPrompt = None,
     as_json: AsJson = False,
 ) -> None:
     """Compute in multiply-adds: of figures in print, or of a model under a method."""

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from ..errors import IncompleteError, OptionError, StoppedError
-from .shared import AsJson, check_writable, integers, width
+from .shared import DEVICES, DTYPES, AsJson, check_writable, integers, width
 
 if TYPE_CHECKING:
     from ..evals.compute.profile import ProfileConfig
@@ -32,6 +32,10 @@ HEADER = (
     ("peak", "MiB"),
     ("waits", "+ a step"),
 )
+RowLengths = Annotated[
+    str | None,
+    typer.Option(metavar="PROMPT/VISUAL/NEW,…", help="Tokens of a row: text, visual, new. (default: 64/576/16)"),
+]
 
 
 def profile(
@@ -46,14 +50,11 @@ def profile(
     weights: Annotated[str | None, typer.Option(help="pretrained, or random: sizes count, not answers.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Only so many decoder layers, of random weights.")] = None,
     batch_sizes: Annotated[str | None, typer.Option(metavar="A,B", help="Rows at once. (default: 1)")] = None,
-    lengths: Annotated[
-        str | None,
-        typer.Option(metavar="PROMPT/VISUAL/NEW,…", help="Tokens of a row: text, visual, new. (default: 64/576/16)"),
-    ] = None,
+    lengths: RowLengths = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Timed rounds. (default: 20)")] = None,
     warmup: Annotated[int | None, typer.Option(min=0, help="Rounds before them. (default: 3)")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.")] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICES)] = None,
+    dtype: Annotated[str | None, typer.Option(help=DTYPES)] = None,
     attention: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2 …")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch on a CPU. (default: all cores)")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the JSON to this file as well.")] = None,

@@ -14,7 +14,7 @@ from rich.console import Console
 from ..errors import IncompleteError, OptionError
 from . import live, scale
 from .dry_run import show
-from .shared import AsJson, FeatureCache, Limit, Margin, finished, print_list, share, terminal
+from .shared import AsJson, Device, Dtype, FeatureCache, Limit, Margin, finished, print_list, share, terminal
 
 if TYPE_CHECKING:
     from ..evals.sweeps.config import SweepConfig
@@ -22,6 +22,22 @@ if TYPE_CHECKING:
     from ..evals.sweeps.executor import Executor
     from ..results.store.store import Cell
     from ..results.tables.tables import ResultTable
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set a value of the configuration, as in YAML: limit=20, timing=null, timing.repeats=5, or an option of a "
+        "method by its name or label: methods.fastv.keep=0.5. Repeat it for several.",
+    ),
+]
+AsEvents = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print events as they happen, one JSON object a line, and nothing else on standard output."
+    ),
+]
 
 
 def run(
@@ -33,8 +49,8 @@ def run(
     task_list: Annotated[str, typer.Option("--tasks", metavar="A,B", help="Tasks, separated by commas.")],
     limit: Limit = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 8,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     seed: Annotated[int | None, typer.Option(help="For methods that draw. (default: 0)")] = None,
     data: Annotated[
         str,
@@ -89,15 +105,7 @@ def sweep(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of one in the package: quick, ci.")],
     out: Annotated[Path | None, typer.Option(help="Run folder. (default: the configuration's, or runs/NAME)")] = None,
     limit: Limit = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Set a value of the configuration, as in YAML: limit=20, timing=null, timing.repeats=5, or an option "
-            "of a method by its name or label: methods.fastv.keep=0.5. Repeat it for several.",
-        ),
-    ] = None,
+    settings: Settings = None,
     only: Annotated[
         list[str] | None, typer.Option(metavar="A,B", help="Only these methods, by name or label, and the dense model.")
     ] = None,
@@ -111,12 +119,7 @@ def sweep(
     address: scale.Address = None,
     shard: scale.Shard = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors and the final table only.")] = False,
-    as_json: Annotated[
-        bool,
-        typer.Option(
-            "--json", help="Print events as they happen, one JSON object a line, and nothing else on standard output."
-        ),
-    ] = False,
+    as_json: AsEvents = False,
     wandb: live.WandbMode = "off",
     wandb_project: live.WandbProject = None,
     wandb_entity: live.WandbEntity = None,

@@ -29,6 +29,13 @@ FeatureCache = Annotated[
         "Results are the same. (default: 1)",
     ),
 ]
+DEVICES, DTYPES = "auto, cpu, cuda, cuda:1 …", "auto, float32, bfloat16, float16."
+Device = Annotated[str, typer.Option(help=DEVICES)]
+Dtype = Annotated[str, typer.Option(help=DTYPES)]
+SizedLayers = Annotated[int | None, typer.Option(min=1, help="With --weights: only so many decoder layers.")]
+SizedPrompt = Annotated[
+    str | None, typer.Option(metavar="TEXT/VISUAL", help="With --weights: tokens of the prompt. (default: 64/576)")
+]
 Margin = Annotated[
     float | None,
     typer.Option(metavar="PERCENT", help="Also test whether they differ by less than this, in % of the best score."),
@@ -37,11 +44,11 @@ Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Ask only th
 
 
 def print_list(
-    found: list[dict[str, Any]], header: list[str], rows: list[list[str]], also: str = "", *, as_json: bool
+    records: list[dict[str, Any]], header: list[str], rows: list[list[str]], also: str = "", *, as_json: bool
 ) -> None:
-    """Print ``found`` as JSON, or ``rows`` as a table with the line ``also`` below."""
+    """Print ``records`` as JSON, or ``rows`` as a table with the line ``also`` below."""
     if as_json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(records, indent=1))
         return
     grid = RichTable(box=None, pad_edge=False, header_style="bold")
     for number, title in enumerate(header):

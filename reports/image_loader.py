@@ -18,7 +18,7 @@ from ..models.inputs import as_rgb
 from ..results.store.records import CellConfig
 from ..results.store.store import Cell
 from ..results.store.token_grids import drawable, kept_tokens, placed, read, views
-from .question_image import QuestionImage
+from .question_image import QuestionImage, numbered
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -52,7 +52,7 @@ class ImageLoader:
         A :data:`~visibench.reports.wandb.sink.OverlaySource`. What cannot be shown is missing.
         """
         rows = cell.samples().set_index("doc_id").loc[list(doc_ids)]
-        found = {}
+        overlaid = {}
         for doc_id, pictures in self(cell.config, rows["prompt"].to_dict()).items():
             if isinstance(pictures, str):
                 continue
@@ -61,11 +61,11 @@ class ImageLoader:
             kept = kept_tokens(row.get("kept"), tokens)
             grids, whole = [picture.grid for picture in pictures], all(picture.whole for picture in pictures)
             places = placed(read(row.get("places")), tokens, grids, whole)
-            found[doc_id] = {numbered("image", number): image for number, image in enumerate(images)}
+            overlaid[doc_id] = {numbered("image", place): image for place, image in enumerate(images, start=1)}
             if kept and drawable(kept, row["visual_tokens"][-1], places):
-                for number, view in enumerate(views(kept, places)):
-                    found[doc_id][numbered("kept", number)] = dimmed(images[view.image], view.cells)
-        return found
+                for place, view in enumerate(views(kept, places), start=1):
+                    overlaid[doc_id][numbered("kept", place)] = dimmed(images[view.image], view.cells)
+        return overlaid
 
     def _task(self, name: str, origin: str) -> Task | str:
         """A task; or why its data cannot be had."""
@@ -115,11 +115,6 @@ def _as_seen(loaded: LoadedModel, image: Image.Image) -> QuestionImage:
     about = f"as the model saw it, {pixels.shape[1]} × {pixels.shape[0]} pixels"
     square = side**2 == vision.tokens and pixels.shape[0] == pixels.shape[1]
     return stored(Image.fromarray(pixels), about, side if square else 0)
-
-
-def numbered(name: str, number: int) -> str:
-    """The name, with a number from the second on."""
-    return f"{name}_{number + 1}" if number else name
 
 
 def _decoded(picture: QuestionImage) -> Image.Image:

@@ -30,3 +30,8 @@ ImageSource = Callable[[CellConfig, Mapping[int, str]], Mapping[int, Sequence[Qu
 def no_images(config: CellConfig, prompts: Mapping[int, str]) -> dict[int, Sequence[QuestionImage] | str]:
     """For reports without any."""
     return dict.fromkeys(prompts, "left out")
+
+
+def numbered(name: str, place: int) -> str:
+    """What something is called that is the first, second … of its kind: with its number from the second on."""
+    return f"{name}_{place}" if place > 1 else name

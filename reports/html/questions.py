@@ -112,25 +112,25 @@ class TaskAnswers:
             kind=kind,
             visual_tokens=int(sample.get("prompt_visual_tokens", 0)),
             places=read(sample.get("places")),
-            answers=[self._answer(number, place, bool(parts)) for number, parts in enumerate(parting)],
+            answers=[self._answer(row, place, bool(parts)) for row, parts in enumerate(parting)],
         )
 
-    def _answer(self, number: int, place: int, parts: bool) -> MethodAnswer:
-        samples = [run.iloc[place] for run in self.runs[number]]
+    def _answer(self, row: int, place: int, parts: bool) -> MethodAnswer:
+        samples = [run.iloc[place] for run in self.runs[row]]
         first = samples[0]
         timed = pd.notna(first["latency_ms"])
-        right, wrong = bool(self.right[number, place]), bool(self.wrong[number, place])
+        right, wrong = bool(self.right[row, place]), bool(self.wrong[row, place])
         return MethodAnswer(
-            row=self.rows[number],
+            row=self.rows[row],
             answers=[str(sample["answer"]) for sample in samples],
-            score=float(self.scores[number, place]),
+            score=float(self.scores[row, place]),
             right=right if right or wrong else None,
             parts=parts,
             left=int(first["visual_tokens"][-1]),
             kept=kept_tokens(first.get("kept"), int(first.get("prompt_visual_tokens", 0))),
             latency_ms=float(first["latency_ms"]) if timed else None,
             batch=int(first["batch_questions"]) if timed else None,
-            reused=self.cells[number][0].metrics.reused_images > 0,
+            reused=self.cells[row][0].metrics.reused_images > 0,
         )
 
 

@@ -14,6 +14,7 @@ from ...results.tables.columns import columns
 from ...results.statistics.inference import DENSE
 from ...results.store.store import Cell
 from ...results.tables.tables import MethodRow, ResultTable, build
+from ..question_image import numbered
 
 GIGA = 1e-9
 SHOWN = ["doc_id", "question_id", "category", "prompt", "target", "output", "answer", "score"]
@@ -101,15 +102,10 @@ def samples(cell: Cell, rows: int) -> pd.DataFrame:
 def sweep_content(tables: Sequence[ResultTable], scratch: Path) -> dict[str, Any]:
     """Tables with the figures that their numbers allow, each as PNG and as data; those after the first numbered."""
     return {
-        numbered(name, number): value
-        for number, table in enumerate(tables, start=1)
-        for name, value in _drawn(table, scratch / str(number)).items()
+        numbered(name, place): value
+        for place, table in enumerate(tables, start=1)
+        for name, value in _drawn(table, scratch / str(place)).items()
     }
-
-
-def numbered(name: str, number: int) -> str:
-    """What the sweep's run calls ``name`` of its table with this number, from 1."""
-    return f"{name}_{number}" if number > 1 else name
 
 
 def _drawn(table: ResultTable, scratch: Path) -> dict[str, Any]:

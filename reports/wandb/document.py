@@ -12,7 +12,7 @@ from ...results.tables.render import render
 from ...results.tables.summary import by_group, lead
 from ...results.tables.tables import ResultTable
 from .sink import Destination, reason
-from .content import numbered
+from ..question_image import numbered
 
 
 def document(tables: Sequence[ResultTable], destination: Destination) -> Any:
@@ -85,14 +85,14 @@ def _means(tables: Sequence[ResultTable]) -> list[Any]:
     import wandb_workspaces.reports.v2 as wr
 
     panels: list[Any] = []
-    for number, table in enumerate(tables, start=1):
+    for place, table in enumerate(tables, start=1):
         if len(table.metrics) < 2 or not any(row.retained for row in table.rows):
             continue
         place = 4 * len(panels)
         title = f"mean over {len(table.metrics)} tasks: score retained, % of dense, against executed TFLOPs"
         panels += [
             wr.CustomChart(
-                query={"summaryTable": {"tableKey": numbered("table", number)}},
+                query={"summaryTable": {"tableKey": numbered("table", place)}},
                 chart_name="wandb/scatter/v0",
                 chart_fields={"x": "executed_tmacs_question_alone", "y": "retained_percent"},
                 chart_strings={"title": title},
@@ -100,7 +100,7 @@ def _means(tables: Sequence[ResultTable]) -> list[Any]:
             ),
             wr.MediaBrowser(
                 title="Every task and their mean, with names",
-                media_keys=[numbered("plots/pareto", number)],
+                media_keys=[numbered("plots/pareto", place)],
                 num_columns=1,
                 layout=wr.Layout(x=12, y=place, w=12, h=8),
             ),

@@ -164,9 +164,9 @@ class Sink:
         import wandb
 
         frame = samples(cell, self.destination.rows)
-        found = self.overlays(cell, frame["doc_id"].tolist()) if self.overlays else {}
-        for column in dict.fromkeys(name for by in found.values() for name in by):
-            images = [found.get(doc, {}).get(column) for doc in frame["doc_id"]]
+        overlays = self.overlays(cell, frame["doc_id"].tolist()) if self.overlays else {}
+        for column in dict.fromkeys(name for by in overlays.values() for name in by):
+            images = [overlays.get(doc, {}).get(column) for doc in frame["doc_id"]]
             frame[column] = pd.Series([wandb.Image(i) if i is not None else None for i in images], dtype=object)
         return wandb.Table(dataframe=frame)
 

@@ -28,8 +28,8 @@ def by_layer(table: ResultTable) -> Figure:
         if dense is not None and dense not in group.rows:
             _staircase(place, dense, color="#AAAAAA", linestyle=LINES[2], label="dense")
         ends = _apart([row.tokens.last for row in group.rows], 0.11 * most)
-        for number, (row, name, end) in enumerate(zip(group.rows, group.names, ends, strict=True)):
-            look = {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[number % len(LINES)]}
+        for index, (row, name, end) in enumerate(zip(group.rows, group.names, ends, strict=True)):
+            look = {"color": COLOURS[index % len(COLOURS)], "linestyle": LINES[index % len(LINES)]}
             _staircase(place, row, **look, label=row.label)
             said = f"{name} (T {row.tokens.mean:.1f})" if name else f"T {row.tokens.mean:.1f}"
             text = "\n".join(textwrap.wrap(said, 30))

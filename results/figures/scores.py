@@ -83,11 +83,11 @@ def _plane(table: ResultTable, axis: str, cost: Callable[[MethodRow], float], no
     for place, panel in zip(places, panels, strict=True):
         best, most = front(panel.points), max(p.x for p in panel.points)
         place.plot([*(p.x for p in best), most], [*(p.y for p in best), best[-1].y], **_FRONT, zorder=1)
-        for number, group in enumerate(groups):
-            _trace(place, [p for p in panel.points if any(p.row is row for row in group.rows)], _look(groups, number))
+        for index, group in enumerate(groups):
+            _trace(place, [p for p in panel.points if any(p.row is row for row in group.rows)], _look(groups, index))
         place.set(title=panel.title, xlabel=axis, ylabel=panel.axis)
         place.margins(0.08)
-    handles = [Line2D([], [], **_look(groups, number)) for number in range(len(groups))]
+    handles = [Line2D([], [], **_look(groups, index)) for index in range(len(groups))]
     figure.legend(handles=[*handles, Line2D([], [], **_FRONT)], loc="outside right upper", handlelength=3)
     caption(figure, [questions(table), _bars(table, panels), note, origin(table)])
     return figure
@@ -154,13 +154,13 @@ def _finite(points: list[ScorePoint]) -> list[ScorePoint]:
     return [point for point in points if math.isfinite(point.x) and math.isfinite(point.y)]
 
 
-def _look(groups: Sequence[Series], number: int) -> dict[str, Any]:
+def _look(groups: Sequence[Series], index: int) -> dict[str, Any]:
     """Colour, marker and line of a series; dense and random look alike in every figure."""
     fixed = {
         DENSE: {"color": "black", "marker": "*", "markersize": 10, "linestyle": "none"},
         RANDOM: {"color": "#777777", "marker": "x", "linestyle": LINES[2]},
     }
-    group, own = groups[number], sum(other.method not in fixed for other in groups[:number])
+    group, own = groups[index], sum(other.method not in fixed for other in groups[:index])
     # A legend leaves out labels that begin with an underscore.
     label = f" {group.label}" if group.label.startswith("_") else group.label
     return {"label": label, "linewidth": 1, "markersize": 5.5} | fixed.get(

@@ -63,10 +63,10 @@ def _panel(place: Axes, rows: Sequence[ProfileRow], labels: Sequence[str]) -> No
         _whisker(place, lower, upper, height)
         place.annotate(f"{_short(end)} ms", (max(upper, end), height), **style.BESIDE, **style.SMALL)
         reach = max(reach, upper, end)
-        for number, text in enumerate(_figures(row), start=1):
-            _column(place, text, number, ("axes fraction", "data"), height, "center")
-    for number, title in enumerate(_COLUMNS, start=1):
-        _column(place, title, number, "axes fraction", 1.0, "bottom")
+        for index, text in enumerate(_figures(row), start=1):
+            _column(place, text, index, ("axes fraction", "data"), height, "center")
+    for index, title in enumerate(_COLUMNS, start=1):
+        _column(place, title, index, "axes fraction", 1.0, "bottom")
     place.set(yticks=heights, yticklabels=labels, ylim=(len(rows) - 0.4, -0.6), xlim=(0, 1.12 * reach))
     place.set(xlabel="median ms", title=f"batch {rows[0].batch_size}: {rows[0].lengths.spelled()}")
     place.grid(axis="y", visible=False)
@@ -79,10 +79,10 @@ def _whisker(place: Axes, lower: float, upper: float, height: float) -> None:
     place.plot([lower, upper], [height] * 2, path_effects=edge, **ends, **_WHISKER)
 
 
-def _column(place: Axes, text: str, number: int, system: Any, height: float, side: str) -> None:
+def _column(place: Axes, text: str, index: int, system: Any, height: float, side: str) -> None:
     """A figure beside the axes, flush right in its column."""
     place.annotate(
-        text, (1, height), xycoords=system, xytext=(_COLUMN * number, 0), textcoords="offset points", ha="right",
+        text, (1, height), xycoords=system, xytext=(_COLUMN * index, 0), textcoords="offset points", ha="right",
         va=side, **style.SMALL,
     )  # fmt: skip
 

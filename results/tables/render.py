@@ -68,6 +68,17 @@ class _Layout:
     spell: Callable[[TableEntry], str]
     label: int = _LABEL
 
+    def lines(self, column: Column, row: MethodRow) -> str:
+        """What stands in a row; a label that is too long is broken behind its commas, where it has some."""
+        text = self.spell(column.show(row))
+        if not column.words or len(text) <= self.label:
+            return text
+        lines = [""]
+        for part in re.split(r"(?<=,)", text):
+            lines += [""] * bool(lines[-1] and len(lines[-1] + part) > self.label)
+            lines[-1] += part
+        return "\n".join(lines)
+
     def width(self, table: ResultTable, column: Column) -> int:
         """Of a column, with what stands between two of them."""
         entries = [self.spell(column.show(row)) for row in table.rows]
@@ -107,7 +118,7 @@ def _grid(table: ResultTable, columns: Sequence[Column], layout: _Layout) -> Ric
             grid.add_row()
             grid.add_row(Text(title))
         for row in rows:
-            grid.add_row(*(Text(layout.spell(column.show(row))) for column in columns))
+            grid.add_row(*(Text(layout.lines(column, row)) for column in columns))
     return grid
 
 
