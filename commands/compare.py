@@ -49,24 +49,24 @@ def _cells(text: str) -> list[Cell]:
 
     path = Path(text)
     if path.is_dir() and path.resolve().parent.name == "cells":
-        found = [cell for cell in Store(path.resolve().parent.parent).cells() if cell.path == path.resolve()]
-        if not found:
+        named = [cell for cell in Store(path.resolve().parent.parent).cells() if cell.path == path.resolve()]
+        if not named:
             raise DataError(f"no finished results in {text!r}: run it again")
-        return found
+        return named
     folder, given, rest = text.partition("#")
     label, _, task = rest.rpartition(":")
     cells = Store(folder).cells()
     labels = sorted({f"{cell.config.label}:{cell.config.task}" for cell in cells})
     if not given or not label:
         raise OptionError(f"{text!r} names no cell: give DIR#LABEL:TASK, such as '{folder}#{labels[0]}'")
-    found = [cell for cell in cells if (cell.config.label, cell.config.task) == (label, task)]
-    if not found:
+    named = [cell for cell in cells if (cell.config.label, cell.config.task) == (label, task)]
+    if not named:
         raise UnknownNameError(f"no cell {rest!r} in {folder}; {suggest(rest, labels)}")
-    if len({cell.config.seed for cell in found}) < len(found):
+    if len({cell.config.seed for cell in named}) < len(named):
         raise OptionError(
-            f"{text!r} names {len(found)} cells of different settings: give one's folder, {found[0].path}"
+            f"{text!r} names {len(named)} cells of different settings: give one's folder, {named[0].path}"
         )
-    return found
+    return named
 
 
 def _print(result: Pairing, show: int) -> None:

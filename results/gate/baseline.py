@@ -83,14 +83,14 @@ def baseline_of(cells: Sequence[Cell]) -> Baseline:
     run, first = by_name(cells), cells[0]
     questions: dict[str, Questions] = {}
     for name, cell in run.items():
-        asked = questions.setdefault(cell.config.task, asked_of(cell))
-        if asked != asked_of(cell) or model_of(cell.config) != model_of(first.config):
+        task_questions = questions.setdefault(cell.config.task, asked_of(cell))
+        if task_questions != asked_of(cell) or model_of(cell.config) != model_of(first.config):
             raise DataError(f"{name} has another model or other questions than the rest: give the folder of one sweep")
         if cell.metrics.environment != first.metrics.environment:
             raise DataError(f"{name} ran with other versions or on another machine than the rest: run the sweep anew")
     stored = [_cell(name, cell) for name, cell in run.items()]
-    found = Baseline(environment=first.metrics.environment, questions=questions, cells=stored)
-    return found.model_copy(update={"checksum": found.digest()})
+    baseline = Baseline(environment=first.metrics.environment, questions=questions, cells=stored)
+    return baseline.model_copy(update={"checksum": baseline.digest()})
 
 
 def _cell(name: str, cell: Cell) -> BaselineCell:
@@ -114,7 +114,7 @@ def load(path: Path) -> Baseline:
     remedy = "restore it, or write a new one from a run with --update"
     try:
         text = path.read_text(encoding="utf-8")
-        found = Baseline.model_validate_json(text)
+        baseline = Baseline.model_validate_json(text)
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not text"
         raise DataError(f"cannot read the baseline {path} ({why}): {remedy}") from error
@@ -125,7 +125,7 @@ def load(path: Path) -> Baseline:
     content = json.loads(text)
     if content.pop("checksum", "") != digest(content):
         raise DataError(f"{path} was changed after it was written (its checksum differs): {remedy}")
-    return found
+    return baseline
 
 
 def save(baseline: Baseline, path: Path) -> None:

@@ -205,13 +205,13 @@ def p_drop(comparison: Comparison) -> float:
 def _facts(before: BaselineCell, now: pd.DataFrame) -> list[FactChange]:
     """The deterministic facts that changed."""
     pairs = list(zip((before.prefills[number] for number in before.prefill), prefills_of(now), strict=True))
-    found = []
+    changes = []
     for fact, title in FACTS.items():
         differ = [row for row, (old, new) in enumerate(pairs) if not old.agrees(new, fact)]
         if differ:
             old, new = (getattr(side, fact) for side in pairs[differ[0]])
-            found.append(FactChange(title, len(differ), int(now.at[differ[0], "doc_id"]), old, new))
-    return found
+            changes.append(FactChange(title, len(differ), int(now.at[differ[0], "doc_id"]), old, new))
+    return changes
 
 
 def _notes(baseline: Baseline, run: dict[str, Cell]) -> list[str]:
@@ -262,5 +262,5 @@ def _same_experiment(name: str, before: BaselineCell, cell: Cell, asked: Questio
 
 
 def _settings(config: CellConfig) -> dict[str, Any]:
-    own = config.model_dump(mode="json", exclude=_ELSEWHERE)
-    return own | {f"option {key}": value for key, value in config.options.items()}
+    settings = config.model_dump(mode="json", exclude=_ELSEWHERE)
+    return settings | {f"option {key}": value for key, value in config.options.items()}

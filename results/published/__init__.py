@@ -209,15 +209,15 @@ def figures(model: str | None = None, method: str | None = None, benchmark: str 
     ``benchmark``: any column, such as ``mme_perception``, or all metrics of a family, such as ``mme``. Raises
     :class:`UnknownNameError` for a name that no figure has.
     """
-    found = _all()
+    selected = _all()
     for what, wanted in (("model", model), ("method", method), ("benchmark", benchmark)):
         if wanted is None:
             continue
-        known = {name for figure in found for name in figure.names[what]}
+        known = {name for figure in selected for name in figure.names[what]}
         if wanted not in known:
             raise UnknownNameError(f"no published figures of {what} {wanted!r}; {suggest(wanted, known)}")
-        found = [figure for figure in found if wanted in figure.names[what]]
-    return found
+        selected = [figure for figure in selected if wanted in figure.names[what]]
+    return selected
 
 
 def _all() -> list[Figure]:
@@ -231,7 +231,7 @@ def _all() -> list[Figure]:
     ]
 
 
-def in_order(found: Iterable[Figure]) -> list[Figure]:
+def in_order(selected: Iterable[Figure]) -> list[Figure]:
     """Figures by model and method, dense first, and by falling budget, settings without one first."""
     models = list(vocabulary().models)
 
@@ -240,4 +240,4 @@ def in_order(found: Iterable[Figure]) -> list[Figure]:
         budget = float("-inf") if row.tokens is None else -row.tokens
         return models.index(figure.table.model), row.method != "none", row.method, budget
 
-    return sorted(found, key=place)
+    return sorted(selected, key=place)

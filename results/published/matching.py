@@ -83,8 +83,8 @@ def compare(cells: Iterable[Cell]) -> Comparison:
         if reason:
             left_out.append(reason)
             continue
-        for name, found in _by_quantity(ours).items():
-            pairs, reasons = _pairs(ours, found)
+        for name, selected in _by_quantity(ours).items():
+            pairs, reasons = _pairs(ours, selected)
             matches += pairs
             title = vocabulary().quantities[name].title
             left_out += [f"{ours.label}, {title}: {reason}" for reason in reasons]
@@ -124,9 +124,9 @@ def _mean(cells: list[Cell]) -> Ours:
 
 def _model(name: str) -> str | None:
     """The published model of a checkpoint, by the name of its hub repository or folder."""
-    own = name.rstrip("/").rsplit("/", 1)[-1].lower()
+    name_of_ours = name.rstrip("/").rsplit("/", 1)[-1].lower()
     for known, model in vocabulary().models.items():
-        if own in [checkpoint.rsplit("/", 1)[-1].lower() for checkpoint in model.checkpoints]:
+        if name_of_ours in [checkpoint.rsplit("/", 1)[-1].lower() for checkpoint in model.checkpoints]:
             return known
     return None
 
@@ -154,18 +154,18 @@ def _unpublished(ours: Ours) -> str:
 
 def _by_quantity(ours: Ours) -> dict[str, list[Figure]]:
     """Figures of our model, method and task, by column."""
-    found = in_order(f for f in figures(_model(ours.model), ours.method) if f.quantity.task == ours.task)
-    return {name: [f for f in found if f.name == name] for name in dict.fromkeys(f.name for f in found)}
+    selected = in_order(f for f in figures(_model(ours.model), ours.method) if f.quantity.task == ours.task)
+    return {name: [f for f in selected if f.name == name] for name in dict.fromkeys(f.name for f in selected)}
 
 
-def _pairs(ours: Ours, found: list[Figure]) -> tuple[list[Match], list[str]]:
+def _pairs(ours: Ours, selected: list[Figure]) -> tuple[list[Match], list[str]]:
     """Matches among the figures of one column, and reasons for those that are none."""
-    quantity = found[0].quantity
+    quantity = selected[0].quantity
     if quantity.apart:
-        return [], [f"{quantity.apart} ({_sources(found)})"]
-    tuned = [figure for figure in found if figure.row.fine_tuned]
-    ranges = [figure for figure in found if isinstance(figure.value, tuple)]
-    usable = [figure for figure in found if not figure.row.fine_tuned and not isinstance(figure.value, tuple)]
+        return [], [f"{quantity.apart} ({_sources(selected)})"]
+    tuned = [figure for figure in selected if figure.row.fine_tuned]
+    ranges = [figure for figure in selected if isinstance(figure.value, tuple)]
+    usable = [figure for figure in selected if not figure.row.fine_tuned and not isinstance(figure.value, tuple)]
     value = sum(ours.metrics[key] for key in quantity.keys) * (100.0 if quantity.unit == "%" else 1.0)
     agreed = [(figure, budget, departures(ours, figure)) for figure in usable if (budget := agreement(ours, figure))]
     pairs = [Match(ours, figure, value, budget) for figure, budget, strayed in agreed if not strayed]
@@ -232,8 +232,8 @@ def _has_options_of(ours: Ours, row: Row) -> bool:
     return bool(row.options) and all(ours.options.get(key) == value for key, value in row.options.items())
 
 
-def _sources(found: list[Figure]) -> str:
-    return ", ".join(dict.fromkeys(figure.paper.name for figure in found))
+def _sources(selected: list[Figure]) -> str:
+    return ", ".join(dict.fromkeys(figure.paper.name for figure in selected))
 
 
 def _spelled(value: Any) -> str:

@@ -31,9 +31,9 @@ class Grid:
     left: int = 2
 
 
-def render(found: Sequence[Figure], form: str = "text") -> str:
+def render(selected: Sequence[Figure], form: str = "text") -> str:
     """All figures in the format ``text``, ``md``, ``csv`` or ``json``."""
-    return formatted(form, lambda: _grids(found), lambda: [record(figure) for figure in in_order(found)])
+    return formatted(form, lambda: _grids(selected), lambda: [record(figure) for figure in in_order(selected)])
 
 
 def formatted(form: str, grids: Callable[[], list[Grid]], records: Callable[[], list[dict[str, Any]]]) -> str:
@@ -84,8 +84,8 @@ def record(figure: Figure) -> dict[str, Any]:
     }
 
 
-def _grids(found: Iterable[Figure]) -> list[Grid]:
-    ordered = in_order(found)
+def _grids(selected: Iterable[Figure]) -> list[Grid]:
+    ordered = in_order(selected)
     models = dict.fromkeys(figure.table.model for figure in ordered)
     parts = [
         (model, section, [f for f in ordered if f.table.model == model and f.quantity.kind in kinds])
@@ -95,12 +95,12 @@ def _grids(found: Iterable[Figure]) -> list[Grid]:
     return [_grid(f"{vocabulary().models[model].title}: {section}", part) for model, section, part in parts if part]
 
 
-def _grid(title: str, found: list[Figure]) -> Grid:
+def _grid(title: str, selected: list[Figure]) -> Grid:
     """One line a printed row, one column a quantity; remarks and conventions are numbered below."""
-    used = {figure.name for figure in found}
+    used = {figure.name for figure in selected}
     columns = {name: quantity for name, quantity in vocabulary().quantities.items() if name in used}
     by_row: dict[int, list[Figure]] = {}
-    for figure in found:
+    for figure in selected:
         by_row.setdefault(id(figure.row), []).append(figure)
     notes: dict[str, int] = {}
     lines = []

@@ -134,13 +134,13 @@ class MethodRuns:
     @cached_property
     def measured(self) -> dict[tuple[str, str], Measured]:
         """The task's metrics that its samples reproduce."""
-        found = {}
+        by_metric = {}
         for task, cells in self.cells.items():
             for score in cells[0].metrics.scores:
                 stored = [{s.key: s.value for s in cell.metrics.scores}[score.key] for cell in cells]
                 if all(reproduces(score.key, run, value) for run, value in zip(self.runs[task], stored, strict=True)):
-                    found[task, score.key] = measure(score.key, self.runs[task], score.maximum)
-        return found
+                    by_metric[task, score.key] = measure(score.key, self.runs[task], score.maximum)
+        return by_metric
 
     @property
     def headlines(self) -> dict[str, Measured]:
@@ -174,12 +174,12 @@ def budgets(means: Sequence[float]) -> list[int]:
     T stands for what was spent in all layers; the number after the last cut would put a method that cuts late beside
     one that cuts early.
     """
-    found, start, budget = [0] * len(means), math.inf, -1
+    numbers, start, budget = [0] * len(means), math.inf, -1
     for place in sorted(range(len(means)), key=lambda place: -means[place]):
         if means[place] < 0.8 * start * (1 - 1e-9):
             start, budget = means[place], budget + 1
-        found[place] = budget
-    return found
+        numbers[place] = budget
+    return numbers
 
 
 def infer(cells: Sequence[Sequence[Cell]], margin: float | None = None) -> list[Evidence]:

@@ -155,8 +155,8 @@ def independent(measured: Measured) -> float:
 
     Not more than there are. Only for metrics with a known maximum.
     """
-    found, maximum, t = estimate(measured), measured.maximum or math.nan, quantile(measured)
-    share, low, high = (value / maximum for value in (found.value, found.low, found.high))
+    interval, maximum, t = estimate(measured), measured.maximum or math.nan, quantile(measured)
+    share, low, high = (value / maximum for value in (interval.value, interval.low, interval.high))
     limit = low if share > 0.5 else high
     return min(t**2 * limit * (1 - limit) / (share - limit) ** 2, measured.questions)
 

@@ -86,13 +86,13 @@ def measure(key: str, runs: Sequence[pd.DataFrame], maximum: float | None = None
     metric = METRICS.get(key, MEAN)
     for run in runs[1:]:
         check_same_questions(runs[0], run)
-    asked = [run[metric.asks(run)] for run in runs]
-    image, names = pd.factorize(asked[0]["image"])
-    terms = [metric.terms(run) for run in asked]
-    sums = np.zeros((len(asked), len(names), terms[0].shape[1]))
+    counted = [run[metric.asks(run)] for run in runs]
+    image, names = pd.factorize(counted[0]["image"])
+    terms = [metric.terms(run) for run in counted]
+    sums = np.zeros((len(counted), len(names), terms[0].shape[1]))
     for run_sums, run_terms in zip(sums, terms, strict=True):
         np.add.at(run_sums, image, run_terms)
-    scores = np.stack([run["score"].to_numpy(float) for run in asked])
+    scores = np.stack([run["score"].to_numpy(float) for run in counted])
     if metric is MEAN and maximum is None and scores.min() >= 0 and scores.max() <= 1:
         maximum = 1.0
     sizes = np.bincount(image, minlength=len(names)).astype(float)
@@ -101,8 +101,8 @@ def measure(key: str, runs: Sequence[pd.DataFrame], maximum: float | None = None
 
 def reproduces(key: str, run: pd.DataFrame, stored: float) -> bool:
     """Whether samples give lmms-eval's own value of a metric, so that statistics are about the same quantity."""
-    asked = run[METRICS.get(key, MEAN).asks(run)]
-    return len(asked) > 0 and math.isclose(measure(key, [run]).value, stored, rel_tol=1e-9, abs_tol=1e-12)
+    counted = run[METRICS.get(key, MEAN).asks(run)]
+    return len(counted) > 0 and math.isclose(measure(key, [run]).value, stored, rel_tol=1e-9, abs_tol=1e-12)
 
 
 def loyalty(dense: pd.DataFrame, runs: Sequence[pd.DataFrame]) -> Measured:

@@ -37,9 +37,9 @@ def detectable(error: float, reference: Measured, *, sides: int = 2, tests: int 
     n = max(needed, independent(reference))
     a = z**2 / n
     normal = (a + math.sqrt(a**2 + 4 * (1 + a) * (z * e) ** 2)) / (2 * (1 + a))
-    found = maximum * max(normal, float(betaincinv(needed, n - needed + 1, POWER)))  # solves P(≥ needed of n) = power
+    shown = maximum * max(normal, float(betaincinv(needed, n - needed + 1, POWER)))  # solves P(≥ needed of n) = power
     room = value if sides == 1 else max(value, maximum - value)
-    return found if found <= room else None
+    return shown if shown <= room else None
 
 
 def equivalence(first: Measured, second: Measured, margin: float) -> float | None:

@@ -32,7 +32,7 @@ def test_p_values_are_those_of_one_sided_tests():
 def test_a_sweep_without_a_drop_fails_in_at_most_5_percent(monkeypatch):
     """Answers before and now are drawn anew with the same chances, alike within images, in cells of several kinds."""
     monkeypatch.setattr(gc, "collect", lambda *args: 0)  # statsmodels collects garbage at every call
-    rng, runs, alarms = np.random.default_rng(3), 1000, 0
+    rng, runs, alarms = np.random.default_rng(3), 400, 0
     for _ in range(runs):
         pairs = []
         for images, each in ((100, 1), (25, 4)) * 2:
