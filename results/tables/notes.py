@@ -42,7 +42,13 @@ def _sharing(table: ResultTable) -> list[str]:
     did = "; ".join(filter(None, (row.named(lambda cell: cell.metrics.reused_images > 0) for row in table.rows)))
     did_not = "; ".join(filter(None, (row.named(lambda cell: not cell.metrics.reused_images) for row in table.rows)))
     which = did if len(did) <= len(did_not) else f"all but {did_not}"
-    where = f"{sum(shared)} of {len(shared)} cells ({which})" if did_not else f"all {len(shared)} cells"
+    where = (
+        f"{sum(shared)} of {len(shared)} cells ({which})"
+        if did_not
+        else f"all {len(shared)} cells"
+        if len(shared) > 1
+        else "the only cell"
+    )
     return [f"Vision features of an image were reused in {where}. FLOPs and prefill times count the tower in full."]
 
 

@@ -384,7 +384,7 @@ def test_what_batches_executed_stands_beside_what_each_question_executes_alone(s
     lines = [line for line in render(tables, "md", ["compute", "batch_compute"]).splitlines() if line.startswith("|")]
     assert lines[0] == "| compute alone, GFLOPs | compute in batch, GFLOPs |"
     assert lines[-1] == "| 1.00 | 2.50 |"
-    assert "batches of 8 executed, divided by their questions. Rows are padded" in render(tables)
+    assert "batches of 8 executed, divided by their questions: with what rows were padded" in render(tables)
     rows = list(csv.DictReader(io.StringIO(render(tables, "csv"))))
     alone, batch = "executed_tmacs_question_alone", "executed_tmacs_in_batch"
     assert [(float(row[alone]), float(row[batch])) for row in rows] == [(2e-3, 2e-3), (1e-3, 2.5e-3)]

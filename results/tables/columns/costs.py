@@ -132,8 +132,8 @@ class BatchComputeColumn(Column):
     def notes(self, bold: str) -> list[str]:
         size = self.table.facts["batch_size"]
         return [
-            f"Compute in batch: what the prefills of batches of {size} executed, divided by their questions. Rows are "
-            "padded to the longest of their batch, so it depends on which questions came together."
+            f"Compute in batch: what the prefills of batches of {size} executed, divided by their questions: with "
+            "what rows were padded to the longest of their batch, so it depends on which questions came together."
         ]
 
 
