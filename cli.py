@@ -14,7 +14,21 @@ from rich.console import Console
 from rich.markup import escape
 
 from . import __version__
-from .commands import budget, check, compare, fit, flops, lists, plot, profile, published, report, runs, wandb
+from .commands import (
+    budget,
+    check,
+    check_method,
+    compare,
+    fit,
+    flops,
+    lists,
+    plot,
+    profile,
+    published,
+    report,
+    runs,
+    wandb,
+)
 from .errors import VisibenchError
 from .utils import machine
 
@@ -38,6 +52,7 @@ COMMANDS = (
     report.report,
     compare.compare,
     check.check,
+    check_method.check_method,
     profile.profile,
     flops.flops,
     budget.budget,

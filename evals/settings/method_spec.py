@@ -128,6 +128,12 @@ def _divided(text: str) -> tuple[str, str | None, str]:
     return ":".join(filter(None, local.group("file", "name"))), local["colon"], local["options"] or ""
 
 
+def of_class(cls: type[Method], options: str) -> Method:
+    """The method of a class, registered or not, with ``options`` as on the command line."""
+    _, given = split(spell(cls, options))
+    return cls.from_options(**typed(cls, given))
+
+
 def split(text: str) -> tuple[str, dict[str, str]]:
     """Name, or file and name, and options, still as text."""
     name, colon, rest = _divided(text)

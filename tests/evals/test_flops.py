@@ -1,62 +1,31 @@
 """Closed-form compute against two independent counters of the forward that really ran."""
 
 import pytest
-import torch
 import visibench
 from cases import CASES, REGISTERED
 from probes import VisionProbe
-from support import collate, make_batch, make_llava
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from support import collate, make_batch
 from visibench.evals.compute import flops
+from visibench.evals.invariants import counters
+from visibench.evals.invariants.counters import UNEVEN
+from visibench.evals.invariants.prefills import Bench
 
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, out_shape=None, **kwargs: (
-        sdpa_flop_count(q, k, v)
-    )
-}
-# Operators that multiply nothing by a matrix: listed, so that a new one that does cannot hide among them. Only the
-# singular values behind SparseVLM's rank are work that neither counter knows.
-ELEMENTWISE = """
-__and__ __or__ __rshift__ __xor__ _upsample_bicubic2d_aa abs add amax amin any argmax argmin argsort bitwise_not
-clamp clamp_min cos cosine_similarity cumsum diagonal div embedding empty_like eq exp expand_as eye fill_ floor
-full_like gather ge gelu gt index index_put_ isfinite le linalg_svdvals linalg_vector_norm log logical_not lt
-masked_fill masked_scatter max maximum mean min minimum mul ne neg new_ones new_zeros norm ones_like pad pow
-quantile reciprocal repeat_interleave rsqrt rsub scatter scatter_ scatter_add sigmoid silu sin softmax sort sqrt
-square sub sum topk upsample_bicubic2d where zeros_like
-""".split()
+
+@pytest.fixture(scope="module")
+def bench(llava) -> Bench:
+    return Bench(llava)
 
 
 @pytest.mark.parametrize("method", REGISTERED, ids=str)
-def test_fvcore_agrees_within_one_per_cent(llava, method):
-    """A trace leaves out what nothing uses: scores of a layer behind which no token leaves. It did run, so it may."""
-    (sample,) = make_batch([(3, 12, 2)])
-    with visibench.prune(llava, method) as session:
-        count, uncounted = flops.counted(llava, sample)
-        closed = flops.executed(session.trace, session.geometry, logits=None)
-    (total,), stays = closed.total(), session.trace.visual_counts().diff(dim=1) == 0
-    unused = session.trace.scoring_macs()[:, :-1][stays].sum()
-    assert total - unused <= 1.01 * count
-    assert total >= 0.99 * count
-    assert {name.removeprefix("aten::") for name in uncounted} <= set(ELEMENTWISE)
-
-
-@pytest.fixture(scope="module", params=[1, 4])
-def grouped(request):
-    """Without the fused CPU kernel, which torch's counter does not know."""
-    return make_llava(kv_heads=request.param, attention="eager")
+def test_fvcore_agrees_within_one_per_cent(bench, method):
+    """And knows all operators that multiply matrices."""
+    assert not counters.fvcore_agrees(bench, method)
 
 
 @pytest.mark.parametrize("method", CASES, ids=str)
-def test_torch_flop_counter_agrees_on_prompt_and_generation(grouped, method):
-    """torch counts what was dispatched, each multiply-add as 2. The prefill gives the first token, steps the others."""
-    (sample,) = make_batch([(5, 9, 1)])
-    with (
-        visibench.prune(grouped, method) as session,
-        FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter,
-    ):
-        grouped.generate(**sample, max_new_tokens=3, min_new_tokens=3, do_sample=False)
-    prefill = flops.executed(session.trace, session.geometry).total()[0]
-    assert prefill + flops.decode(session.trace, session.geometry, 2).total()[0] == counter.get_total_flops() / 2
+def test_torch_flop_counter_agrees_on_prompt_and_generation(bench, method):
+    """With one head of keys for all queries, and with one for each."""
+    counters.torch_agrees(bench, method)
 
 
 def test_decoding_steps_add_up_and_see_each_layers_own_cache(llava):
@@ -96,24 +65,8 @@ def test_dropping_features_saves_projector_work(llava):
     assert flops.executed(session.trace, session.geometry).projector.tolist() == [2 * 9 * (32 * 48 + 48 * 48)]
 
 
-@pytest.fixture(scope="module")
-def eager():
-    return make_llava(kv_heads=1, attention="eager")
-
-
 @pytest.mark.parametrize("method", CASES, ids=str)
-def test_torch_flop_counter_agrees_on_a_batch_of_uneven_rows(eager, method):
+def test_torch_flop_counter_agrees_on_a_batch_of_uneven_rows(bench, method):
     """What the batch executed, padding included; that of the rows alone is no more, and the same for one row."""
-    rows = make_batch([(5, 9, 1), (3, 14, 2), (7, 4, 1), (6, 9, 0)])
-    with (
-        visibench.prune(eager, method) as session,
-        FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter,
-    ):
-        eager(**collate(rows[:3] if method.name == "probe" else rows), logits_to_keep=1)
-    together = flops.executed_by_batch(session.trace, session.geometry).total()[0]
-    assert together == counter.get_total_flops() / 2
-    assert together > sum(flops.executed(session.trace, session.geometry).total())
-    with visibench.prune(eager, method) as session:
-        eager(**rows[0])
-    alone = flops.executed(session.trace, session.geometry).total()
-    assert flops.executed_by_batch(session.trace, session.geometry).total() == alone
+    # The probe fails on rows without an image.
+    counters.torch_agrees_on_batches(bench, method, UNEVEN[:3] if method.name == "probe" else UNEVEN)

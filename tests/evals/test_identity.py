@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from visibench.evals.settings.method_spec import parse
 from visibench.evals.sweeps.cells import plan
 from visibench.evals.sweeps.config import load_config
+from visibench.results.store.records import digest
 
-PINNED = json.loads((Path(__file__).parent / "identity.json").read_text())
+HERE = Path(__file__).parent
+PINNED = json.loads((HERE / "identity.json").read_text())
 """Recorded at commit bb2d683: for each packaged sweep its cells in order, label, seed and task → digest."""
 
 
@@ -18,3 +21,13 @@ def test_labels_and_digests_of_packaged_sweeps_are_those_recorded(name):
         f"{cell.config.label} · {cell.config.seed} · {cell.config.task}": cell.config.digest() for cell in plan(config)
     }
     assert list(cells.items()) == list(PINNED[name].items())
+
+
+EXAMPLES = json.loads((HERE / "examples.json").read_text())
+"""Recorded at commit a7225af: an example of a method → how it is called, and a hash of all its hyperparameters."""
+
+
+@pytest.mark.parametrize("text", EXAMPLES)
+def test_examples_of_methods_are_called_and_hashed_as_recorded(text):
+    method = parse(text)
+    assert [str(method), digest(method.hyperparameters())] == EXAMPLES[text]
