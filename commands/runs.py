@@ -44,7 +44,10 @@ def run(
     model: Annotated[str, typer.Option(help="tiny, a local folder, or a hub name.")],
     method: Annotated[
         str,
-        typer.Option(metavar="NAME[:key=value,…]", help="E.g. fastv:layer=2,keep=0.5; see `visibench methods`."),
+        typer.Option(
+            metavar="NAME[:key=value,…]",
+            help="E.g. fastv:layer=2,keep=0.5; see `visibench methods`. Or of a file: ./FILE.py:NAME:key=value.",
+        ),
     ],
     task_list: Annotated[str, typer.Option("--tasks", metavar="A,B", help="Tasks, separated by commas.")],
     limit: Limit = None,

@@ -189,7 +189,7 @@ def describe_methods() -> list[dict[str, Any]]:
 
 
 def _describe(cls: type[Method]) -> dict[str, Any]:
-    fields = dataclasses.fields(cls)
+    fields, types = dataclasses.fields(cls), get_type_hints(cls)
     return {
         "name": cls.name,
         "title": cls.title,
@@ -200,7 +200,7 @@ def _describe(cls: type[Method]) -> dict[str, Any]:
         "adaptive": cls.adaptive,
         "positions": next(field.default for field in fields if field.name == "positions"),
         "examples": [spell(cls, options) for options in cls.examples],
-        "options": {field.name: {"type": str(field.type), "default": field.default} for field in fields},
+        "options": {field.name: {"type": _named(types[field.name]), "default": field.default} for field in fields},
     }
 
 
