@@ -86,6 +86,11 @@ class Interception:
         _interceptors.update(self._modules)
         return self
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the attention implementation is still the one set on entry."""
+        return all(config._attn_implementation.startswith(PREFIX) for config, _ in self._configs.values())
+
     def __exit__(self, *_: object) -> None:
         for config, implementation in self._configs.values():
             config._attn_implementation = implementation
@@ -132,17 +137,32 @@ def row_weights(query: Tensor, key: Tensor, columns: Tensor, valid: Tensor, scal
 
 
 def subset_attention(
-    query: Tensor, key: Tensor, value: Tensor, queries: TokenSet, keys: TokenSet, scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: TokenSet,
+    keys: TokenSet,
+    scaling: float,
+    cached: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> Tensor:
-    """Causal attention (B, H, n, d) of the ``queries`` over the ``keys`` alone, both as compact tensors."""
+    """Causal attention (B, H, n, d) of the ``queries`` over the ``keys`` alone, both as compact tensors.
+
+    ``cached``: keys and values (B, kv heads, p, d) that all queries see besides, and which of them count, bool (B, p).
+    """
     heads = query.shape[1]
     q = queries.pick(query, 2)
-    k, v = (repeat_heads(keys.pick(t, 2), heads) for t in (key, value))
-    if queries is keys and min(keys.counts) == max(keys.counts):
+    k, v = keys.pick(key, 2), keys.pick(value, 2)
+    if cached is None and queries is keys and min(keys.counts) == max(keys.counts):
+        k, v = repeat_heads(k, heads), repeat_heads(v, heads)
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
     visible = (keys.index[:, None, :] <= queries.index[:, :, None]) & keys.present[:, None, :]
+    if cached is not None:
+        k, v = torch.cat([cached[0], k], dim=2), torch.cat([cached[1], v], dim=2)
+        seen = visible.new_ones(cached[0].shape[0], cached[0].shape[2]) if cached[2] is None else cached[2]
+        visible = torch.cat([seen[:, None].expand(-1, visible.shape[1], -1), visible], dim=2)
     # Places past a row's count see something, so that no row of the softmax is empty; they are thrown away later.
     visible = visible | ~queries.present[:, :, None]
+    k, v = repeat_heads(k, heads), repeat_heads(v, heads)
     return scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], scale=scaling)
 
 

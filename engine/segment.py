@@ -1,39 +1,121 @@
-"""A segment: a run of decoder layers whose inputs hold the same tokens."""
+"""A segment: a run of decoder layers whose inputs hold the same tokens, and whose caches held the same before.
+
+What its layers are told (mask, rotary table, positions) is made once, and not at all while every column is there: then
+the model's own is right.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .layout import TokenLayout
+from ..models.adapters import Adapter
+from .attention import attention_mask, implementation_of
+from .cache import Held
+from .layout import Cut, TokenLayout
 
 
 @dataclass
 class Segment:
-    """Decoder layers whose inputs hold the same tokens. ``own``: the session, not the model, rules here."""
+    """Layers whose inputs hold the same B rows of ``places`` new tokens.
 
-    layout: TokenLayout
+    ``layout``: those that the method sees; None if it sees none. New tokens behind them run along unseen. ``held``:
+    what the caches of these layers held before. ``columns``: int (B, places), each token's column counted from the
+    first new one, -1 for none; None while every column is there. ``positions``: as the model gave them, (B, places) or
+    (B, places, 3). ``valid``: bool (B, places), None: all. ``numbers``: in the form of ``positions``, where the engine
+    counts them anew.
+    """
+
+    held: Held
+    layout: TokenLayout | None
+    places: int
     positions: Tensor
-    rope: Any
-    mask: Tensor | None
-    own: bool = True
     valid: Tensor | None = None
-    length: int = 0
-    next_position: Tensor | None = None
-    step: dict[str, Any] = field(default_factory=dict)
+    columns: Tensor | None = None
+    numbers: Tensor | None = None
+    _told: dict[str, Any] | None = None
 
     @property
-    def ruling(self) -> dict[str, Any]:
-        """What its layers are told in prefill."""
-        return ruling(self.mask, self.rope, self.positions)
+    def is_whole(self) -> bool:
+        """Whether every column fed so far has its place: the model's own mask is right."""
+        return self.columns is None and self.held.columns is None
+
+    def on(self, held: Held) -> Segment:
+        """The same tokens in front of layers whose caches held something else."""
+        return replace(self, held=held, numbers=None, _told=None)
+
+    def numbered(self) -> Segment:
+        """With positions counted anew, behind those in the cache, unless every column is there."""
+        if self.is_whole:
+            return self
+        valid, first = self.valid, self.positions[:, :1]
+        if valid is None:
+            count = torch.arange(1, self.places + 1, device=self.positions.device)[None]
+        else:
+            count = valid.cumsum(1)
+            if self.held.length:
+                first = at(self.positions, valid.to(torch.int8).argmax(1, keepdim=True))
+        count = on_every_axis(count.expand(self.positions.shape[0], -1), self.positions)
+        if self.held.positions is not None:
+            first = self.held.positions[:, -1:] + 1
+        elif not self.held.length:
+            first = torch.zeros_like(first)
+        return replace(self, numbers=(first + count - 1).clamp(min=0), _told=None)
+
+    def cut(self, change: Cut, added_positions: Tensor | None, anchors: Tensor | None) -> Segment:
+        """The segment behind a cut. ``added_positions`` and ``anchors`` (places in this segment): of added tokens."""
+        assert self.layout is not None
+        width, behind = self.layout.width, self.places - self.layout.width
+        places = None if added_positions is None else on_every_axis(added_positions, self.positions)
+        if anchors is not None and added_positions is None:
+            places = at(self.positions, anchors.clamp(min=0))  # they will be numbered anew
+        positions = change.gather(self.positions[:, :width], places)
+        columns = self.columns
+        if columns is None:
+            columns = torch.arange(self.places, device=positions.device).expand(positions.shape[0], -1)
+        of_added = None if anchors is None else at(columns, anchors.clamp(min=0))
+        left = change.gather(columns[:, :width], of_added).masked_fill(~change.layout.valid, -1)
+        valid = None if change.layout.is_full else change.layout.valid
+        if behind:
+            positions = torch.cat([positions, self.positions[:, width:]], dim=1)
+            left = torch.cat([left, columns[:, width:]], dim=1)
+            valid = None if valid is None else torch.cat([valid, valid.new_ones(valid.shape[0], behind)], dim=1)
+        return Segment(self.held, change.layout, change.layout.width + behind, positions, valid, left)
+
+    def told(self, adapter: Adapter, hidden: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+        """What its layers are told in place of what the model gave them; ``hidden``: (B, places, D)."""
+        if self._told is None:
+            self._told = {} if self.is_whole else self._rule(adapter, hidden, given)
+        return self._told
+
+    def _rule(self, adapter: Adapter, hidden: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+        valid, length = self.held.with_valid(self.places, self.valid), self.held.length + self.places
+        mask = attention_mask(implementation_of(adapter.decoder.config), valid, self.places, length, hidden)
+        if self.numbers is None and self.columns is None:
+            return {"attention_mask": mask}
+        positions = self.positions if self.numbers is None else self.numbers
+        # Layers take positions of one axis alone, to tell packed sequences apart.
+        plain = positions if positions.ndim == 2 else None
+        return {
+            "attention_mask": mask,
+            "position_embeddings": adapter.rotary(hidden, positions),
+            "position_ids": plain,
+        }
+
+    def after(self, fed: int) -> Held:
+        """What the caches of its layers hold when they have run."""
+        return self.held.append(fed, self.places, self.columns, self.valid, self.numbers)
 
 
-def ruling(mask: Tensor | None, rope: Any, positions: Tensor) -> dict[str, Any]:
-    """What a layer is told. Layers take positions of one axis alone, to tell packed sequences apart."""
-    return {
-        "attention_mask": mask,
-        "position_embeddings": rope,
-        "position_ids": positions if positions.ndim == 2 else None,
-    }
+def on_every_axis(places: Tensor, positions: Tensor) -> Tensor:
+    """Int (B, n) in the form of ``positions``, (B, L) or (B, L, 3), as text has them: the same on every axis."""
+    return places if positions.ndim == 2 else places[..., None].expand(-1, -1, positions.shape[2])
+
+
+def at(tokens: Tensor, index: Tensor) -> Tensor:
+    """(B, n, …): the entries of ``tokens`` (B, L, …) at ``index``, int (B, n)."""
+    wide = index.view(*index.shape, *[1] * (tokens.ndim - 2)).expand(-1, -1, *tokens.shape[2:])
+    return tokens.gather(1, wide)

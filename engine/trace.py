@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
@@ -44,18 +43,23 @@ class Trace:
         # Frames and patches, int (N, 3), of all images or tiles of the batch; None: images are of one size.
         self.grids: Tensor | None = None
         self._pairs: dict[int, Tensor] = {}
-        self._scoring: defaultdict[int, Tensor] = defaultdict(self._zeros)
+        # Entries that each layer's KV cache held before, int (B,), and the places they take.
+        self._cached: list[Tensor] = []
+        self._cached_places: list[int] = []
+        self._scoring: dict[int, Tensor] = {}
         self._batch_pairs: dict[int, int] = {}
-        self._batch_scoring: defaultdict[int, int] = defaultdict(int)
-
-    def _zeros(self) -> Tensor:
-        return torch.zeros(self.prompt.rows, dtype=torch.int64)
+        self._batch_scoring: dict[int, int] = {}
 
     # ---- written by the engine -------------------------------------------------------------------------------
 
-    def enter(self, layout: TokenLayout) -> None:
-        """The next decoder layer starts with this layout, and will attend fully unless it says otherwise."""
+    def enter(self, layout: TokenLayout, cached: Tensor | None = None, places: int = 0) -> None:
+        """The next decoder layer starts with this layout, and will attend fully unless it says otherwise.
+
+        ``cached``: int (B,), what its KV cache holds already, in so many ``places``; None: nothing.
+        """
         self.layouts.append(layout)
+        self._cached.append(torch.zeros(layout.rows, dtype=torch.int64) if cached is None else cached)
+        self._cached_places.append(places)
 
     def attended(self, layer: int, pairs: Tensor, batch: int | None = None, *, instead: bool = False) -> None:
         """Attention over ``pairs`` int (B,) ran in ``layer``, in addition to or instead of the full one.
@@ -68,8 +72,8 @@ class Trace:
 
     def scored(self, layer: int, macs: Tensor, batch: int | None = None) -> None:
         """Scoring work, int (B,) MACs, was done for ``layer``; ``batch``: MACs of the whole batch, as above."""
-        self._batch_scoring[layer] += _padded(macs) if batch is None else batch
-        self._scoring[layer] = self._scoring[layer] + macs
+        self._batch_scoring[layer] = self._batch_scoring.get(layer, 0) + (_padded(macs) if batch is None else batch)
+        self._scoring[layer] = self._scored(layer) + macs
 
     # ---- read by everybody ------------------------------------------------------------------------------------
 
@@ -90,19 +94,22 @@ class Trace:
 
     def kv_lengths(self) -> Tensor:
         """Int (B, layers): entries of each layer's KV cache right after prefill."""
-        return torch.tensor([layout.lengths for layout in self.layouts]).T
+        return torch.tensor([layout.lengths for layout in self.layouts]).T + torch.stack(self._cached).T
 
     def attention_pairs(self) -> Tensor:
         """Int (B, layers): query-key pairs a head that attention really computed."""
         return torch.stack([self._attention(layer) for layer in range(len(self.layouts))]).T
 
     def _attention(self, layer: int) -> Tensor:
-        full = self.layouts[layer].everything.numbers
-        return self._pairs.get(layer, full * full)
+        tokens = self.layouts[layer].everything.numbers
+        return self._pairs.get(layer, tokens * (tokens + self._cached[layer]))
 
     def scoring_macs(self) -> Tensor:
         """Int (B, layers): matrix multiply-adds spent on scoring tokens."""
-        return torch.stack([self._scoring[layer] for layer in range(len(self.layouts))]).T
+        return torch.stack([self._scored(layer) for layer in range(len(self.layouts))]).T
+
+    def _scored(self, layer: int) -> Tensor:
+        return self._scoring.get(layer, torch.zeros(self.prompt.rows, dtype=torch.int64))
 
     # ---- of the whole batch, padding included -----------------------------------------------------------------
 
@@ -116,11 +123,12 @@ class Trace:
 
     def _batch_attention(self, layer: int) -> int:
         layout = self.layouts[layer]
-        return self._batch_pairs.get(layer, layout.rows * layout.width**2)
+        full = layout.rows * layout.width * (layout.width + self._cached_places[layer])
+        return self._batch_pairs.get(layer, full)
 
     def batch_scoring_macs(self) -> list[int]:
         """Matrix multiply-adds spent on scoring tokens, for each layer."""
-        return [self._batch_scoring[layer] for layer in range(len(self.layouts))]
+        return [self._batch_scoring.get(layer, 0) for layer in range(len(self.layouts))]
 
 
 def _padded(work: Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from . import attention
 from .layout import TokenLayout, TokenSet
-from .segment import Segment
 from .trace import Trace
 from .vision.encoding import Encoding
 
@@ -19,22 +19,46 @@ Edit = Callable[[Tensor], Tensor]
 Norm = Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Before:
+    """What a layer's KV cache held before this prefill: text that every query reads and no method sees.
+
+    ``keys``, ``values``: (B, kv heads, p, d). ``valid``: bool (B, p), None if all count. ``counts``: int (B,), how many
+    do, on the host.
+    """
+
+    keys: Tensor
+    values: Tensor
+    valid: Tensor | None
+    counts: Tensor
+
+    def seen(self, behind: Tensor) -> Tensor:
+        """Bool (B, p + L): which keys count, with those ``behind``, bool (B, L)."""
+        valid = behind.new_ones(behind.shape[0], self.keys.shape[2]) if self.valid is None else self.valid
+        return torch.cat([valid, behind], dim=1)
+
+
 class LayerView:
     """The input of a decoder layer: B rows, L tokens, V visual tokens.
 
-    ``tokens``: hidden states of all tokens (B, L, D). ``final_norm``: the decoder's last norm, as a function.
+    ``tokens``: hidden states of all tokens (B, L, D). ``layout``: their roles. ``final_norm``: the decoder's last norm,
+    as a function. ``told``: the layer's keyword arguments for these tokens. ``before``: what its cache held.
     """
 
     def __init__(
-        self, layer: int, module: Any, segment: Segment, hidden: Tensor, final_norm: Norm, trace: Trace
+        self,
+        layer: int,
+        module: Any,
+        layout: TokenLayout,
+        hidden: Tensor,
+        *,
+        final_norm: Norm,
+        told: Callable[[], dict[str, Any]],
+        before: Before | None,
+        trace: Trace,
     ) -> None:
-        self.layer, self.tokens, self.final_norm = layer, hidden, final_norm
-        self._module, self._segment, self._trace = module, segment, trace
-
-    @property
-    def layout(self) -> TokenLayout:
-        """Roles of the tokens that are present."""
-        return self._segment.layout
+        self.layer, self.layout, self.tokens, self.final_norm = layer, layout, hidden, final_norm
+        self._module, self._told, self._before, self._trace = module, told, before, trace
 
     @property
     def present(self) -> Tensor:
@@ -53,31 +77,36 @@ class LayerView:
     def preview(self, rows: TokenSet | None = None) -> Tensor:
         """Attention weights (B, H, R, L), fp32, that the layer would compute for ``rows`` (default: the last token)."""
         rows, everything = rows or self.layout.last, self.layout.everything
-        projected = attention.captured(self._module, self.tokens, self._segment.ruling)
+        projected = attention.captured(self._module, self.tokens, self._told())
         query, key = rows.pick(projected[0], 2), projected[1]
         token = sum(part.shape[1] * part.shape[3] for part in projected) * self.tokens.shape[2]
         pair, width = query.shape[1] * query.shape[3], self.layout.width
-        macs = token * everything.numbers + pair * _pairs(rows, everything)
-        batch = self.layout.rows * width * (token + pair * max(rows.counts))
+        macs = token * everything.numbers + pair * _pairs(rows, everything, self._before)
+        batch = self.layout.rows * (width * token + pair * max(rows.counts) * (width + _places(self._before)))
         self._trace.scored(self.layer, _with_images(self.layout, macs), batch)
-        return attention.row_weights(query, key, rows.index, self.layout.valid, self._module.self_attn.scaling)
+        return _weights(query, key, rows.index, self.layout, self._before, self._module.self_attn.scaling)
 
 
 class AttentionView:
-    """The attention of a decoder layer: B rows, H query heads, L tokens, d the head size."""
+    """The attention of a decoder layer: B rows, H query heads, L tokens, d the head size.
+
+    ``dense``: the layer's own kernel on other values (B, kv heads, L, d); without any, on its own.
+    """
 
     def __init__(
         self,
         layer: int,
         layout: TokenLayout,
         qkv: tuple[Tensor, Tensor, Tensor],
+        *,
         scaling: float,
-        dense: Callable[[Tensor], Tensor],
+        dense: Callable[..., Tensor],
+        before: Before | None,
         trace: Trace,
     ) -> None:
         self.layer, self.layout = layer, layout
         self._query, self._key, self._value = qkv
-        self._scaling, self._dense, self._trace = scaling, dense, trace
+        self._scaling, self._dense, self._before, self._trace = scaling, dense, before, trace
 
     @property
     def present(self) -> Tensor:
@@ -97,7 +126,7 @@ class AttentionView:
     @cached_property
     def output(self) -> Tensor:
         """The layer's own attention output (B, L, H, d), before the output projection."""
-        return self._dense(self._value)
+        return self._dense()
 
     def weights(self, rows: TokenSet | None = None) -> Tensor:
         """Post-softmax attention weights (B, H, R, L), fp32, of the asked ``rows`` (default: the last token) alone."""
@@ -126,16 +155,17 @@ class AttentionView:
         onto = self.output if onto is None else onto
         if max(rows.counts) == 0:
             return onto
-        everything = self.layout.everything
-        part = attention.subset_attention(self._query, self._key, values, rows, everything, self._scaling)
-        self._trace.attended(self.layer, _pairs(rows, everything), _batch_pairs(rows, everything))
+        everything, before = self.layout.everything, self._before
+        part = self._subset(values, rows, everything)
+        self._trace.attended(self.layer, _pairs(rows, everything, before), _batch_pairs(rows, everything, before))
         return rows.place(part.transpose(1, 2), onto, dim=1)
 
     def attend(self, *parts: tuple[TokenSet, TokenSet], onto: Tensor | None = None) -> Tensor:
         """Attention output (B, L, H, d) computed in ``parts`` of (queries, keys), instead of fully.
 
-        The queries of each part attend causally to its keys alone (a mask before the softmax): what is left out is
-        not computed. Every query needs a key. Rows that are in no part are those of ``onto``, such as the layer's own
+        The queries of each part attend causally to its keys alone (a mask before the softmax), and to what was cached
+        before: what is left out is not computed. Every query needs a key.
+        Rows that are in no part are those of ``onto``, such as the layer's own
         output; without it every valid token must be in some part.
         """
         batch, heads, width, size = self._query.shape
@@ -145,10 +175,10 @@ class AttentionView:
             if max(queries.counts) == 0:
                 continue
             with self._trace.watch("model"):
-                part = attention.subset_attention(self._query, self._key, self._value, queries, keys, self._scaling)
+                part = self._subset(self._value, queries, keys)
             out = queries.place(part.transpose(1, 2), out, dim=1)
-            pairs += _pairs(queries, keys)
-            batch_pairs += _batch_pairs(queries, keys)
+            pairs += _pairs(queries, keys, self._before)
+            batch_pairs += _batch_pairs(queries, keys, self._before)
         more = onto is not None
         pairs = _with_images(self.layout, pairs) if more else pairs
         self._trace.attended(self.layer, pairs, batch_pairs, instead=not more)
@@ -156,15 +186,19 @@ class AttentionView:
 
     def _scored(self, rows: TokenSet) -> None:
         """Weights of ``rows`` are computed, over all columns."""
-        size = self._query.shape[1] * self._query.shape[3]
-        macs = _with_images(self.layout, _pairs(rows, self.layout.everything) * size)
-        self._trace.scored(self.layer, macs, self.layout.rows * max(rows.counts) * self.layout.width * size)
+        size, width = self._query.shape[1] * self._query.shape[3], self.layout.width + _places(self._before)
+        macs = _with_images(self.layout, _pairs(rows, self.layout.everything, self._before) * size)
+        self._trace.scored(self.layer, macs, self.layout.rows * max(rows.counts) * width * size)
 
     def _weights(self, index: Tensor) -> Tensor:
-        query = self._query.gather(
-            2, index[:, None, :, None].expand(-1, self._query.shape[1], -1, self._query.shape[3])
-        )
-        return attention.row_weights(query, self._key, index, self.layout.valid, self._scaling)
+        wide = index[:, None, :, None].expand(-1, self._query.shape[1], -1, self._query.shape[3])
+        query = self._query.gather(2, wide)
+        return _weights(query, self._key, index, self.layout, self._before, self._scaling)
+
+    def _subset(self, values: Tensor, queries: TokenSet, keys: TokenSet) -> Tensor:
+        before = self._before
+        cached = None if before is None else (before.keys, before.values, before.valid)
+        return attention.subset_attention(self._query, self._key, values, queries, keys, self._scaling, cached)
 
 
 class VisionView:
@@ -246,13 +280,27 @@ class BlockView:
         self._encoding.macs += macs
 
 
-def _pairs(queries: TokenSet, keys: TokenSet) -> Tensor:
-    return queries.numbers * keys.numbers
+def _weights(
+    query: Tensor, key: Tensor, index: Tensor, layout: TokenLayout, before: Before | None, scaling: float
+) -> Tensor:
+    """Weights (B, H, R, L) of query rows standing at ``index``, int (B, R); what was cached before takes its share."""
+    if before is None:
+        return attention.row_weights(query, key, index, layout.valid, scaling)
+    cached, keys = _places(before), torch.cat([before.keys, key], dim=2)
+    return attention.row_weights(query, keys, index + cached, before.seen(layout.valid), scaling)[..., cached:]
 
 
-def _batch_pairs(queries: TokenSet, keys: TokenSet) -> int:
+def _places(before: Before | None) -> int:
+    return 0 if before is None else before.keys.shape[2]
+
+
+def _pairs(queries: TokenSet, keys: TokenSet, before: Before | None) -> Tensor:
+    return queries.numbers * (keys.numbers if before is None else keys.numbers + before.counts)
+
+
+def _batch_pairs(queries: TokenSet, keys: TokenSet, before: Before | None) -> int:
     """Pairs that compact tensors of both have: rows are padded to the one with the most."""
-    return len(queries.counts) * max(queries.counts) * max(keys.counts)
+    return len(queries.counts) * max(queries.counts) * (max(keys.counts) + _places(before))
 
 
 def _with_images(layout: TokenLayout, work: Tensor) -> Tensor:

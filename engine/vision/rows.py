@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ...errors import InputError
+from ...errors import InputError, VisibenchError
 from ..decisions import Merge
 from ..layout import TokenLayout
 
@@ -68,16 +66,40 @@ class ImageRows:
         return torch.where(own < 0, own - first, own + first)
 
 
-def row_hashes(layout: TokenLayout, inputs: dict[str, Any], pixels: Tensor | None, patches: int) -> Tensor:
-    """Int (B,): a hash of each row's raw inputs (ids and pixels, or embeddings); integer sums, alike in any batch."""
-    ids = inputs.get("input_ids")
-    if ids is None:
-        embeddings = inputs["inputs_embeds"]
-        return _hash(embeddings.masked_fill(~layout.valid[..., None], 0).flip(1))
-    hashes = (ids * layout.valid).sum(1)
-    if pixels is None or not any(layout.visual_counts):
-        return hashes
-    return hashes + ImageRows(layout, patches, pixels.shape[0]).group(_hash(pixels)[:, None]).sum(1)
+class RowHashes:
+    """Hash, int (B,), of each row's raw inputs (ids and pixels, or embeddings), made when first asked for.
+
+    Integer sums, alike in any batch. :meth:`close` lets go of the inputs.
+    """
+
+    def __init__(
+        self, layout: TokenLayout, ids: Tensor | None, embeddings: Tensor | None, pixels: Tensor | None, patches: int
+    ) -> None:
+        self._layout, self._patches = layout, patches
+        self._inputs: tuple[Tensor | None, Tensor | None, Tensor | None] | None = (ids, embeddings, pixels)
+        self._hashes: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        if self._hashes is None:
+            if self._inputs is None:
+                raise VisibenchError("a layout's fingerprint can be read during the prefill alone")
+            self._hashes = self._compute(*self._inputs)
+        return self._hashes
+
+    def close(self) -> None:
+        """The prefill is over."""
+        self._inputs = None
+
+    def _compute(self, ids: Tensor | None, embeddings: Tensor | None, pixels: Tensor | None) -> Tensor:
+        layout = self._layout
+        if ids is None:
+            assert embeddings is not None
+            known = embeddings[:, : layout.width].masked_fill(~layout.valid[..., None], 0)
+            return _hash(known.flip(1))
+        hashes = (ids[:, : layout.width] * layout.valid).sum(1)
+        if pixels is None or not any(layout.visual_counts):
+            return hashes
+        return hashes + ImageRows(layout, self._patches, pixels.shape[0]).group(_hash(pixels)[:, None]).sum(1)
 
 
 def _hash(values: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import InputError, UnsupportedModelError
+from ...errors import InputError, UnsupportedModelError, VisibenchError
 from ...models.adapters import Adapter
 from ..attention import Interception
 from ..contract import Forward, Method
@@ -42,7 +43,7 @@ class VisionTap:
         self.adapter, self.method, self.watch = adapter, method, watch
         self.features = None if CHANGING & set(method.hook_points) else features
         self.encoding: Encoding | None = None
-        self._encoded: Any = None
+        self._encoded: Callable[[], Any] | None = None
         self._exit = ExitStack()
         self._asked = bool(SIDE & set(method.hook_points))
         if SIDE & set(method.hook_points) - set(adapter.family.sides) and adapter.vision_tower is not None:
@@ -90,9 +91,15 @@ class VisionTap:
 
         What was seen belongs to it if nobody has used that yet, or only a prefill on the same encoded images.
         """
-        if encoded is None or (self._encoded is not None and self._encoded is not encoded):
+        if encoded is None or (self._encoded is not None and self._encoded() is not encoded):
             self.forget()
-        self._encoded = encoded
+
+    def used(self, encoded: Any, *, again: bool) -> None:
+        """A prefill has used what was seen of its images; ``again``: ``generate`` may run them with the next token."""
+        if encoded is None or not again:
+            self.forget()
+        else:  # for as long as the encoded images live
+            self._encoded = weakref.ref(encoded, lambda _: self.forget())
 
     def forget(self) -> None:
         """What was seen has been used, or belongs to another prompt."""
@@ -171,6 +178,7 @@ class VisionTap:
     def _on_features(self, module: nn.Module, args: tuple[Tensor]) -> Tensor | None:
         (features,), encoding = args, self._current()
         encoding.features = features
+        self._check(encoding)
         patches = encoding.vision.tokens
         if features.shape[1] < patches:
             # They stand for no patch in particular.
@@ -186,6 +194,18 @@ class VisionTap:
         encoding.projected_tokens = kept.total + (0 if merge.added is None else merge.added_mask().sum(1))
         left = kept.pick(features if merge.replaced is None else merge.replaced, 1)
         return left if merge.added is None else torch.cat([left, merge.added.to(left.dtype)], dim=1)
+
+    def _check(self, encoding: Encoding) -> None:
+        """Raise unless all that the method reads of the tower was seen: nothing seen is never nothing to do."""
+        seen = encoding.blocks.keys() >= set(self.method.vision_blocks)
+        seen = seen and (encoding.cls is not None or not self.method.vision_cls)
+        if "tower" in self.method.hook_points:
+            seen = seen and len(encoding.block_tokens) == len(self.adapter.vision_blocks)
+        if not seen:
+            raise VisibenchError(
+                f"{self.method.name} reads the vision tower, and the tower ran without it: set the attention "
+                "implementation and compile before the `with` block, not inside"
+            )
 
     def _on_projected(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
         encoding = self._current()

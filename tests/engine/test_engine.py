@@ -155,7 +155,10 @@ def test_unsupported_models_and_arguments_raise(llava, golden_llama):
 
 def test_inputs_that_do_not_fit_raise(llava, golden_llama):
     (sample,) = make_batch([(4, 8, 1)])
+    old = llava(**sample, use_cache=True).past_key_values
     with visibench.prune(llava, DENSE) as session:
+        with pytest.raises(InputError, match="filled outside"):
+            llava(input_ids=torch.tensor([[5]]), past_key_values=old)
         with pytest.raises(VisibenchError, match="nothing has been traced"):
             _ = session.trace
         with pytest.raises(InputError, match="2D attention mask"):
@@ -167,10 +170,6 @@ def test_inputs_that_do_not_fit_raise(llava, golden_llama):
         cache = StaticCache(config=llava.config.text_config, max_cache_len=40)
         with pytest.raises(UnsupportedModelError, match="DynamicCache"):
             llava(**sample, past_key_values=cache)
-        old = llava(**sample, use_cache=True).past_key_values
-        llava(**sample, use_cache=True)
-        with pytest.raises(InputError, match="latest prompt"):
-            llava(input_ids=torch.tensor([[5]]), past_key_values=old)
     embeddings = torch.zeros(1, 10, 32)
     with visibench.prune(golden_llama, DENSE), pytest.raises(InputError, match="from_spans"):
         golden_llama(inputs_embeds=embeddings)

@@ -26,9 +26,10 @@ class Look(Method):
     name = "look"
     title = "Look"
     hook_points = ("decoder",)
+    looks: object = None
 
     def begin(self, layout, geometry):
-        return Looks()
+        return self.looks
 
 
 class Looks(Forward):
@@ -64,9 +65,10 @@ def test_preview_is_what_the_layer_then_computes(kind):
     batch = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 24, 24), "attention_mask": torch.ones_like(ids)}
     batch["input_ids"][1, :2], batch["attention_mask"][1, :2] = 0, 0
     computed = model(**batch, output_attentions=True).attentions
-    with visibench.prune(model, Look()) as session:
+    looks = Looks()
+    with visibench.prune(model, Look(looks=looks)):
         model(**batch)
-        seen = session._forward.seen
+    seen = looks.seen
     assert len(seen) == len(computed) == TEXT["num_hidden_layers"]
     for preview, attention in zip(seen, computed, strict=True):
         torch.testing.assert_close(preview, attention[:, :, -1:], atol=1e-6, rtol=1e-5)

@@ -1,0 +1,103 @@
+"""What ``generate`` may be asked for under pruning, and by how many threads."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..errors import InputError, UnsupportedModelError, VisibenchError
+from .inputs import VIDEO
+
+# Options of generate that pruning does not support: values that are fine besides None, and what to do.
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "cache_implementation": (("dynamic",), "leave it unset; static, quantised, offloaded and sliding caches are not"),
+    "prefill_chunk_size": ((), "leave it unset; a method chooses among all tokens of an image, with the prompt's last"),
+    "penalty_alpha": ((0, 0.0), "contrastive search is not; use greedy search, sampling or beams"),
+    "dola_layers": ((), "decoding by contrasting layers is not; use greedy search, sampling or beams"),
+    "assistant_early_exit": ((), "give another model as assistant_model"),
+    "use_mtp": ((False,), "give another model as assistant_model"),
+    "custom_generate": ((), "use greedy search, sampling or beams"),
+    "constraints": ((), "use greedy search, sampling or beams"),
+    "force_words_ids": ((), "use greedy search, sampling or beams"),
+    "num_beam_groups": ((1,), "use plain beam search"),
+}
+
+
+class Turnstile:
+    """Lets one thread at a time in, as often as it likes; refuses any other."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._thread: int | None = None
+        self._depth = 0
+
+    def enter(self) -> None:
+        """Go in, or raise if another thread is inside."""
+        with self._lock:
+            if self._thread not in (None, threading.get_ident()):
+                raise VisibenchError(
+                    "another thread is using this model inside the same prune() block: let one finish before the next "
+                    "begins, or give each thread a model of its own"
+                )
+            self._thread, self._depth = threading.get_ident(), self._depth + 1
+
+    def leave(self) -> None:
+        """Go out once."""
+        with self._lock:
+            self._depth -= 1
+            if not self._depth:
+                self._thread = None
+
+
+@contextmanager
+def guarded(model: Any, turnstile: Turnstile, assisted: Callable[[bool], Any]) -> Iterator[None]:
+    """While active, ``model.generate`` refuses what pruning does not support, before anything runs.
+
+    ``assisted`` is told whether an assistant's proposals are to be checked, and again when that is over.
+    """
+    if not hasattr(model, "generate"):
+        yield
+        return
+    own, generate = vars(model).get("generate"), model.generate
+
+    @functools.wraps(generate)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        configs = (kwargs.get("generation_config") or (args[1] if len(args) > 1 else None), model.generation_config)
+        check(kwargs, configs)
+        turnstile.enter()
+        before = assisted(bool(_option("assistant_model", kwargs, ()) or _option(LOOKUP, kwargs, configs)))
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            assisted(before)
+            turnstile.leave()
+
+    model.generate = checked
+    try:
+        yield
+    finally:
+        del model.generate
+        if own is not None:
+            model.generate = own
+
+
+LOOKUP = "prompt_lookup_num_tokens"
+
+
+def check(kwargs: dict[str, Any], configs: tuple[Any, ...]) -> None:
+    """Raise for options of ``generate`` that are not supported."""
+    if kwargs.get("pixel_values_videos") is not None:
+        raise UnsupportedModelError(VIDEO)
+    for name, (fine, remedy) in REFUSED.items():
+        value = _option(name, kwargs, configs)
+        if value is not None and value not in fine:
+            raise InputError(f"generate({name}={value!r}) is not supported under prune(): {remedy}")
+
+
+def _option(name: str, kwargs: dict[str, Any], configs: tuple[Any, ...]) -> Any:
+    """What ``generate`` will take for an option: its own argument, else that of the first configuration with one."""
+    values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in values if value is not None), None)

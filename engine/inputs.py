@@ -1,0 +1,147 @@
+"""What the model is called with: read once, and refused by name where pruning would answer another question."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, UnsupportedModelError
+from .layout import VISUAL, TokenLayout
+
+VIDEO = (
+    "videos cannot be pruned yet, and their tokens would count as text: give the frames as images, or run the model "
+    "outside prune()"
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of one call of the model.
+
+    ``mask``: 2D attention mask (B, columns so far and new ones) or None. ``cache``: past_key_values. ``images``:
+    whether any come with this call; ``encoded``: what ``generate`` made of them before. ``drafts``: new tokens at the
+    end that an assistant proposes. ``maps``: whether attention maps were asked for.
+    """
+
+    ids: Tensor | None
+    embeddings: Tensor | None
+    mask: Tensor | None
+    cache: Any
+    images: bool
+    encoded: Any
+    drafts: int
+    maps: bool
+
+    @property
+    def given(self) -> Tensor:
+        """Ids (B, n), or embeddings (B, n, D)."""
+        given = self.ids if self.ids is not None else self.embeddings
+        if given is None:
+            raise InputError("give the model input_ids or inputs_embeds")
+        return given
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of each row, padding included."""
+        return self.given.shape[1]
+
+
+def read(arguments: Mapping[str, Any], *, assisted: bool, maps: bool) -> Inputs:
+    """Inputs from the bound ``arguments`` of the model's forward.
+
+    ``assisted``: ``generate`` checks the proposals of an assistant. ``maps``: whether the configuration asks for
+    attention maps. Raises :class:`InputError` for arguments that have no meaning under pruning.
+    """
+    arguments = {**arguments.get("kwargs", {}), **arguments}
+    if arguments.get("labels") is not None:
+        raise InputError("labels cannot be given under prune(): pruned logits are shorter; compare the last ones")
+    mask, kept = arguments.get("attention_mask"), arguments.get("logits_to_keep", 0)
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        raise InputError("prune() needs a 2D attention mask (batch, length), 1 for tokens and 0 for left padding")
+    if isinstance(kept, Tensor):
+        raise InputError(
+            "logits_to_keep as a tensor names places that pruning moves: give a number, so many of the last tokens"
+        )
+    encoded = arguments.get("mm_encoder_outputs") or {}
+    if arguments.get("pixel_values_videos") is not None or encoded.get("video") is not None:
+        raise UnsupportedModelError(VIDEO)
+    image = encoded.get("image")
+    return Inputs(
+        arguments.get("input_ids"),
+        arguments.get("inputs_embeds"),
+        mask,
+        arguments.get("past_key_values"),
+        image is not None or arguments.get("pixel_values") is not None,
+        image,
+        max(kept - 1, 0) if assisted else 0,
+        bool(arguments.get("output_attentions", maps)),
+    )
+
+
+def prompt_layout(
+    inputs: Inputs, mask: Tensor | None, given: TokenLayout | None, image_token: int | None
+) -> TokenLayout:
+    """Roles of the new tokens that a method decides about: all but the drafts.
+
+    ``mask``: (B, n), of the new tokens. ``given``: the user's own layout.
+    """
+    tokens, width = inputs.given, inputs.tokens - inputs.drafts
+    mask = None if mask is None else mask[:, :width]
+    if given is not None:
+        layout = given.expand(tokens.shape[0])
+        if layout.width != width:
+            raise InputError(f"the layout has {layout.width} tokens, the input {width}")
+        if mask is not None and not torch.equal(mask.bool().cpu(), layout.valid.cpu()):
+            raise InputError("the layout's padding differs from the attention mask: build it with TokenLayout.batch")
+    elif inputs.ids is None or image_token is None:
+        raise InputError(
+            "cannot tell which tokens are visual: pass input_ids with image tokens to a multimodal model, "
+            "or layout=visibench.TokenLayout.from_spans(length, visual=[(start, end)])"
+        )
+    else:
+        ids = inputs.ids[:, :width]
+        layout = TokenLayout.from_masks(ids == image_token, torch.ones_like(ids) if mask is None else mask)
+    if bool((layout.roles[:, -1] == VISUAL).any()):
+        raise InputError(
+            "the last token of a prompt is visual, and pruning could drop the token whose logits are read: put text "
+            "behind the image"
+        )
+    return layout.to(tokens.device)
+
+
+def new_mask(inputs: Inputs, fed: int, padding: Tensor | None) -> Tensor | None:
+    """The part (B, n) of the attention mask that is about the new tokens behind ``fed`` cached ones; None: all count.
+
+    ``padding``: bool (B, fed), the mask of the cached ones, None if all count.
+    """
+    mask, tokens = inputs.mask, inputs.tokens
+    if mask is None:
+        if padding is not None:
+            raise InputError("rows in the KV cache are padded: give attention_mask, of all tokens so far and new ones")
+        return None
+    if mask.shape[1] != fed + tokens:
+        raise InputError(
+            f"attention_mask has {mask.shape[1]} columns, and the KV cache was fed {fed} tokens before these {tokens}"
+        )
+    return mask[:, fed:]
+
+
+def hidden(inputs: Inputs, fed: int, padding: Tensor | None) -> Tensor | None:
+    """Bool (B, fed): which cached tokens count, where a new turn hides some that did; None if it hides none.
+
+    Rows of a batch that ended early were fed padding by ``generate``, and the next turn's mask says so. A turn of one
+    token is a step of decoding, and not worth waiting for the answer.
+    """
+    if inputs.mask is None or not fed or inputs.tokens == 1:
+        return None
+    counts = inputs.mask[:, :fed].bool()
+    if padding is None:
+        return None if bool(counts.all()) else counts
+    more, less = torch.stack([(counts & ~padding).any(), (padding & ~counts).any()]).tolist()
+    if more:
+        raise InputError("attention_mask shows tokens of the KV cache that were padding when they were fed")
+    return counts if less else None

@@ -1,0 +1,330 @@
+"""One call of the model: what its tokens are, which of them each layer gets, and whether every layer came by.
+
+Made anew for each call and thrown away after it, so that nothing of a batch outlives its cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from ..errors import InputError, VisibenchError
+from ..models.adapters import Adapter
+from .cache import Held, PrunedCache, adopt
+from .contract import Forward, Method
+from .decisions import Keep, Merge, as_merge
+from .inputs import Inputs
+from .layout import TokenLayout, cut
+from .segment import Segment
+from .trace import Trace
+from .views import AttentionView, Before, LayerView
+from .vision.rows import RowHashes
+from .vision.tap import VisionTap
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Tokens that a method decides about: their ``layout``, its ``forward`` for them, and the ``trace`` of it."""
+
+    layout: TokenLayout
+    forward: Forward
+    trace: Trace
+
+
+@dataclass
+class Pass:
+    """One call of the model in ``session`` terms: its ``adapter``, ``method`` and ``tap``.
+
+    ``prompt``: None where text goes on behind what is cached. ``mask``: bool (B, n), which of the new tokens count,
+    None: all. ``positions``: what the model hands its rotary table. ``segments``: those of the layers that have run so
+    far; ``intercepted``: how many had their attention intercepted.
+    """
+
+    adapter: Adapter
+    method: Method
+    tap: VisionTap
+    owner: Any
+    inputs: Inputs
+    prompt: Prompt | None
+    mask: Tensor | None
+    thread: int
+    cache: PrunedCache | None = None
+    positions: Tensor | None = None
+    segments: list[Segment] = field(default_factory=list)
+    intercepted: int = 0
+    _before: dict[int, Tensor] = field(default_factory=dict)
+    _hashes: RowHashes | None = None
+
+    @property
+    def listens(self) -> bool:
+        """Whether the method acts in attention."""
+        return "attention" in self.method.hook_points
+
+    # ---- layers ---------------------------------------------------------------------------------------------------
+
+    def enter_layer(self, layer: int, module: nn.Module, hidden: Tensor, given: dict[str, Any]) -> tuple[Tensor, dict]:
+        """Hidden states and keyword arguments with which a decoder layer goes on."""
+        self._check(layer)
+        if layer == 0:
+            self._begin(given)
+        held = Held() if self.cache is None else self.cache.held[layer]
+        segment = self._first(held, hidden) if layer == 0 else self.segments[-1]
+        if segment.held is not held:
+            segment = self._numbered(segment.on(held))
+        if self.prompt is not None:
+            segment, hidden = self._decide(self.prompt, layer, module, segment, hidden, given)
+            self.prompt.trace.enter(self._layout(segment), self._cached(held), held.length)
+        self.segments.append(segment)
+        return hidden, given | segment.told(self.adapter, hidden, given)
+
+    def _check(self, layer: int) -> None:
+        due = len(self.segments)
+        if layer != due:
+            raise VisibenchError(
+                f"decoder layer {layer} ran where layer {due} was due, so that pruning cannot follow: call the model "
+                "itself, uncompiled, and not a part of it"
+            )
+        if self.listens and self.intercepted != due:
+            raise VisibenchError(_UNSEEN.format(self.method.name, due - 1))
+
+    def _begin(self, given: dict[str, Any]) -> None:
+        cache = given.get("past_key_values")
+        if isinstance(cache, DynamicCache):
+            fresh = not cache.get_seq_length()
+            self.cache = adopt(cache, len(self.adapter.layers), self.owner) if fresh else cache  # type: ignore[assignment]
+        if self.prompt is None:
+            return
+        if self.cache is not None:
+            self._count(self.cache)
+        encoding, vision = self.tap.encoding, self.adapter.geometry.vision
+        self.prompt.trace.grids = None if encoding is None else encoding.grids
+        pixels, patches = None if encoding is None else encoding.pixels, vision.tokens if vision else 1
+        self._hashes = RowHashes(self.prompt.layout, self.inputs.ids, self.inputs.embeddings, pixels, patches)
+        self.prompt = replace(self.prompt, layout=replace(self.prompt.layout, hash_inputs=self._hashes))
+
+    def _count(self, cache: PrunedCache) -> None:
+        """How many places of each row count in what the layers hold, on the host, in one transfer."""
+        padded = {id(held): held.valid.sum(1) for held in cache.held if held.valid is not None}
+        if padded:
+            self._before = dict(zip(padded, torch.stack([*padded.values()]).cpu(), strict=True))
+
+    def _cached(self, held: Held) -> Tensor:
+        rows = self.inputs.given.shape[0]
+        return self._before.get(id(held), torch.full((rows,), held.length))
+
+    def _first(self, held: Held, hidden: Tensor) -> Segment:
+        assert self.positions is not None
+        positions = self.positions.movedim(0, -1) if self.positions.ndim == 3 else self.positions
+        positions = positions.expand(hidden.shape[0], *positions.shape[1:])
+        layout = None if self.prompt is None else self.prompt.layout
+        return self._numbered(Segment(held, layout, hidden.shape[1], positions, self.mask))
+
+    def _numbered(self, segment: Segment) -> Segment:
+        return segment.numbered() if self.method.positions == "renumber" else segment
+
+    @staticmethod
+    def _layout(segment: Segment) -> TokenLayout:
+        assert segment.layout is not None
+        return segment.layout
+
+    # ---- decisions ------------------------------------------------------------------------------------------------
+
+    def _decide(
+        self, prompt: Prompt, layer: int, module: nn.Module, segment: Segment, hidden: Tensor, given: dict[str, Any]
+    ) -> tuple[Segment, Tensor]:
+        if max(self._layout(segment).visual_counts) == 0:
+            return segment, hidden
+        with prompt.trace.watch("method"):
+            if layer == 0:
+                decision = self.tap.decide(prompt.forward, prompt.layout, prompt.trace)
+                segment, hidden = self._apply(decision, prompt.trace, segment, hidden)
+                self.tap.used(self.inputs.encoded, again=self.cache is None)
+            if type(prompt.forward).layer_input is not Forward.layer_input:
+                view = self._layer_view(prompt, layer, module, segment, hidden, given)
+                decision = prompt.forward.layer_input(layer, view)
+                segment, hidden = self._apply(decision, prompt.trace, segment, hidden)
+        return segment, hidden
+
+    def _layer_view(
+        self, prompt: Prompt, layer: int, module: nn.Module, segment: Segment, hidden: Tensor, given: dict[str, Any]
+    ) -> LayerView:
+        layout = self._layout(segment)
+        width = layout.width
+
+        def told() -> dict[str, Any]:
+            names = ("attention_mask", "position_embeddings", "position_ids")
+            all_told: dict[str, Any] = {name: given.get(name) for name in names}
+            all_told |= segment.told(self.adapter, hidden, given)
+            if segment.places == width:
+                return all_told
+            table, places = all_told["position_embeddings"], all_told["position_ids"]
+            return {
+                "attention_mask": None,
+                "position_embeddings": tuple(part[..., :width, :] for part in table),
+                "position_ids": None if places is None else places[:, :width],
+            }
+
+        before = None
+        if segment.held.length and self.cache is not None:
+            cached: Any = self.cache.layers[layer]
+            before = self._hidden_from_view(segment, cached.keys, cached.values)
+        return LayerView(
+            layer,
+            module,
+            layout,
+            hidden[:, :width],
+            final_norm=self.adapter.decoder.norm,
+            told=told,
+            before=before,
+            trace=prompt.trace,
+        )
+
+    def _hidden_from_view(self, segment: Segment, keys: Tensor, values: Tensor) -> Before:
+        return Before(keys, values, segment.held.valid, self._cached(segment.held))
+
+    def _apply(
+        self, decision: Keep | Merge | None, trace: Trace, segment: Segment, hidden: Tensor
+    ) -> tuple[Segment, Tensor]:
+        """Carry out a decision: gather hidden states and make the segment that follows."""
+        layout = self._layout(segment)
+        if decision is None or max(layout.visual_counts) == 0:
+            return segment, hidden
+        visual, merge, behind = layout.visual, as_merge(decision), hidden[:, layout.width :]
+        prompt = hidden[:, : layout.width]
+        if merge.replaced is not None:
+            prompt = visual.place(merge.replaced, prompt, dim=1)
+        added = anchor = None
+        if merge.added is not None:
+            added = merge.added_mask()
+            anchor = visual.total[:, None] - 1 if merge.anchors is None else merge.anchors
+            token = torch.where(anchor < 0, -1 - anchor, anchor).clamp(max=visual.index.shape[1] - 1)
+            anchor = visual.index.gather(1, token.expand(added.shape)) - (anchor < 0).long()
+            if merge.added_positions is None and self.method.positions != "renumber":
+                raise VisibenchError(f"{self.method.name}: new tokens need added_positions, or positions='renumber'")
+        trace.host_syncs += 1
+        change = cut(layout, merge.mask, added, anchor)
+        if change is None:
+            return segment, _joined(prompt, behind)
+        left = change.gather(prompt, merge.added)
+        return self._numbered(segment.cut(change, merge.added_positions, anchor)), _joined(left, behind)
+
+    # ---- attention ------------------------------------------------------------------------------------------------
+
+    def attend(
+        self,
+        layer: int,
+        kernel: Callable[..., Any],
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """The attention of a layer: the method may read it, and replace its output."""
+        self.intercepted += 1
+        segment, prompt = self.segments[layer], self.prompt
+        if prompt is None or max(self._layout(segment).visual_counts) == 0:
+            return kernel(module, q, k, v, mask, **kwargs)
+        layout, first = self._layout(segment), segment.held.length
+        parts = _Parts(q, k, v, mask, first, layout.width)
+        own: list[Any] = []  # the kernel's own result, once
+
+        def whole() -> Any:
+            if not own:
+                with prompt.trace.watch("model"):
+                    own.append(kernel(module, q, k, v, mask, **kwargs))
+            return own[0]
+
+        def dense(values: Tensor | None = None) -> Tensor:
+            if values is None:
+                return whole()[0][:, : layout.width]
+            with prompt.trace.watch("model"):
+                return kernel(module, *parts.reading(values), **kwargs)[0]
+
+        before = self._hidden_from_view(segment, k[:, :, :first], v[:, :, :first]) if first else None
+        view = AttentionView(
+            layer,
+            layout,
+            parts.seen,
+            scaling=kwargs["scaling"],
+            dense=dense,
+            before=before,
+            trace=prompt.trace,
+        )
+        with prompt.trace.watch("method"):
+            replaced = prompt.forward.attention(layer, view)
+            if replaced is None:
+                return whole()
+            if self.inputs.maps:
+                raise InputError(
+                    f"output_attentions: {self.method.name} replaces the attention of layer {layer}, which then has no "
+                    "map of weights: leave it out"
+                )
+            # What runs along behind the prompt attends to whatever is there.
+            return (
+                _joined(replaced, whole()[0][:, layout.width :]) if segment.places > layout.width else replaced
+            ), None
+
+    # ---- the end --------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """The call is over, complete or not: what the trace keeps holds no inputs any more."""
+        if self._hashes is not None:
+            self._hashes.close()
+
+    def finish(self) -> None:
+        """All layers have run, or raise; the cache holds what they left in it."""
+        self._check(len(self.adapter.layers))
+        if self.cache is None:
+            return
+        fed = self.cache.fed
+        after = {id(segment): segment.after(fed) for segment in self.segments}
+        padding = None
+        if self.mask is not None or self.cache.padding is not None:
+            padding = Held(fed, valid=self.cache.padding).with_valid(self.inputs.tokens, self.mask)
+        self.cache.commit(self.inputs.tokens, [after[id(segment)] for segment in self.segments], padding)
+
+
+_UNSEEN = (
+    "{} acts in attention, and that of layer {} ran without it: set the attention implementation and compile before "
+    "the `with` block, not inside"
+)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Queries, keys, values and mask of a layer: ``first`` cached places, ``width`` of the prompt, and the rest."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Any
+    first: int
+    width: int
+
+    @property
+    def seen(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of the prompt alone."""
+        here = slice(self.first, self.first + self.width)
+        return self.query[:, :, : self.width], self.key[:, :, here], self.value[:, :, here]
+
+    def reading(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """Query, key, value and mask with which the prompt's rows read other ``values`` of its own."""
+        if self.query.shape[2] == self.key.shape[2] == self.width:
+            return self.query, self.key, values, self.mask
+        length = self.first + self.width
+        values = torch.cat([self.value[:, :, : self.first], values], dim=2)
+        mask = self.mask
+        if mask is not None:
+            mask = mask[..., : self.width, :length] if mask.ndim == 4 else mask[:, :length]
+        return self.query[:, :, : self.width], self.key[:, :, :length], values, mask
+
+
+def _joined(prompt: Tensor, behind: Tensor) -> Tensor:
+    return torch.cat([prompt, behind], dim=1) if behind.shape[1] else prompt
