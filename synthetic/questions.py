@@ -18,7 +18,7 @@ TEXT_QUESTIONS = ("what word is written on the sign?", "what does the sign say?"
 
 
 @dataclass(frozen=True)
-class Question:
+class SceneQuestion:
     """``kind`` is a key of ``KINDS``; ``focus`` names what is asked about (for meta data).
 
     ``fact``: the one word that is true where a yes-no question offers a word: the real colour, side or number.
@@ -70,15 +70,15 @@ def _absent_shape(scene: Scene, rng: np.random.Generator) -> str | None:
     return _pick(rng, companions if companions and rng.random() < 0.5 else absent)
 
 
-def exist(scene: Scene, rng: np.random.Generator) -> Question | None:
+def exist(scene: Scene, rng: np.random.Generator) -> SceneQuestion | None:
     truth = rng.random() < 0.5
     shape = _pick(rng, sorted({o.shape for o in scene.objects})) if truth else _absent_shape(scene, rng)
     if shape is None:
         return None
-    return Question("exist", f"Is there {article(shape)} in the image?", _yes(truth), shape)
+    return SceneQuestion("exist", f"Is there {article(shape)} in the image?", _yes(truth), shape)
 
 
-def exist_pair(scene: Scene, rng: np.random.Generator) -> Question | None:
+def exist_pair(scene: Scene, rng: np.random.Generator) -> SceneQuestion | None:
     truth = rng.random() < 0.5
     o = _pick(rng, scene.objects)
     if o is None:
@@ -91,41 +91,41 @@ def exist_pair(scene: Scene, rng: np.random.Generator) -> Question | None:
             shape = _pick(rng, SHAPES)
         if any((p.shape, p.colour) == (shape, colour) for p in scene.objects):
             return None
-    return Question("exist_pair", f"Is there {article(f'{colour} {shape}')} in the image?", _yes(truth), shape)
+    return SceneQuestion("exist_pair", f"Is there {article(f'{colour} {shape}')} in the image?", _yes(truth), shape)
 
 
-def color(scene: Scene, rng: np.random.Generator) -> Question | None:
+def color(scene: Scene, rng: np.random.Generator) -> SceneQuestion | None:
     found = _pick(rng, referents(scene, noun_only=True))
-    return found and Question("color", f"What color is the {found[0]}?", found[1].colour, found[0])
+    return found and SceneQuestion("color", f"What color is the {found[0]}?", found[1].colour, found[0])
 
 
-def shape(scene: Scene, rng: np.random.Generator) -> Question | None:
+def shape(scene: Scene, rng: np.random.Generator) -> SceneQuestion | None:
     found = _pick(rng, [(p, o) for p, o in referents(scene) if p.endswith("object")])
-    return found and Question("shape", f"What shape is the {found[0]}?", found[1].shape, found[0])
+    return found and SceneQuestion("shape", f"What shape is the {found[0]}?", found[1].shape, found[0])
 
 
-def verify_color(scene: Scene, rng: np.random.Generator) -> Question | None:
+def verify_color(scene: Scene, rng: np.random.Generator) -> SceneQuestion | None:
     found = _pick(rng, referents(scene, noun_only=True))
     if found is None:
         return None
     truth = rng.random() < 0.5
     colour = found[1].colour if truth else _pick(rng, [c for c in COLOURS if c != found[1].colour])
-    return Question("verify_color", f"Is the {found[0]} {colour}?", _yes(truth), found[0], found[1].colour)
+    return SceneQuestion("verify_color", f"Is the {found[0]} {colour}?", _yes(truth), found[0], found[1].colour)
 
 
-def size(scene: Scene, rng: np.random.Generator) -> Question | None:
+def size(scene: Scene, rng: np.random.Generator) -> SceneQuestion | None:
     found = _pick(rng, referents(scene))
     if found is None:
         return None
     words = "small or large" if rng.random() < 0.5 else "large or small"
-    return Question("size", f"Is the {found[0]} {words}?", found[1].size, found[0])
+    return SceneQuestion("size", f"Is the {found[0]} {words}?", found[1].size, found[0])
 
 
 def _off_middle(scene: Scene, rng: np.random.Generator, axis: int):
     return _pick(rng, [(p, o) for p, o in referents(scene) if abs(o.centre[axis] - SIZE / 2) >= MARGIN])
 
 
-def side(scene: Scene, rng: np.random.Generator) -> Question | None:
+def side(scene: Scene, rng: np.random.Generator) -> SceneQuestion | None:
     """Left or right, top or bottom."""
     axis = int(rng.integers(2))
     found = _off_middle(scene, rng, axis)
@@ -136,10 +136,10 @@ def side(scene: Scene, rng: np.random.Generator) -> Question | None:
     first, second = names if rng.random() < 0.5 else names[::-1]
     preposition = ("on", "at")[axis]
     text = f"Is the {found[0]} {preposition} the {first} or {preposition} the {second}?"
-    return Question("side", text, answer, found[0])
+    return SceneQuestion("side", text, answer, found[0])
 
 
-def verify_side(scene: Scene, rng: np.random.Generator) -> Question | None:
+def verify_side(scene: Scene, rng: np.random.Generator) -> SceneQuestion | None:
     axis = int(rng.integers(2))
     found = _off_middle(scene, rng, axis)
     if found is None:
@@ -148,10 +148,10 @@ def verify_side(scene: Scene, rng: np.random.Generator) -> Question | None:
     after = found[1].centre[axis] > SIZE / 2
     place = (("on the left side", "on the right side"), ("at the top", "at the bottom"))[axis][after == truth]
     fact = (("left", "right"), ("top", "bottom"))[axis][after]
-    return Question("verify_side", f"Is the {found[0]} {place} of the image?", _yes(truth), found[0], fact)
+    return SceneQuestion("verify_side", f"Is the {found[0]} {place} of the image?", _yes(truth), found[0], fact)
 
 
-def relation(scene: Scene, rng: np.random.Generator) -> Question | None:
+def relation(scene: Scene, rng: np.random.Generator) -> SceneQuestion | None:
     axis = int(rng.integers(2))
     found = referents(scene, noun_only=rng.random() < 0.7)
     pairs = [
@@ -164,15 +164,15 @@ def relation(scene: Scene, rng: np.random.Generator) -> Question | None:
     after = o.centre[axis] > n.centre[axis]
     words = (("to the left of", "to the right of"), ("above", "below"))[axis][after == truth]
     fact = (("left", "right"), ("above", "below"))[axis][after]
-    return Question("relation", f"Is the {p} {words} the {q}?", _yes(truth), p, fact)
+    return SceneQuestion("relation", f"Is the {p} {words} the {q}?", _yes(truth), p, fact)
 
 
-def count(scene: Scene, rng: np.random.Generator) -> Question | None:
+def count(scene: Scene, rng: np.random.Generator) -> SceneQuestion | None:
     noun, number = _countable(scene, rng)
-    return Question("count", f"How many {noun} are there?", NUMBERS[number], noun) if number else None
+    return SceneQuestion("count", f"How many {noun} are there?", NUMBERS[number], noun) if number else None
 
 
-def verify_count(scene: Scene, rng: np.random.Generator) -> Question | None:
+def verify_count(scene: Scene, rng: np.random.Generator) -> SceneQuestion | None:
     noun, number = _countable(scene, rng)
     truth, fact = rng.random() < 0.5, NUMBERS[number]
     if not truth:
@@ -180,7 +180,9 @@ def verify_count(scene: Scene, rng: np.random.Generator) -> Question | None:
     if number == 0:
         return None
     noun, verb = (singular(noun), "Is") if number == 1 else (noun, "Are")
-    return Question("verify_count", f"{verb} there {NUMBERS[number]} {noun} in the image?", _yes(truth), noun, fact)
+    return SceneQuestion(
+        "verify_count", f"{verb} there {NUMBERS[number]} {noun} in the image?", _yes(truth), noun, fact
+    )
 
 
 def _countable(scene: Scene, rng: np.random.Generator) -> tuple[str, int]:
@@ -191,23 +193,23 @@ def _countable(scene: Scene, rng: np.random.Generator) -> tuple[str, int]:
     return noun, sum(o.shape == shape for o in scene.objects)
 
 
-def text(scene: Scene, rng: np.random.Generator) -> Question | None:
+def text(scene: Scene, rng: np.random.Generator) -> SceneQuestion | None:
     if scene.sign is None:
         return None
-    return Question("text", _pick(rng, TEXT_QUESTIONS), scene.sign.word, "sign")
+    return SceneQuestion("text", _pick(rng, TEXT_QUESTIONS), scene.sign.word, "sign")
 
 
-def verify_text(scene: Scene, rng: np.random.Generator) -> Question | None:
+def verify_text(scene: Scene, rng: np.random.Generator) -> SceneQuestion | None:
     if scene.sign is None:
         return None
     word, truth = scene.sign.word, rng.random() < 0.5
     while not truth and word == scene.sign.word:
         word = sample_word(rng, test=bool(rng.random() < 0.5), forbidden=FORBIDDEN)
-    return Question("verify_text", f'Is the word on the sign "{word}"?', _yes(truth), "sign")
+    return SceneQuestion("verify_text", f'Is the word on the sign "{word}"?', _yes(truth), "sign")
 
 
 _ASKERS = (exist, exist_pair, color, shape, verify_color, size, side, verify_side, relation, count, verify_count)
-KINDS: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {
+KINDS: dict[str, Callable[[Scene, np.random.Generator], SceneQuestion | None]] = {
     asker.__name__: asker for asker in (*_ASKERS, text, verify_text)
 }
 _TEMPLATE_WORDS = (

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .questions import FORBIDDEN, KINDS, Question, article, referents
+from .questions import FORBIDDEN, KINDS, SceneQuestion, article, referents
 from .scene import COMPANIONS, HELD_OUT, SHAPES, SIZE, Scene, render, sample_scene
 
 SEED = 20_26
@@ -64,7 +64,7 @@ def _png(scene: Scene) -> Row:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def _speaks_of_held_out(scene: Scene, question: Question) -> bool:
+def _speaks_of_held_out(scene: Scene, question: SceneQuestion) -> bool:
     """Whether the question names (by shape or colour) an object in a combination that training never shows."""
     phrases = question.focus.split()
     return any((o.shape, o.colour) in HELD_OUT and {o.shape, o.colour} & set(phrases) for o in scene.objects)
@@ -74,8 +74,8 @@ def gqa() -> dict[str, list[Row]]:
     """Images with three questions each, all types alike often; on held-out images about the held-out object."""
     asked_so_far: Counter[str] = Counter()
 
-    def ask(scene: Scene, rng: np.random.Generator) -> list[Question] | None:
-        found: list[Question] = []
+    def ask(scene: Scene, rng: np.random.Generator) -> list[SceneQuestion] | None:
+        found: list[SceneQuestion] = []
         for kind in sorted(GQA_TYPES, key=lambda k: (asked_so_far[k], rng.random())):
             question = KINDS[kind](scene, rng)
             if question and (not scene.held_out or _speaks_of_held_out(scene, question)):
@@ -93,7 +93,7 @@ def gqa() -> dict[str, list[Row]]:
     return {"GQA_images": images, "GQA_instructions": rows}
 
 
-def _gqa_row(image_id: str, scene: Scene, question: Question, number: str) -> Row:
+def _gqa_row(image_id: str, scene: Scene, question: SceneQuestion, number: str) -> Row:
     structural, semantic = GQA_TYPES[question.kind]
     named = [o for phrase, o in referents(scene) if phrase == question.focus]
     objects = [{"objectId": str(scene.objects.index(o)), "value": question.focus} for o in named[:1]]
@@ -122,7 +122,7 @@ def mme() -> dict[str, list[Row]]:
 
 
 def _mme_pairs(number: int, category: str) -> list[list[Row]]:
-    def ask(scene: Scene, rng: np.random.Generator) -> list[Question] | None:
+    def ask(scene: Scene, rng: np.random.Generator) -> list[SceneQuestion] | None:
         kind = KINDS[MME_CATEGORIES[category][rng.integers(len(MME_CATEGORIES[category]))]]
         questions = [q for q in (kind(scene, rng) for _ in range(12)) if q]
         yes = next((q for q in questions if q.answer == "yes"), None)
@@ -162,7 +162,7 @@ def textvqa() -> dict[str, list[Row]]:
     return {"textvqa": rows}
 
 
-def _ask_annotators(scene: Scene, rng: np.random.Generator) -> tuple[Question, list[str]] | None:
+def _ask_annotators(scene: Scene, rng: np.random.Generator) -> tuple[SceneQuestion, list[str]] | None:
     question = KINDS["text"](scene, rng)
     if question is None:
         return None

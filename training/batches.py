@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from ..synthetic.questions import FORBIDDEN, KINDS, Question
+from ..synthetic.questions import FORBIDDEN, KINDS, SceneQuestion
 from ..synthetic.scene import GRID, HELD_OUT, Scene, render, sample_scene
 from .build import SYSTEM, make_tokenizer
 from .knowledge import MOST, hints, patch_words
@@ -47,10 +47,10 @@ class Packer:
         self.words = self.tokenizer.get_vocab()
         self.prefix = self.tokenizer(SYSTEM + "USER:").input_ids
 
-    def ask(self, scene: Scene, phase: Phase, rng: np.random.Generator) -> list[Question]:
+    def ask(self, scene: Scene, phase: Phase, rng: np.random.Generator) -> list[SceneQuestion]:
         """Questions of the phase's kinds that the scene allows, with repetition."""
         kinds, weights = list(phase.kinds), np.array(list(phase.kinds.values()))
-        asked: list[Question] = []
+        asked: list[SceneQuestion] = []
         while len(asked) < phase.questions:
             kind = kinds[rng.choice(len(kinds), p=weights / weights.sum())]
             question = KINDS[kind](scene, rng)
@@ -58,7 +58,7 @@ class Packer:
                 asked.append(question)
         return asked
 
-    def tail(self, question: Question, suffix: str) -> tuple[list[int], int]:
+    def tail(self, question: SceneQuestion, suffix: str) -> tuple[list[int], int]:
         """Token ids from the question to the end of the answer, and where the answer starts."""
         asked = self.tokenizer(f"{question.text}{suffix} ASSISTANT:", add_special_tokens=False).input_ids
         answer = self.tokenizer(question.answer, add_special_tokens=False).input_ids
@@ -89,7 +89,7 @@ class Packer:
         sign = bool(rng.random() < phase.sign)
         return sample_scene(rng, sign=sign, count=phase.objects, forbidden=FORBIDDEN)
 
-    def _pack(self, scenes: list[Scene], asked: list[list[Question]], suffix: str, claims: bool) -> dict[str, Any]:
+    def _pack(self, scenes: list[Scene], asked: list[list[SceneQuestion]], suffix: str, claims: bool) -> dict[str, Any]:
         """``ids`` and ``targets`` (B, questions, S): every question with its answer in a slot, padded at the end.
 
         ``hints`` (B, questions, S, words): what could be known at a token, see :func:`~.knowledge.hints`.
@@ -110,7 +110,7 @@ class Packer:
         return {"ids": ids, "targets": targets, "hints": known, "kinds": kinds}
 
 
-def _speaks_of_held_out(question: Question) -> bool:
+def _speaks_of_held_out(question: SceneQuestion) -> bool:
     """Whether it may name a combination that training never shows: the answer would always be no."""
     words = set(question.text.rstrip("?").split())
     return any({shape, colour} <= words for shape, colour in HELD_OUT)

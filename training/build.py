@@ -56,6 +56,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def vocabulary() -> int:
+    """Rows of the embedding table: the words, and some unused up to a multiple of 16."""
+    return -(-len(make_tokenizer()) // 16) * 16
+
+
 def make_processor() -> LlavaProcessor:
     """Images of 144 × 144 px, normalised to [-1, 1]; 144 visual tokens each."""
     half, size = [0.5, 0.5, 0.5], {"height": SIZE, "width": SIZE}
@@ -81,9 +86,8 @@ def make_model(hidden: int, vision_layers: int, layers: int, intermediate: int) 
         patch_size=PATCH,
         initializer_factor=1.0,
     )
-    vocabulary_size = -(-len(make_tokenizer()) // 16) * 16
     text = LlamaConfig(
-        vocab_size=vocabulary_size,
+        vocab_size=vocabulary(),
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=layers,

@@ -9,7 +9,7 @@ from string import ascii_lowercase
 
 import numpy as np
 
-from ..synthetic.questions import NUMBERS, Question, singular
+from ..synthetic.questions import NUMBERS, SceneQuestion, singular
 from ..synthetic.scene import COLOURS, GRID, PATCH, SHAPES, SIZE, Object, Scene
 
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
@@ -56,7 +56,7 @@ def patch_words(scene: Scene) -> list[list[str]]:
     return words
 
 
-def hints(tokens: list[str], scene: Scene, question: Question, claims: bool = True) -> dict[int, list[str]]:
+def hints(tokens: list[str], scene: Scene, question: SceneQuestion, claims: bool = True) -> dict[int, list[str]]:
     """What can be known at each token of a question: {token: words}.
 
     Where a thing is named ("circle", "red objects"): whether the image has it, how many, and if it is one, what it is

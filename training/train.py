@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
@@ -31,9 +30,11 @@ from transformers import AttentionInterface, LlavaForConditionalGeneration
 
 from ..methods import load_method
 from ..models import load
+from . import settings
 from .batches import IGNORE, Packer, Phase, Stream
 from .build import GRID, make_model, make_processor
 from .knowledge import GROUPS
+from .staged import Staging, staged_forward
 
 BACKGROUND_WORDS = 5  # a patch of background is named "background" and by where it lies
 
@@ -49,6 +50,7 @@ class Trainer:
         self.model = make_model(**config["model"])
         self.model.model.vision_tower.set_attn_implementation("tiny_plain")
         self.model.model.language_model.set_attn_implementation("tiny_packed")
+        self.staging = Staging(**config["staged"]) if "staged" in config else None
         self.scale = nn.Parameter(torch.tensor(1.0))
         self.names = [name for name, _ in self.model.named_parameters()] + ["scale"]
         self.parameters = [*self.model.parameters(), self.scale]
@@ -136,9 +138,11 @@ class Trainer:
         behind = torch.where(anew, number, GRID * GRID) + torch.arange(ids.shape[2]).repeat(ids.shape[1])
         first = torch.arange(len(prefix)).expand(rows, -1)
         positions = torch.cat([first, len(prefix) + places, len(prefix) + behind], dim=1)
-        hidden = self.model.model.language_model(
-            inputs_embeds=tokens, position_ids=positions, use_cache=False, questions=ids.shape[1], slot=ids.shape[2]
-        ).last_hidden_state
+        decoder, packing = self.model.model.language_model, {"questions": ids.shape[1], "slot": ids.shape[2]}
+        if self.staging:
+            hidden = staged_forward(decoder, tokens, positions, len(prefix), number, self.staging, **packing)
+        else:
+            hidden = decoder(inputs_embeds=tokens, position_ids=positions, use_cache=False, **packing).last_hidden_state
         return self.model.lm_head(hidden[:, -ids[0].numel() :]).view(*ids.shape, -1)
 
     def losses(self, batch: dict[str, Any], phase: Phase) -> tuple[Tensor, dict[str, Any]]:
@@ -316,12 +320,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--config", type=Path, default=Path(__file__).with_name("train.yaml"))
     parser.add_argument("--run", type=Path, required=True, help="folder of the run; an existing run is continued")
+    parser.add_argument("--seed", type=int, help="instead of the configuration's")
     parser.add_argument("--until", type=int, help="stop after this step")
     parser.add_argument("--export", type=Path, help="write the checkpoint for from_pretrained here")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    trainer = train(yaml.safe_load(arguments.config.read_text()), arguments.run, arguments.until)
+    config = settings.read(arguments.config)
+    config |= {} if arguments.seed is None else {"seed": arguments.seed}
+    trainer = train(config, arguments.run, arguments.until)
     if arguments.export:
         trainer.export(arguments.export)
 

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 from visibench.models.load import EMBEDDED
-from visibench.synthetic.questions import FORBIDDEN, KINDS, WORDS, Question
+from visibench.synthetic.questions import FORBIDDEN, KINDS, WORDS, SceneQuestion
 from visibench.synthetic.scene import GRID, HELD_OUT, SIZE, render, sample_scene, sample_word
 from visibench.training import train as training
 from visibench.training.batches import IGNORE, SUFFIX, Packer, Phase, Stream
@@ -181,7 +181,7 @@ def test_hints_are_what_the_image_shows(packer):
 def test_hints_follow_a_quoted_word_letter_by_letter(packer, said, right):
     scene, _ = image(5, sign=True)
     scene = dataclasses.replace(scene, sign=dataclasses.replace(scene.sign, word="bado"))
-    question = Question("verify_text", f'Is the word on the sign "{said}"?', "yes" if said == "bado" else "no")
+    question = SceneQuestion("verify_text", f'Is the word on the sign "{said}"?', "yes" if said == "bado" else "no")
     ids, start = packer.tail(question, "")
     tokens = packer.tokenizer.convert_ids_to_tokens(ids[:start])
     known = hints(tokens, scene, question)
