@@ -10,6 +10,7 @@ lint:
 	ruff check .
 	ruff format --check .
 	mypy .
+	lint-imports
 
 quick:
 	visibench sweep configs/quick.yaml

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from . import attention
+from .encoding import Encoding
 from .layout import TokenLayout, TokenSet
 from .trace import Trace
-from .vision.encoding import Encoding
 
 Edit = Callable[[Tensor], Tensor]
 Norm = Callable[[Tensor], Tensor]

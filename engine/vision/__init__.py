@@ -1,2 +1,2 @@
-"""The vision side: what it computed of one batch of images (encoding), merging inside the tower (tower), where images
-land in the rows (rows), and the hooks at tower and projector (tap)."""
+"""The vision side: merging inside the tower (tower), where images land in the rows (rows), and the hooks at tower and
+projector (tap)."""

@@ -17,11 +17,11 @@ from ...models.adapters import Adapter
 from ..attention import Interception
 from ..contract import Forward, Method
 from ..decisions import Keep, Merge, as_merge
+from ..encoding import Encoding
 from ..features import Entry, FeatureStore, SharedTower
 from ..layout import TokenLayout, TokenSet
 from ..trace import Trace, Watch
 from ..views import VisionView
-from .encoding import Encoding
 from .rows import ImageRows
 from .tower import Tower
 

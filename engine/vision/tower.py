@@ -13,9 +13,9 @@ from ...errors import UnsupportedModelError
 from ...models.adapters import Adapter
 from ..attention import Interception
 from ..contract import Method
+from ..encoding import Encoding
 from ..trace import Watch
 from ..views import BlockView
-from .encoding import Encoding
 
 
 class Tower:

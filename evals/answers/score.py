@@ -25,7 +25,7 @@ from ...results.store.samples import Answer, Sample, frame
 from ...utils import machine
 from ..tasks import lmms_eval
 from ..tasks.question import Question
-from ..tasks.tasks import MME_CATEGORY_MAXIMUM, Metric, Task, reason
+from ..tasks.tasks import MME_CATEGORY_MAXIMUM, Task, TaskMetric, reason
 from .checkpoint import Answers, Batch
 from .generate import Bridge, batch_key, batches, generation, questions
 
@@ -212,7 +212,7 @@ def _metrics(results: dict[str, Any]) -> dict[str, float]:
     return metrics
 
 
-def _score(metric: Metric, metrics: dict[str, float], samples: pd.DataFrame) -> ScoreRecord:
+def _score(metric: TaskMetric, metrics: dict[str, float], samples: pd.DataFrame) -> ScoreRecord:
     maximum = metric.maximum
     if metric.key == "mme_perception_score":
         maximum = MME_CATEGORY_MAXIMUM * len(set(samples["category"]).difference(MME_COGNITION))

@@ -208,7 +208,7 @@ def time_phases(loaded: LoadedModel, inputs: Mapping[str, Any], new_tokens: int)
     return times
 
 
-class Stopwatch:
+class MethodClock:
     """Adds up the time in the method, as a session's ``watch``: spans of it, less the model's own work inside them."""
 
     def __init__(self, clock: Clock) -> None:
@@ -234,7 +234,7 @@ class Stopwatch:
 def time_method(loaded: LoadedModel, method: Method, inputs: Mapping[str, Any]) -> float:
     """Milliseconds that one prefill spends in ``method``: scoring, merging, and the cuts that carry them out."""
     clock = clock_of(loaded.model.device)
-    watch = Stopwatch(clock)
+    watch = MethodClock(clock)
     with prune(loaded.model, method, watch=watch), undisturbed(clock):
         loaded.model(**inputs, use_cache=True, logits_to_keep=1)
     return watch.total()

@@ -26,7 +26,7 @@ def generate(model: Any, batch: dict[str, Any], **options: Any) -> tuple[Tensor,
     return output.sequences[:, -NEW:], torch.stack(output.logits)
 
 
-class Replay(Forward):
+class FixedDecisions(Forward):
     """Decides in every longer prompt what ``inner`` decided in the first; new tokens attend to whatever is there."""
 
     def __init__(self, inner: Forward) -> None:
@@ -69,11 +69,11 @@ def everything_is_dense(bench: Bench, method: Method) -> None:
 
 def cache_changes_nothing(bench: Bench, method: Method) -> None:
     """generation with a KV cache equals generation without"""
-    batch, replays, begin = collate(make_batch(ROWS[:4], seed=1)), list[Replay](), type(method).begin
+    batch, replays, begin = collate(make_batch(ROWS[:4], seed=1)), list[FixedDecisions](), type(method).begin
 
     def once(self: Method, layout: Any, geometry: Any) -> Forward:
         if not replays:
-            replays.append(Replay(begin(self, layout, geometry)))
+            replays.append(FixedDecisions(begin(self, layout, geometry)))
         return replays[0]
 
     with torch.no_grad(), prune(bench.llava, method):

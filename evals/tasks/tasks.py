@@ -33,7 +33,7 @@ MME_CATEGORY_MAXIMUM = 200.0
 
 
 @dataclass(frozen=True)
-class Metric:
+class TaskMetric:
     """One of lmms-eval's metrics, by its key there, as tables show it. ``maximum`` None: not known beforehand."""
 
     key: str
@@ -52,7 +52,7 @@ class TaskInfo:
     name: str
     title: str
     about: str
-    metrics: tuple[Metric, ...]
+    metrics: tuple[TaskMetric, ...]
     cluster: str | None = None
     target: str | None = None
 
@@ -61,20 +61,24 @@ TASKS = {
     info.name: info
     for info in (
         TaskInfo(
-            "gqa", "GQA", "compositional questions about a scene", (Metric("exact_match", "exact match"),), "imageId"
+            "gqa",
+            "GQA",
+            "compositional questions about a scene",
+            (TaskMetric("exact_match", "exact match"),),
+            "imageId",
         ),
         TaskInfo(
             "mme",
             "MME",
             "two yes/no questions an image; the score counts single answers and whole pairs, 200 a category",
-            (Metric("mme_perception_score", "perception", None),),
+            (TaskMetric("mme_perception_score", "perception", None),),
             "question_id",
         ),
         TaskInfo(
             "textvqa_val",
             "TextVQA",
             "reading words in an image, ten reference answers a question",
-            (Metric("exact_match", "VQA accuracy"),),
+            (TaskMetric("exact_match", "VQA accuracy"),),
             "image_id",
             "answers",
         ),
@@ -82,7 +86,7 @@ TASKS = {
             "pope",
             "POPE",
             "is an object there? absent ones are random, popular or adversarial",
-            (Metric("pope_f1_score", "F1"), Metric("pope_accuracy", "accuracy")),
+            (TaskMetric("pope_f1_score", "F1"), TaskMetric("pope_accuracy", "accuracy")),
             "image_source",
         ),
     )
@@ -104,7 +108,7 @@ class Task:
             return TASKS[self.name]
         first = next(iter(self.harness.aggregation()))
         maximum = 1.0 if first in ("exact_match", "acc", "accuracy", "anls") else None
-        return TaskInfo(self.name, self.name, "lmms-eval task", (Metric(first, first, maximum),))
+        return TaskInfo(self.name, self.name, "lmms-eval task", (TaskMetric(first, first, maximum),))
 
     @cached_property
     def docs(self) -> Any:

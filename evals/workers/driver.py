@@ -32,7 +32,7 @@ from ..answers.cell_spec import CellSpec
 from ..sweeps.events import Answered, CellFailed, CellFinished, CellStarted, Named, Note, Reporter, Stopwatch
 from ..sweeps.executor import UNFINISHED, Job, Prepared
 from ..tasks.tasks import reason
-from .worker import Outcome, Shard
+from .worker import Shard, WorkDone
 
 RETRIES = 3
 """How often a task runs again whose worker was lost."""
@@ -216,9 +216,9 @@ class _Driver:
             outcome = self._failed(task, f"its worker was lost {RETRIES + 1} times", str(error.__cause__ or error))
         self._take(task, outcome)
 
-    def _failed(self, task: _Task, why: str, traceback: str) -> Outcome:
+    def _failed(self, task: _Task, why: str, traceback: str) -> WorkDone:
         self.job.store.fail(task.state.cell.config, [Failure(doc_id=None, error=why, traceback=traceback)])
-        return Outcome({}, 0)
+        return WorkDone({}, 0)
 
     # ---- cells ------------------------------------------------------------------------------------------------------
 
@@ -265,7 +265,7 @@ class _Driver:
         reference = {file.name: file.read_bytes() for file in map(dense.path.joinpath, DONE)} if dense else {}
         self.running[worker.call("run", cell.config, cell.dense, shard, answers, reference)] = worker, task
 
-    def _take(self, task: _Task, outcome: Outcome) -> None:
+    def _take(self, task: _Task, outcome: WorkDone) -> None:
         state = task.state
         self._say(outcome.notes)
         self.job.store.take(state.cell.config, outcome.files)

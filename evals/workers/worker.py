@@ -32,7 +32,7 @@ Shard = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class WorkDone:
     """What a task returns: new files of the cell's folder by name, how many questions it answered, and what to say.
 
     ``stopped``: it was told to stop before it was through.
@@ -82,7 +82,7 @@ class Worker:
         shard: Shard | None,
         answers: dict[str, bytes],
         reference: dict[str, bytes],
-    ) -> Outcome:
+    ) -> WorkDone:
         """Answer a shard of a cell, or with all ``answers`` so far what is left, and score and time it.
 
         ``reference``: files of its ``dense`` cell, if that is done.
@@ -118,7 +118,7 @@ class Worker:
                 store.fail(config, [failure(error)])
             written = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
         new = {name: content for name, content in written.items() if answers.get(name) != content}
-        return Outcome(new, sum(answered), self._told(), stopped)
+        return WorkDone(new, sum(answered), self._told(), stopped)
 
 
 def _spec(config: CellConfig, dense: CellConfig | None) -> CellSpec:

@@ -10,9 +10,9 @@ from typing import Any
 import pandas as pd
 
 from ...errors import DataError
-from ...results.tables.columns import columns
 from ...results.statistics.inference import DENSE
 from ...results.store.store import Cell
+from ...results.tables.columns import columns
 from ...results.tables.tables import MethodRow, ResultTable, build
 from ..question_image import numbered
 
@@ -55,7 +55,8 @@ def summary(cell: Cell, dense: Sequence[Cell]) -> dict[str, Any]:
 
     ``TASK/METRIC`` with ``…/ci_low`` and ``…/ci_high`` (95 %, clustered by image), ``score_percent`` (the headline as
     a share of its maximum), ``retained_percent``, ``loyalty_percent``, ``visual_tokens/…``, ``compute/…gflops`` (one
-    multiply-add = 1; of each question alone, ``in_batch`` of the batches that were run), ``kv_cache/entries`` (mean over decoder layers), ``prefill_ms/…``, ``seconds/…``.
+    multiply-add = 1; of each question alone, ``in_batch`` of the batches that were run), ``kv_cache/entries`` (mean
+    over decoder layers), ``prefill_ms/…``, ``seconds/…``.
     """
     task, row = cell.config.task, row_of(cell, dense)
     numbers: dict[str, Any] = {}
@@ -72,7 +73,11 @@ def summary(cell: Cell, dense: Sequence[Cell]) -> dict[str, Any]:
     if row.evidence.loyalty_mean:
         numbers["loyalty_percent"] = 100 * row.evidence.loyalty_mean.value
     tokens = cell.metrics.visual_tokens
-    numbers |= {"visual_tokens/prompt": tokens.prompt, "visual_tokens/T": tokens.mean, "visual_tokens/last": tokens.last}
+    numbers |= {
+        "visual_tokens/prompt": tokens.prompt,
+        "visual_tokens/T": tokens.mean,
+        "visual_tokens/last": tokens.last,
+    }
     numbers["compute/gflops"] = cell.metrics.compute.macs * GIGA
     numbers["compute/tflops"] = cell.metrics.compute.macs * 1e-12
     if cell.metrics.compute.batch_macs is not None:

@@ -11,12 +11,12 @@ from ...methods import list_methods
 from ...results.tables.render import render
 from ...results.tables.summary import by_group, lead
 from ...results.tables.tables import ResultTable
-from .sink import Destination, reason
 from ..question_image import numbered
+from .sink import Destination, reason
 
 
 def document(tables: Sequence[ResultTable], destination: Destination) -> Any:
-    """The report, a ``wandb_workspaces.reports.v2.Report``. Runs are those of the destination's group in its project."""
+    """The report, a ``wandb_workspaces.reports.v2.Report``. Its runs are the destination's."""
     import wandb_workspaces.reports.v2 as wr
 
     blocks: list[Any] = [wr.TableOfContents(), wr.H1("Summary")]
@@ -30,7 +30,9 @@ def document(tables: Sequence[ResultTable], destination: Destination) -> Any:
     used = sorted({row.method for table in tables for row in table.rows})
     blocks += [wr.H1("Methods"), wr.UnorderedList([note(name) for name in used])]
     title = f"Visual-token pruning: {destination.group}"[:128]
-    return wr.Report(project=destination.project, entity=destination.entity or "", title=title, blocks=blocks, width="fluid")
+    return wr.Report(
+        project=destination.project, entity=destination.entity or "", title=title, blocks=blocks, width="fluid"
+    )
 
 
 def note(name: str) -> str:

@@ -26,8 +26,8 @@ import pandas as pd
 
 from ...errors import DataError, OptionError, VisibenchError
 from ...results.store.records import digest
-from ...results.tables.render import render
 from ...results.store.store import Cell, Store
+from ...results.tables.render import render
 from ...results.tables.tables import build
 from .content import config_of, dense_of, names, samples, summary, sweep_content
 

@@ -67,14 +67,14 @@ class Match:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PublishedComparison:
     """Pairs that can be compared, and one line on each kind of figure that cannot."""
 
     matches: list[Match]
     left_out: list[str]
 
 
-def compare(cells: Iterable[Cell]) -> Comparison:
+def compare(cells: Iterable[Cell]) -> PublishedComparison:
     """Own cells against all published figures."""
     matches: list[Match] = []
     left_out: list[str] = []
@@ -88,7 +88,7 @@ def compare(cells: Iterable[Cell]) -> Comparison:
             matches += pairs
             title = vocabulary().quantities[name].title
             left_out += [f"{ours.label}, {title}: {reason}" for reason in reasons]
-    return Comparison(matches, list(dict.fromkeys(left_out)))
+    return PublishedComparison(matches, list(dict.fromkeys(left_out)))
 
 
 def means(cells: Iterable[Cell]) -> list[Ours]:
@@ -240,12 +240,12 @@ def _spelled(value: Any) -> str:
     return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def render(comparison: Comparison, form: str = "text") -> str:
+def render(comparison: PublishedComparison, form: str = "text") -> str:
     """The comparison in the format ``text``, ``md``, ``csv`` or ``json``."""
     return formatted(form, lambda: [_grid(comparison)], lambda: _records(comparison))
 
 
-def _records(comparison: Comparison) -> list[dict[str, Any]]:
+def _records(comparison: PublishedComparison) -> list[dict[str, Any]]:
     compared = [
         {
             "label": match.ours.label,
@@ -263,7 +263,7 @@ def _records(comparison: Comparison) -> list[dict[str, Any]]:
     return compared + [{"left_out": reason} for reason in comparison.left_out]
 
 
-def _grid(comparison: Comparison) -> Grid:
+def _grid(comparison: PublishedComparison) -> Grid:
     lines = []
     notes: dict[str, int] = {}
     for match in comparison.matches:

@@ -13,7 +13,7 @@ from visibench.errors import OptionError
 from visibench.evals.compute import timing as clocks
 from visibench.evals.compute.timing import (
     HostClock,
-    Stopwatch,
+    MethodClock,
     Timing,
     clock_of,
     greedy,
@@ -218,7 +218,7 @@ def test_attention_in_parts_is_the_models_own(loaded, clock, monkeypatch):
 
 
 def test_stopwatch_counts_only_the_outermost_spans(clock):
-    watch = Stopwatch(clock)
+    watch = MethodClock(clock)
     with watch("model"):
         clock.now += 1000
     with watch("method"):

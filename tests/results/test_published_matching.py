@@ -10,14 +10,7 @@ import pytest
 from storing import SAMPLES
 from visibench.methods.registry import load_method
 from visibench.results.published import figures, matching
-from visibench.results.store.records import (
-    CellConfig,
-    CellMetrics,
-    Compute,
-    Environment,
-    ScoreRecord,
-    VisualTokens,
-)
+from visibench.results.store.records import CellConfig, CellMetrics, Compute, Environment, ScoreRecord, VisualTokens
 from visibench.results.store.store import Store
 
 LLAVA = "llava-hf/llava-1.5-7b-hf"

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ...models.adapters import VisionGeometry
-from ..decisions import BlockMerge, Keep, Merge
-from ..layout import TokenSet
+from ..models.adapters import VisionGeometry
+from .decisions import BlockMerge, Keep, Merge
+from .layout import TokenSet
 
 
 @dataclass
