@@ -1,43 +1,16 @@
 """Vision-side methods against vectors recorded from their authors' code: same patches, same merged features."""
 
-import json
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import visibench
+from golden_llava import CLIP, IMAGE, make_golden_llava, vectors
 from golden_support import MANIFEST
-from support import GOLDEN, IMAGE
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from visibench.methods import Forward, Keep, Method, cdpruner, divprune, pieces, tome, vispruner
-
-CLIP = {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / "clip_inputs.npz").items()}
 
 
 def configurations(name):
     return [pytest.param(config, entry, id=f"{name}-{config}") for config, entry in MANIFEST[name]["configs"].items()]
-
-
-def vectors(name):
-    return {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / f"{name}.npz").items()}
-
-
-def make_golden_llava(dtype=torch.float32):
-    """The recorded vision tower in front of a small decoder with random weights."""
-    config = json.loads((GOLDEN / "clip.json").read_text())
-    tower = CLIPVisionConfig(**{k: v for k, v in config.items() if k not in ("model_type", "torch_dtype")})
-    text = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=tower, text_config=text, image_token_id=IMAGE, vision_feature_layer=-2)
-    )
-    weights = {k.removeprefix("vision_model."): torch.from_numpy(v) for k, v in np.load(GOLDEN / "clip.npz").items()}
-    missing, unexpected = model.model.vision_tower.load_state_dict(weights, strict=False)
-    assert isinstance(model.model.vision_tower, CLIPVisionModel)
-    assert not missing
-    assert all("position_ids" in key for key in unexpected)
-    return model.eval().to(dtype)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import visibench
 from support import collate, make_batch, make_llava
 from visibench.errors import OptionError, UnsupportedModelError
 from visibench.evals.compute import flops
-from visibench.methods import cdpruner, divprune, grids, pieces, prumerge, tome, visionzip, vispruner
+from visibench.methods import cdpruner, divprune, grids, pieces, prumerge, scope, tome, visionzip, vispruner
 from visibench.models.adapters import Adapter
 
 ROWS = [(5, 9, 1), (3, 12, 2), (4, 6, 0)]
@@ -58,6 +58,24 @@ def test_greedy_determinant(count):
             part = lambda j, chosen=expected, k=kernel[image]: torch.linalg.det(k[[*chosen, j]][:, [*chosen, j]])  # noqa: E731
             expected.append(max(free, key=lambda j, volume=part: volume(j).item()))
         assert picked[image].tolist() == expected
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 5, 12])
+def test_greedy_coverage(count, add):
+    similarity, weight = pieces.cosine(random(2, 12, 5)), random(2, 12, seed=1).abs()
+    picked = scope.covering(similarity, weight, count, add=add)
+    for image in range(2):
+        chosen = []
+
+        def covered(tokens, cos=similarity[image]):
+            return torch.cat([torch.zeros(12, 1, dtype=cos.dtype), cos[:, tokens]], dim=1).amax(1).sum().item()
+
+        for _ in range(count):
+            gain = {j: covered([*chosen, j]) - covered(chosen) for j in range(12) if j not in chosen}
+            factor = weight[image].tolist()
+            chosen.append(max(gain, key=lambda j: gain[j] + factor[j] if add else gain[j] * factor[j]))
+        assert picked[image].tolist() == chosen
 
 
 def test_greedy_determinant_goes_on_past_the_rank_without_repeating():
@@ -279,7 +297,7 @@ def test_work_of_a_shortened_tower_by_hand(llava):
     assert flops.executed(session.trace, session.geometry).scoring.tolist() == [2 * 8 * (9 * 8 + 6 * 5)]
 
 
-@pytest.mark.parametrize("name", ["divprune", "fastervlm", "vispruner", "pooling", "tome", "downsample"])
+@pytest.mark.parametrize("name", ["divprune", "fastervlm", "vispruner", "scope", "pooling", "tome", "downsample"])
 def test_keeping_every_patch_is_dense_bit_for_bit(llava, name):
     batch = collate(make_batch(ROWS))
     dense = llava(**batch).logits
@@ -294,6 +312,7 @@ def test_keeping_every_patch_is_dense_bit_for_bit(llava, name):
         ("fastervlm", {}),
         ("visionzip", {}),
         ("vispruner", {}),
+        ("scope", {}),
         ("prumerge", {}),
         ("prumerge_plus", {}),
         ("cdpruner", {"condition": "none"}),
@@ -324,6 +343,7 @@ def with_vision(**changes):
         ("fastervlm", {}, {"has_cls": False}, "CLS token.*divprune or pooling"),
         ("visionzip", {}, {"has_cls": False}, "CLS token"),
         ("vispruner", {}, {"has_cls": False}, "CLS token"),
+        ("scope", {}, {"has_cls": False}, "CLS token"),
         ("prumerge", {}, {"has_cls": False}, "CLS token"),
         ("prumerge_plus", {}, {"feature_block": 2}, "block after the feature block.*visionzip"),
         ("cdpruner", {}, {}, "no CLIP text tower.*condition=none"),
@@ -343,7 +363,7 @@ def test_models_that_do_not_fit_are_refused(name, options, changes, message):
 
 
 @pytest.mark.parametrize(
-    "name", ["divprune", "fastervlm", "visionzip", "vispruner", "prumerge", "pooling", "tome", "downsample"]
+    "name", ["divprune", "fastervlm", "visionzip", "vispruner", "scope", "prumerge", "pooling", "tome", "downsample"]
 )
 def test_bare_decoders_are_refused(golden_llama, name):
     with pytest.raises(UnsupportedModelError, match="vision tower"):
@@ -363,6 +383,8 @@ def test_new_tokens_have_no_old_positions(name):
         ("visionzip", {"tokens": 8, "contextual": -1}, "contextual must be >= 0"),
         ("vispruner", {"tokens": 8, "important": 2.0}, "fraction of the budget"),
         ("vispruner", {"tokens": 8, "drop": 0}, "drop"),
+        ("scope", {"tokens": 8, "alpha": -1.0}, "alpha must be >= 0"),
+        ("scope", {"tokens": 8, "combine": "max"}, "'multiply' or 'add'"),
         ("prumerge", {"tokens": 8, "keep": 0.5}, "at most one of keep"),
         ("prumerge", {"neighbours": -1}, "neighbours must be >= 0"),
         ("prumerge", {"order": "random"}, "'attention' or 'spatial'"),

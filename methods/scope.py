@@ -1,0 +1,75 @@
+"""SCOPE: *Saliency-Coverage Oriented Token Pruning for Efficient Multimodal LLMs* (arXiv 2510.24214).
+
+Authors' code: kinredon/SCOPE, commit 6bf7306. Block: the vision block whose output the model uses.
+
+    a_j = attention of CLS to patch j in the block, all heads together
+    b_i = how well patch i is covered, 0 at first; until the budget is spent:
+        gain_j = Σ_i max(0, cos(x_i, x_j) - b_i)         what picking j would cover, x the features of an image
+        pick the patch of highest gain_j · a_j^alpha     (``combine="add"``: gain_j + a_j^alpha)
+        b_i = max(b_i, cos(x_i, x_picked))
+    in front of the projector:  keep the picks, in their order in the image, with new positions
+
+It keeps its budget of every image from decoder layer 0 on. The authors divide their budget by the number of images in
+the batch, so that two prompts side by side get half of it each; here every image has all of it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .base import Scored
+from .pieces import by_place, cosine, needs_cls, per_image
+from .registry import register
+
+if TYPE_CHECKING:
+    from ..engine.contract import Geometry, VisionView
+
+Combination = Literal["multiply", "add"]
+
+
+@register("scope", "SCOPE", paper="2510.24214", source="kinredon/SCOPE@6bf7306")
+class SCOPE(Scored):
+    """Keep patches that together cover the others' features best, weighted by the attention of CLS."""
+
+    hook_points = ("vision",)
+    positions = "renumber"
+    examples = ("keep=0.5", "tokens=6,alpha=0.5,combine=add")
+
+    alpha: float = 1.0
+    combine: Combination = "multiply"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.alpha >= 0, f"alpha must be >= 0, not {self.alpha}")
+        self.require(self.combine in get_args(Combination), "combine must be 'multiply' or 'add'")
+
+    def check(self, geometry: Geometry) -> None:
+        needs_cls(self, geometry)
+
+    def score(self, view: VisionView) -> Tensor:
+        patches, size = view.features.shape[1:]
+        view.scored(patches * patches * size)
+        weight = view.cls_weights().sum(1) ** self.alpha
+        picked = covering(cosine(view.features), weight, per_image(self, patches), add=self.combine == "add")
+        return by_place(picked, patches)
+
+
+def covering(similarity: Tensor, weight: Tensor, count: int, *, add: bool = False) -> Tensor:
+    """Int (N, count): tokens in the order in which the greedy rule picks them; ties go to the earlier token.
+
+    ``similarity``: (N, P, P), cosines; ``weight``: (N, P), multiplied with what a token would newly cover, or added.
+    """
+    images, tokens, _ = similarity.shape
+    covered, left_out = similarity.new_zeros(images, tokens, 1), similarity.new_zeros(images, tokens)
+    picked = similarity.new_empty(images, 0, dtype=torch.int64)
+    for _ in range(count):
+        gain = (similarity - covered).clamp(min=0).sum(1)
+        gain = (gain + weight if add else gain * weight) + left_out
+        token = gain.argmax(1, keepdim=True)
+        picked = torch.cat([picked, token], dim=1)
+        left_out = left_out.scatter(1, token, -torch.inf)
+        covered = covered.maximum(similarity.gather(2, token[:, None].expand(-1, tokens, -1)))
+    return picked
