@@ -11,10 +11,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from ...engine.contract import Knob, spell_value
-from ...errors import DataError, OptionError
+from ...errors import OptionError
 from ...methods import Method, list_methods
-from ...methods.files import file_of, find
-from ...results.store.records import CellConfig
+from ...methods.files import find
 from .target import Target
 
 # FILE.py[:NAME][:options]; what holds an equals sign is no name.
@@ -152,15 +151,6 @@ def split(text: str) -> tuple[str, dict[str, str]]:
 def build(name: str, options: Mapping[str, Any]) -> Method:
     """The method ``name`` with ``options``, each converted to the type of its field."""
     return MethodSpec.of(name, options).build()
-
-
-def of_config(config: CellConfig) -> Method:
-    """The method of a cell. Raises :class:`DataError` if it was read from a file that is another one by now."""
-    spec = MethodSpec.of(config.reference, config.options)
-    file = file_of(spec.cls)
-    if file is not None and file.digest != config.method_hash:
-        raise DataError(f"{file.path} is not the file it was when this run began: run the same command again")
-    return spec.build()
 
 
 def typed(cls: type[Method], options: Mapping[str, Any]) -> dict[str, Any]:

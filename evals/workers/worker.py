@@ -123,7 +123,7 @@ class Worker:
 
 def _spec(config: CellConfig, dense: CellConfig | None) -> CellSpec:
     """The cell, its method built here; :class:`DataError` where model or method are not those that the sweep means."""
-    method = method_spec.of_config(config)
+    method = method_spec.build(config.reference, config.options)
     file = file_of(type(method))
     if fingerprint(config.model) != config.checkpoint:
         raise DataError(f"model {config.model!r} is another one on {platform.node()}: copy the folder there")
