@@ -39,16 +39,12 @@ AsEvents = Annotated[
     ),
 ]
 
+METHOD = "E.g. fastv:layer=2,keep=0.5; see `visibench methods`. Or of a file: ./FILE.py:NAME:key=value."
+
 
 def run(
     model: Annotated[str, typer.Option(help="tiny, a local folder, or a hub name.")],
-    method: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME[:key=value,…]",
-            help="E.g. fastv:layer=2,keep=0.5; see `visibench methods`. Or of a file: ./FILE.py:NAME:key=value.",
-        ),
-    ],
+    method: Annotated[str, typer.Option(metavar="NAME[:key=value,…]", help=METHOD)],
     task_list: Annotated[str, typer.Option("--tasks", metavar="A,B", help="Tasks, separated by commas.")],
     limit: Limit = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 8,
