@@ -106,6 +106,8 @@ class Method:
     else changes, so that the output is the dense model's bit for bit; None where no options do that.
 
     ``knobs``: what sets how much is kept, the finest first; without one the method cannot be asked to meet a budget.
+
+    ``reorders``: whether tokens that stay may go on in another order than they had.
     """
 
     name: ClassVar[str]
@@ -114,6 +116,7 @@ class Method:
     source: ClassVar[str] = ""
     hook_points: ClassVar[tuple[HookPoint, ...]] = ()
     adaptive: ClassVar[bool] = False
+    reorders: ClassVar[bool] = False
     vision_blocks: ClassVar[tuple[int, ...]] = (-1,)
     vision_cls: ClassVar[bool] = False
     examples: ClassVar[tuple[str, ...]] = ("",)

@@ -13,9 +13,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Keep:
-    """Keep the visual tokens where ``mask`` (bool, (B, V)) is true and drop the others, in order."""
+    """Keep the visual tokens where ``mask`` (bool, (B, V)) is true and drop the others.
+
+    ``order``: int (B, V) or None; the tokens that stay go on in ascending order of these numbers, in place of their
+    own, by methods that say so (``reorders``). Equal ones keep their order. On the vision side B counts images, which
+    never mix.
+    """
 
     mask: Tensor
+    order: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Merge:
     of the row; ``added_present``: bool (B, M), where None means that all are. ``added_positions``: int (B, M), the
     positions of the new tokens, needed under the ``keep`` policy only. ``anchors``: int (B, M), for each new token the
     visual token (it need not stay) by which it goes: j for behind token j, -1 - j for in front of it; None: behind the
-    last one.
+    last one. ``order``: as in :class:`Keep`; where tokens change places, anchors name the places.
     """
 
     mask: Tensor
@@ -36,6 +42,7 @@ class Merge:
     added_present: Tensor | None = None
     added_positions: Tensor | None = None
     anchors: Tensor | None = None
+    order: Tensor | None = None
 
     def added_mask(self) -> Tensor:
         """Bool (B, M): the new tokens that exist."""
@@ -60,4 +67,4 @@ class BlockMerge:
 
 def as_merge(decision: Keep | Merge) -> Merge:
     """A Keep as the Merge that only keeps."""
-    return decision if isinstance(decision, Merge) else Merge(decision.mask)
+    return decision if isinstance(decision, Merge) else Merge(decision.mask, order=decision.order)

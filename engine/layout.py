@@ -223,18 +223,26 @@ class Cut:
         return source.gather(1, index)
 
 
-def cut(layout: TokenLayout, keep: Tensor, added: Tensor | None = None, anchor: Tensor | None = None) -> Cut | None:
+def cut(
+    layout: TokenLayout,
+    keep: Tensor,
+    added: Tensor | None = None,
+    anchor: Tensor | None = None,
+    order: Tensor | None = None,
+) -> Cut | None:
     """Drop visual tokens and add others; None if nothing changes. One host sync: the counts.
 
     ``keep``: bool (B, V). ``added``: bool (B, M), the new tokens that exist; each stands right behind the token at
-    ``anchor``, int (B, M) in old columns. Sorting by column with dropped tokens first pads on the left by itself.
+    ``anchor``, int (B, M) in old columns. ``order``: int (B, V), tokens that stay take each other's columns so that
+    these numbers rise. Sorting by column with dropped tokens first pads on the left by itself.
     """
     keep = keep & layout.visual.present
     column = torch.arange(layout.width, device=layout.device).expand(layout.rows, -1) * 2
     if added is None or anchor is None:
         added, anchor = keep[:, :0], column[:, :0]
-    kept, new = torch.stack([keep.sum(1), added.sum(1)]).tolist()
-    if tuple(kept) == layout.visual_counts and not any(new):
+    column, moved = _in_order(layout, column, keep, order)
+    kept, new, moves = torch.stack([keep.sum(1), added.sum(1), moved]).tolist()
+    if tuple(kept) == layout.visual_counts and not any(new) and not any(moves):
         return None
     counts = tuple(map(sum, zip(kept, new, strict=True)))
     lengths = tuple(n - old + now for n, old, now in zip(layout.lengths, layout.visual_counts, counts, strict=True))
@@ -253,3 +261,14 @@ def cut(layout: TokenLayout, keep: Tensor, added: Tensor | None = None, anchor: 
         layout.hash_inputs,
     )
     return Cut(left, index)
+
+
+def _in_order(layout: TokenLayout, column: Tensor, keep: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Columns (B, L) with those of the tokens that stay dealt out anew by ``order``, and int (B,): how many moved."""
+    if order is None:
+        return column, torch.zeros_like(column[:, 0])
+    own = layout.visual.pick(column, 1)
+    by_place = (~keep).to(torch.int8).argsort(dim=1, stable=True)
+    by_order = order.masked_fill(~keep, torch.iinfo(order.dtype).max).argsort(dim=1, stable=True)
+    dealt = own.scatter(1, by_order, own.gather(1, by_place))
+    return layout.visual.place(dealt, column, dim=1), ((dealt != own) & keep).sum(1)

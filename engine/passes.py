@@ -207,7 +207,9 @@ class Pass:
             if merge.added_positions is None and self.method.positions != "renumber":
                 raise VisibenchError(f"{self.method.name}: new tokens need added_positions, or positions='renumber'")
         trace.host_syncs += 1
-        change = cut(layout, merge.mask, added, anchor)
+        if merge.order is not None and not self.method.reorders:
+            raise VisibenchError(f"{self.method.name} changes the order of tokens and does not say so: set reorders")
+        change = cut(layout, merge.mask, added, anchor, merge.order)
         if change is None:
             return segment, _joined(prompt, behind)
         left = change.gather(prompt, merge.added)

@@ -51,7 +51,14 @@ class ImageRows:
             None if merge.added is None else self.group(merge.added_mask()),
             None if merge.added_positions is None else self.group(merge.added_positions),
             None if merge.added is None else self._anchors(merge),
+            None if merge.order is None else self._order(merge.order),
         )
+
+    def _order(self, order: Tensor) -> Tensor:
+        """Int (B, M·P): places among all images of the row, each of which comes as a whole, from those within each."""
+        within = order.argsort(dim=1, stable=True).argsort(dim=1)
+        first = torch.arange(self.most, device=order.device) * self.patches
+        return self.group(within) + first.repeat_interleave(self.patches)
 
     def _anchors(self, merge: Merge) -> Tensor:
         """Int (B, M·added): for each added token the visual token of the row behind which it goes."""

@@ -12,7 +12,7 @@ from ...engine import prune
 from ...engine.trace import Trace
 from ...methods import Method
 from ...models.adapters import Adapter, Geometry
-from .miniature import LAYERS, ROWS, collate, make_batch, make_llava
+from .miniature import LAYERS, PATCHES, ROWS, collate, make_batch, make_llava
 
 
 class Broken(AssertionError):
@@ -221,7 +221,7 @@ def order_and_positions(bench: Bench, method: Method) -> None:
             valid, at_first = layout.valid[row], prompt.valid[row]
             visual, number = layout.visual.mask[row][valid], layout.visual_id[row][valid]
             stays, where = number >= 0, f"row {row}, layer {layer}"
-            hold((number[stays].diff() > 0).all(), f"{where}: visual tokens out of order")
+            _in_order(method, run.trace, number[stays], where)
             given = run.positions[layer][0].expand(len(ROWS), -1)[row][valid]
             if method.positions == "renumber":
                 same(given.tolist(), list(range(len(given))), f"{where}: positions and numbers from 0")
@@ -229,7 +229,17 @@ def order_and_positions(bench: Bench, method: Method) -> None:
             was_visual, was = prompt.visual.mask[row][at_first], place[row][at_first]
             same(given[stays], was[was_visual][number[stays]], f"{where}: positions of visual tokens now and at first")
             same(given[~visual], was[~was_visual], f"{where}: positions of text tokens now and at first")
-            hold((given.diff() > 0).all(), f"{where}: positions that do not rise")
+            rise = given[~visual] if method.reorders else given
+            hold((rise.diff() > 0).all(), f"{where}: positions that do not rise")
+
+
+def _in_order(method: Method, trace: Trace, number: Tensor, where: str) -> None:
+    """The visual tokens ``number`` of a row rise; where they may not, none comes twice and images stay apart."""
+    if not method.reorders:
+        hold((number.diff() > 0).all(), f"{where}: visual tokens out of order")
+        return
+    hold(len(number.unique()) == len(number), f"{where}: a visual token comes twice")
+    hold((number.div(PATCHES, rounding_mode="floor").diff() >= 0).all(), f"{where}: tokens of two images mix")
 
 
 def acts(bench: Bench, method: Method, everything: Method | None = None) -> None:

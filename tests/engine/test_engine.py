@@ -1,13 +1,16 @@
 """The engine against sequences cut by hand; what holds for every method is in ``test_invariants.py``."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import visibench
-from probes import MergeProbe, Probe, ProjectedProbe, VisionProbe
+from probes import MergeProbe, OrderProbe, Probe, ProjectedProbe, VisionProbe
 from support import IMAGE, collate, make_batch, state
 from transformers import AutoModelForCausalLM, GPT2Config, StaticCache
 from visibench.engine import PruningSession, attention
 from visibench.errors import InputError, OptionError, UnsupportedModelError, VisibenchError
+from visibench.methods import Merge
 
 # (prefix, text, images): different lengths, no image, one and several images.
 ROWS = [(5, 9, 1), (3, 12, 2), (4, 6, 0), (2, 20, 1), (1, 10, 3)]
@@ -39,7 +42,7 @@ def test_sampling_and_beams_run_on_the_pruned_cache(llava, how):
 
 
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
-@pytest.mark.parametrize("kind", [Probe, VisionProbe, ProjectedProbe])
+@pytest.mark.parametrize("kind", [Probe, VisionProbe, ProjectedProbe, OrderProbe])
 def test_cut_in_front_of_layer_0_equals_the_dense_model_on_the_shorter_sequence(llava, kind, positions):
     (sample,) = make_batch([(4, 8, 2)])
     method = kind(layer=0, every=2, positions=positions)
@@ -51,9 +54,40 @@ def test_cut_in_front_of_layer_0_equals_the_dense_model_on_the_shorter_sequence(
     embeddings[0, is_visual] = torch.cat(list(features))
     number = torch.where(is_visual, is_visual.cumsum(0) - 1, -1)
     keep = (number % 2 == 1) | ~is_visual
-    place = torch.arange(len(keep))[None] if positions == "keep" else (keep.cumsum(0) - 1)[None]
-    dense = llava(inputs_embeds=embeddings[:, keep], position_ids=place[:, keep]).logits[:, -1]
+    index = keep.nonzero().flatten()
+    if kind is OrderProbe:  # each image from its end
+        index = torch.cat([part.flip(0) if visual else part for visual, part in spans(index, is_visual)])
+    place = index[None] if positions == "keep" else torch.arange(len(index))[None]
+    dense = llava(inputs_embeds=embeddings[:, index], position_ids=place).logits[:, -1]
     torch.testing.assert_close(pruned, dense, atol=1e-4, rtol=1e-5)
+
+
+def spans(index, is_visual):
+    """Runs of ``index`` that are visual throughout, or text throughout."""
+    starts = [0, *(is_visual[index].diff().nonzero().flatten() + 1).tolist(), len(index)]
+    return [(bool(is_visual[index[a]]), index[a:b]) for a, b in pairwise(starts)]
+
+
+def test_a_method_that_does_not_say_so_may_not_reorder(llava, monkeypatch):
+    monkeypatch.setattr(OrderProbe, "reorders", False)
+    with pytest.raises(VisibenchError, match="probe changes the order of tokens and does not say so: set reorders"):
+        last_logits(llava, OrderProbe(), collate(make_batch(ROWS)))
+
+
+def test_order_moves_tokens_and_new_ones_keep_their_places(llava):
+    """Rows of one and of two images; anchors name places, so that a new token stays in front of its image."""
+
+    class Both(OrderProbe):
+        def vision(self, view):
+            keep = super().vision(view)
+            front = torch.full((len(keep.mask), 1), -1)
+            return Merge(keep.mask, added=view.features[:, :1], anchors=front, order=keep.order)
+
+    _, trace = last_logits(llava, Both(positions="renumber"), collate(make_batch([(4, 8, 2), (3, 5, 1)])))
+    layout, odd = trace.layouts[0], list(range(15, 0, -2))
+    two = [-1] * 4 + [-2, *odd] + [-1] + [-2, *[n + 16 for n in odd]] + [-1] * 8
+    assert layout.visual_id[0].tolist() == two
+    assert layout.visual_id[1][layout.valid[1]].tolist() == [-1] * 3 + [-2, *odd] + [-1] * 5
 
 
 def test_added_tokens_stand_where_the_merge_says(llava):

@@ -53,6 +53,21 @@ class VisionProbe(Probe):
 
 
 @dataclass(frozen=True)
+class OrderProbe(Probe):
+    """Drops like Probe in front of the projector; of each image the last token then comes first."""
+
+    hook_points = ("vision",)
+    reorders = True
+
+    def vision(self, view):
+        keep = self.mask(view.present)
+        return Keep(keep, -torch.arange(keep.shape[1]).expand_as(keep))
+
+    def begin(self, layout, geometry):
+        return Forward()
+
+
+@dataclass(frozen=True)
 class ProjectedProbe(Probe):
     """Drops like Probe behind the projector."""
 
@@ -113,6 +128,8 @@ PROBES = [
     MergeProbe(positions="renumber"),
     VisionProbe(),
     VisionProbe(positions="renumber", merge=True),
+    OrderProbe(),
+    OrderProbe(positions="renumber", every=3),
     ProjectedProbe(positions="renumber"),
     RaggedProbe(),
     RaggedProbe(positions="renumber"),

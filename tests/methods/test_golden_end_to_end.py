@@ -9,7 +9,7 @@ import torch
 import visibench
 from golden_llava import CLIP, check_whole, make_golden_llava, vectors, whole_prompts
 from golden_support import MANIFEST
-from visibench.methods import pieces, scope
+from visibench.methods import holov, pieces, scope
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +27,15 @@ def configurations(name):
     for config, entry in MANIFEST[name]["configs"].items():
         for case in filter(images.get, entry["margins"]):
             yield pytest.param(config, entry, case, images[case], id=f"{name}-{config}-{case}")
+
+
+def project(features):
+    """What the recorded projector makes of features."""
+    part = vectors("llava_parts")
+    inner = torch.nn.functional.linear(features, part["projector.0.weight"], part["projector.0.bias"])
+    return torch.nn.functional.linear(
+        torch.nn.functional.gelu(inner), part["projector.2.weight"], part["projector.2.bias"]
+    )
 
 
 # ---- SCOPE --------------------------------------------------------------------------------------------------------
@@ -56,3 +65,59 @@ def test_scope(whole, config, entry, case, images):
     method = visibench.load_method("scope", **scope_options(entry, images))
     session = check_whole(whole, method, recorded, f"{config}.{case}", images)
     assert torch.equal(session.trace.kept(0)[0], recorded[f"{config}.{group}.kept"].flatten())
+
+
+# ---- HoloV --------------------------------------------------------------------------------------------------------
+
+
+def entered(keep, order):
+    """Int (N, n): the tokens that stay, in their order, -1 behind them where rows keep fewer."""
+    number = order.masked_fill(~keep, torch.iinfo(order.dtype).max).argsort(1)[:, : keep.sum(1).max()]
+    return number.masked_fill(~keep.gather(1, number), -1)
+
+
+@pytest.mark.parametrize(("config", "entry", "case", "images"), configurations("holov"))
+def test_holov_runs_budgets_and_order(config, entry, case, images):
+    recorded, prefix, budget = vectors("holov"), f"{config}.{case}", entry["new_image_token_num"]
+    index = holov.runs_of(576, entry["num_patches"])
+    attention = torch.cat([recorded[f"cls_attention_mean.img{number}"] for number in images])
+    tokens = project(CLIP["hidden_m2"][images, 1:])
+    scores = holov.run_scores(tokens, attention, index)
+    asked = holov.allocated(scores, budget)
+    if len(images) == 1:
+        torch.testing.assert_close(scores[0], recorded[f"{prefix}.run_score"], atol=1e-5, rtol=1e-4)
+        assert torch.equal(asked[0], recorded[f"{prefix}.allocated"].long())
+    keep, order = holov.taken(attention, asked, index, None)
+    assert torch.equal(keep, recorded[f"{prefix}.kept"])
+    assert torch.equal(padded(entered(keep, order), budget), recorded[f"{prefix}.order"].long())
+    filled, order = holov.taken(attention, asked, index, budget)
+    assert filled.sum(1).tolist() == [budget] * len(images)
+    assert not (keep & ~filled).any()
+
+
+@pytest.mark.parametrize("config", ["skewed_n64", "skewed_n128", "skewed_n192"])
+def test_holov_where_a_run_gets_more_than_it_has(config):
+    recorded, entry = vectors("holov"), MANIFEST["holov"]["configs"][config]
+    budget, attention = entry["new_image_token_num"], recorded["skewed.attention"]
+    index = holov.runs_of(576, entry["num_patches"])
+    asked = holov.allocated(holov.run_scores(project(CLIP["hidden_m2"][:1, 1:]), attention, index), budget)
+    assert torch.equal(asked[0], recorded[f"{config}.allocated"].long())
+    got = padded(entered(*holov.taken(attention, asked, index, None)), budget)
+    assert torch.equal(got, recorded[f"{config}.order"].long())
+    assert (got == -1).sum() == entry["margins"]["zero_tokens"]
+
+
+def padded(tokens, width):
+    return torch.nn.functional.pad(tokens, (0, width - tokens.shape[1]), value=-1)
+
+
+@pytest.mark.parametrize(("config", "entry", "case", "images"), wholes("holov"))
+def test_holov(whole, config, entry, case, images):
+    recorded, group = vectors("holov"), "batch2" if len(images) > 1 else "img0"
+    options = {"tokens": entry["new_image_token_num"], "runs": entry["num_patches"], "shortfall": "zeros"}
+    session = check_whole(whole, visibench.load_method("holov", **options), recorded, f"{config}.{case}", images)
+    layout = session.trace.layouts[0]
+    number = layout.visual_id[layout.visual.mask]  # through the whole model, with zero vectors as new tokens
+    expected = recorded[f"{config}.{group}.order"].long()
+    first = torch.arange(len(images))[:, None] * 576
+    assert torch.equal(number, torch.where(expected < 0, -2, expected + first).flatten())

@@ -10,7 +10,7 @@ import visibench
 from support import collate, make_batch, make_llava
 from visibench.errors import OptionError, UnsupportedModelError
 from visibench.evals.compute import flops
-from visibench.methods import cdpruner, divprune, grids, pieces, prumerge, scope, tome, visionzip, vispruner
+from visibench.methods import cdpruner, divprune, grids, holov, pieces, prumerge, scope, tome, visionzip, vispruner
 from visibench.models.adapters import Adapter
 
 ROWS = [(5, 9, 1), (3, 12, 2), (4, 6, 0)]
@@ -76,6 +76,41 @@ def test_greedy_coverage(count, add):
             factor = weight[image].tolist()
             chosen.append(max(gain, key=lambda j: gain[j] + factor[j] if add else gain[j] * factor[j]))
         assert picked[image].tolist() == chosen
+
+
+@pytest.mark.parametrize(("runs", "budget"), [(1, 5), (5, 0), (5, 9), (6, 13), (7, 17), (13, 6)])
+def test_runs_share_a_budget(runs, budget):
+    tokens, attention = random(2, 17, 6), random(2, 17, seed=1).exp()
+    attention[1, 3] = 50.0  # its run is asked for more than it has
+    index = holov.runs_of(17, runs)
+    pieces_of = [list(map(int, part)) for part in np.array_split(np.arange(17), runs)]
+    assert [[i for i in row if i >= 0] for row in index.tolist()] == pieces_of
+    scores = holov.run_scores(tokens, attention, index)
+    asked = holov.allocated(scores, budget)
+    keep, order = holov.taken(attention, asked, index, None)
+    filled, _ = holov.taken(attention, asked, index, budget)
+    assert asked.sum(1).tolist() == filled.sum(1).tolist() == [budget] * 2
+    for image in range(2):
+        expected, wanted = [], []
+        for run in pieces_of:
+            a, v = 1000 * attention[image, run], torch.zeros(len(run), dtype=torch.float64)
+            if len(run) > 1:
+                near = pieces.cosine(tokens[image : image + 1, run])[0].fill_diagonal_(0)
+                v = ((near - near.sum(1, keepdim=True) / (len(run) - 1)) ** 2).sum(1) / (len(run) - 1)
+            score = a + 0.09 * v * a.mean() / (v.mean() + 1e-6) if len(run) > 1 else a / 1000
+            expected.append(score.mean().item())
+        torch.testing.assert_close(scores[image], torch.tensor(expected, dtype=torch.float64))
+        share = [int(s / (sum(expected) + 1e-6) * budget) for s in expected]
+        for run in sorted(range(runs), key=lambda r: -expected[r])[: budget - sum(share)]:
+            share[run] += 1
+        assert asked[image].tolist() == share
+        for run, count in zip(pieces_of, share, strict=True):
+            by_attention = sorted(run, key=lambda j: -attention[image, j].item())
+            wanted += run if count >= len(run) else by_attention[:count]
+        got = [j for _, j in sorted((order[image, j].item(), j) for j in range(17) if keep[image, j])]
+        assert got == wanted
+        rest = sorted({*range(17)} - {*wanted}, key=lambda j: -attention[image, j].item())
+        assert set(filled[image].nonzero().flatten().tolist()) == {*wanted, *rest[: budget - len(wanted)]}
 
 
 def test_greedy_determinant_goes_on_past_the_rank_without_repeating():
@@ -297,7 +332,9 @@ def test_work_of_a_shortened_tower_by_hand(llava):
     assert flops.executed(session.trace, session.geometry).scoring.tolist() == [2 * 8 * (9 * 8 + 6 * 5)]
 
 
-@pytest.mark.parametrize("name", ["divprune", "fastervlm", "vispruner", "scope", "pooling", "tome", "downsample"])
+@pytest.mark.parametrize(
+    "name", ["divprune", "fastervlm", "vispruner", "scope", "holov", "pooling", "tome", "downsample"]
+)
 def test_keeping_every_patch_is_dense_bit_for_bit(llava, name):
     batch = collate(make_batch(ROWS))
     dense = llava(**batch).logits
@@ -313,6 +350,8 @@ def test_keeping_every_patch_is_dense_bit_for_bit(llava, name):
         ("visionzip", {}),
         ("vispruner", {}),
         ("scope", {}),
+        ("holov", {"runs": 3}),
+        ("holov", {"runs": 3, "shortfall": "zeros"}),
         ("prumerge", {}),
         ("prumerge_plus", {}),
         ("cdpruner", {"condition": "none"}),
@@ -344,6 +383,8 @@ def with_vision(**changes):
         ("visionzip", {}, {"has_cls": False}, "CLS token"),
         ("vispruner", {}, {"has_cls": False}, "CLS token"),
         ("scope", {}, {"has_cls": False}, "CLS token"),
+        ("holov", {}, {"has_cls": False}, "CLS token"),
+        ("holov", {"runs": 17}, {}, "17 runs of an image of 16 tokens"),
         ("prumerge", {}, {"has_cls": False}, "CLS token"),
         ("prumerge_plus", {}, {"feature_block": 2}, "block after the feature block.*visionzip"),
         ("cdpruner", {}, {}, "no CLIP text tower.*condition=none"),
@@ -363,7 +404,8 @@ def test_models_that_do_not_fit_are_refused(name, options, changes, message):
 
 
 @pytest.mark.parametrize(
-    "name", ["divprune", "fastervlm", "visionzip", "vispruner", "scope", "prumerge", "pooling", "tome", "downsample"]
+    "name",
+    ["divprune", "fastervlm", "visionzip", "vispruner", "scope", "holov", "prumerge", "pooling", "tome", "downsample"],
 )
 def test_bare_decoders_are_refused(golden_llama, name):
     with pytest.raises(UnsupportedModelError, match="vision tower"):
@@ -385,6 +427,9 @@ def test_new_tokens_have_no_old_positions(name):
         ("vispruner", {"tokens": 8, "drop": 0}, "drop"),
         ("scope", {"tokens": 8, "alpha": -1.0}, "alpha must be >= 0"),
         ("scope", {"tokens": 8, "combine": "max"}, "'multiply' or 'add'"),
+        ("holov", {"tokens": 8, "runs": 0}, "runs must be >= 1"),
+        ("holov", {"tokens": 8, "shortfall": "none"}, "'attention' or 'zeros'"),
+        ("holov", {"tokens": 8, "shortfall": "zeros", "positions": "keep"}, "no old position.*shortfall='attention'"),
         ("prumerge", {"tokens": 8, "keep": 0.5}, "at most one of keep"),
         ("prumerge", {"neighbours": -1}, "neighbours must be >= 0"),
         ("prumerge", {"order": "random"}, "'attention' or 'spatial'"),
