@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from ..errors import InputError, UnsupportedModelError, VisibenchError
@@ -24,6 +24,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "force_words_ids": ((), "use greedy search, sampling or beams"),
     "num_beam_groups": ((1,), "use plain beam search"),
 }
+LOOKUP = "prompt_lookup_num_tokens"
 
 
 class Turnstile:
@@ -53,10 +54,10 @@ class Turnstile:
 
 
 @contextmanager
-def guarded(model: Any, turnstile: Turnstile, assisted: Callable[[bool], Any]) -> Iterator[None]:
+def guarded(model: Any, around: Callable[[bool], AbstractContextManager[None]]) -> Iterator[None]:
     """While active, ``model.generate`` refuses what pruning does not support, before anything runs.
 
-    ``assisted`` is told whether an assistant's proposals are to be checked, and again when that is over.
+    ``around`` is entered for each call, and told whether an assistant's proposals are to be checked.
     """
     if not hasattr(model, "generate"):
         yield
@@ -67,13 +68,8 @@ def guarded(model: Any, turnstile: Turnstile, assisted: Callable[[bool], Any]) -
     def checked(*args: Any, **kwargs: Any) -> Any:
         configs = (kwargs.get("generation_config") or (args[1] if len(args) > 1 else None), model.generation_config)
         check(kwargs, configs)
-        turnstile.enter()
-        before = assisted(bool(_option("assistant_model", kwargs, ()) or _option(LOOKUP, kwargs, configs)))
-        try:
+        with around(bool(_option("assistant_model", kwargs, ()) or _option(LOOKUP, kwargs, configs))):
             return generate(*args, **kwargs)
-        finally:
-            assisted(before)
-            turnstile.leave()
 
     model.generate = checked
     try:
@@ -82,9 +78,6 @@ def guarded(model: Any, turnstile: Turnstile, assisted: Callable[[bool], Any]) -
         del model.generate
         if own is not None:
             model.generate = own
-
-
-LOOKUP = "prompt_lookup_num_tokens"
 
 
 def check(kwargs: dict[str, Any], configs: tuple[Any, ...]) -> None:

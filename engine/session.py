@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NoReturn
 from weakref import WeakSet
@@ -58,8 +58,10 @@ class PruningSession:
         method.check(self.geometry)
         self._trace: Trace | None = None
         self._pass: Pass | None = None
-        self._turnstile, self._running = Turnstile(), threading.Lock()
-        self._assisted = False
+        self._turnstile = Turnstile()
+        # Held during a call of the model, and from the beginning of generate until a cache carries the state.
+        self._running, self._holds = threading.RLock(), 0
+        self._generating = self._assisted = False
         self._listeners: Interception | None = None  # while the block is open
         self._exit = ExitStack()
 
@@ -97,54 +99,70 @@ class PruningSession:
                 hook(layer.register_forward_pre_hook, partial(self._on_layer, number))
             self._listeners = stack.enter_context(Interception(self._interceptors()))
             stack.enter_context(self._tap)
-            stack.enter_context(guarded(self.model, self._turnstile, self._set_assisted))
+            stack.enter_context(guarded(self.model, self._around_generate))
             self._exit = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        other = self._pass is not None and self._pass.thread != threading.get_ident()
-        if other:  # a call in another thread ends first, so that no half of it runs unhooked
-            self._running.acquire()
-        self._exit.close()
-        self._pass = self._listeners = None
-        self._tap.forget()
-        if other:
-            self._running.release()
+        with self._running:  # a call in another thread ends first, so that no half of it runs unhooked
+            self._exit.close()
+            self._pass = self._listeners = None
+            self._tap.forget()
 
     def _interceptors(self) -> dict[Any, Callable]:
         if "attention" not in self.method.hook_points:
             return {}
         return {layer.self_attn: partial(self._on_attention, i) for i, layer in enumerate(self.adapter.layers)}
 
-    def _set_assisted(self, assisted: bool) -> bool:
-        before, self._assisted = self._assisted, assisted
-        return before
+    @contextmanager
+    def _around_generate(self, assisted: bool) -> Iterator[None]:
+        self._turnstile.enter()
+        before = self._generating, self._assisted
+        self._generating, self._assisted = True, assisted
+        self._hold()
+        try:
+            yield
+        finally:
+            self._let_go()
+            self._generating, self._assisted = before
+            self._turnstile.leave()
+
+    def _hold(self) -> None:
+        self._running.acquire()
+        self._holds += 1
+
+    def _let_go(self, but: int = 0) -> None:
+        while self._holds > but:
+            self._holds -= 1
+            self._running.release()
 
     # ---- what the model hands us ------------------------------------------------------------------------------
 
     def _on_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before a call of the whole model: read it, refuse it or make its record."""
         self._turnstile.enter()
+        self._hold()
         try:
-            if self._pass is not None:  # interrupted before its end
-                self._release()
-            if self._listeners is None:
+            if self._listeners is None:  # the block was left meanwhile
                 raise VisibenchError(OUTSIDE)
             if not self._listeners.is_in_place:
                 raise VisibenchError(
                     f"the attention implementation was changed inside the `with` block, and {self.method.name} acts in "
                     "attention: call set_attn_implementation before it"
                 )
+            if self.model.training and any(
+                getattr(part, "gradient_checkpointing", False) for part in self.model.modules()
+            ):
+                raise UnsupportedModelError(
+                    "gradient checkpointing runs layers a second time, on tokens that are gone by then: switch it off"
+                )
             arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
             maps = bool(getattr(self.adapter.decoder.config, "output_attentions", False))
             self._pass = self._begin(read(arguments, assisted=self._assisted, maps=maps))
         except BaseException:
+            self._let_go(but=self._holds - 1)
             self._turnstile.leave()
             raise
-        self._running.acquire()
-        if self._listeners is None:  # the block was left meanwhile
-            self._close(module, args, kwargs)
-            raise VisibenchError(OUTSIDE)
 
     def _begin(self, inputs: Inputs) -> Pass:
         check_cache(inputs.cache, self)
@@ -195,16 +213,13 @@ class PruningSession:
 
     def _close(self, module: nn.Module, args: tuple, kwargs: dict, output: Any = None) -> None:
         """Behind a call of the whole model, also one that failed."""
-        if self._pass is not None and self._pass.thread == threading.get_ident():
-            self._release()
-            self._turnstile.leave()
-
-    def _release(self) -> None:
-        assert self._pass is not None
+        if self._pass is None or self._pass.thread != threading.get_ident():
+            return
         self._pass.close()
-        self._pass = None
-        if self._running.locked():
-            self._running.release()
+        # Without a cache, nothing but the hooks prunes the next token of generate.
+        bare, self._pass = self._pass.cache is None, None
+        self._let_go(but=int(self._generating and bare))
+        self._turnstile.leave()
 
 
 def _hooked(stack: ExitStack, register: Callable, hook: Callable) -> None:

@@ -23,7 +23,7 @@ from ..layout import TokenLayout, TokenSet
 from ..trace import Trace, Watch
 from ..views import VisionView
 from .rows import ImageRows
-from .tower import Tower
+from .tower import UNSEEN, Tower
 
 SIDE = {"image", "tower", "vision", "projector"}
 # At these points a method changes what the tower is given or computes, so that nobody else can use it.
@@ -202,10 +202,7 @@ class VisionTap:
         if "tower" in self.method.hook_points:
             seen = seen and len(encoding.block_tokens) == len(self.adapter.vision_blocks)
         if not seen:
-            raise VisibenchError(
-                f"{self.method.name} reads the vision tower, and the tower ran without it: set the attention "
-                "implementation and compile before the `with` block, not inside"
-            )
+            raise VisibenchError(UNSEEN.format(self.method.name))
 
     def _on_projected(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
         encoding = self._current()

@@ -9,13 +9,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...errors import UnsupportedModelError
+from ...errors import UnsupportedModelError, VisibenchError
 from ...models.adapters import Adapter
 from ..attention import Interception
 from ..contract import Method
 from ..encoding import Encoding
 from ..trace import Watch
 from ..views import BlockView
+
+UNSEEN = (
+    "{} reads the vision tower, and the tower ran without it: set the attention implementation and compile before the "
+    "`with` block, not inside"
+)
 
 
 class Tower:
@@ -61,6 +66,8 @@ class Tower:
 
     def _before_mlp(self, number: int, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         (tokens,), encoding = args, self.current()
+        if encoding.merging.keys is None:
+            raise VisibenchError(UNSEEN.format(self.method.name))
         with self.watch("method"):
             merge = encoding.merging.merge = self.method.block(BlockView(number, tokens, encoding))
         encoding.merging.keys = None
