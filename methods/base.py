@@ -100,11 +100,16 @@ class RankedForward(Forward):
     def layer_input(self, layer: int, view: LayerView) -> Keep | None:
         if layer not in self.left:
             return None
+        decision = self.method.choose(self.scored(layer, view), view, self.left[layer])
+        self.scores = None
+        return decision
+
+    def scored(self, layer: int, view: LayerView) -> Tensor:
+        """Scores (B, V) of the visual tokens at the input of a layer where some leave."""
         scores = self.method.score(view) if self.method.scored_at == "decoder" else self.scores
         if scores is None:
             raise VisibenchError(f"{self.method.name}: no scores for layer {layer}: nobody saw the attention before it")
-        self.scores = None
-        return self.method.choose(scores, view, self.left[layer])
+        return scores
 
 
 @dataclass(frozen=True)

@@ -208,6 +208,18 @@ def test_pyramiddrop_reaches_192_but_neither_128_nor_64(published):
     assert solve("pyramiddrop", {}, Target("tokens", 270), published).method == visibench.load_method("pyramiddrop")
 
 
+def test_v2drop_comes_back_to_its_published_schedule_and_reaches_every_usual_budget(published):
+    """From (3 · 576 + 29) / 32, with one token from the first cut on, to all."""
+    assert solve("v2drop", {}, Target("tokens", 202.8), published).method == visibench.load_method("v2drop")
+    for tokens in (192, 128, 64):
+        assert solve("v2drop", {}, Target("tokens", tokens), published).cost.tokens.mean == pytest.approx(
+            tokens, abs=0.3
+        )
+    assert solve("v2drop", {}, Target("tokens", 576), published).cost.tokens.per_layer == [576] * 32
+    with pytest.raises(OptionError, match=r"T=54\.91 to T=576"):
+        solve("v2drop", {}, Target("tokens", 50), published)
+
+
 @pytest.mark.parametrize(("ratio", "mean"), [(50, 301.8), (60, 245.0), (70, 187.9), (80, 130.6), (90, 72.8)])
 def test_fitprune_comes_back_to_the_shipped_schedules(ratio, mean, published):
     found = solve("fitprune", {}, Target("tokens", mean), published)

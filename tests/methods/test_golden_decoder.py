@@ -6,7 +6,7 @@ import torch
 import visibench
 from golden_support import MANIFEST, cases, check
 from support import GOLDEN
-from visibench.methods import dart, sparsevlm
+from visibench.methods import dart, sparsevlm, v2drop
 
 STAGE_ARRAYS = ("keep_mask", "score", "noise", "merge_in", "merged")
 
@@ -101,3 +101,28 @@ def originals(stages):
         start = layer + 1
         left = left if stage is None else left[stage["keep_mask"][: len(left)]]
     return kept
+
+
+@pytest.mark.parametrize("case", ["T40", "T75", "2img_T40"])
+def test_v2drop(golden_llama, golden_inputs, case):
+    """Of two images the authors see the first alone: what lies behind it is text to them."""
+    vectors, prefix = np.load(GOLDEN / "v2drop.npz"), f"default.{case}"
+    kept = vectors[f"{prefix}.kept"]
+    assert kept[:, 576:].all()
+    expected = {name: vectors[name] for name in vectors.files} | {f"{prefix}.kept": kept[:, :576]}
+    scores = {}
+
+    class Recording(v2drop.V2DropForward):
+        def scored(self, layer, view):
+            scores[layer] = super().scored(layer, view)
+            return scores[layer]
+
+    class Recorded(type(visibench.load_method("v2drop"))):
+        def begin(self, layout, geometry):
+            return Recording(self, self.left(layout, geometry))
+
+    check(golden_llama, golden_inputs, Recorded(), expected, prefix, case, vectors[f"{prefix}.seq_len"])
+    assert list(scores) == [3, 17, 22]
+    for layer, score in scores.items():
+        if f"{prefix}.score_{layer}" in expected:
+            np.testing.assert_allclose(score[0], expected[f"{prefix}.score_{layer}"], rtol=1e-4)

@@ -166,6 +166,34 @@ def test_schedules_out_of_576_scale_with_the_image(golden_llama):
     assert sparse == [288] * 3 + [155] * 4 + [102] * 9 + [57] * 16
 
 
+def test_change_between_layer_inputs_decides_also_right_behind_a_cut(golden_llama):
+    """Cuts at layers 3 and 4: the states that entered layer 3 are compared with theirs, of the tokens that stayed."""
+    layout = visibench.TokenLayout.from_spans(60, visual=[(4, 44)])
+    states = {}
+    method = visibench.load_method("v2drop", cuts=(3, 4, 9), ratios=(0.6, 0.5, 0.0))
+    with visibench.prune(golden_llama, method, layout=layout) as session:
+        hooks = [
+            layer.register_forward_pre_hook(lambda m, a, i=i: states.update({i: a[0][0]}))  # behind the cut
+            for i, layer in enumerate(golden_llama.model.layers)
+        ]
+        golden_llama(inputs_embeds=torch.randn(1, 60, 32, generator=torch.Generator().manual_seed(1)))
+        for hook in hooks:
+            hook.remove()
+    trace, number = session.trace, list(range(40))
+    for layer in (3, 4, 9):
+        alone = golden_llama.model.layers[layer - 1]
+        length = states[layer - 1].shape[0]
+        place = torch.tensor([*range(4), *[4 + j for j in number], *range(44, 60)])[None]
+        rope = golden_llama.model.rotary_emb(states[layer - 1][None], position_ids=place)
+        after = alone(states[layer - 1][None], position_embeddings=rope, position_ids=place)[0]
+        assert length == 20 + len(number)
+        change = (after - states[layer - 1]).norm(dim=1)[4 : 4 + len(number)].tolist()
+        count = max(1, int(len(number) * {3: 0.6, 4: 0.5, 9: 0.0}[layer]))
+        best = sorted(sorted(range(len(number)), key=lambda i: -change[i])[:count])
+        number = [number[i] for i in best]
+        assert trace.kept(layer)[0].nonzero().flatten().tolist() == number
+
+
 def test_rank_rule_keeps_in_proportion_to_the_rank(golden_llama):
     method = visibench.load_method("sparsevlm", rank="release", scale=2.0, bias=1.0, after=(3,), recycle=0)
     kept = counts_of(golden_llama, method, 100)[-1]
@@ -184,6 +212,10 @@ def test_rank_rule_keeps_in_proportion_to_the_rank(golden_llama):
         ("pyramiddrop", {"cuts": (16, 8, 24)}, "must rise"),
         ("pyramiddrop", {"scorer": "last"}, "'next' or 'stage'"),
         ("pyramiddrop", {"cuts": (0, 8, 16), "scorer": "stage"}, "cuts must be >= 1"),
+        ("v2drop", {"cuts": (3, 17)}, "2 cuts need as many ratios, not 3"),
+        ("v2drop", {"cuts": (17, 3, 22)}, "must rise"),
+        ("v2drop", {"cuts": (0, 17, 22)}, "cuts must be >= 1"),
+        ("v2drop", {"ratios": (0.5, 1.5, 0.0)}, r"must lie in \[0, 1\]"),
         ("vtw", {"layer": -1}, ">= 0"),
         ("dart", {"layer": 0, "keep": 0.5}, ">= 1"),
         ("dart", {"keep": 0.5, "visual_pivots": 0, "text_pivots": 0}, "at least one pivot"),
@@ -211,6 +243,7 @@ def test_bad_options_raise_one_line_that_names_the_method(name, options, message
     ("name", "options"),
     [
         ("pyramiddrop", {}),
+        ("v2drop", {}),
         ("vtw", {}),
         ("dart", {"tokens": 8, "layer": 12}),
         ("fitprune", {"ratio": 60}),
