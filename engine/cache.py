@@ -55,8 +55,10 @@ class Held:
             all_columns = torch.cat([self.every_column(fed, columns), columns], dim=1)
         if positions is not None and self.length:
             # What the model numbered ends right in front of what the engine numbers.
-            before = positions[:, :1] - 1 if self.positions is None else self.positions
-            positions = torch.cat([before.expand(-1, self.length, *before.shape[2:]), positions], dim=1)
+            before = self.positions
+            if before is None:
+                before = (positions[:, :1] - 1).expand(-1, self.length, *positions.shape[2:])
+            positions = torch.cat([before, positions], dim=1)
         return Held(self.length + length, dense, all_columns, self.with_valid(length, valid), positions)
 
     def with_valid(self, length: int, valid: Tensor | None) -> Tensor | None:

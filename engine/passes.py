@@ -72,7 +72,7 @@ class Pass:
         self._check(layer)
         if layer == 0:
             self._begin(given)
-        held = Held() if self.cache is None else self.cache.held[layer]
+        held = _NOTHING if self.cache is None else self.cache.held[layer]
         segment = self._first(held, hidden) if layer == 0 else self.segments[-1]
         if segment.held is not held:
             segment = self._numbered(segment.on(held))
@@ -114,8 +114,9 @@ class Pass:
             self._before = dict(zip(padded, torch.stack([*padded.values()]).cpu(), strict=True))
 
     def _cached(self, held: Held) -> Tensor:
-        rows = self.inputs.given.shape[0]
-        return self._before.get(id(held), torch.full((rows,), held.length))
+        if id(held) not in self._before:
+            self._before[id(held)] = torch.full((self.inputs.given.shape[0],), held.length)
+        return self._before[id(held)]
 
     def _first(self, held: Held, hidden: Tensor) -> Segment:
         assert self.positions is not None
@@ -177,7 +178,7 @@ class Pass:
             layer,
             module,
             layout,
-            hidden[:, :width],
+            _parted(hidden, width)[0],
             final_norm=self.adapter.decoder.norm,
             told=told,
             before=before,
@@ -194,8 +195,8 @@ class Pass:
         layout = self._layout(segment)
         if decision is None or max(layout.visual_counts) == 0:
             return segment, hidden
-        visual, merge, behind = layout.visual, as_merge(decision), hidden[:, layout.width :]
-        prompt = hidden[:, : layout.width]
+        visual, merge = layout.visual, as_merge(decision)
+        prompt, behind = _parted(hidden, layout.width)
         if merge.replaced is not None:
             prompt = visual.place(merge.replaced, prompt, dim=1)
         added = anchor = None
@@ -245,7 +246,7 @@ class Pass:
 
         def dense(values: Tensor | None = None) -> Tensor:
             if values is None:
-                return whole()[0][:, : layout.width]
+                return _parted(whole()[0], layout.width)[0]
             with prompt.trace.watch("model"):
                 return kernel(module, *parts.reading(values), **kwargs)[0]
 
@@ -269,9 +270,8 @@ class Pass:
                     "map of weights: leave it out"
                 )
             # What runs along behind the prompt attends to whatever is there.
-            return (
-                _joined(replaced, whole()[0][:, layout.width :]) if segment.places > layout.width else replaced
-            ), None
+            behind = None if segment.places == layout.width else _parted(whole()[0], layout.width)[1]
+            return _joined(replaced, behind), None
 
     # ---- the end --------------------------------------------------------------------------------------------------
 
@@ -286,13 +286,14 @@ class Pass:
         if self.cache is None:
             return
         fed = self.cache.fed
-        after = {id(segment): segment.after(fed) for segment in self.segments}
+        after = {key: segment.after(fed) for key, segment in {id(part): part for part in self.segments}.items()}
         padding = None
         if self.mask is not None or self.cache.padding is not None:
             padding = Held(fed, valid=self.cache.padding).with_valid(self.inputs.tokens, self.mask)
         self.cache.commit(self.inputs.tokens, [after[id(segment)] for segment in self.segments], padding)
 
 
+_NOTHING = Held()
 _UNSEEN = (
     "{} acts in attention, and that of layer {} ran without it: set the attention implementation and compile before "
     "the `with` block, not inside"
@@ -311,14 +312,21 @@ class _Parts:
     width: int
 
     @property
+    def is_all(self) -> bool:
+        """Whether there is nothing but the prompt."""
+        return self.query.shape[2] == self.key.shape[2] == self.width
+
+    @property
     def seen(self) -> tuple[Tensor, Tensor, Tensor]:
         """Those of the prompt alone."""
+        if self.is_all:
+            return self.query, self.key, self.value
         here = slice(self.first, self.first + self.width)
         return self.query[:, :, : self.width], self.key[:, :, here], self.value[:, :, here]
 
     def reading(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
         """Query, key, value and mask with which the prompt's rows read other ``values`` of its own."""
-        if self.query.shape[2] == self.key.shape[2] == self.width:
+        if self.is_all:
             return self.query, self.key, values, self.mask
         length = self.first + self.width
         values = torch.cat([self.value[:, :, : self.first], values], dim=2)
@@ -328,5 +336,10 @@ class _Parts:
         return self.query[:, :, : self.width], self.key[:, :, :length], values, mask
 
 
-def _joined(prompt: Tensor, behind: Tensor) -> Tensor:
-    return torch.cat([prompt, behind], dim=1) if behind.shape[1] else prompt
+def _parted(tokens: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
+    """The first ``width`` tokens, and those behind them, if there are any."""
+    return (tokens, None) if tokens.shape[1] == width else (tokens[:, :width], tokens[:, width:])
+
+
+def _joined(prompt: Tensor, behind: Tensor | None) -> Tensor:
+    return prompt if behind is None else torch.cat([prompt, behind], dim=1)

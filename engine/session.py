@@ -263,7 +263,8 @@ def prune(
         Where to share outputs of the vision tower between sessions on this model. Methods that change the tower run it.
 
     The session's ``trace`` records the latest prefill. Pruned prefills return logits for the tokens that are left; the
-    text after the image stands at the end. On exit, also after an exception, the model is exactly as it was.
+    text after the image stands at the end. KV caches carry what was pruned: a conversation goes on with its cache, with
+    new images too, as long as the block is open. On exit, also after an exception, the model is exactly as it was.
     Raises :class:`~visibench.errors.VisibenchError` for nested use, an unsupported model or cache, and options that
     cannot act on this model.
     """

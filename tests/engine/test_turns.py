@@ -252,24 +252,37 @@ def test_another_question_about_the_image_after_a_crop_into_the_prompt(llava, me
         close(logits[row], masked_dense(llava, whole, picture, present, method.positions)[-3:])
 
 
-@pytest.mark.parametrize("name", ["none", "fastv", "divprune"])
-def test_the_users_own_cache_is_filled_in_place(llava, name):
-    method = parse(spell(METHODS[name], METHODS[name].examples[0]))
+KINDS = {
+    "none": lambda model: None,
+    "plain": lambda model: DynamicCache(),
+    "of the configuration": lambda model: DynamicCache(config=model.config.text_config),
+}
+
+
+@every_method
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_cache_is_filled_in_place_and_works_inside_alone(llava, method, kind):
+    """In ``generate`` and in calls of the model: tokens and lengths of each are those of the first."""
     ids, pixels = turn(5, images=1)
-    for cache in (DynamicCache(), DynamicCache(config=llava.config.text_config)):
-        with visibench.prune(llava, method) as session:
-            output = feed(llava, ids, cache, pixels)
-            assert output.past_key_values is cache
-            assert isinstance(cache, DynamicCache)
-            assert cache.get_seq_length() == ids.shape[1]
-            assert [layer.keys.shape[2] for layer in cache.layers] == session.trace.kv_lengths()[0].tolist()
-            inside = feed(llava, torch.tensor([[5]]), copy.deepcopy(cache)).logits
-            assert inside.isfinite().all()
-        for _ in range(2):  # it stays as unusable as it was
-            with pytest.raises(VisibenchError, match="only inside that `with` block"):
-                feed(llava, torch.tensor([[5]]), cache)
-        with visibench.prune(llava, method), pytest.raises(InputError, match="filled outside"):
+    given, another = KINDS[kind](llava), KINDS[kind](llava)
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "suppress_tokens": [IMAGE]}
+    with visibench.prune(llava, method) as session:
+        bare = llava.generate(input_ids=ids, pixel_values=pixels, use_cache=True, **options)
+        extra = {} if another is None else {"past_key_values": another}
+        tokens = llava.generate(input_ids=ids, pixel_values=pixels, **options, **extra)
+        cache = feed(llava, ids, given, pixels).past_key_values
+        assert given is None or cache is given
+        assert isinstance(cache, DynamicCache)
+        assert cache.get_seq_length() == ids.shape[1]
+        assert [layer.keys.shape[2] for layer in cache.layers] == session.trace.kv_lengths()[0].tolist()
+        assert torch.equal(tokens, bare)
+        if another is not None:
+            assert another.get_seq_length() == ids.shape[1] + 2
+    for _ in range(2):  # it stays as unusable as it was
+        with pytest.raises(VisibenchError, match="only inside that `with` block"):
             feed(llava, torch.tensor([[5]]), cache)
+    with visibench.prune(llava, method), pytest.raises(InputError, match="filled outside"):
+        feed(llava, torch.tensor([[5]]), cache)
 
 
 def test_a_prompt_of_another_turn_does_not_disturb_a_cache(llava):
