@@ -136,6 +136,19 @@ def row_weights(query: Tensor, key: Tensor, columns: Tensor, valid: Tensor, scal
     return logits.masked_fill(~visible[:, None], float("-inf")).softmax(-1)
 
 
+def received(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """(N, P): attention that each key (N, H, P, d) gets, mean over heads and queries (N, H, Q, d); no causal mask."""
+    total = query.new_zeros(key.shape[0], key.shape[2], dtype=torch.float32)
+    for rows in query.split(BLOCK, dim=2):
+        total = total + fine(rows @ key.transpose(-1, -2)).mul(scaling).softmax(-1).sum((1, 2))
+    return total / query.shape[1:3].numel()
+
+
+def fine(logits: Tensor) -> Tensor:
+    """The same in fp32, or in fp64 if they are: half precision is too coarse for a ranking."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def subset_attention(
     query: Tensor,
     key: Tensor,

@@ -157,6 +157,14 @@ class Method:
         """In every block of the vision tower, between attention and MLP."""
         return None
 
+    def blocks_read(self, vision: VisionGeometry) -> tuple[int, ...]:
+        """Vision blocks whose keys and CLS attention the method reads, counted back as in :class:`VisionView`."""
+        return self.vision_blocks
+
+    def blocks_received(self, vision: VisionGeometry) -> tuple[int, ...]:
+        """Vision blocks of which it reads the attention that each patch receives, counted back likewise."""
+        return ()
+
     def check(self, geometry: Geometry) -> None:
         """Raise :class:`OptionError` if these hyperparameters cannot act on a model of this geometry."""
 

@@ -28,7 +28,8 @@ class Encoding:
 
     ``pixels``: what entered the tower; ``grids``: frames and patches (N, 3) where images differ in shape. ``cls``: the
     CLS feature (N, Dv). ``blocks``: query, key and scaling of the tower blocks that the method reads, by its names of
-    them. ``features`` (N, P, Dv) enter the projector, ``projected`` (N, P, D) leave it. ``macs``: multiply-adds an
+    them. ``received``: attention (N, patches and CLS) that the tokens of blocks receive, where it is shared.
+    ``features`` (N, P, Dv) enter the projector, ``projected`` (N, P, D) leave it. ``macs``: multiply-adds an
     image that were spent on scoring. ``kept``: the features that were projected where others were dropped before;
     ``projected_tokens``: their number, int (N,), new ones included. ``projector_input``: tokens that entered the
     projector, images padded to the one with the most. ``block_tokens``: tokens of one image at the
@@ -40,6 +41,7 @@ class Encoding:
     grids: Tensor | None = None
     cls: Tensor | None = None
     blocks: dict[int, tuple[Tensor, Tensor, float]] = field(default_factory=dict)
+    received: dict[int, Tensor] = field(default_factory=dict)
     features: Tensor | None = None
     projected: Tensor | None = None
     macs: int = 0

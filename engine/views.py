@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.adapters import VisionGeometry
 from . import attention
 from .encoding import Encoding
 from .layout import TokenLayout, TokenSet
@@ -225,6 +226,11 @@ class VisionView:
         return self._encoding.vision.grid
 
     @property
+    def vision(self) -> VisionGeometry:
+        """Sizes of the vision side."""
+        return self._encoding.vision
+
+    @property
     def cls(self) -> Tensor:
         """The feature (N, Dv) of the CLS token, for methods with ``vision_cls``."""
         assert self._encoding.cls is not None
@@ -247,10 +253,19 @@ class VisionView:
         if single_head:
             query, key = (t.transpose(1, 2).flatten(2)[:, None] for t in (query, key))
             scaling = query.shape[3] ** -0.5
-        logits = (query @ key.transpose(-1, -2)).squeeze(2)
-        # Half precision is too coarse for a ranking.
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = attention.fine(query @ key.transpose(-1, -2)).squeeze(2)
         return (logits * scaling).softmax(-1)[:, :, 1:]
+
+    def received(self, block: int = -1) -> Tensor:
+        """Attention (N, P), fp32, that each patch receives in a vision block: mean over heads and all queries.
+
+        CLS is one of the queries. For blocks that the method names in ``blocks_received``; rows are taken in blocks.
+        """
+        encoding = self._encoding
+        got = encoding.received.get(block)
+        got = attention.received(*encoding.blocks[block]) if got is None else got
+        encoding.macs += encoding.vision.hidden * got.shape[1] ** 2
+        return got[:, int(encoding.vision.has_cls) :]
 
     def keys(self, block: int = -1) -> Tensor:
         """Keys (N, heads, P, d) of the patches in a vision block."""

@@ -14,10 +14,11 @@ from ..engine.contract import Forward, HookPoint, Keep, Knob, Method
 from ..errors import VisibenchError
 
 if TYPE_CHECKING:
-    from ..engine.contract import AttentionView, Geometry, LayerView, TokenLayout, VisionView
+    from ..engine.contract import AttentionView, Geometry, LayerView, TokenLayout, VisionGeometry, VisionView
 
 Layers = Literal["given", "scaled"]
 REFERENCE_DEPTH = 32
+REFERENCE_BLOCKS = 24
 # Values of an option without a scale of its own: 0, and six decades in steps of 2.3 %.
 MAGNITUDES = (0.0, *(float(f"{10 ** (k / 100):.4g}") for k in range(-300, 301)))
 
@@ -166,10 +167,10 @@ class ScoredImages(Forward):
 
 @dataclass(frozen=True)
 class Layered(Method):
-    """A method whose options name decoder layers, in numbers that its authors chose on a model of 32.
+    """A method whose options name decoder layers or vision blocks, in numbers that its authors chose on 32 and 24.
 
-    ``layers="given"`` takes the numbers as they are and raises where the model has fewer layers; ``layers="scaled"``
-    scales them, defaults and given ones alike, to the depth of the model at hand.
+    ``layers="given"`` takes the numbers as they are and raises where the model has fewer; ``layers="scaled"`` scales
+    them, defaults and given ones alike, to the depth of the model at hand.
     """
 
     examples: ClassVar[tuple[str, ...]] = ("layers=scaled",)
@@ -189,6 +190,22 @@ class Layered(Method):
 
     def check_layers(self, option: str, layers: Sequence[int], geometry: Geometry, otherwise: str = "") -> None:
         super().check_layers(option, layers, geometry, otherwise or " or layers='scaled'" * (self.layers == "given"))
+
+    def block_at(self, block: int, vision: VisionGeometry) -> int:
+        """The vision block for which the number ``block`` stands, counted back from the features' as in views."""
+        if self.layers == "scaled":
+            block = min(int(block * vision.layers / REFERENCE_BLOCKS + 0.5), vision.feature_block)
+        return block - vision.feature_block - 1
+
+    def check_block(self, option: str, block: int, geometry: Geometry) -> None:
+        """Raise :class:`OptionError` unless the vision block that an ``option`` names is one up to the features'."""
+        if geometry.vision is None:
+            return
+        self.require(
+            self.block_at(block, geometry.vision) < 0,
+            f"{option}={block}, but the features are those of vision block {geometry.vision.feature_block}: choose "
+            "another block or layers='scaled'",
+        )
 
 
 def floored(count: Tensor, fraction: float) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...errors import InputError, UnsupportedModelError, VisibenchError
 from ...models.adapters import Adapter
-from ..attention import Interception
+from ..attention import Interception, received
 from ..contract import Forward, Method
 from ..decisions import Keep, Merge, as_merge
 from ..encoding import Encoding
@@ -55,6 +55,9 @@ class VisionTap:
             raise UnsupportedModelError(
                 f"{method.name} reads the vision tower, and a bare decoder has none: pass the full model"
             )
+        vision = adapter.geometry.vision if self._asked else None
+        self._read = method.blocks_read(vision) if vision else ()
+        self._received = method.blocks_received(vision) if vision else ()
 
     def __enter__(self) -> VisionTap:
         tower = self.adapter.vision_tower
@@ -79,7 +82,7 @@ class VisionTap:
         before, behind = self._watched(self._on_features), self._watched(self._on_projected)
         stack.callback(self.adapter.projector.register_forward_pre_hook(before).remove)
         stack.callback(self.adapter.projector.register_forward_hook(behind).remove)
-        read = {name: blocks[vision.feature_block + 1 + name] for name in self.method.vision_blocks}
+        read = {name: blocks[vision.feature_block + 1 + name] for name in {*self._read, *self._received}}
         observers = {block.self_attn: partial(self._observe, name) for name, block in read.items()}
         stack.enter_context(Interception(observers))
 
@@ -148,7 +151,8 @@ class VisionTap:
         """What the method reads of the tower's inside, by name."""
         if not self._asked:
             return ()
-        return *(f"block{name}" for name in self.method.vision_blocks), *(("cls",) if self.method.vision_cls else ())
+        read, received = (f"block{name}" for name in self._read), (f"received{name}" for name in self._received)
+        return *read, *received, *(("cls",) if self.method.vision_cls else ())
 
     def _seen(self) -> dict[str, Entry]:
         # Tokens first, as the block lays them out; of the queries CLS's alone can be read.
@@ -160,13 +164,18 @@ class VisionTap:
                 "scaling": torch.tensor([scaling], dtype=torch.float64),
             }
             for name, (q, k, scaling) in encoding.blocks.items()
+            if name in self._read
         }
+        for name in self._received:
+            parts[f"received{name}"] = {"received": received(*encoding.blocks[name])}
         return parts if encoding.cls is None else parts | {"cls": {"cls": encoding.cls}}
 
     def _recall(self, parts: Mapping[str, Entry]) -> None:
         if not self._asked:
             return
-        for name in self.method.vision_blocks:
+        for name in self._received:
+            self._current().received[name] = parts[f"received{name}"]["received"]
+        for name in self._read:
             part = parts[f"block{name}"]
             query, key = part["query"].transpose(1, 2), part["key"].transpose(1, 2)
             self._current().blocks[name] = (query, key, float(part["scaling"][0]))

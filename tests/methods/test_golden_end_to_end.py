@@ -7,9 +7,10 @@ that a batch of two is compared under half of it.
 import pytest
 import torch
 import visibench
-from golden_llava import CLIP, check_whole, make_golden_llava, vectors, whole_prompts
+from golden_llava import CLIP, check_whole, make_golden_llava, prompt, vectors, whole_prompts
 from golden_support import MANIFEST
-from visibench.methods import holov, pieces, scope
+from visibench.engine import attention
+from visibench.methods import hiprune, holov, pieces, scope
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +122,60 @@ def test_holov(whole, config, entry, case, images):
     expected = recorded[f"{config}.{group}.order"].long()
     first = torch.arange(len(images))[:, None] * 576
     assert torch.equal(number, torch.where(expected < 0, -2, expected + first).flatten())
+
+
+# ---- HiPrune ------------------------------------------------------------------------------------------------------
+
+
+def hiprune_method(entry, images):
+    """Their variable counts blocks from 1."""
+    options = {"alpha": entry["HIPRUNE_ALPHA"], "middle": entry["HIPRUNE_OBJECT_LAYER"] - 1}
+    return visibench.load_method("hiprune", tokens=entry["HIPRUNE_RETENTION"] // len(images), **options)
+
+
+@pytest.mark.parametrize(("config", "entry", "case", "images"), configurations("hiprune"))
+def test_hiprune_anchors_and_registers(config, entry, case, images):
+    recorded, prefix, method = vectors("hiprune"), f"{config}.{case}", hiprune_method(entry, images)
+    of = lambda block: torch.cat([recorded[f"received_{block}.img{number}"] for number in images])  # noqa: E731
+    middle, deep = of(f"block{method.middle}"), of("m2")
+    for row in range(len(images)):
+        number = str(row) if len(images) > 1 else ""
+        anchors = recorded[f"{prefix}.anchors{number}"].tolist()
+        assert method.anchors(576) == len(anchors)
+        assert middle[row].argsort(descending=True, stable=True)[: len(anchors)].tolist() == anchors
+        near = hiprune.around(middle[row : row + 1], len(anchors), 24)[0]
+        registers = recorded[f"{prefix}.registers{number}"].tolist()
+        order = deep[row].masked_fill(near, -1).argsort(descending=True, stable=True)
+        assert order[: method.tokens - near.sum()].tolist() == registers
+        kept = near.index_fill(0, torch.tensor(registers), True)
+        assert torch.equal(kept, recorded[f"{prefix}.kept"][row])
+
+
+@pytest.mark.parametrize("rows", [7, 128])
+def test_attention_received_in_vision_blocks(whole, rows, monkeypatch):
+    """Recorded with the whole map at hand; here a few rows of queries at a time."""
+    monkeypatch.setattr(attention, "BLOCK", rows)
+    seen = {}
+
+    class Look(type(visibench.load_method("hiprune", tokens=64))):
+        def blocks_received(self, vision):
+            return -15, -8, -1
+
+        def vision(self, view):
+            seen.update({block: view.received(block) for block in (-15, -8, -1)})
+
+    with visibench.prune(whole, Look(tokens=64)) as session:
+        whole(**prompt(0, 1))
+    recorded = vectors("hiprune")
+    for block, name in {-15: "block8", -8: "block15", -1: "m2"}.items():
+        expected = torch.cat([recorded[f"received_{name}.img{number}"] for number in (0, 1)])
+        torch.testing.assert_close(seen[block], expected, atol=1e-7, rtol=1e-4)
+    # Scores and nothing else: 4 heads of 8, 577 queries and keys, three blocks, two images.
+    assert session.trace.scoring_macs()[0, 0] == 2 * 3 * 32 * 577**2
+
+
+@pytest.mark.parametrize(("config", "entry", "case", "images"), wholes("hiprune"))
+def test_hiprune(whole, config, entry, case, images):
+    recorded, group = vectors("hiprune"), "batch2" if len(images) > 1 else "img0"
+    session = check_whole(whole, hiprune_method(entry, images), recorded, f"{config}.{case}", images)
+    assert torch.equal(session.trace.kept(0)[0], recorded[f"{config}.{group}.kept"].flatten())

@@ -8,9 +8,22 @@ import torch
 import torch.nn.functional as F
 import visibench
 from support import collate, make_batch, make_llava
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 from visibench.errors import OptionError, UnsupportedModelError
 from visibench.evals.compute import flops
-from visibench.methods import cdpruner, divprune, grids, holov, pieces, prumerge, scope, tome, visionzip, vispruner
+from visibench.methods import (
+    cdpruner,
+    divprune,
+    grids,
+    hiprune,
+    holov,
+    pieces,
+    prumerge,
+    scope,
+    tome,
+    visionzip,
+    vispruner,
+)
 from visibench.models.adapters import Adapter
 
 ROWS = [(5, 9, 1), (3, 12, 2), (4, 6, 0)]
@@ -111,6 +124,56 @@ def test_runs_share_a_budget(runs, budget):
         assert got == wanted
         rest = sorted({*range(17)} - {*wanted}, key=lambda j: -attention[image, j].item())
         assert set(filled[image].nonzero().flatten().tolist()) == {*wanted, *rest[: budget - len(wanted)]}
+
+
+def test_anchors_bring_their_neighbours_along():
+    """On a grid of 4 × 4; the first patch of a row has the last one above on its left, and corners lack neighbours."""
+    for anchor, expected in ((5, {1, 4, 5, 6, 9}), (4, {0, 3, 4, 5, 8}), (0, {0, 1, 4}), (15, {11, 14, 15})):
+        scores = torch.zeros(1, 16, dtype=torch.float64).index_fill(1, torch.tensor([anchor]), 1)
+        assert set(hiprune.around(scores, 1, 4)[0].nonzero().flatten().tolist()) == expected
+    two = torch.zeros(1, 16, dtype=torch.float64).index_fill(1, torch.tensor([5, 15]), 1)
+    assert hiprune.around(two, 2, 4).sum() == 8
+    assert not hiprune.around(two, 0, 4).any()
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_attention_received_is_that_of_the_map_with_and_without_cls(kind):
+    vision = make_llava(layers=1).config.vision_config.to_dict() | {"model_type": f"{kind}_vision_model"}
+    own = {"vision_use_head": False} if kind == "siglip" else {}
+    strategy = {"clip": "default", "siglip": "full"}[kind]
+    text = make_llava(layers=1).config.text_config
+    config = LlavaConfig(
+        vision_config=vision | own,
+        text_config=text,
+        image_token_id=63,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy=strategy,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    model, (sample,) = LlavaForConditionalGeneration(config).eval(), make_batch([(5, 9, 2)])
+    maps = model.model.vision_tower(sample["pixel_values"], output_attentions=True).attentions
+    seen = {}
+
+    class Look(type(visibench.load_method("hiprune", tokens=4))):
+        def score(self, view):
+            seen.update({block: view.received(block) for block in self.blocks_received(view.vision)})
+            return super().score(view)
+
+    with visibench.prune(model, Look(tokens=4, alpha=1.0, middle=0)) as session:
+        model(**sample)
+    assert session.trace.visual_counts()[0].tolist() == [8]
+    for block, number in {-2: 0, -1: 1}.items():
+        torch.testing.assert_close(seen[block], maps[number].mean((1, 2))[:, kind == "clip" :])
+
+
+def test_anchors_and_buffers_beyond_the_budget_stay_by_attention(llava):
+    """round(8 · 1 / 5) = 2 anchors would bring up to 10 patches."""
+    method = visibench.load_method("hiprune", tokens=8, alpha=1.0, layers="scaled")
+    assert method.anchors(16) == 2
+    with visibench.prune(llava, method) as session:
+        llava(**collate(make_batch(ROWS)))
+    assert session.trace.visual_counts()[:, 0].tolist() == [8, 16, 0]
 
 
 def test_greedy_determinant_goes_on_past_the_rank_without_repeating():
@@ -350,6 +413,7 @@ def test_keeping_every_patch_is_dense_bit_for_bit(llava, name):
         ("visionzip", {}),
         ("vispruner", {}),
         ("scope", {}),
+        ("hiprune", {"alpha": 1.0, "layers": "scaled"}),
         ("holov", {"runs": 3}),
         ("holov", {"runs": 3, "shortfall": "zeros"}),
         ("prumerge", {}),
@@ -385,6 +449,7 @@ def with_vision(**changes):
         ("scope", {}, {"has_cls": False}, "CLS token"),
         ("holov", {}, {"has_cls": False}, "CLS token"),
         ("holov", {"runs": 17}, {}, "17 runs of an image of 16 tokens"),
+        ("hiprune", {}, {}, "middle=8, but the features are those of vision block 1.*layers='scaled'"),
         ("prumerge", {}, {"has_cls": False}, "CLS token"),
         ("prumerge_plus", {}, {"feature_block": 2}, "block after the feature block.*visionzip"),
         ("cdpruner", {}, {}, "no CLIP text tower.*condition=none"),
@@ -427,6 +492,8 @@ def test_new_tokens_have_no_old_positions(name):
         ("vispruner", {"tokens": 8, "drop": 0}, "drop"),
         ("scope", {"tokens": 8, "alpha": -1.0}, "alpha must be >= 0"),
         ("scope", {"tokens": 8, "combine": "max"}, "'multiply' or 'add'"),
+        ("hiprune", {"tokens": 8, "alpha": 1.5}, r"alpha must lie in \[0, 1\]"),
+        ("hiprune", {"tokens": 8, "middle": -1}, "middle, a vision block, must be >= 0"),
         ("holov", {"tokens": 8, "runs": 0}, "runs must be >= 1"),
         ("holov", {"tokens": 8, "shortfall": "none"}, "'attention' or 'zeros'"),
         ("holov", {"tokens": 8, "shortfall": "zeros", "positions": "keep"}, "no old position.*shortfall='attention'"),
