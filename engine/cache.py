@@ -230,6 +230,8 @@ def check_cache(cache: Any, user: Any) -> None:
         raise UnsupportedModelError(
             "prune() needs full attention in every layer, and this cache has sliding windows: use a model without them"
         )
+    if isinstance(cache, PrunedCache):
+        cache.check()
     if not cache.get_seq_length():
         return
     if type(cache) is DynamicCache or not cache.belongs_to(user):
@@ -237,7 +239,6 @@ def check_cache(cache: Any, user: Any) -> None:
             "the KV cache was filled outside this `with` block: pass an empty transformers.DynamicCache() or none, and "
             "run all of the prompt inside"
         )
-    cache.check()
 
 
 def _cut(tensor: Tensor | None, length: int) -> Tensor | None:

@@ -6,6 +6,7 @@ Made anew for each call and thrown away after it, so that nothing of a batch out
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -72,15 +73,16 @@ class Pass:
         self._check(layer)
         if layer == 0:
             self._begin(given)
-        held = _NOTHING if self.cache is None else self.cache.held[layer]
-        segment = self._first(held, hidden) if layer == 0 else self.segments[-1]
-        if segment.held is not held:
-            segment = self._numbered(segment.on(held))
-        if self.prompt is not None:
-            segment, hidden = self._decide(self.prompt, layer, module, segment, hidden, given)
-            self.prompt.trace.enter(self._layout(segment), self._cached(held), held.length)
-        self.segments.append(segment)
-        return hidden, given | segment.told(self.adapter, hidden, given)
+        with self.tap.watch("method") if self.prompt is not None else nullcontext():
+            held = _NOTHING if self.cache is None else self.cache.held[layer]
+            segment = self._first(held, hidden) if layer == 0 else self.segments[-1]
+            if segment.held is not held:
+                segment = self._numbered(segment.on(held))
+            if self.prompt is not None:
+                segment, hidden = self._decide(self.prompt, layer, module, segment, hidden, given)
+                self.prompt.trace.enter(self._layout(segment), self._cached(held), held.length)
+            self.segments.append(segment)
+            return hidden, given | segment.told(self.adapter, hidden)
 
     def _check(self, layer: int) -> None:
         due = len(self.segments)
@@ -140,15 +142,14 @@ class Pass:
     ) -> tuple[Segment, Tensor]:
         if max(self._layout(segment).visual_counts) == 0:
             return segment, hidden
-        with prompt.trace.watch("method"):
-            if layer == 0:
-                decision = self.tap.decide(prompt.forward, prompt.layout, prompt.trace)
-                segment, hidden = self._apply(decision, prompt.trace, segment, hidden)
-                self.tap.used(self.inputs.encoded, again=self.cache is None)
-            if type(prompt.forward).layer_input is not Forward.layer_input:
-                view = self._layer_view(prompt, layer, module, segment, hidden, given)
-                decision = prompt.forward.layer_input(layer, view)
-                segment, hidden = self._apply(decision, prompt.trace, segment, hidden)
+        if layer == 0:
+            decision = self.tap.decide(prompt.forward, prompt.layout, prompt.trace)
+            segment, hidden = self._apply(decision, prompt.trace, segment, hidden)
+            self.tap.used(self.inputs.encoded, again=self.cache is None)
+        if type(prompt.forward).layer_input is not Forward.layer_input:
+            view = self._layer_view(prompt, layer, module, segment, hidden, given)
+            decision = prompt.forward.layer_input(layer, view)
+            segment, hidden = self._apply(decision, prompt.trace, segment, hidden)
         return segment, hidden
 
     def _layer_view(
@@ -160,7 +161,7 @@ class Pass:
         def told() -> dict[str, Any]:
             names = ("attention_mask", "position_embeddings", "position_ids")
             all_told: dict[str, Any] = {name: given.get(name) for name in names}
-            all_told |= segment.told(self.adapter, hidden, given)
+            all_told |= segment.told(self.adapter, hidden)
             if segment.places == width:
                 return all_told
             table, places = all_told["position_embeddings"], all_told["position_ids"]
@@ -173,7 +174,7 @@ class Pass:
         before = None
         if segment.held.length and self.cache is not None:
             cached: Any = self.cache.layers[layer]
-            before = self._hidden_from_view(segment, cached.keys, cached.values)
+            before = self._seen_before(segment, cached.keys, cached.values)
         return LayerView(
             layer,
             module,
@@ -185,7 +186,7 @@ class Pass:
             trace=prompt.trace,
         )
 
-    def _hidden_from_view(self, segment: Segment, keys: Tensor, values: Tensor) -> Before:
+    def _seen_before(self, segment: Segment, keys: Tensor, values: Tensor) -> Before:
         return Before(keys, values, segment.held.valid, self._cached(segment.held))
 
     def _apply(
@@ -250,7 +251,7 @@ class Pass:
             with prompt.trace.watch("model"):
                 return kernel(module, *parts.reading(values), **kwargs)[0]
 
-        before = self._hidden_from_view(segment, k[:, :, :first], v[:, :, :first]) if first else None
+        before = self._seen_before(segment, k[:, :, :first], v[:, :, :first]) if first else None
         view = AttentionView(
             layer,
             layout,

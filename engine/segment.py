@@ -87,13 +87,13 @@ class Segment:
             valid = None if valid is None else torch.cat([valid, valid.new_ones(valid.shape[0], behind)], dim=1)
         return Segment(self.held, change.layout, change.layout.width + behind, positions, valid, left)
 
-    def told(self, adapter: Adapter, hidden: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+    def told(self, adapter: Adapter, hidden: Tensor) -> dict[str, Any]:
         """What its layers are told in place of what the model gave them; ``hidden``: (B, places, D)."""
         if self._told is None:
-            self._told = {} if self.is_whole else self._rule(adapter, hidden, given)
+            self._told = {} if self.is_whole else self._rule(adapter, hidden)
         return self._told
 
-    def _rule(self, adapter: Adapter, hidden: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+    def _rule(self, adapter: Adapter, hidden: Tensor) -> dict[str, Any]:
         valid, length = self.held.with_valid(self.places, self.valid), self.held.length + self.places
         mask = attention_mask(implementation_of(adapter.decoder.config), valid, self.places, length, hidden)
         if self.numbers is None and self.columns is None:

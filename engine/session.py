@@ -230,7 +230,7 @@ def _refuse_compiled(model: nn.Module) -> None:
     """Raise for compiled modules, in which hooks and attention functions are fixed when they are traced."""
     for name, module in model.named_modules():
         compiled = module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
-        if compiled or isinstance(module, torch._dynamo.OptimizedModule):
+        if compiled or "_orig_mod" in module._modules:
             raise UnsupportedModelError(
                 f"cannot prune a compiled model ({name or type(module).__name__} is): pass it as it was before "
                 "torch.compile"

@@ -302,6 +302,15 @@ def test_a_prompt_of_another_turn_does_not_disturb_a_cache(llava):
 def test_a_call_that_failed_half_way_leaves_a_cache_that_is_refused(llava):
     ids, pixels = turn(5, images=1)
     with visibench.prune(llava, visibench.load_method("fastv", keep=0.5)):
+        begun = DynamicCache()
+        hook = llava.model.language_model.layers[5].mlp.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            feed(llava, ids, begun, pixels)
+        hook.remove()
+        with pytest.raises(InputError, match="failed half-way"):
+            feed(llava, ids, begun, pixels)
+        begun.reset()
+        assert feed(llava, ids, begun, pixels).logits.isfinite().all()
         cache = feed(llava, ids, pixels=pixels).past_key_values
         hook = llava.model.language_model.layers[5].mlp.register_forward_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
