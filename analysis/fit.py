@@ -51,7 +51,7 @@ class Fitted:
     """A ``method`` with its hyperparameters found, the numbers of the search, and one line that says what they mean."""
 
     method: Method
-    found: dict[str, float]
+    outcome: dict[str, float]
     summary: str
 
 
@@ -134,8 +134,8 @@ def smallest(reached: Callable[[float], Plan | None], tolerance: float) -> tuple
     low, high, plan = 0.0, 1.0, reached(1.0)
     while plan is not None and high - low > tolerance:
         middle = (low + high) / 2
-        found = reached(middle)
-        low, high, plan = (middle, high, plan) if found is None else (low, middle, found)
+        better = reached(middle)
+        low, high, plan = (middle, high, plan) if better is None else (low, middle, better)
     return high, plan
 
 

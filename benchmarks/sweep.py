@@ -67,14 +67,14 @@ def answers(folder: Path) -> dict[str, list]:
 
 def compare(options: Namespace) -> None:
     """Measure both sides in turn, and print them."""
-    found: dict[str, list[tuple[float, float]]] = {"separate runs": [], "sweep": []}
+    measured: dict[str, list[tuple[float, float]]] = {"separate runs": [], "sweep": []}
     for _ in range(options.repeats):
         given = {}
         with tempfile.TemporaryDirectory() as folder:
             for side, calls in commands(options, Path(folder)).items():
-                found[side].append(measure(calls))
+                measured[side].append(measure(calls))
                 given[side] = repr(sorted(answers(Path(folder, side)).items()))
-                print(f"{side}: wall {found[side][-1][0]:.1f} s, CPU {found[side][-1][1]:.1f} s", flush=True)
+                print(f"{side}: wall {measured[side][-1][0]:.1f} s, CPU {measured[side][-1][1]:.1f} s", flush=True)
         if given["sweep"] != given["separate runs"]:
             raise SystemExit("the two sides answered differently")
     timed = "prefill timed" if options.timed else "prefill not timed"
@@ -82,7 +82,7 @@ def compare(options: Namespace) -> None:
     versions = (f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "lmms-eval"))
     print(f"{platform.machine()}, {os.environ['OMP_NUM_THREADS']} threads, {', '.join(versions)}")
     for place, kind in enumerate(("wall", "CPU")):
-        values = {side: [times[place] for times in all_] for side, all_ in found.items()}
+        values = {side: [times[place] for times in all_] for side, all_ in measured.items()}
         ratios = [b / a for a, b in zip(values["separate runs"], values["sweep"], strict=True)]
         for side, seconds in values.items():
             print(f"{kind} s, {side}: median {statistics.median(seconds):.1f} ({min(seconds):.1f}–{max(seconds):.1f})")

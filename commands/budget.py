@@ -67,7 +67,7 @@ def budget(
     from ..evals.settings.target import Target
 
     wanted = Target.parse(target)
-    asked = _asked(methods)
+    specs = _specs(methods)
     if weights in (None, "pretrained"):
         if layers is not None or lengths is not None:
             raise OptionError("--layers and --lengths belong to --weights random or meta: add it, or leave them out")
@@ -79,7 +79,7 @@ def budget(
         raise OptionError(f"--weights {weights} means one prompt of any kind: give --lengths, not {others}")
     else:
         prompts, where = _sizes(model, device, dtype, str(weights), layers, lengths or "64/576")
-    solved, refused = _solved(asked, wanted, prompts)
+    solved, refused = _solved(specs, wanted, prompts)
     dense = prompts.time(DENSE) if wanted.kind == "ms" else None
     if not solved and len(refused) == 1:
         raise OptionError(*refused.values())
@@ -96,14 +96,14 @@ def budget(
         raise OptionError(f"{wanted} is out of reach of all {len(refused)} methods: the reasons stand above")
 
 
-def _solved(asked: list[MethodSpec], wanted: Target, prompts: Prompts) -> tuple[list[Solution], dict[str, str]]:
+def _solved(specs: list[MethodSpec], wanted: Target, prompts: Prompts) -> tuple[list[Solution], dict[str, str]]:
     """The methods that meet the target, and why the others do not."""
     from ..evals.compute.budget import solve
     from ..evals.settings.method_spec import written
 
     solved, refused = [], {}
     with Console(stderr=True).status("Solving …") as status:
-        for spec in asked:
+        for spec in specs:
             status.update(f"Solving {spec.name} for {wanted} …")
             try:
                 solved.append(solve(spec.reference, spec.given, wanted, prompts))
@@ -142,7 +142,7 @@ def _sizes(
     return Prompts(loaded, [inputs], inputs), where
 
 
-def _asked(methods: list[str] | None) -> list[MethodSpec]:
+def _specs(methods: list[str] | None) -> list[MethodSpec]:
     """What to solve, checked: those given, or the plainest example of every method less what a budget decides."""
     from ..evals.settings.method_spec import MethodSpec, decided, spell, split
     from ..methods import list_methods
@@ -156,10 +156,10 @@ def _asked(methods: list[str] | None) -> list[MethodSpec]:
         ]
     # A comma in front of key=value goes on with the same method.
     texts = [text for several in methods for text in re.split(r",(?!\s*\w+\s*=)", several)]
-    asked = [MethodSpec.parse(text) for text in texts]
-    for spec in asked:
+    specs = [MethodSpec.parse(text) for text in texts]
+    for spec in specs:
         spec.knobs()  # raises where nothing is left to turn
-    return asked
+    return specs
 
 
 def _solution(one: Solution) -> dict[str, Any]:
@@ -184,11 +184,11 @@ def _cost(cost: Cost, timing: Timing | None) -> dict[str, Any]:
 def _print(result: dict[str, Any], target: str) -> None:
     prompts, solved = result["prompts"], result["solved"]
     dense = _cells(result["dense"])
-    asked = "first {first} of {of} prompts of {task} ({origin})"
+    wording = "first {first} of {of} prompts of {task} ({origin})"
     if "weights" in prompts:
-        asked = "{weights} weights, {layers} layers, a prompt of {text_tokens} text and {visual_tokens} visual tokens"
+        wording = "{weights} weights, {layers} layers, a prompt of {text_tokens} text and {visual_tokens} visual tokens"
     print(
-        f"{result['model']['name']}, {asked.format(**prompts)}. "
+        f"{result['model']['name']}, {wording.format(**prompts)}. "
         f"Dense: T={dense[0]}, {dense[2]} TFLOPs{', ' + dense[3] if dense[3:] else ''}.\n"
     )
     grid = RichTable(box=None, pad_edge=False, header_style="bold")

@@ -94,7 +94,7 @@ def _result(fitted: Fitted, settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "spec": str(method),
         "method": {"name": method.name} | options,
-        "found": fitted.found,
+        "found": fitted.outcome,
         "settings": settings,
     }
 

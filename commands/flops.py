@@ -78,17 +78,17 @@ def flops(
 
 
 def _published(markdown: bool, as_json: bool) -> None:
-    found = reproductions()
+    figures = reproductions()
     if markdown:
-        print(published_markdown(found))
+        print(published_markdown(figures))
         return
     from ..evals.compute.paper_flops import FORMULAS
 
-    rows = [[*_row(one), one.claim.formula] for one in found]
+    rows = [[*_row(one), one.claim.formula] for one in figures]
     formulas = [f"{name}: {formula.words}" for name, formula in FORMULAS.items()]
-    notes = [f"{where(one)}, {one.claim.setting}: {one.claim.note}." for one in found if one.claim.note]
+    notes = [f"{where(one)}, {one.claim.setting}: {one.claim.note}." for one in figures if one.claim.note]
     also = "\n".join(["", LEGEND, "", *formulas, "", *notes])
-    print_list([_json(one) for one in found], [*HEADER, "formula"], rows, also, as_json=as_json)
+    print_list([_json(one) for one in figures], [*HEADER, "formula"], rows, also, as_json=as_json)
 
 
 def reproductions() -> list[Reproduction]:
@@ -98,10 +98,10 @@ def reproductions() -> list[Reproduction]:
     return [reproduce(claim) for claim in claims()]
 
 
-def published_markdown(found: list[Reproduction]) -> str:
+def published_markdown(figures: list[Reproduction]) -> str:
     """The README's table of figures in print."""
     rule = ["---", "---", *["---:"] * (len(HEADER) - 2)]
-    lines = ["| " + " | ".join(line) + " |" for line in (HEADER, rule, *map(_row, found))]
+    lines = ["| " + " | ".join(line) + " |" for line in (HEADER, rule, *map(_row, figures))]
     return "\n".join([*lines, "", LEGEND])
 
 
@@ -183,15 +183,15 @@ def _sized(
     return planned, facts | {"note": note}
 
 
-def _print(found: pd.DataFrame, facts: dict[str, Any], as_json: bool) -> None:
-    layers = {name: _mean(found.pop(name).tolist()) for name in ("visual_tokens", "kv_lengths")}
-    macs = {name: {"mean": float(column.mean()), "sd": float(column.std(ddof=0))} for name, column in found.items()}
+def _print(frame: pd.DataFrame, facts: dict[str, Any], as_json: bool) -> None:
+    layers = {name: _mean(frame.pop(name).tolist()) for name in ("visual_tokens", "kv_lengths")}
+    macs = {name: {"mean": float(column.mean()), "sd": float(column.std(ddof=0))} for name, column in frame.items()}
     if as_json:
         print(json.dumps(facts | {"macs": macs, "mean_per_layer": layers}, indent=1))
         return
     scale, unit = next((pair for pair in UNITS if max(one["mean"] for one in macs.values()) >= pair[0]), UNITS[-1])
     rows = [
-        [TITLES.get(str(name), str(name).replace("_", " ")), _spread(one, scale, len(found))]
+        [TITLES.get(str(name), str(name).replace("_", " ")), _spread(one, scale, len(frame))]
         for name, one in macs.items()
     ]
     print(f"{facts['model']} under {facts['method']}: {_spell(facts)}. One multiply-add = 1; LM head for one position.")

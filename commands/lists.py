@@ -12,9 +12,11 @@ def methods(as_json: AsJson = False) -> None:
     """List the pruning methods with their options."""
     from ..evals.settings.method_spec import describe_methods
 
-    found = describe_methods()
-    rows = [[m["name"], m["about"], _defaults(m["options"]), m["examples"][0], m["paper"]] for m in found]
-    print_list(found, ["method", "what it does", "options and defaults", "for example", "arXiv"], rows, as_json=as_json)
+    described = describe_methods()
+    rows = [[m["name"], m["about"], _defaults(m["options"]), m["examples"][0], m["paper"]] for m in described]
+    print_list(
+        described, ["method", "what it does", "options and defaults", "for example", "arXiv"], rows, as_json=as_json
+    )
 
 
 def models(as_json: AsJson = False) -> None:
@@ -22,22 +24,22 @@ def models(as_json: AsJson = False) -> None:
     from ..models import list_models
     from ..models.support import DECODERS
 
-    found = [{"name": name, "about": about} for name, about in list_models().items()]
+    described = [{"name": name, "about": about} for name, about in list_models().items()]
     also = (
         "Also: a local folder, or a hub name such as llava-hf/llava-1.5-7b-hf.\n"
         f"Tested text decoders: {', '.join(sorted(DECODERS))}."
     )
-    print_list(found, ["model", "about"], [[m["name"], m["about"]] for m in found], also, as_json=as_json)
+    print_list(described, ["model", "about"], [[m["name"], m["about"]] for m in described], also, as_json=as_json)
 
 
 def tasks(as_json: AsJson = False) -> None:
     """List the tasks with embedded data. Any other generate_until task of lmms-eval works by name, from the hub."""
     from ..evals.tasks.tasks import TASKS
 
-    found = [dataclasses.asdict(info) for info in TASKS.values()]
-    rows = [[t["name"], t["about"], ", ".join(m["key"] for m in t["metrics"])] for t in found]
+    described = [dataclasses.asdict(info) for info in TASKS.values()]
+    rows = [[t["name"], t["about"], ", ".join(m["key"] for m in t["metrics"])] for t in described]
     also = "Also: any other task of lmms-eval by its name, such as scienceqa_img, with data from the hub."
-    print_list(found, ["task", "about", "metrics in tables"], rows, also, as_json=as_json)
+    print_list(described, ["task", "about", "metrics in tables"], rows, also, as_json=as_json)
 
 
 def _defaults(options: dict[str, Any]) -> str:

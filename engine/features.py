@@ -180,27 +180,27 @@ class SharedTower:
         recall: Callable[[Mapping[str, Entry]], None],
     ) -> None:
         self.tower, self.store, self.parts, self.seen, self.recall = tower, store, parts, seen, recall
-        self._own: Any = None
+        self._instance_forward: Any = None
 
     def __enter__(self) -> SharedTower:
-        self._own = vars(self.tower).get("forward")
+        self._instance_forward = vars(self.tower).get("forward")
         self._forward = self.tower.forward
         self.tower.forward = self._run
         return self
 
     def __exit__(self, *error: Any) -> None:
         del self.tower.forward
-        if self._own is not None:
-            self.tower.forward = self._own
+        if self._instance_forward is not None:
+            self.tower.forward = self._instance_forward
 
     def _run(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or pixel_values.ndim != 4:  # patches of all images in one sequence
             return self._forward(pixel_values, *args, **kwargs)
-        asked = repr(sorted(kwargs.items()))
+        options = repr(sorted(kwargs.items()))
         fresh: dict[str, dict[str, Entry]] = {}
         images = []
         for pixels in pixel_values.split(1):
-            name = self.store.key(asked, f"{pixels.dtype}{tuple(pixels.shape)}", _raw(pixels))
+            name = self.store.key(options, f"{pixels.dtype}{tuple(pixels.shape)}", _raw(pixels))
             image = fresh.get(name)
             if image is None and (image := self._stored(name)) is not None:
                 self.store.reused += 1
@@ -220,21 +220,21 @@ class SharedTower:
         return _output(together["output"])
 
     def _stored(self, name: str) -> dict[str, Entry] | None:
-        found = {}
+        image = {}
         for part in ("output", *self.parts):
             entry = self.store.get(self.store.key(name, part))
             if entry is None:
                 return None
-            found[part] = entry
-        return found
+            image[part] = entry
+        return image
 
     def _compute(self, name: str, pixels: Tensor, kwargs: dict[str, Any]) -> dict[str, Entry]:
         output = self._forward(pixels, **kwargs)
         self.store.computed += 1
-        found = {"output": _tensors(output), **self.seen()}
-        for part, entry in found.items():
+        image = {"output": _tensors(output), **self.seen()}
+        for part, entry in image.items():
             self.store.put(self.store.key(name, part), entry)
-        return found
+        return image
 
 
 def _tensors(output: Any) -> Entry:

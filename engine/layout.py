@@ -267,8 +267,8 @@ def _in_order(layout: TokenLayout, column: Tensor, keep: Tensor, order: Tensor |
     """Columns (B, L) with those of the tokens that stay dealt out anew by ``order``, and int (B,): how many moved."""
     if order is None:
         return column, torch.zeros_like(column[:, 0])
-    own = layout.visual.pick(column, 1)
+    visual = layout.visual.pick(column, 1)
     by_place = (~keep).to(torch.int8).argsort(dim=1, stable=True)
     by_order = order.masked_fill(~keep, torch.iinfo(order.dtype).max).argsort(dim=1, stable=True)
-    dealt = own.scatter(1, by_order, own.gather(1, by_place))
-    return layout.visual.place(dealt, column, dim=1), ((dealt != own) & keep).sum(1)
+    dealt = visual.scatter(1, by_order, visual.gather(1, by_place))
+    return layout.visual.place(dealt, column, dim=1), ((dealt != visual) & keep).sum(1)

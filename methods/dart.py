@@ -93,12 +93,12 @@ def pivots(norms: Tensor, layout: TokenLayout, visual: int, text: int) -> tuple[
 
     ``norms``: (B, L); n is smaller than ``visual`` + ``text`` only if no row has as many tokens.
     """
-    found = []
+    chosen = []
     for tokens, count in ((layout.visual, visual), (layout.text, text)):
         scores = tokens.pick(norms, 1).masked_fill(~tokens.present, float("-inf"))
         best = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
-        found.append((tokens.index.gather(1, best), tokens.present.gather(1, best)))
-    column, there = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+        chosen.append((tokens.index.gather(1, best), tokens.present.gather(1, best)))
+    column, there = (torch.cat(parts, dim=1) for parts in zip(*chosen, strict=True))
     return column, there
 
 

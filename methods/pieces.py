@@ -124,8 +124,8 @@ def density_peaks(
     centre = score.argsort(dim=1, descending=True, stable=True)[:, :most]
     reach = distance.gather(2, centre[:, None].expand(-1, width, -1)).masked_fill(~wanted[:, None], torch.inf)
     # A centre heads its own cluster, also where another one has the same place. Unwanted ones land in a surplus column.
-    own = centre.masked_fill(~wanted, width)
-    cluster = torch.nn.functional.pad(reach.argmin(2), (0, 1)).scatter(1, own, column.expand_as(own))
+    head = centre.masked_fill(~wanted, width)
+    cluster = torch.nn.functional.pad(reach.argmin(2), (0, 1)).scatter(1, head, column.expand_as(head))
     return centre, cluster[:, :width]
 
 

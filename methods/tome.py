@@ -113,8 +113,8 @@ def matched(metric: Tensor, merges: int, *, first_stays: bool) -> Tensor:
     places = torch.arange(behind + odd.shape[1], device=metric.device).expand(len(metric), -1)
     group = torch.empty(metric.shape[:2], dtype=torch.int64, device=metric.device)
     group[:, 1::2] = places[:, behind:]
-    own = torch.empty_like(order).scatter(1, staying, places[:, :behind])
-    group[:, ::2] = own.scatter(1, leaving, behind + partner.gather(1, leaving))
+    even_group = torch.empty_like(order).scatter(1, staying, places[:, :behind])
+    group[:, ::2] = even_group.scatter(1, leaving, behind + partner.gather(1, leaving))
     return group
 
 

@@ -324,10 +324,10 @@ class Adapter:
                     "set the number there"
                 )
             for number, module in enumerate(modules):
-                if (own := matrix_weights(module)) != weights:
+                if (held := matrix_weights(module)) != weights:
                     raise UnsupportedModelError(
-                        f"{name} cannot be pruned: {part} {number} multiplies by {own:,} weights, by its configuration "
-                        f"{weights:,}: merge adapters such as LoRA first (merge_and_unload)"
+                        f"{name} cannot be pruned: {part} {number} multiplies by {held:,} weights, by its "
+                        f"configuration {weights:,}: merge adapters such as LoRA first (merge_and_unload)"
                     )
 
     def rotary(self, like: Tensor, positions: Tensor) -> Any:

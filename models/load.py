@@ -24,7 +24,7 @@ from ..errors import (
     VisibenchError,
     suggest,
 )
-from ..utils.bounded_cache import Kept
+from ..utils.bounded_cache import BoundedCache
 from ..utils.machine import processor, version
 from .adapters import FAMILIES, Adapter, Geometry
 from .geometry import Weights, about, build, check_weights, configuration, published, synthetic_inputs
@@ -63,8 +63,8 @@ class LoadedModel:
         return sum(weight.nbytes for weight in self.model.parameters())
 
     @cached_property
-    def _processed(self) -> Kept[BatchFeature]:
-        return Kept(lambda found: sum(tensor.nbytes for tensor in found.values()))
+    def _processed(self) -> BoundedCache[BatchFeature]:
+        return BoundedCache(lambda inputs: sum(tensor.nbytes for tensor in inputs.values()))
 
     def inputs(
         self, questions: list[str], images: list[list[Image.Image]], key: Hashable | None = None
@@ -75,13 +75,13 @@ class LoadedModel:
         takes it. Token ids are (B, L). ``key``: names questions and images, so that those which come again need not be
         processed again; up to 1 GiB of such inputs stay on the host.
         """
-        found = (
+        encoded = (
             self.encoded(questions, images)
             if key is None
             else self._processed.get(key, lambda: self.encoded(questions, images))
         )
         # A copy, since moving changes what is moved.
-        return BatchFeature(dict(found)).to(self.model.device, dtype=self.model.dtype)
+        return BatchFeature(dict(encoded)).to(self.model.device, dtype=self.model.dtype)
 
     def encoded(self, questions: list[str], images: list[list[Image.Image]]) -> BatchFeature:
         """The same as the processor gives them: on the host, and of its own precision."""

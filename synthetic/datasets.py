@@ -38,8 +38,8 @@ def ensure(root: Path | None = None) -> Path:
     _check_writable(root)
     part = Path(tempfile.mkdtemp(prefix=".synthetic-", dir=root))
     try:
-        found = _build(part)
-        wrong = [name for name in manifest if found.get(name) != manifest[name]]
+        built = _build(part)
+        wrong = [name for name in manifest if built.get(name) != manifest[name]]
         if wrong:
             raise DataError(
                 f"synthetic data differ from the manifest in {', '.join(wrong)}: install the versions of "

@@ -46,11 +46,11 @@ def referents(scene: Scene, noun_only: bool = False) -> list[tuple[str, Object]]
     shapes = Counter(o.shape for o in scene.objects)
     colours = Counter(o.colour for o in scene.objects)
     pairs = Counter((o.shape, o.colour) for o in scene.objects)
-    found = [(o.shape, o) for o in scene.objects if shapes[o.shape] == 1]
+    fitting = [(o.shape, o) for o in scene.objects if shapes[o.shape] == 1]
     if not noun_only:
-        found += [(f"{o.colour} object", o) for o in scene.objects if colours[o.colour] == 1]
-        found += [(f"{o.colour} {o.shape}", o) for o in scene.objects if pairs[o.shape, o.colour] == 1]
-    return found
+        fitting += [(f"{o.colour} object", o) for o in scene.objects if colours[o.colour] == 1]
+        fitting += [(f"{o.colour} {o.shape}", o) for o in scene.objects if pairs[o.shape, o.colour] == 1]
+    return fitting
 
 
 def _pick(rng: np.random.Generator, items):
@@ -95,30 +95,32 @@ def exist_pair(scene: Scene, rng: np.random.Generator) -> SceneQuestion | None:
 
 
 def color(scene: Scene, rng: np.random.Generator) -> SceneQuestion | None:
-    found = _pick(rng, referents(scene, noun_only=True))
-    return found and SceneQuestion("color", f"What color is the {found[0]}?", found[1].colour, found[0])
+    referent = _pick(rng, referents(scene, noun_only=True))
+    return referent and SceneQuestion("color", f"What color is the {referent[0]}?", referent[1].colour, referent[0])
 
 
 def shape(scene: Scene, rng: np.random.Generator) -> SceneQuestion | None:
-    found = _pick(rng, [(p, o) for p, o in referents(scene) if p.endswith("object")])
-    return found and SceneQuestion("shape", f"What shape is the {found[0]}?", found[1].shape, found[0])
+    referent = _pick(rng, [(p, o) for p, o in referents(scene) if p.endswith("object")])
+    return referent and SceneQuestion("shape", f"What shape is the {referent[0]}?", referent[1].shape, referent[0])
 
 
 def verify_color(scene: Scene, rng: np.random.Generator) -> SceneQuestion | None:
-    found = _pick(rng, referents(scene, noun_only=True))
-    if found is None:
+    referent = _pick(rng, referents(scene, noun_only=True))
+    if referent is None:
         return None
     truth = rng.random() < 0.5
-    colour = found[1].colour if truth else _pick(rng, [c for c in COLOURS if c != found[1].colour])
-    return SceneQuestion("verify_color", f"Is the {found[0]} {colour}?", _yes(truth), found[0], found[1].colour)
+    colour = referent[1].colour if truth else _pick(rng, [c for c in COLOURS if c != referent[1].colour])
+    return SceneQuestion(
+        "verify_color", f"Is the {referent[0]} {colour}?", _yes(truth), referent[0], referent[1].colour
+    )
 
 
 def size(scene: Scene, rng: np.random.Generator) -> SceneQuestion | None:
-    found = _pick(rng, referents(scene))
-    if found is None:
+    referent = _pick(rng, referents(scene))
+    if referent is None:
         return None
     words = "small or large" if rng.random() < 0.5 else "large or small"
-    return SceneQuestion("size", f"Is the {found[0]} {words}?", found[1].size, found[0])
+    return SceneQuestion("size", f"Is the {referent[0]} {words}?", referent[1].size, referent[0])
 
 
 def _off_middle(scene: Scene, rng: np.random.Generator, axis: int):
@@ -128,34 +130,37 @@ def _off_middle(scene: Scene, rng: np.random.Generator, axis: int):
 def side(scene: Scene, rng: np.random.Generator) -> SceneQuestion | None:
     """Left or right, top or bottom."""
     axis = int(rng.integers(2))
-    found = _off_middle(scene, rng, axis)
-    if found is None:
+    referent = _off_middle(scene, rng, axis)
+    if referent is None:
         return None
     names = (("left", "right"), ("top", "bottom"))[axis]
-    answer = names[found[1].centre[axis] > SIZE / 2]
+    answer = names[referent[1].centre[axis] > SIZE / 2]
     first, second = names if rng.random() < 0.5 else names[::-1]
     preposition = ("on", "at")[axis]
-    text = f"Is the {found[0]} {preposition} the {first} or {preposition} the {second}?"
-    return SceneQuestion("side", text, answer, found[0])
+    text = f"Is the {referent[0]} {preposition} the {first} or {preposition} the {second}?"
+    return SceneQuestion("side", text, answer, referent[0])
 
 
 def verify_side(scene: Scene, rng: np.random.Generator) -> SceneQuestion | None:
     axis = int(rng.integers(2))
-    found = _off_middle(scene, rng, axis)
-    if found is None:
+    referent = _off_middle(scene, rng, axis)
+    if referent is None:
         return None
     truth = rng.random() < 0.5
-    after = found[1].centre[axis] > SIZE / 2
+    after = referent[1].centre[axis] > SIZE / 2
     place = (("on the left side", "on the right side"), ("at the top", "at the bottom"))[axis][after == truth]
     fact = (("left", "right"), ("top", "bottom"))[axis][after]
-    return SceneQuestion("verify_side", f"Is the {found[0]} {place} of the image?", _yes(truth), found[0], fact)
+    return SceneQuestion("verify_side", f"Is the {referent[0]} {place} of the image?", _yes(truth), referent[0], fact)
 
 
 def relation(scene: Scene, rng: np.random.Generator) -> SceneQuestion | None:
     axis = int(rng.integers(2))
-    found = referents(scene, noun_only=rng.random() < 0.7)
+    phrases = referents(scene, noun_only=rng.random() < 0.7)
     pairs = [
-        (p, o, q, n) for p, o in found for q, n in found if abs(o.centre[axis] - n.centre[axis]) >= MARGIN and o != n
+        (p, o, q, n)
+        for p, o in phrases
+        for q, n in phrases
+        if abs(o.centre[axis] - n.centre[axis]) >= MARGIN and o != n
     ]
     if not pairs:
         return None

@@ -51,11 +51,11 @@ def _drawn(task: int, number: int, ask: Callable, **wanted: Any) -> Iterator[tup
     """(image id, scene, what ``ask(scene, rng)`` returned); scenes about which it returns nothing are drawn again."""
     for index in range(number):
         rng = np.random.default_rng([SEED, task, index])
-        held_out, asked = index % 5 == 4, None
-        while not asked:
+        held_out, questions = index % 5 == 4, None
+        while not questions:
             scene = sample_scene(rng, test=True, held_out=held_out, forbidden=_FORBIDDEN, **wanted)
-            asked = ask(scene, rng)
-        yield f"{'h' if held_out else 's'}{index:05d}", scene, asked
+            questions = ask(scene, rng)
+        yield f"{'h' if held_out else 's'}{index:05d}", scene, questions
 
 
 def _png(scene: Scene) -> Row:
@@ -75,14 +75,14 @@ def gqa() -> dict[str, list[Row]]:
     asked_so_far: Counter[str] = Counter()
 
     def ask(scene: Scene, rng: np.random.Generator) -> list[SceneQuestion] | None:
-        found: list[SceneQuestion] = []
+        questions: list[SceneQuestion] = []
         for kind in sorted(GQA_TYPES, key=lambda k: (asked_so_far[k], rng.random())):
             question = KINDS[kind](scene, rng)
             if question and (not scene.held_out or _speaks_of_held_out(scene, question)):
-                found.append(question)
-            if len(found) == GQA_EACH:
-                asked_so_far.update(q.kind for q in found)
-                return found
+                questions.append(question)
+            if len(questions) == GQA_EACH:
+                asked_so_far.update(q.kind for q in questions)
+                return questions
         return None
 
     images: list[dict] = []
@@ -131,9 +131,9 @@ def _mme_pairs(number: int, category: str) -> list[list[Row]]:
 
     sign = True if category == "OCR" else None
     pairs = []
-    for image_id, scene, asked in _drawn(10 + number, MME_PAIRS, ask, sign=sign):
+    for image_id, scene, questions in _drawn(10 + number, MME_PAIRS, ask, sign=sign):
         shared = {"question_id": f"{category}/{image_id}.png", "image": _png(scene), "category": category}
-        texts = [(f"{q.text} Please answer yes or no.", q.answer.capitalize()) for q in asked]
+        texts = [(f"{q.text} Please answer yes or no.", q.answer.capitalize()) for q in questions]
         pairs.append([shared | {"question": text, "answer": answer} for text, answer in texts])
     return pairs
 
@@ -183,9 +183,9 @@ def pope() -> dict[str, list[Row]]:
     """Six questions an image: for each way of choosing absent shapes, one present shape and one absent."""
     rows: list[Row] = []
     numbers: Counter[str] = Counter()
-    for image_id, scene, asked in _drawn(3, POPE_IMAGES, _ask_pope, count=(2, 5)):
+    for image_id, scene, questions in _drawn(3, POPE_IMAGES, _ask_pope, count=(2, 5)):
         image = _png(scene)
-        for category, shape, answer in asked:
+        for category, shape, answer in questions:
             numbers[category] += 1
             rows.append(
                 {
@@ -209,10 +209,10 @@ def _ask_pope(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str, st
         return None
     negatives = {"adversarial": companions[0], "popular": absent[0], "random": absent[rng.integers(len(absent))]}
     order = rng.permutation(present)
-    asked = []
+    questions = []
     for number, category in enumerate(POPE_CATEGORIES):
-        asked += [(category, str(order[number % len(order)]), "yes"), (category, negatives[category], "no")]
-    return asked
+        questions += [(category, str(order[number % len(order)]), "yes"), (category, negatives[category], "no")]
+    return questions
 
 
 def all_tables() -> dict[str, list[Row]]:

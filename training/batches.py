@@ -50,25 +50,25 @@ class Packer:
     def ask(self, scene: Scene, phase: Phase, rng: np.random.Generator) -> list[SceneQuestion]:
         """Questions of the phase's kinds that the scene allows, with repetition."""
         kinds, weights = list(phase.kinds), np.array(list(phase.kinds.values()))
-        asked: list[SceneQuestion] = []
-        while len(asked) < phase.questions:
+        questions: list[SceneQuestion] = []
+        while len(questions) < phase.questions:
             kind = kinds[rng.choice(len(kinds), p=weights / weights.sum())]
             question = KINDS[kind](scene, rng)
             if question is not None and not _speaks_of_held_out(question):
-                asked.append(question)
-        return asked
+                questions.append(question)
+        return questions
 
     def tail(self, question: SceneQuestion, suffix: str) -> tuple[list[int], int]:
         """Token ids from the question to the end of the answer, and where the answer starts."""
-        asked = self.tokenizer(f"{question.text}{suffix} ASSISTANT:", add_special_tokens=False).input_ids
+        prompt = self.tokenizer(f"{question.text}{suffix} ASSISTANT:", add_special_tokens=False).input_ids
         answer = self.tokenizer(question.answer, add_special_tokens=False).input_ids
-        return asked + answer + [2], len(asked)
+        return prompt + answer + [2], len(prompt)
 
     def batch(self, phase: Phase, seed: int, step: int) -> dict[str, Any]:
         """Arrays of one batch; see :class:`~visibench.training.train.Trainer` for their use."""
         rng = np.random.default_rng([seed, step])
         scenes = [self._scene(phase, rng) for _ in range(phase.images)]
-        asked = [self.ask(scene, phase, rng) if phase.answers else [] for scene in scenes]
+        questions = [self.ask(scene, phase, rng) if phase.answers else [] for scene in scenes]
         suffix = SUFFIX if rng.random() < phase.suffix else ""
         labels = torch.full((phase.images, GRID * GRID, MOST), IGNORE)
         chosen = torch.empty(phase.images, phase.patches, dtype=torch.long)
@@ -83,30 +83,32 @@ class Packer:
         pixels = torch.from_numpy(np.stack([render(scene) for scene in scenes]))
         anew = torch.from_numpy(rng.random(len(scenes)) < phase.renumber)
         image = {"pixels": pixels, "labels": labels, "chosen": chosen, "renumbered": anew}
-        return image | self._pack(scenes, asked, suffix, phase.claims)
+        return image | self._pack(scenes, questions, suffix, phase.claims)
 
     def _scene(self, phase: Phase, rng: np.random.Generator) -> Scene:
         sign = bool(rng.random() < phase.sign)
         return sample_scene(rng, sign=sign, count=phase.objects, forbidden=FORBIDDEN)
 
-    def _pack(self, scenes: list[Scene], asked: list[list[SceneQuestion]], suffix: str, claims: bool) -> dict[str, Any]:
+    def _pack(
+        self, scenes: list[Scene], by_scene: list[list[SceneQuestion]], suffix: str, claims: bool
+    ) -> dict[str, Any]:
         """``ids`` and ``targets`` (B, questions, S): every question with its answer in a slot, padded at the end.
 
         ``hints`` (B, questions, S, words): what could be known at a token, see :func:`~.knowledge.hints`.
         """
-        tails = [[self.tail(question, suffix) for question in questions] for questions in asked]
+        tails = [[self.tail(question, suffix) for question in questions] for questions in by_scene]
         slot = max((len(ids) for row in tails for ids, _ in row), default=0)
-        shape = (len(asked), len(asked[0]), slot)
+        shape = (len(by_scene), len(by_scene[0]), slot)
         ids, targets = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORE)
         known = torch.full((*shape, MOST), IGNORE)
         for row, questions in enumerate(tails):
             for number, (tokens, start) in enumerate(questions):
                 named = [str(token) for token in self.tokenizer.convert_ids_to_tokens(tokens[:start])]
-                for at, words in hints(named, scenes[row], asked[row][number], claims).items():
+                for at, words in hints(named, scenes[row], by_scene[row][number], claims).items():
                     known[row, number, at, : len(words)] = torch.tensor([self.words[word] for word in words])
                 ids[row, number, : len(tokens)] = torch.tensor(tokens)
                 targets[row, number, start - 1 : len(tokens) - 1] = torch.tensor(tokens[start:])
-        kinds = [[question.kind for question in questions] for questions in asked]
+        kinds = [[question.kind for question in questions] for questions in by_scene]
         return {"ids": ids, "targets": targets, "hints": known, "kinds": kinds}
 
 

@@ -35,12 +35,12 @@ def decoder_macs(model: dict[str, int], phase: Phase, staging: Staging | None, b
     ``before``: tokens before the image. ``slot``: tokens of a question with its answer. Products that the packed
     attention masks afterwards count, for they are done.
     """
-    width, own = model["hidden"], phase.questions * slot
-    total = own * width * vocabulary()
+    width, in_slots = model["hidden"], phase.questions * slot
+    total = in_slots * width * vocabulary()
     for layer in range(model["layers"]):
         common = before + (staging.there(layer, phase.patches) if staging else phase.patches)
-        total += (common + own) * width * (4 * width + 3 * model["intermediate"])
-        total += 2 * width * (common**2 + own * (common + slot))
+        total += (common + in_slots) * width * (4 * width + 3 * model["intermediate"])
+        total += 2 * width * (common**2 + in_slots * (common + slot))
     return 3 * phase.images * total
 
 
@@ -74,11 +74,11 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path(__file__).with_name("train.yaml"))
     parser.add_argument("--every", type=int, default=1, help="look at every n-th step of a phase alone")
     arguments = parser.parse_args()
-    found = run_macs(settings.read(arguments.config), arguments.every)
+    phases = run_macs(settings.read(arguments.config), arguments.every)
     print("phase steps  10^9 multiply-adds a step: sight, decoder")
-    for number, (phase, sight, decoder) in enumerate(found):
+    for number, (phase, sight, decoder) in enumerate(phases):
         print(f"{number:5} {phase.steps:5} {sight / phase.steps / 1e9:10.2f} {decoder / phase.steps / 1e9:10.2f}")
-    sight, decoder = (sum(column) for column in list(zip(*found, strict=True))[1:])
+    sight, decoder = (sum(column) for column in list(zip(*phases, strict=True))[1:])
     print(f"10^12 multiply-adds of the run: sight {sight / 1e12:.3f}, decoder {decoder / 1e12:.3f}, ", end="")
     print(f"together {(sight + decoder) / 1e12:.3f}")
 

@@ -83,12 +83,12 @@ def _claimed(tokens: list[str], fact: str) -> int:
 
 def _named(tokens: list[str]) -> list[tuple[int, tuple[str, str]]]:
     """(token, (colour or "", shape or "object")) for every noun."""
-    found = []
+    nouns = []
     for at, word in enumerate(tokens):
         noun = word if word in SHAPES else singular(word)
         if noun in SHAPES or noun == "object":
-            found.append((at, (tokens[at - 1] if at and tokens[at - 1] in COLOURS else "", noun)))
-    return found
+            nouns.append((at, (tokens[at - 1] if at and tokens[at - 1] in COLOURS else "", noun)))
+    return nouns
 
 
 def _of_things(colour: str, noun: str, scene: Scene) -> list[str]:

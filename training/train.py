@@ -243,10 +243,10 @@ def packed_attention(
     )
     seen = before.softmax(-1).to(value.dtype) @ value[:, :, :image]
     slots = lambda t: t[:, :, image:].unflatten(2, (questions, -1))  # noqa: E731
-    own = slots(query) @ slots(key).transpose(-1, -2)
-    own = own.masked_fill(~torch.ones(own.shape[-2:], dtype=torch.bool).tril(), float("-inf"))
+    in_slot = slots(query) @ slots(key).transpose(-1, -2)
+    in_slot = in_slot.masked_fill(~torch.ones(in_slot.shape[-2:], dtype=torch.bool).tril(), float("-inf"))
     common = (query[:, :, image:] @ key[:, :, :image].transpose(-1, -2)).unflatten(2, (questions, -1))
-    weights = (torch.cat([common, own], dim=-1) * scaling).softmax(-1).to(value.dtype)
+    weights = (torch.cat([common, in_slot], dim=-1) * scaling).softmax(-1).to(value.dtype)
     out = (weights[..., :image].flatten(2, 3) @ value[:, :, :image]).unflatten(2, (questions, -1))
     out = out + weights[..., image:] @ slots(value)
     return torch.cat([seen, out.flatten(2, 3)], dim=2).transpose(1, 2), None
@@ -271,11 +271,11 @@ def scores(trainer: Trainer, limit: int) -> dict[str, float]:
     from ..evals.tasks.tasks import TASKS, load_tasks
 
     loaded = load.LoadedModel("tiny", trainer.plain_model(), make_processor())
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     for task in load_tasks(list(TASKS)):
         evaluation = evaluate(loaded, load_method("none"), task, limit=limit, batch_size=20)
-        found |= {f"test {task.name} {score.key}": score.value for score in evaluation.outcome.scores}
-    return found
+        figures |= {f"test {task.name} {score.key}": score.value for score in evaluation.outcome.scores}
+    return figures
 
 
 def train(config: dict[str, Any], folder: Path, until: int | None = None, workers: int = 1) -> Trainer:

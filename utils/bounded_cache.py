@@ -9,7 +9,7 @@ T = TypeVar("T")
 GIB = 2**30
 
 
-class Kept(Generic[T]):
+class BoundedCache(Generic[T]):
     """Things by key, each made once as long as it fits.
 
     What fits into ``limit`` bytes stays, the rest is made each time: making room for it would throw out just what the
@@ -22,11 +22,11 @@ class Kept(Generic[T]):
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """What is kept under ``key``, or what ``make`` makes of it now."""
-        found = self._kept.get(key)
-        if found is None:
-            found = make()
-            size = self.size(found)
+        thing = self._kept.get(key)
+        if thing is None:
+            thing = make()
+            size = self.size(thing)
             if size <= self.room:
                 self.room -= size
-                self._kept[key] = found
-        return found
+                self._kept[key] = thing
+        return thing

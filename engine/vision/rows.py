@@ -63,14 +63,14 @@ class ImageRows:
     def _anchors(self, merge: Merge) -> Tensor:
         """Int (B, M·added): for each added token the visual token of the row behind which it goes."""
         assert merge.added is not None
-        own = merge.anchors
-        if own is None:
-            own = torch.full(merge.added.shape[:2], self.patches - 1, device=self.places.device)
-        own = self.group(own)
+        anchors = merge.anchors
+        if anchors is None:
+            anchors = torch.full(merge.added.shape[:2], self.patches - 1, device=self.places.device)
+        anchors = self.group(anchors)
         first = (torch.arange(self.most, device=self.places.device) * self.patches).repeat_interleave(
             merge.added.shape[1]
         )
-        return torch.where(own < 0, own - first, own + first)
+        return torch.where(anchors < 0, anchors - first, anchors + first)
 
 
 class RowHashes:

@@ -45,13 +45,13 @@ class VisionTap:
         self.encoding: Encoding | None = None
         self._encoded: Callable[[], Any] | None = None
         self._exit = ExitStack()
-        self._asked = bool(SIDE & set(method.hook_points))
+        self._hooks_side = bool(SIDE & set(method.hook_points))
         if SIDE & set(method.hook_points) - set(adapter.family.sides) and adapter.vision_tower is not None:
             raise UnsupportedModelError(
                 f"{method.name} acts on the vision side, which cannot be pruned in architecture {adapter.kind!r}: "
                 "choose a method that acts in the decoder"
             )
-        if adapter.vision_tower is None and self._asked:
+        if adapter.vision_tower is None and self._hooks_side:
             raise UnsupportedModelError(
                 f"{method.name} reads the vision tower, and a bare decoder has none: pass the full model"
             )
@@ -65,7 +65,7 @@ class VisionTap:
             return self
         with ExitStack() as stack:
             stack.callback(tower.register_forward_pre_hook(self._on_pixels, with_kwargs=True).remove)
-            if self._asked:
+            if self._hooks_side:
                 self._hook_projector(stack)
             if self.features is not None:
                 stack.enter_context(SharedTower(tower, self.features, self._parts, self._seen, self._recall))
@@ -149,7 +149,7 @@ class VisionTap:
     @property
     def _parts(self) -> tuple[str, ...]:
         """What the method reads of the tower's inside, by name."""
-        if not self._asked:
+        if not self._hooks_side:
             return ()
         read, received = (f"block{name}" for name in self._read), (f"received{name}" for name in self._received)
         return *read, *received, *(("cls",) if self.method.vision_cls else ())
@@ -171,7 +171,7 @@ class VisionTap:
         return parts if encoding.cls is None else parts | {"cls": {"cls": encoding.cls}}
 
     def _recall(self, parts: Mapping[str, Entry]) -> None:
-        if not self._asked:
+        if not self._hooks_side:
             return
         for name in self._received:
             self._current().received[name] = parts[f"received{name}"]["received"]
@@ -230,7 +230,7 @@ class VisionTap:
 
     def decide(self, forward: Forward, layout: TokenLayout, trace: Trace) -> Keep | Merge | None:
         """The method's decision about the images, translated from images (N, P) to the rows (B, V) of the batch."""
-        if not self._asked:
+        if not self._hooks_side:
             return None
         encoding = self.encoding
         if encoding is None or encoding.features is None:

@@ -105,7 +105,7 @@ def _agreement(
     """Whether the answers are the dense model's, bool or null; the dense cell agrees with itself."""
     if config == dense:
         return agreement(samples, samples)
-    reference = store.found(dense) if dense is not None else None
+    reference = store.find(dense) if dense is not None else None
     if reference is None or reference.metrics.data_hash != metrics.data_hash:
         return pd.Series(pd.NA, samples.index, dtype="boolean")
     return agreement(reference.samples(), samples)

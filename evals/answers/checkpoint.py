@@ -77,9 +77,9 @@ class Answers:
         self._file = folder / f"{name}.jsonl"
         self._open(self._file)
 
-    def find(self, asked: str, pixels: Callable[[int], str]) -> Batch | None:
+    def find(self, key: str, pixels: Callable[[int], str]) -> Batch | None:
         """The stored answers to a batch, unless its images have changed. ``pixels``: their hash by question."""
-        batch = self.batches.get(asked)
+        batch = self.batches.get(key)
         if batch is None or any(record.pixels != pixels(doc_id) for doc_id, record in batch.records.items()):
             return None
         return batch

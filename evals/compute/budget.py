@@ -176,18 +176,18 @@ def accepted(spec: MethodSpec, knob: Knob, prompts: Prompts) -> tuple[list[Metho
     """
     geometry = prompts.loaded.geometry
     most = max(count for layout in prompts.layouts for count in layout.visual_counts)
-    found: dict[int, Method] = {}
+    usable: dict[int, Method] = {}
     refusal = None
     for number, value in enumerate(knob.values(most, geometry)):
         try:
             method = spec.cls.from_options(**knob.at(value, spec.options))
             method.check(geometry)
-            found[number] = method
+            usable[number] = method
         except OptionError as error:
             refusal = error
-    if refusal and (len(found) < 2 or max(found) - min(found) >= len(found)):
+    if refusal and (len(usable) < 2 or max(usable) - min(usable) >= len(usable)):
         raise refusal
-    settings = list(found.values())
+    settings = list(usable.values())
     prune(prompts.loaded.model, settings[0])
     if prompts.tokens(settings[0]) > prompts.tokens(settings[-1]):
         settings.reverse()

@@ -270,8 +270,8 @@ def arxiv(name: str) -> str:
 @cache
 def sizes(model: str) -> Geometry:
     """Sizes of a model in ``paper_flops.yaml`` or among the published ones."""
-    own = _file()["models"].get(model)
-    return Geometry(**own) if own else load_model(model, weights="meta").geometry
+    listed = _file()["models"].get(model)
+    return Geometry(**listed) if listed else load_model(model, weights="meta").geometry
 
 
 @cache

@@ -34,12 +34,12 @@ def prefills(loaded: LoadedModel, method: Method, batches: Iterable[Mapping[str,
     tokens alone; ``decode``, the first decoding step; ``visual_tokens`` and ``kv_lengths``, lists with one entry a
     decoder layer. Raises :class:`~visibench.errors.VisibenchError` for unusable options.
     """
-    found = []
+    frames = []
     with torch.inference_mode(), prune(loaded.model, method) as session:
         for inputs in batches:
             loaded.model(**inputs, use_cache=False, logits_to_keep=1)
-            found.append(_columns(session.trace, loaded.geometry))
-    return pd.concat(found, ignore_index=True)
+            frames.append(_columns(session.trace, loaded.geometry))
+    return pd.concat(frames, ignore_index=True)
 
 
 def plan(loaded: LoadedModel, method: Method, text: int, visual_tokens: int) -> pd.DataFrame:

@@ -97,7 +97,7 @@ def profile(config: ProfileConfig, console: Console, keep: Callable[[Profile], o
     """
     if config.weights == "meta":
         raise OptionError("a model on meta cannot run: give weights random, or pretrained ones")
-    found = variants(config, dense=False)
+    compared = variants(config, dense=False)
     loaded = load_model(
         config.model,
         device=config.device,
@@ -106,12 +106,12 @@ def profile(config: ProfileConfig, console: Console, keep: Callable[[Profile], o
         weights=config.weights,
         layers=config.layers,
     )
-    for variant in found:
+    for variant in compared:
         with prune(loaded.model, variant.method):
             pass  # as far as can be known before it runs
     for lengths in config.lengths:
         loaded.synthetic_inputs(1, lengths.prompt, lengths.visual_tokens)
-    contenders = [Contender(DENSE, None), *(Contender(_label(v, found), v.method) for v in found)]
+    contenders = [Contender(DENSE, None), *(Contender(_label(v, compared), v.method) for v in compared)]
     rows: list[ProfileRow] = []
     left_out: list[str] = []
     settings = list(product(config.lengths, config.batch_sizes))
@@ -120,7 +120,7 @@ def profile(config: ProfileConfig, console: Console, keep: Callable[[Profile], o
         return Profile(
             rows=rows,
             left_out=left_out,
-            notes=_notes(config, [variant.method for variant in found], to_come),
+            notes=_notes(config, [variant.method for variant in compared], to_come),
             warmup=config.warmup,
             repeats=config.repeats,
             weights_bytes=loaded.nbytes,
@@ -250,9 +250,9 @@ def _host_syncs(device: torch.device) -> Iterator[Callable[[], Any]]:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def _label(variant: Variant, found: list[Variant]) -> str:
+def _label(variant: Variant, compared: list[Variant]) -> str:
     """With the seed where a method stands there with several."""
-    several = sum(other.label == variant.label for other in found) > 1
+    several = sum(other.label == variant.label for other in compared) > 1
     return f"{variant.label} seed {variant.seed}" if several else variant.label
 
 

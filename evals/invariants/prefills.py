@@ -124,8 +124,8 @@ def row_alone(bench: Bench, method: Method) -> None:
             same(
                 getattr(run.trace, of)()[row], getattr(alone.trace, of)()[0], f"row {row}: {of} in the batch and alone"
             )
-        own = flops.executed(alone.trace, bench.geometry).total()
-        same(own, [compute[row]], f"row {row}: multiply-adds alone and in the batch")
+        macs = flops.executed(alone.trace, bench.geometry).total()
+        same(macs, [compute[row]], f"row {row}: multiply-adds alone and in the batch")
         for layer in range(LAYERS):
             kept, width = run.trace.kept(layer)[row], alone.trace.kept(layer).shape[1]
             same(

@@ -60,15 +60,17 @@ def table(cls: type[Method], bench: Bench | None = None) -> Iterator[Result]:
     for method in examples:
         method.check(bench.geometry)
     for invariant in INVARIANTS:
-        yield asked(invariant, bench, examples)
-    yield asked(lambda bench, method: prefills.acts(bench, method, everything), bench, examples, prefills.acts.__doc__)
+        yield checked(invariant, bench, examples)
+    yield checked(
+        lambda bench, method: prefills.acts(bench, method, everything), bench, examples, prefills.acts.__doc__
+    )
     if everything is not None:
-        yield asked(generation.everything_is_dense, bench, [everything])
-    yield asked(fits_published_sizes, bench, examples)
-    yield asked(names_the_nearest_option, bench, examples[:1])
+        yield checked(generation.everything_is_dense, bench, [everything])
+    yield checked(fits_published_sizes, bench, examples)
+    yield checked(names_the_nearest_option, bench, examples[:1])
 
 
-def asked(invariant: Invariant, bench: Bench, methods: list[Method], what: str | None = None) -> Result:
+def checked(invariant: Invariant, bench: Bench, methods: list[Method], what: str | None = None) -> Result:
     """One invariant over methods. Whatever the method itself raises breaks it too."""
     broken, noted = {}, {}
     for method in methods:

@@ -68,15 +68,15 @@ def _load(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in above:
         chain = " includes ".join(map(str, (*above, path.resolve())))
         raise OptionError(f"a configuration cannot include itself, but {chain}: remove one of these includes")
-    own = _parse(path)
-    names, additions = own.pop("include", []), own.pop("add", {})
+    stated = _parse(path)
+    names, additions = stated.pop("include", []), stated.pop("add", {})
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise OptionError(f"{path}: include: expected a configuration by path or name, or a list of them")
     content: dict[str, Any] = {}
     for name in names:
         _update(content, _load(_find(name, path.parent, f"{path}: include: "), (*above, path.resolve())))
-    _update(content, own)
+    _update(content, stated)
     if not isinstance(additions, dict):
         raise OptionError(f"{path}: add: expected lists to append, such as add: {{methods: [vtw]}}")
     for key, more in additions.items():
@@ -147,10 +147,10 @@ def _set_option(content: dict[str, Any], text: str) -> tuple[str, ...]:
     names = {name for entry in entries for name in _names(entry)}
     name = max((name for name in names if rest.startswith(f"{name}.")), key=len, default=None)
     if name is None:
-        asked = rest.partition("=")[0].partition(".")[0]
+        unknown = rest.partition("=")[0].partition(".")[0]
         raise OptionError(
             f"--set {text}: expected methods.NAME.OPTION=VALUE with the name or label of a method of the "
-            f"configuration, not {asked!r}; {suggest(asked, names)}"
+            f"configuration, not {unknown!r}; {suggest(unknown, names)}"
         )
     path, _, value = rest.removeprefix(f"{name}.").partition("=")
     parts = [part.strip() for part in path.split(".")]
@@ -164,8 +164,8 @@ def _names(entry: Any) -> set[str]:
     """How an entry of a method may be called; whether it is a usable one is checked later."""
     if isinstance(entry, str):
         return {method_spec.name_of(entry), entry.strip()}
-    found = (entry.get("name"), entry.get("label")) if isinstance(entry, dict) else ()
-    return {name for name in found if isinstance(name, str)}
+    called = (entry.get("name"), entry.get("label")) if isinstance(entry, dict) else ()
+    return {name for name in called if isinstance(name, str)}
 
 
 def _changed(entry: str | dict[str, Any], parts: Sequence[str], value: Any, text: str) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def _of_model(config: SweepConfig, store: Store, console: Console) -> list[CellC
     _check(config, [cell.method for cell in cells], prepared)
     known = _Known(config, prepared, store.usable())
     try:
-        return [_cell(cell, store.found(cell.config), known) for cell in cells]
+        return [_cell(cell, store.find(cell.config), known) for cell in cells]
     finally:
         prepared.forget()
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import DataError, InputError, OptionError, StorageError, UnknownNameError, disk_full, suggest
-from ...utils.bounded_cache import Kept
+from ...utils.bounded_cache import BoundedCache
 from .hub import hub_or_cache
 
 if TYPE_CHECKING:
@@ -120,8 +120,8 @@ class Task:
         return self.harness.fewshot_context(self.docs[doc_id], 0), self.images(doc_id)
 
     @cached_property
-    def _album(self) -> Kept[list[Image]]:
-        return Kept(_bytes)
+    def _album(self) -> BoundedCache[list[Image]]:
+        return BoundedCache(_bytes)
 
     def images(self, doc_id: int) -> list[Image]:
         """The decoded images of a question, not to be changed; see :func:`decoded`."""
@@ -222,14 +222,14 @@ def _stock() -> dict[str, tuple[str, Path]]:
     spec = importlib.util.find_spec("lmms_eval")
     if spec is None or not spec.submodule_search_locations:
         raise DataError("lmms-eval is not installed: pip install 'lmms-eval>=0.7.3,<0.8'")
-    found: dict[str, tuple[str, Path]] = {}
+    stock: dict[str, tuple[str, Path]] = {}
     entry = re.compile(r"""^["']?(task|group|tag)["']? *: *["']?([\w.+-]+)["']?\s*?(?:#.*)?$""", re.MULTILINE)
     for file in sorted((Path(spec.submodule_search_locations[0]) / "tasks").rglob("*.yaml")):
         entries = entry.findall(file.read_text(encoding="utf-8-sig"))
         for kind, name in entries:
-            if kind == "task" or name not in found:
-                found[name] = (kind, file)
-    return found
+            if kind == "task" or name not in stock:
+                stock[name] = (kind, file)
+    return stock
 
 
 def origin_of(name: str, data: str) -> str:

@@ -261,7 +261,7 @@ class _Driver:
         task = self.tasks.popleft()
         worker, store, cell, shard = self.idle.pop(), self.job.store, task.state.cell, task.shard
         answers = {file.name: file.read_bytes() for file in store.path(cell.config).glob(f"{ANSWERS}*.jsonl")}
-        dense = store.found(cell.dense) if cell.dense is not None and shard is None else None
+        dense = store.find(cell.dense) if cell.dense is not None and shard is None else None
         reference = {file.name: file.read_bytes() for file in map(dense.path.joinpath, DONE)} if dense else {}
         self.running[worker.call("run", cell.config, cell.dense, shard, answers, reference)] = worker, task
 

@@ -68,10 +68,10 @@ class _Process:
 
 def serve() -> None:
     """The process: a worker that reads what it is asked, and writes what it answers."""
-    asked, answers, worker = sys.stdin.buffer, os.fdopen(os.dup(1), "wb"), Worker(*sys.argv[1:])
+    requests, answers, worker = sys.stdin.buffer, os.fdopen(os.dup(1), "wb"), Worker(*sys.argv[1:])
     os.dup2(2, 1)  # what libraries print must not come among the answers
     with suppress(EOFError, BrokenPipeError):
-        for name, arguments in iter(partial(pickle.load, asked), None):
+        for name, arguments in iter(partial(pickle.load, requests), None):
             try:
                 answer: Any = getattr(worker, name)(*arguments), None
             except Exception as error:

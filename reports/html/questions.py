@@ -136,7 +136,7 @@ class TaskAnswers:
 
 @dataclass(frozen=True)
 class _Candidate:
-    asked: TaskAnswers
+    answers: TaskAnswers
     place: int
     kind: Parting
     parting: tuple[int, ...]
@@ -144,15 +144,15 @@ class _Candidate:
 
     @property
     def image(self) -> tuple[str, str]:
-        return self.asked.task, self.asked.images[self.place]
+        return self.answers.task, self.answers.images[self.place]
 
 
 def choose(table: ResultTable, count: int) -> list[ShownQuestion]:
     """Up to ``count`` questions by :data:`RULE`; none without a dense row."""
     queues = {}
-    asked = [TaskAnswers(task, table.rows) for task in table.questions]
+    answered = [TaskAnswers(task, table.rows) for task in table.questions]
     for kind in KINDS:
-        for each in asked:
+        for each in answered:
             queues[each.task, kind] = _candidates(each, kind)
     shown: dict[str, Counter[int]] = defaultdict(Counter)
     images: set[tuple[str, str]] = set()
@@ -161,23 +161,23 @@ def choose(table: ResultTable, count: int) -> list[ShownQuestion]:
         for (task, _), queue in queues.items():
             if not queue or len(chosen) == count:
                 continue
-            best = min(queue, key=lambda one: _order(one, images, shown[one.asked.task]))
+            best = min(queue, key=lambda one: _order(one, images, shown[one.answers.task]))
             queue.remove(best)
             chosen.append(best)
             images.add(best.image)
             shown[task].update(best.parting)
-    return [one.asked.question(one.place, one.kind) for one in chosen]
+    return [one.answers.question(one.place, one.kind) for one in chosen]
 
 
 def _order(one: _Candidate, images: set[tuple[str, str]], shown: Counter[int]) -> tuple[bool, int, int, int]:
     return one.image in images, min(shown[row] for row in one.parting), -one.even, one.place
 
 
-def _candidates(asked: TaskAnswers, kind: Parting) -> list[_Candidate]:
-    parting = asked.parting(kind)
-    counts, others = parting.sum(0), len(asked.rows) - 1
+def _candidates(answers: TaskAnswers, kind: Parting) -> list[_Candidate]:
+    parting = answers.parting(kind)
+    counts, others = parting.sum(0), len(answers.rows) - 1
     return [
-        _Candidate(asked, int(place), kind, tuple(map(int, np.flatnonzero(parting[:, place]))), int(even))
+        _Candidate(answers, int(place), kind, tuple(map(int, np.flatnonzero(parting[:, place]))), int(even))
         for place, even in enumerate(np.minimum(counts, others - counts))
         if counts[place]
     ]

@@ -30,8 +30,8 @@ def dense_of(cell: Cell, cells: Iterable[Cell]) -> list[Cell]:
 
 def row_of(cell: Cell, dense: Sequence[Cell]) -> MethodRow:
     """The cell as a row of a table of its own, beside those of the ``dense`` cells that it can be compared with."""
-    own = (cell.config.label, cell.config.method)
-    return next(row for table in build([cell, *dense]) for row in table.rows if (row.label, row.method) == own)
+    identity = (cell.config.label, cell.config.method)
+    return next(row for table in build([cell, *dense]) for row in table.rows if (row.label, row.method) == identity)
 
 
 def config_of(cell: Cell) -> dict[str, Any]:
@@ -93,14 +93,14 @@ def summary(cell: Cell, dense: Sequence[Cell]) -> dict[str, Any]:
 
 def samples(cell: Cell, rows: int) -> pd.DataFrame:
     """The first ``rows`` questions with answers, tokens and compute."""
-    found = cell.samples().sort_values("doc_id", ignore_index=True)[:rows]
-    frame = found[[name for name in SHOWN if name in found]].copy()
+    answers = cell.samples().sort_values("doc_id", ignore_index=True)[:rows]
+    frame = answers[[name for name in SHOWN if name in answers]].copy()
     for name in ("visual_tokens", "kv_lengths"):
-        if name in found:
-            frame[f"{name}_mean"] = [float(statistics.fmean(counts)) for counts in found[name]]
-            frame[f"{name}_last"] = [int(counts[-1]) for counts in found[name]]
-    if "executed_macs" in found:
-        frame["executed_gflops"] = found["executed_macs"] * GIGA
+        if name in answers:
+            frame[f"{name}_mean"] = [float(statistics.fmean(counts)) for counts in answers[name]]
+            frame[f"{name}_last"] = [int(counts[-1]) for counts in answers[name]]
+    if "executed_macs" in answers:
+        frame["executed_gflops"] = answers["executed_macs"] * GIGA
     return frame
 
 

@@ -107,7 +107,7 @@ class Sink:
             artifact=cell.config.folder,
             files=[cell.path],
         )
-        return self._once(run, digest([config, cell.metrics.model_dump_json(), len(dense), self._asked()]))
+        return self._once(run, digest([config, cell.metrics.model_dump_json(), len(dense), self._options()]))
 
     def finish(self, cells: list[Cell]) -> bool:
         """Send tables and figures of all ``cells`` as a run of the whole sweep."""
@@ -126,7 +126,7 @@ class Sink:
                 files=[*files, *self.store.root.glob("sweep.yaml")],
             )
             marks = sorted(cell.config.label + cell.metrics.model_dump_json() for cell in cells)
-            return self._once(run, digest([marks, self._asked()]))
+            return self._once(run, digest([marks, self._options()]))
 
     def _once(self, run: WandbRun, mark: str) -> bool:
         """Make or update a run, unless it was sent with the same ``mark``."""
@@ -170,7 +170,7 @@ class Sink:
             frame[column] = pd.Series([wandb.Image(i) if i is not None else None for i in images], dtype=object)
         return wandb.Table(dataframe=frame)
 
-    def _asked(self) -> list[Any]:
+    def _options(self) -> list[Any]:
         return [self.destination.tags, self.destination.rows, self.overlays is not None]
 
 

@@ -160,16 +160,16 @@ def _look(groups: Sequence[Series], index: int) -> dict[str, Any]:
         DENSE: {"color": "black", "marker": "*", "markersize": 10, "linestyle": "none"},
         RANDOM: {"color": "#777777", "marker": "x", "linestyle": LINES[2]},
     }
-    group, own = groups[index], sum(other.method not in fixed for other in groups[:index])
+    group, turn = groups[index], sum(other.method not in fixed for other in groups[:index])
     # A legend leaves out labels that begin with an underscore.
     label = f" {group.label}" if group.label.startswith("_") else group.label
     return {"label": label, "linewidth": 1, "markersize": 5.5} | fixed.get(
         group.method,
         {
-            "color": COLOURS[own % len(COLOURS)],
-            "marker": _MARKERS[own % len(_MARKERS)],
-            "markerfacecolor": "white" if own // len(_MARKERS) % 2 else COLOURS[own % len(COLOURS)],
-            "linestyle": LINES[own % len(LINES)],
+            "color": COLOURS[turn % len(COLOURS)],
+            "marker": _MARKERS[turn % len(_MARKERS)],
+            "markerfacecolor": "white" if turn // len(_MARKERS) % 2 else COLOURS[turn % len(COLOURS)],
+            "linestyle": LINES[turn % len(LINES)],
         },
     )
 

@@ -31,11 +31,11 @@ def draw(profile: Profile) -> Figure:
     """A panel for each batch size and length, with a bar for each of its rows."""
     panels = profile.together()
     labels = [[style.wrap(row.method.replace(",", ", "), 34) for row in rows] for rows in panels]
-    lines = max(sum(1 + 0.45 * label.count("\n") for label in own) for own in labels)
+    lines = max(sum(1 + 0.45 * label.count("\n") for label in texts) for texts in labels)
     with style.styled():
         figure, places = style.grid(len(panels), most=1 if len(panels) < 4 else 2, size=(8.6, 1.1 + 0.34 * lines))
-        for place, rows, own in zip(places, panels, labels, strict=True):
-            _panel(place, rows, own)
+        for place, rows, texts in zip(places, panels, labels, strict=True):
+            _panel(place, rows, texts)
         figure.legend(handles=_handles(profile), loc="outside upper center", ncols=3)
         style.caption(figure, _notes(profile))
     return figure

@@ -242,7 +242,7 @@ def _same_cells(run: dict[str, Cell], stored: dict[str, BaselineCell]) -> None:
         raise DataError(f"the baseline lacks {len(extra)} of the run's cells (first: {extra[0]}): {IF_MEANT}")
 
 
-def _same_experiment(name: str, before: BaselineCell, cell: Cell, asked: Questions) -> None:
+def _same_experiment(name: str, before: BaselineCell, cell: Cell, questions: Questions) -> None:
     """Raise :class:`DataError` unless model, settings, questions and metrics agree."""
     models = model_of(cell.config), model_of(before.config)
     if models[0] != models[1]:
@@ -251,10 +251,10 @@ def _same_experiment(name: str, before: BaselineCell, cell: Cell, asked: Questio
     for key in old:
         if key in new and old[key] != new[key]:
             raise DataError(f"{name} ran with {key} {new[key]}, the baseline with {old[key]}: set it so; {IF_MEANT}")
-    if asked_of(cell) != asked:
+    if asked_of(cell) != questions:
         raise DataError(
             f"{name} was asked other questions than the baseline (data hash {cell.metrics.data_hash}, there "
-            f"{asked.data_hash}): run on the same data; {IF_MEANT}"
+            f"{questions.data_hash}): run on the same data; {IF_MEANT}"
         )
     keys = [[score.key for score in scores] for scores in (cell.metrics.scores, before.metrics)]
     if keys[0] != keys[1]:

@@ -32,7 +32,7 @@ RULE = (
 
 @dataclass(frozen=True)
 class Ours:
-    """One method on one task, mean over ``seeds``; ``asked`` of ``total`` questions.
+    """One method on one task, mean over ``seeds``; ``questions`` asked of ``total``.
 
     ``metrics``: lmms-eval's, by its keys and in its units.
     """
@@ -43,7 +43,7 @@ class Ours:
     options: dict[str, Any]
     task: str
     origin: str
-    asked: int
+    questions: int
     total: int
     seeds: int
     metrics: dict[str, float]
@@ -111,7 +111,7 @@ def _mean(cells: list[Cell]) -> Ours:
         options=config.model_dump(mode="json")["options"],
         task=config.task,
         origin=config.origin,
-        asked=first.size,
+        questions=first.size,
         total=first.total,
         seeds=len(cells),
         metrics={key: statistics.fmean(cell.metrics.metrics[key] for cell in cells) for key in first.metrics},
@@ -144,9 +144,9 @@ def _unpublished(ours: Ours) -> str:
     if ours.origin == "embedded":
         return f"{ours.task}: asked on embedded synthetic data, published on the real data; run with --data hub"
     (full,) = asked_of
-    if (ours.asked, ours.total) != (full, full):
-        asked = f"{ours.asked} of {ours.total} questions asked"
-        return f"{ours.task}: {asked}, published on all {full}; ask all, without --limit"
+    if (ours.questions, ours.total) != (full, full):
+        share = f"{ours.questions} of {ours.total} questions asked"
+        return f"{ours.task}: {share}, published on all {full}; ask all, without --limit"
     if all(figure.row.method != ours.method for figure in figures(model)):
         return f"{ours.method}: no published figures on {vocabulary().models[model].title}"
     return ""
@@ -250,7 +250,7 @@ def _records(comparison: PublishedComparison) -> list[dict[str, Any]]:
         {
             "label": match.ours.label,
             "task": match.ours.task,
-            "questions": match.ours.asked,
+            "questions": match.ours.questions,
             "seeds": match.ours.seeds,
             "ours": match.value,
             "gap": match.gap,
@@ -270,10 +270,10 @@ def _grid(comparison: PublishedComparison) -> Grid:
         ours, figure = match.ours, match.figure
         marks = [str(notes.setdefault(note, len(notes) + 1)) for note in figure.remarks]
         numbers = [f"{match.value:.2f}", figure.printed, f"{match.gap:+.2f}", figure.quantity.unit]
-        asked = [str(ours.asked), str(ours.seeds)]
+        sizes = [str(ours.questions), str(ours.seeds)]
         budgets = [match.budget, figure.row.budget or "all tokens"]
         benchmark = figure.quantity.title
-        lines.append([ours.label, benchmark, *numbers, *asked, *budgets, origin(figure), " ".join(marks)])
+        lines.append([ours.label, benchmark, *numbers, *sizes, *budgets, origin(figure), " ".join(marks)])
     header = ["method", "benchmark", "ours", "published", "gap", "unit", "questions", "seeds"]
     header += ["our setting", "published setting", "source", "notes"]
     numbered = [f"{number}  {note}" for note, number in notes.items()]

@@ -27,7 +27,7 @@ def differences(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """For each cell, the facts beside its method and task that are not the same in all of ``cells``."""
     facts = [_flat(facts_of(cell) | questions_of(cell)) for cell in cells]
     return [
-        {key: own.get(key) for key in own if len({json.dumps(other.get(key)) for other in facts}) > 1} for own in facts
+        {key: one.get(key) for key in one if len({json.dumps(other.get(key)) for other in facts}) > 1} for one in facts
     ]
 
 

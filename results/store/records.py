@@ -221,16 +221,16 @@ class CellMetrics(Outcome):
 
     def sealed(self, samples_hash: str) -> CellMetrics:
         """This record with the hash of its samples and its own."""
-        found = self.model_copy(update={"samples_hash": samples_hash})
-        return found.model_copy(update={"checksum": found.hashed(without="checksum")})
+        record = self.model_copy(update={"samples_hash": samples_hash})
+        return record.model_copy(update={"checksum": record.hashed(without="checksum")})
 
 
 def environment(model: dict[str, Any]) -> Environment:
     """This machine and its packages, with the facts ``model`` about the loaded model."""
-    found = {name: machine.version(name) for name in PACKAGES}
+    versions = {name: machine.version(name) for name in PACKAGES}
     return Environment(
         model={key: value for key, value in model.items() if key != "versions"},
-        versions={name: version for name, version in found.items() if version is not None},
+        versions={name: version for name, version in versions.items() if version is not None},
         machine={"python": platform.python_version(), "system": platform.system(), "architecture": platform.machine()},
         host=machine.host(),
         code=machine.code(),

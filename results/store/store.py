@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from ...errors import DataError
-from ...utils.bounded_cache import Kept
+from ...utils.bounded_cache import BoundedCache
 from . import disk
 from .records import UNHASHED, CellConfig, CellMetrics, Failure, Record, digest
 
@@ -54,7 +54,7 @@ LATER = {
 }
 KEPT = 2**29
 """Bytes of samples that stay in memory once they are read: tables and reports ask for them again and again."""
-_tables: Kept[pd.DataFrame] = Kept(lambda samples: int(samples.memory_usage(deep=True).sum()), KEPT)
+_tables: BoundedCache[pd.DataFrame] = BoundedCache(lambda samples: int(samples.memory_usage(deep=True).sum()), KEPT)
 AnyRecord = TypeVar("AnyRecord", CellConfig, CellMetrics)
 
 
@@ -122,7 +122,7 @@ class Store:
 
         What a crash has left behind in it goes, and its lock: whoever takes that anew finds the cell done.
         """
-        cell = self.found(config)
+        cell = self.find(config)
         if cell:
             self._relabel(config)
             with disk.writing(cell.path):
@@ -137,7 +137,7 @@ class Store:
         with disk.writing(file):
             _write(file, config)
 
-    def found(self, config: CellConfig) -> Cell | None:
+    def find(self, config: CellConfig) -> Cell | None:
         """The same, with nothing written."""
         path = self.path(config)
         try:
@@ -232,23 +232,23 @@ class Store:
 
     def cells(self) -> list[Cell]:
         """All finished cells. Raises :class:`DataError` if there are none, or one is damaged."""
-        found = [_open(folder) for folder, files in self._folders() if METRICS in files]
-        if not found:
+        cells = [_open(folder) for folder, files in self._folders() if METRICS in files]
+        if not cells:
             raise DataError(f"no finished results in {str(self.root)!r}{self._hint()}")
         paths: dict[str, Path] = {}
-        for cell in found:
+        for cell in cells:
             other = paths.setdefault(cell.metrics.config_hash, cell.path)
             if other != cell.path:
                 raise DataError(f"{other} and {cell.path} hold the same cell twice: delete the copy")
-        return found
+        return cells
 
     def usable(self) -> list[Cell]:
         """All finished cells that can be read, possibly none."""
-        found = []
+        cells = []
         for folder, files in self._folders() if self.root.is_dir() else []:
             with suppress(DataError):
-                found += [_open(folder)] if METRICS in files else []
-        return found
+                cells += [_open(folder)] if METRICS in files else []
+        return cells
 
     def unfinished(self) -> list[Path]:
         """The folders of cells that were begun and are not done."""
@@ -274,13 +274,13 @@ class Store:
 
 
 def _open(path: Path) -> Cell:
-    config, asked = _read(path / CONFIG, CellConfig)
-    metrics, told = _read(path / METRICS, CellMetrics)
-    checksum = told.pop("checksum", "")
-    counted = {key: value for key, value in asked.items() if key not in UNHASHED}
+    config, config_facts = _read(path / CONFIG, CellConfig)
+    metrics, metrics_facts = _read(path / METRICS, CellMetrics)
+    checksum = metrics_facts.pop("checksum", "")
+    counted = {key: value for key, value in config_facts.items() if key not in UNHASHED}
     if metrics.config_hash != digest(counted):
         raise DataError(f"{path / CONFIG} was changed after its run: restore it, or delete {path} and run again")
-    if checksum and checksum != digest(told):
+    if checksum and checksum != digest(metrics_facts):
         raise DataError(f"{path / METRICS} was changed after its run: restore it, or delete {path} and run again")
     return Cell(path, config, metrics)
 

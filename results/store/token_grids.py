@@ -51,10 +51,10 @@ def views(kept: Sequence[bool], places: Places) -> Iterator[View]:
     for image, shapes in enumerate(places):
         for view in shapes:
             rows, columns, down, across, newline = view
-            own = bits[start : start + _tokens(view)].reshape(down, across, rows, columns + newline)
-            start += own.size
-            cells = own[..., :columns].transpose(0, 2, 1, 3).reshape(down * rows, across * columns)
-            ends = own[..., columns:]
+            block = bits[start : start + _tokens(view)].reshape(down, across, rows, columns + newline)
+            start += block.size
+            cells = block[..., :columns].transpose(0, 2, 1, 3).reshape(down * rows, across * columns)
+            ends = block[..., columns:]
             yield View(image, cells, ends.size, int(ends.sum()))
 
 

@@ -53,8 +53,8 @@ STYLE = """\
 def latex(tables: Sequence[ResultTable], chosen: Sequence[Sequence[Column]]) -> str:
     """A floating table each, for a document that uses ``booktabs`` and ``graphicx``; wide ones shrink to the page."""
     parts = [
-        _latex_table(table, own, place, len(tables))
-        for place, (table, own) in enumerate(zip(tables, chosen, strict=True), 1)
+        _latex_table(table, columns, place, len(tables))
+        for place, (table, columns) in enumerate(zip(tables, chosen, strict=True), 1)
     ]
     return "\n\n".join([r"% \usepackage{booktabs,graphicx}", *parts])
 
@@ -111,8 +111,8 @@ def _escape(text: str) -> str:
 def page(tables: Sequence[ResultTable], chosen: Sequence[Sequence[Column]]) -> str:
     """A page of HTML that stands alone: no script, nothing to load."""
     body = [
-        html_table(table, own, place, len(tables))
-        for place, (table, own) in enumerate(zip(tables, chosen, strict=True), 1)
+        html_table(table, columns, place, len(tables))
+        for place, (table, columns) in enumerate(zip(tables, chosen, strict=True), 1)
     ]
     head = f'<meta charset="utf-8">\n<title>visibench</title>\n<style>\n{STYLE}</style>'
     return "\n".join([f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>', *body, "</body>\n</html>"])

@@ -30,8 +30,8 @@ def notes(table: ResultTable, chosen: Sequence[Column], bold: str) -> list[str]:
 
 def questions(table: ResultTable) -> str:
     """How many questions of each task were asked, in one line."""
-    asked = ", ".join(f"{task} {q.asked} of {q.of} ({q.origin})" for task, q in table.questions.items())
-    return f"Questions: {asked}.{' SUBSET: these are no full-set scores.' if table.is_subset else ''}"
+    counts = ", ".join(f"{task} {q.asked} of {q.of} ({q.origin})" for task, q in table.questions.items())
+    return f"Questions: {counts}.{' SUBSET: these are no full-set scores.' if table.is_subset else ''}"
 
 
 def _sharing(table: ResultTable) -> list[str]:

@@ -25,10 +25,12 @@ def by_group(table: ResultTable) -> list[tuple[str, str]]:
 def _scope(table: ResultTable) -> str:
     pruned = [row for row in table.rows if row.method != DENSE]
     dense = next((row for row in table.rows if row.method == DENSE), None)
-    asked = sum(questions.asked for questions in table.questions.values())
+    number = sum(questions.asked for questions in table.questions.values())
     subset = ", a subset, so these are no full-set scores" if table.is_subset else ""
     what = f"{_counted(len(pruned), 'setting')} of {_counted(len({row.method for row in pruned}), 'method')}"
-    where = f"{table.facts['model']}, {_counted(asked, 'question')} of {_counted(len(table.questions), 'task')}{subset}"
+    where = (
+        f"{table.facts['model']}, {_counted(number, 'question')} of {_counted(len(table.questions), 'task')}{subset}"
+    )
     if dense is None:
         return f"{what} on {where}; the dense model was not run, so no share of its scores can be given."
     return f"{what} on {where}, compared with the dense model at {_cost(table, dense)}."

@@ -147,7 +147,7 @@ class ResultTable:
     @property
     def is_subset(self) -> bool:
         """Whether some task was asked only in part."""
-        return any(asked.asked < asked.of for asked in self.questions.values())
+        return any(task.asked < task.of for task in self.questions.values())
 
     def grouped(self) -> list[tuple[str, list[MethodRow]]]:
         """The dense row without a title, then the others by similar T, the largest first, each group with its title."""
@@ -164,7 +164,7 @@ def build(cells: Iterable[Cell], margin: float | None = None) -> list[ResultTabl
     """
     groups = _comparable(list(cells))
     differs = differences([group[0] for group in groups])
-    return [_table(group, own, margin) for group, own in zip(groups, differs, strict=True)]
+    return [_table(group, facts, margin) for group, facts in zip(groups, differs, strict=True)]
 
 
 def _comparable(cells: list[Cell]) -> list[list[Cell]]:

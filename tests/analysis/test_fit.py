@@ -94,12 +94,12 @@ def test_fitprune_is_the_search_by_hand(rows, llava):
         assert reached == sorted(reached), "more alpha spares more, on these samples"
         alpha = next(alpha for alpha, plan in plans.items() if plan is not None)
         found = fit.fitprune_deletions(llava, samples, target=target, tolerance=1 / steps)
-        assert found.found["alpha"] == alpha
+        assert found.outcome["alpha"] == alpha
         left = [round(out_of * share) for share in plans[alpha]]
         assert list(found.method.deletions) == [a - b for a, b in pairwise(left)]
         assert found.method.out_of == out_of
-        assert found.found["visual_tokens"] == pytest.approx(sum(left) / LAYERS)
-        assert found.found["reduction"] == pytest.approx(1 - macs(left) / macs([out_of] * LAYERS))
+        assert found.outcome["visual_tokens"] == pytest.approx(sum(left) / LAYERS)
+        assert found.outcome["reduction"] == pytest.approx(1 - macs(left) / macs([out_of] * LAYERS))
         alphas.append(alpha)
     assert len({*alphas}) > 2
 
@@ -124,9 +124,9 @@ def test_the_fitted_schedule_is_what_fitprune_does(rows, llava):
             (counts,) = session.trace.visual_counts().tolist()
             assert counts == [counts[0] - counts[0] * n // out_of for n in gone]
         # Half a token a layer, of which the compute is at most twice that of a token's share.
-        assert found.found["reduction"] >= target - 1 / out_of
+        assert found.outcome["reduction"] >= target - 1 / out_of
         assert method_spec.parse(str(method)) == method
-        tokens.append(found.found["visual_tokens"])
+        tokens.append(found.outcome["visual_tokens"])
     assert tokens == sorted(tokens, reverse=True)
     assert len({*tokens}) == len(tokens)
 
@@ -139,7 +139,7 @@ def test_a_bare_decoder_is_fitted_with_a_layout(golden_llama, golden_inputs):
     with visibench.prune(golden_llama, found.method, layout=layout) as session:
         golden_llama(input_ids=ids)
     counts = session.trace.visual_counts()
-    assert counts.double().mean() == pytest.approx(found.found["visual_tokens"])
+    assert counts.double().mean() == pytest.approx(found.outcome["visual_tokens"])
     assert 0 < counts[0, -1] < 24
 
 
@@ -214,7 +214,7 @@ def test_vtw_layer_is_the_first_below_the_threshold(llava):
             for batches in (samples, [collate(samples)]):
                 found = fit.vtw_layer(llava, batches, threshold=threshold, first=2)
                 assert found.method == visibench.load_method("vtw", layer=expected)
-                assert found.found["divergence"] == pytest.approx(divergences[expected], rel=1e-4)
+                assert found.outcome["divergence"] == pytest.approx(divergences[expected], rel=1e-4)
     assert len({round(value, 6) for value in divergences}) > 5
     with pytest.raises(VisibenchError, match="comes nearest"):
         fit.vtw_layer(llava, samples, threshold=min(divergences) / 2, first=2)
@@ -265,7 +265,7 @@ def test_cli_fits_on_prompts_of_a_task(cli, checkpoint, disk_data, loaded, tmp_p
     assert method_spec.parse(written["spec"]) == by_hand.method
     options = dict(written["method"])
     assert method_spec.build(options.pop("name"), options) == by_hand.method
-    assert written["found"] == pytest.approx(by_hand.found)
+    assert written["found"] == pytest.approx(by_hand.outcome)
     assert written["settings"] == {"target": 0.5, "tolerance": 0.05}
     code, out, _ = cli(*fitting("fitprune", checkpoint, *data, *wanted, "--json"))
     assert (code, json.loads(out)) == (0, written)

@@ -41,7 +41,7 @@ def crash(checkpoint, disk_data, tmp_path):
         return json.loads(done.stdout), outcomes(tmp_path / out)
 
     def outcomes(folder):
-        found = [Store(folder).found(cell.config) for cell in plan(load_config(str(tmp_path / "sweep.yaml"))[0])]
+        found = [Store(folder).find(cell.config) for cell in plan(load_config(str(tmp_path / "sweep.yaml"))[0])]
         return [outcome(cell) for cell in found]
 
     return call

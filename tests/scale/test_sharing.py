@@ -10,7 +10,7 @@ from visibench.evals.sweeps.config import parse_config
 from visibench.evals.sweeps.sweep import sweep
 from visibench.evals.tasks import tasks
 from visibench.models import LoadedModel
-from visibench.utils.bounded_cache import Kept
+from visibench.utils.bounded_cache import BoundedCache
 
 
 def picture(side: int) -> list[Image.Image]:
@@ -19,7 +19,7 @@ def picture(side: int) -> list[Image.Image]:
 
 def test_what_fits_stays_and_nothing_makes_room_for_the_rest():
     """An image of 10 × 10 in RGB is 300 bytes: two fit, and a smaller one beside them, round after round."""
-    album, decoded = Kept(tasks._bytes, limit=700), Counter()
+    album, decoded = BoundedCache(tasks._bytes, limit=700), Counter()
 
     def get(doc_id: int, side: int) -> Image.Image:
         def decode() -> list[Image.Image]:
@@ -36,7 +36,7 @@ def test_what_fits_stays_and_nothing_makes_room_for_the_rest():
 
 
 def test_a_failure_is_not_kept():
-    album = Kept(tasks._bytes)
+    album = BoundedCache(tasks._bytes)
 
     def damaged() -> list[Image.Image]:
         raise DataError("damaged")
