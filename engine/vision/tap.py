@@ -55,7 +55,7 @@ class VisionTap:
             raise UnsupportedModelError(
                 f"{method.name} reads the vision tower, and a bare decoder has none: pass the full model"
             )
-        vision = adapter.geometry.vision if self._asked else None
+        vision = adapter.geometry.vision if self._hooks_side else None
         self._read = method.blocks_read(vision) if vision else ()
         self._received = method.blocks_received(vision) if vision else ()
 
