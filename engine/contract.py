@@ -4,7 +4,7 @@ A method is a frozen dataclass of hyperparameters. For each prefill the engine c
 :class:`Forward`, which holds the state of that one forward pass and answers at up to three places: behind the
 projector, at the input of every decoder layer, and inside its attention; :meth:`Method.vision` answers in front of the
 projector. Methods never touch the model: they read the views that the engine hands them and return :class:`Keep`,
-:class:`Merge` or a replaced attention output.
+:class:`Merge`, :class:`Join` or a replaced attention output.
 
 Shapes: B rows of the batch, V visual tokens present (the most over the rows; shorter rows are padded at the end and
 ``view.present`` says where), H heads, L tokens, D hidden size.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError, suggest
-from .decisions import BlockMerge, Keep, Merge
+from .decisions import BlockMerge, Join, Keep, Merge
 
 if TYPE_CHECKING:
     from ..models.adapters import Geometry, VisionGeometry
@@ -35,6 +35,7 @@ __all__ = [
     "Forward",
     "Geometry",
     "HookPoint",
+    "Join",
     "Keep",
     "Knob",
     "LayerView",
@@ -59,7 +60,7 @@ class Forward:
         """Once, behind the projector; B counts images, contents are projected features."""
         return None
 
-    def layer_input(self, layer: int, view: LayerView) -> Keep | Merge | None:
+    def layer_input(self, layer: int, view: LayerView) -> Keep | Merge | Join | None:
         """Before decoder layer ``layer``."""
         return None
 

@@ -1,4 +1,4 @@
-"""What a method may return: keep, merge, or go on in the vision tower with fewer tokens.
+"""What a method may return: keep, merge, let tokens join that were held aside, or go on in the vision tower with fewer.
 
 Shapes as in :mod:`visibench.engine.contract`.
 """
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import VisibenchError
+
 
 @dataclass(frozen=True)
 class Keep:
@@ -17,11 +19,20 @@ class Keep:
 
     ``order``: int (B, V) or None; the tokens that stay go on in ascending order of these numbers, in place of their
     own, by methods that say so (``reorders``). Equal ones keep their order. On the vision side B counts images, which
-    never mix.
+    never mix. ``aside``: in the decoder, the others are held aside as they are, until a :class:`Join`.
     """
 
     mask: Tensor
     order: Tensor | None = None
+    aside: bool = False
+
+
+@dataclass(frozen=True)
+class Join:
+    """All visual tokens held aside come back, between the neighbours and at the positions that they had.
+
+    Their hidden states are those with which they left.
+    """
 
 
 @dataclass(frozen=True)
@@ -68,3 +79,10 @@ class BlockMerge:
 def as_merge(decision: Keep | Merge) -> Merge:
     """A Keep as the Merge that only keeps."""
     return decision if isinstance(decision, Merge) else Merge(decision.mask, order=decision.order)
+
+
+def on_images(decision: Keep | Merge) -> Merge:
+    """A decision of the vision side as a Merge. Raises :class:`VisibenchError` if it holds tokens aside."""
+    if isinstance(decision, Keep) and decision.aside:
+        raise VisibenchError("tokens can be held aside at the input of decoder layers alone, not on the vision side")
+    return as_merge(decision)

@@ -244,12 +244,27 @@ def cut(
     kept, new, moves = torch.stack([keep.sum(1), added.sum(1), moved]).tolist()
     if tuple(kept) == layout.visual_counts and not any(new) and not any(moves):
         return None
-    counts = tuple(map(sum, zip(kept, new, strict=True)))
-    lengths = tuple(n - old + now for n, old, now in zip(layout.lengths, layout.visual_counts, counts, strict=True))
     stays = torch.cat([layout.visual.place(keep, layout.nonvisual.mask, dim=1), added], dim=1)
     column = torch.cat([column, anchor * 2 + 1], dim=1)
-    roles = torch.cat([layout.roles, torch.full_like(added, VISUAL, dtype=layout.roles.dtype)], dim=1)
-    visual_id = torch.cat([layout.visual_id, torch.full_like(added, ADDED, dtype=layout.visual_id.dtype)], dim=1)
+    ids = torch.full_like(added, ADDED, dtype=layout.visual_id.dtype)
+    return _arranged(layout, column, stays, ids, tuple(map(sum, zip(kept, new, strict=True))))
+
+
+def join(layout: TokenLayout, column: Tensor, others: TokenSet, other_column: Tensor, other_id: Tensor) -> Cut:
+    """All tokens and M visual ``others`` (B, M), of numbers ``other_id``, in the order of their columns. No host sync.
+
+    ``column``: int (B, L) and ``other_column``: int (B, M) in the same terms.
+    """
+    stays = torch.cat([layout.valid, others.mask], dim=1)
+    counts = tuple(map(sum, zip(layout.visual_counts, others.counts, strict=True)))
+    return _arranged(layout, torch.cat([column, other_column], dim=1), stays, other_id, counts)
+
+
+def _arranged(layout: TokenLayout, column: Tensor, stays: Tensor, other_id: Tensor, counts: tuple[int, ...]) -> Cut:
+    """Those of L tokens and M visual others that stay, bool (B, L + M), by ``column``, ``counts`` of them visual."""
+    lengths = tuple(n - old + now for n, old, now in zip(layout.lengths, layout.visual_counts, counts, strict=True))
+    roles = torch.cat([layout.roles, torch.full_like(other_id, VISUAL, dtype=layout.roles.dtype)], dim=1)
+    visual_id = torch.cat([layout.visual_id, other_id], dim=1)
     index = column.masked_fill(~stays, -1).argsort(dim=1, stable=True)[:, -max(lengths) :]
     is_there = stays.gather(1, index)
     left = TokenLayout(

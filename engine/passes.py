@@ -18,10 +18,10 @@ from ..errors import InputError, VisibenchError
 from ..models.adapters import Adapter
 from .cache import Held, PrunedCache, adopt
 from .contract import Forward, Method
-from .decisions import Keep, Merge, as_merge
+from .decisions import Join, Keep, Merge, as_merge
 from .inputs import Inputs
 from .layout import TokenLayout, cut
-from .segment import Segment
+from .segment import Aside, Segment
 from .trace import Trace
 from .views import AttentionView, Before, LayerView
 from .vision.rows import RowHashes
@@ -43,7 +43,7 @@ class Pass:
 
     ``prompt``: None where text goes on behind what is cached. ``mask``: bool (B, n), which of the new tokens count,
     None: all. ``positions``: what the model hands its rotary table. ``segments``: those of the layers that have run so
-    far; ``intercepted``: how many had their attention intercepted.
+    far; ``intercepted``: how many had their attention intercepted. ``aside``: tokens that are to join a later layer.
     """
 
     adapter: Adapter
@@ -58,6 +58,7 @@ class Pass:
     positions: Tensor | None = None
     segments: list[Segment] = field(default_factory=list)
     intercepted: int = 0
+    aside: list[Aside] = field(default_factory=list)
     _before: dict[int, Tensor] = field(default_factory=dict)
     _hashes: RowHashes | None = None
 
@@ -140,11 +141,11 @@ class Pass:
     def _decide(
         self, prompt: Prompt, layer: int, module: nn.Module, segment: Segment, hidden: Tensor, given: dict[str, Any]
     ) -> tuple[Segment, Tensor]:
-        if max(self._layout(segment).visual_counts) == 0:
+        if not self._has_visual(segment):
             return segment, hidden
         if layer == 0:
-            decision = self.tap.decide(prompt.forward, prompt.layout, prompt.trace)
-            segment, hidden = self._apply(decision, prompt.trace, segment, hidden)
+            on_images = self.tap.decide(prompt.forward, prompt.layout, prompt.trace)
+            segment, hidden = self._apply(on_images, prompt.trace, segment, hidden)
             self.tap.used(self.inputs.encoded, again=self.cache is None)
         if type(prompt.forward).layer_input is not Forward.layer_input:
             view = self._layer_view(prompt, layer, module, segment, hidden, given)
@@ -190,12 +191,14 @@ class Pass:
         return Before(keys, values, segment.held.valid, self._cached(segment.held))
 
     def _apply(
-        self, decision: Keep | Merge | None, trace: Trace, segment: Segment, hidden: Tensor
+        self, decision: Keep | Merge | Join | None, trace: Trace, segment: Segment, hidden: Tensor
     ) -> tuple[Segment, Tensor]:
         """Carry out a decision: gather hidden states and make the segment that follows."""
         layout = self._layout(segment)
-        if decision is None or max(layout.visual_counts) == 0:
+        if decision is None or not self._has_visual(segment):
             return segment, hidden
+        if isinstance(decision, Join):
+            return self._join(segment, hidden)
         visual, merge = layout.visual, as_merge(decision)
         prompt, behind = _parted(hidden, layout.width)
         if merge.replaced is not None:
@@ -214,8 +217,24 @@ class Pass:
         change = cut(layout, merge.mask, added, anchor, merge.order)
         if change is None:
             return segment, _joined(prompt, behind)
+        if isinstance(decision, Keep) and decision.aside:
+            if self.method.reorders:
+                raise VisibenchError(f"{self.method.name} changes the order of tokens, so that none can be held aside")
+            self.aside.append(segment.without(merge.mask, change, prompt))
         left = change.gather(prompt, merge.added)
         return self._numbered(segment.cut(change, merge.added_positions, anchor)), _joined(left, behind)
+
+    def _join(self, segment: Segment, hidden: Tensor) -> tuple[Segment, Tensor]:
+        """Take up again all that was held aside."""
+        prompt, behind = _parted(hidden, self._layout(segment).width)
+        for aside in self.aside:
+            segment, prompt = segment.join(aside, prompt)
+        self.aside = []
+        return self._numbered(segment), _joined(prompt, behind)
+
+    def _has_visual(self, segment: Segment) -> bool:
+        """Whether a row has visual tokens, there or held aside."""
+        return max(self._layout(segment).visual_counts) > 0 or bool(self.aside)
 
     # ---- attention ------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,22 @@ from torch import Tensor
 from ..models.adapters import Adapter
 from .attention import attention_mask, implementation_of
 from .cache import Held
-from .layout import Cut, TokenLayout
+from .layout import Cut, TokenLayout, TokenSet, join
+
+
+@dataclass(frozen=True)
+class Aside:
+    """Visual tokens held aside, A places a row, of which ``tokens`` (B, A) count.
+
+    ``hidden``: (B, A, D), their states at the layer where they left. ``positions``: (B, A) or (B, A, 3), as the model
+    gave them. ``columns``, ``visual_id``: int (B, A), as in :class:`Segment` and :class:`TokenLayout`.
+    """
+
+    tokens: TokenSet
+    hidden: Tensor
+    positions: Tensor
+    columns: Tensor
+    visual_id: Tensor
 
 
 @dataclass
@@ -67,23 +82,46 @@ class Segment:
             first = torch.zeros_like(first)
         return replace(self, numbers=(first + count - 1).clamp(min=0), _told=None)
 
+    @property
+    def every_column(self) -> Tensor:
+        """Int (B, places): each token's column, -1 for none or, while every column is there, that of padding."""
+        if self.columns is not None:
+            return self.columns
+        return torch.arange(self.places, device=self.positions.device).expand(self.positions.shape[0], -1)
+
     def cut(self, change: Cut, added_positions: Tensor | None, anchors: Tensor | None) -> Segment:
         """The segment behind a cut. ``added_positions`` and ``anchors`` (places in this segment): of added tokens."""
-        assert self.layout is not None
-        width, behind = self.layout.width, self.places - self.layout.width
         places = None if added_positions is None else on_every_axis(added_positions, self.positions)
         if anchors is not None and added_positions is None:
             places = at(self.positions, anchors.clamp(min=0))  # they will be numbered anew
-        positions = change.gather(self.positions[:, :width], places)
-        columns = self.columns
-        if columns is None:
-            columns = torch.arange(self.places, device=positions.device).expand(positions.shape[0], -1)
-        of_added = None if anchors is None else at(columns, anchors.clamp(min=0))
-        left = change.gather(columns[:, :width], of_added).masked_fill(~change.layout.valid, -1)
+        return self._changed(change, places, None if anchors is None else at(self.every_column, anchors.clamp(min=0)))
+
+    def without(self, keep: Tensor, change: Cut, prompt: Tensor) -> Aside:
+        """What the cut ``change``, which keeps visual tokens by ``keep`` (B, V) alone, takes out of ``prompt``."""
+        assert self.layout is not None
+        visual, left = self.layout.visual, change.layout.visual_counts
+        leaves = visual.place(~keep & visual.present, torch.zeros_like(visual.mask), dim=1)
+        gone = TokenSet(leaves, tuple(n - m for n, m in zip(visual.counts, left, strict=True)))
+        prompts = (prompt, self.positions, self.every_column, self.layout.visual_id)
+        return Aside(TokenSet(gone.present, gone.counts), *(at(part, gone.index) for part in prompts))
+
+    def join(self, aside: Aside, prompt: Tensor) -> tuple[Segment, Tensor]:
+        """The segment in which tokens held aside are back, and its prompt."""
+        assert self.layout is not None
+        here = self.every_column[:, : self.layout.width]
+        change = join(self.layout, here, aside.tokens, aside.columns, aside.visual_id)
+        return self._changed(change, aside.positions, aside.columns), change.gather(prompt, aside.hidden)
+
+    def _changed(self, change: Cut, positions: Tensor | None, columns: Tensor | None) -> Segment:
+        """With the places of ``change``; ``positions`` and ``columns`` (B, M) of those that come from elsewhere."""
+        assert self.layout is not None
+        width, behind, before = self.layout.width, self.places - self.layout.width, self.every_column
+        positions = change.gather(self.positions[:, :width], positions)
+        left = change.gather(before[:, :width], columns).masked_fill(~change.layout.valid, -1)
         valid = None if change.layout.is_full else change.layout.valid
         if behind:
             positions = torch.cat([positions, self.positions[:, width:]], dim=1)
-            left = torch.cat([left, columns[:, width:]], dim=1)
+            left = torch.cat([left, before[:, width:]], dim=1)
             valid = None if valid is None else torch.cat([valid, valid.new_ones(valid.shape[0], behind)], dim=1)
         return Segment(self.held, change.layout, change.layout.width + behind, positions, valid, left)
 

@@ -16,7 +16,7 @@ other packages and of single files.
 from importlib import import_module
 from pkgutil import iter_modules
 
-from ..engine.contract import BlockMerge, Forward, Keep, Merge, Method, Positions
+from ..engine.contract import BlockMerge, Forward, Join, Keep, Merge, Method, Positions
 from .base import Budgeted, Layered, Ranked, Scored, top
 from .registry import list_methods, load_method, register
 
@@ -24,6 +24,7 @@ __all__ = [
     "BlockMerge",
     "Budgeted",
     "Forward",
+    "Join",
     "Keep",
     "Layered",
     "Merge",

@@ -16,7 +16,7 @@ from ...errors import InputError, UnsupportedModelError, VisibenchError
 from ...models.adapters import Adapter
 from ..attention import Interception, received
 from ..contract import Forward, Method
-from ..decisions import Keep, Merge, as_merge
+from ..decisions import Keep, Merge, as_merge, on_images
 from ..encoding import Encoding
 from ..features import Entry, FeatureStore, SharedTower
 from ..layout import TokenLayout, TokenSet
@@ -198,7 +198,7 @@ class VisionTap:
         encoding.decision = self.method.vision(VisionView(encoding))
         if encoding.decision is None:
             return None
-        merge = as_merge(encoding.decision)
+        merge = on_images(encoding.decision)
         kept = encoding.kept = TokenSet(merge.mask, tuple(merge.mask.sum(1).tolist()))
         encoding.projected_tokens = kept.total + (0 if merge.added is None else merge.added_mask().sum(1))
         left = kept.pick(features if merge.replaced is None else merge.replaced, 1)
@@ -245,7 +245,7 @@ class VisionTap:
         if encoding.projected_tokens is not None:
             trace.projected = rows.group(encoding.projected_tokens[:, None]).sum(1).cpu()
             trace.batch_projected = encoding.projector_input
-        return rows.translate(as_merge(encoding.decision))
+        return rows.translate(on_images(encoding.decision))
 
     def _tower_tokens(self, encoding: Encoding) -> tuple[tuple[int, int], ...] | None:
         if "tower" in self.method.hook_points:

@@ -72,6 +72,7 @@ METHODS = [
     visibench.load_method("sparsevlm", counts=(9, 5, 2), after=(0, 2, 4)),
     visibench.load_method("dart", keep=0.5),
     visibench.load_method("vtw", layer=3),
+    visibench.load_method("staged", enter=2, exit=4),
 ]
 
 

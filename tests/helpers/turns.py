@@ -35,7 +35,7 @@ def masked_dense(model, ids, pixels, present, positions="keep"):
     """Logits (n, vocabulary) of one row under the model's own layers, each seeing those columns that are ``present``.
 
     ``ids``: (1, n), all turns. ``pixels``: (images, 3, h, w). ``present``: bool (layers, n). A column that is not there
-    is hidden as a key; what it computes as a query concerns nobody.
+    is hidden as a key, and does not change.
     """
     decoder = model.model.language_model
     hidden = model.get_input_embeddings()(ids)
@@ -46,5 +46,6 @@ def masked_dense(model, ids, pixels, present, positions="keep"):
         place = there.cumsum(0) - 1 if positions == "renumber" else torch.arange(len(there))
         rope = decoder.rotary_emb(hidden, position_ids=place.clamp(min=0)[None])
         mask = (causal & there | itself)[None, None]
-        hidden = layer(hidden, attention_mask=mask, position_embeddings=rope, position_ids=place[None])
+        changed = layer(hidden, attention_mask=mask, position_embeddings=rope, position_ids=place[None])
+        hidden = torch.where(there[:, None], changed, hidden)
     return model.lm_head(decoder.norm(hidden))[0]
