@@ -33,7 +33,7 @@ def only_drops(method, traces):
     """Whether all that the method does is to drop tokens, so that the dense model with a mask is the same."""
     merged = any((layout.visual_id == -2).any() for trace in traces for layout in trace.layouts)
     replaced = any(trace.batch_attention_pairs() != _full(trace) for trace in traces)
-    elsewhere = method.name in ("visipruner", "forced", "tome", "downsample", "pooling")
+    elsewhere = method.name in ("visipruner", "forced", "tome", "downsample", "pooling", "vscan")
     return not (merged or replaced or elsewhere or method.reorders)
 
 

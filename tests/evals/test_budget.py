@@ -208,6 +208,13 @@ def test_pyramiddrop_reaches_192_but_neither_128_nor_64(published):
     assert solve("pyramiddrop", {}, Target("tokens", 270), published).method == visibench.load_method("pyramiddrop")
 
 
+@pytest.mark.parametrize(("tokens", "kept"), [(192, 288), (128, 192), (64, 96)])
+def test_vscan_comes_back_to_its_published_schedules(tokens, kept, published):
+    found = solve("vscan", {"early": 0}, Target("tokens", tokens), published)  # the tower here has but few blocks
+    assert runs(found) == [(16, kept), (16, kept // 3)]
+    assert found.cost.tokens.mean == tokens
+
+
 def test_v2drop_comes_back_to_its_published_schedule_and_reaches_every_usual_budget(published):
     """From (3 · 576 + 29) / 32, with one token from the first cut on, to all."""
     assert solve("v2drop", {}, Target("tokens", 202.8), published).method == visibench.load_method("v2drop")

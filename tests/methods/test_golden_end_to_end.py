@@ -10,7 +10,8 @@ import visibench
 from golden_llava import CLIP, check_whole, make_golden_llava, prompt, vectors, whole_prompts
 from golden_support import MANIFEST
 from visibench.engine import attention
-from visibench.methods import hiprune, holov, pieces, scope
+from visibench.methods import base, hiprune, holov, pieces, scope, vscan
+from visibench.models.adapters import Adapter
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +180,62 @@ def test_hiprune(whole, config, entry, case, images):
     recorded, group = vectors("hiprune"), "batch2" if len(images) > 1 else "img0"
     session = check_whole(whole, hiprune_method(entry, images), recorded, f"{config}.{case}", images)
     assert torch.equal(session.trace.kept(0)[0], recorded[f"{config}.{group}.kept"].flatten())
+
+
+# ---- VScan --------------------------------------------------------------------------------------------------------
+
+
+STAGE_1 = [case for case in configurations("vscan") if "visual_token_num" in case.values[1] and "_L" not in case.id]
+
+
+@pytest.mark.parametrize(("config", "entry", "case", "images"), STAGE_1)
+def test_vscan_chooses_and_merges(whole, config, entry, case, images):
+    """On given attention, and in the whole model."""
+    recorded, prefix = vectors("vscan"), f"{config}.{case}"
+    method = visibench.load_method("vscan", tokens=entry["visual_token_num"], cuts=())
+    expected = recorded[f"{prefix}.kept"]
+    of = lambda block: torch.cat([recorded[f"cls_attention_{block}.img{number}"] for number in images])  # noqa: E731
+    early, late, vision = of("block5"), of("m2"), Adapter(whole).geometry.vision
+    local, spread = method.split(vision)
+    if config != "n576":
+        windows = vscan.in_windows(early, 4, 6, local)
+        picked = recorded[f"{prefix}.local"].long()
+        assert torch.equal(pieces.marked(picked, 576), windows)
+        chosen = windows | base.top(late, torch.full((len(images),), spread), ~windows)
+        assert torch.equal(chosen, expected)
+    entered = []
+    ids = prompt(0)["input_ids"].expand(len(images), -1)
+    with visibench.prune(whole, method) as session:
+        hook = whole.model.language_model.layers[0].register_forward_pre_hook(
+            lambda m, args: entered.append(args[0])  # what the session makes of the layer's input
+        )
+        whole(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=CLIP["pixels"][images])
+        hook.remove()
+    trace = session.trace
+    assert torch.equal(trace.kept(0), expected)
+    assert trace.visual_counts()[:, 0].tolist() == entry["margins"][case]["n_kept"]
+    got = trace.layouts[0].visual.pick(entered[0], 1)
+    for number, features in zip(images, got, strict=True):
+        if f"{config}.img{number}.features" in recorded:
+            torch.testing.assert_close(features, recorded[f"{config}.img{number}.features"], atol=1e-5, rtol=1e-4)
+        elif config == "n576":
+            torch.testing.assert_close(features, project(CLIP["hidden_m2"][number, 1:]), atol=1e-5, rtol=1e-4)
+
+
+SINGLE = [case for case in wholes("vscan") if len(case.values[3]) == 1]
+
+
+@pytest.mark.parametrize(("config", "entry", "case", "images"), SINGLE)
+def test_vscan(whole, config, entry, case, images):
+    """Both stages. Of two images the authors never cut the second, and score the first by a row of the second."""
+    recorded, prefix = vectors("vscan"), f"{config}.{case}"
+    options = {"tokens": entry["visual_token_num"], "cuts": entry["layer_list"], "counts": entry["image_token_list"]}
+    method = visibench.load_method("vscan", **options)
+    session = check_whole(whole, method, recorded, prefix, images)
+    kept = torch.cat([session.trace.kept(layer) for layer in range(32)])
+    assert torch.equal(kept, recorded[f"{prefix}.kept"])
+    if config in ("n96_L16_32", "n192_L16_64", "n288_L16_96"):  # the published settings, by their mean over layers
+        assert session.trace.visual_counts().double().mean() == {96: 64, 192: 128, 288: 192}[method.tokens]
+        short = visibench.load_method("vscan", tokens=method.tokens)
+        counts = short.visual_counts(session.trace.prompt, session.geometry)
+        assert torch.equal(counts, session.trace.visual_counts())

@@ -88,6 +88,8 @@ def published_geometry():
         ("dart:tokens=128", {2: 132}),
         ("vtw", {15: 0}),
         ("pyramiddrop", {8: 288, 16: 144, 24: 72}),
+        ("vscan:tokens=96", {0: 96, 16: 32}),
+        ("vscan:tokens=100", {0: 98, 16: 33}),
         ("v2drop", {3: 288, 17: 144, 22: 1}),
         ("sparsevlm:tokens=192", {3: 309, 7: 204, 16: 113}),
         ("sparsevlm:tokens=128", {3: 312, 7: 117, 16: 39}),

@@ -1,6 +1,7 @@
 """What vision-side methods are made of, against brute force; and what they refuse."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from visibench.methods import (
     tome,
     visionzip,
     vispruner,
+    vscan,
 )
 from visibench.models.adapters import Adapter
 
@@ -174,6 +176,29 @@ def test_anchors_and_buffers_beyond_the_budget_stay_by_attention(llava):
     with visibench.prune(llava, method) as session:
         llava(**collate(make_batch(ROWS)))
     assert session.trace.visual_counts()[:, 0].tolist() == [8, 16, 0]
+
+
+@pytest.mark.parametrize(("across", "side", "count"), [(2, 3, 2), (3, 2, 1), (1, 6, 5), (6, 1, 1), (2, 3, 0)])
+def test_windows_choose_by_themselves(across, side, count):
+    scores = random(2, 36)
+    chosen = vscan.in_windows(scores, across, side, count)
+    for image in range(2):
+        expected = set()
+        for top, left in itertools.product(range(0, 6, side), repeat=2):
+            window = [r * 6 + c for r in range(top, top + side) for c in range(left, left + side)]
+            expected |= set(sorted(window, key=lambda j: -scores[image, j].item())[:count])
+        assert set(chosen[image].nonzero().flatten().tolist()) == expected
+
+
+def test_others_are_absorbed_by_the_kept_token_they_are_most_like():
+    tokens, kept = random(2, 9, 4), torch.tensor([[1, 4, 7], [0, 2, 8]])
+    merged = vscan.absorbed(tokens, kept)
+    for image in range(2):
+        near = pieces.cosine(tokens[image : image + 1])[0]
+        for place, token in enumerate(kept[image].tolist()):
+            others = [j for j in range(9) if j not in kept[image] and near[j, kept[image]].argmax() == place]
+            mean = tokens[image, [token, *others]].mean(0)
+            torch.testing.assert_close(merged[image, place], mean)
 
 
 def test_greedy_determinant_goes_on_past_the_rank_without_repeating():
@@ -449,6 +474,10 @@ def with_vision(**changes):
         ("scope", {}, {"has_cls": False}, "CLS token"),
         ("holov", {}, {"has_cls": False}, "CLS token"),
         ("holov", {"runs": 17}, {}, "17 runs of an image of 16 tokens"),
+        ("vscan", {"window": 2}, {"has_cls": False}, "CLS token"),
+        ("vscan", {"layers": "scaled"}, {}, "window=6 does not divide a grid of 4 × 4 patches"),
+        ("vscan", {"layers": "scaled", "window": 2, "tokens": 7}, {}, "7 tokens an image are too few.*give 8 or more"),
+        ("vscan", {"window": 2}, {}, "early=5, but the features are those of vision block 1"),
         ("hiprune", {}, {}, "middle=8, but the features are those of vision block 1.*layers='scaled'"),
         ("prumerge", {}, {"has_cls": False}, "CLS token"),
         ("prumerge_plus", {}, {"feature_block": 2}, "block after the feature block.*visionzip"),
@@ -492,6 +521,11 @@ def test_new_tokens_have_no_old_positions(name):
         ("vispruner", {"tokens": 8, "drop": 0}, "drop"),
         ("scope", {"tokens": 8, "alpha": -1.0}, "alpha must be >= 0"),
         ("scope", {"tokens": 8, "combine": "max"}, "'multiply' or 'add'"),
+        ("vscan", {"tokens": 8, "window": 0}, "window, the side of a window in patches, must be >= 1"),
+        ("vscan", {"tokens": 8, "early": -1}, "early, a vision block, must be >= 0"),
+        ("vscan", {"tokens": 8, "cuts": (16, 8)}, "cuts must rise from 1 on"),
+        ("vscan", {"tokens": 8, "counts": (3, 2)}, "1 cuts need as many counts, not 2"),
+        ("vscan", {"tokens": 8, "counts": (-1,)}, "counts must be >= 0"),
         ("hiprune", {"tokens": 8, "alpha": 1.5}, r"alpha must lie in \[0, 1\]"),
         ("hiprune", {"tokens": 8, "middle": -1}, "middle, a vision block, must be >= 0"),
         ("holov", {"tokens": 8, "runs": 0}, "runs must be >= 1"),
