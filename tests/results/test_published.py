@@ -13,7 +13,7 @@ from visibench.results import published
 from visibench.results.published import Paper, figures, papers, vocabulary
 from visibench.results.published.show import render
 
-FOREIGN = {"hired", "mustdrop", "holov", "trim"}  # printed methods that this package does not have
+FOREIGN = {"flowcut", "hired", "mustdrop", "trim"}  # printed methods that this package does not have
 ROWS = [(paper, table, row) for paper in papers() for table in paper.tables for row in table.rows]
 
 
@@ -65,6 +65,11 @@ def test_every_file_is_read_and_names_its_source():
         (("ShortV", "comparison", "vtw", "mme_perception"), "1497.0"),
         (("AdaV", "repository", "fitprune", "pope", {"setting": "about 90 % pruned"}), "53.81"),
         (("RESTORE", "re-runs", "holov", "mme_total", {"tokens": 64}), "1699"),
+        (("FastV", "README", "fastv", "seed"), "59.9"),
+        (("source not recorded", "README of another", "scope", "mme_total", {"tokens": 128}), "1776"),
+        (("source not recorded", "README of another", "holov", "textvqa", {"tokens": 64}), "55.4"),
+        (("source not recorded", "tables of other", "vscan", "gqa", {"tokens": 64}), "58.3"),
+        (("source not recorded", "tables of other", "hiprune", "pope", {"tokens": 64}), "73.0"),
         (("source not recorded", "re-runs", "cdpruner", "mme_perception", {"tokens": 128}), "1410–1426.5"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value[:4])),
@@ -101,6 +106,13 @@ def test_doubts_travel_with_the_figures():
     assert all("Check before" in " ".join(f.remarks) for f in figures(method="fitprune") if f.paper.name == "AdaV")
     assert {f.quantity.metric for f in figures(benchmark="pope") if f.name == "pope"} == {"F1 or accuracy, not said"}
     assert {f.paper.name for f in figures(benchmark="pope_f1")} == {"MMTok", "DART"}
+
+
+def test_second_hand_rows_say_so():
+    for method in ("scope", "vscan", "hiprune", "flowcut"):
+        assert all("Second-hand" in " ".join(f.remarks) for f in figures(method=method))
+    sources = {(f.paper.name, "Second-hand" in " ".join(f.remarks)) for f in figures(method="holov")}
+    assert sources == {("source not recorded", True), ("RESTORE", False)}
 
 
 def test_remarks_are_sentences():
