@@ -67,7 +67,7 @@ def flops(
     if weights in (None, "pretrained"):
         if any(option is not None for option in (layers, lengths)):
             raise OptionError("--layers and --lengths belong to --weights random or meta: add it, or leave them out")
-        _print(*_asked(model, method, task or "pope", data or "embedded", limit or 20), as_json)
+        _print(*_questions(model, method, task or "pope", data or "embedded", limit or 20), as_json)
         return
     if any(option is not None for option in prompts):
         raise OptionError("--weights means a random prompt: give --lengths, not --task, --data or --limit")
@@ -141,7 +141,7 @@ def _json(one: Reproduction) -> dict[str, Any]:
 # ---- a model under a method -----------------------------------------------------------------------------------------
 
 
-def _asked(model: str, method: str, task_name: str, data: str, limit: int) -> tuple[pd.DataFrame, dict[str, Any]]:
+def _questions(model: str, method: str, task_name: str, data: str, limit: int) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Prefills of a task's first questions, and what they are."""
     from ..evals.compute.prefills import prefills, prompts
     from ..evals.settings.method_spec import parse
@@ -162,7 +162,7 @@ def _sized(
     model: str, method: str, weights: str, layers: int | None, lengths: str
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The prefill of one random prompt, run or planned, and what it is."""
-    from ..evals.compute.prefills import plan, prefills
+    from ..evals.compute.prefills import planned, prefills
     from ..evals.settings.method_spec import parse
     from ..models import load_model
 
@@ -179,8 +179,8 @@ def _sized(
     if weights == "random":
         return prefills(loaded, chosen, [loaded.synthetic_inputs(1, *tokens)]), facts | {"note": ""}
     note = "Nothing ran: the method's own scoring, merging and edited attention are not counted."
-    planned = plan(loaded, chosen, *tokens).drop(columns="scoring").rename(columns={"executed": "planned"})
-    return planned, facts | {"note": note}
+    frame = planned(loaded, chosen, *tokens).drop(columns="scoring").rename(columns={"executed": "planned"})
+    return frame, facts | {"note": note}
 
 
 def _print(frame: pd.DataFrame, facts: dict[str, Any], as_json: bool) -> None:

@@ -87,7 +87,7 @@ def _run(folder: Path, kind: str | None, task: str | None, out: Path | None, for
         raise OptionError(
             f"{len(kinds)} figures do not fit into the file {out}: choose one with --kind, or give a folder"
         )
-    tables = build(_asked(finished(folder), task))
+    tables = build(_of_tasks(finished(folder), task))
     if forms is None and len(tables) > 1:
         raise OptionError(f"{folder} holds {len(tables)} tables, which are drawn one by one: give a folder to --out")
     base = folder / "plots" if out is None else out
@@ -115,7 +115,7 @@ def _draw(table: ResultTable, kind: str, files: list[Path], *, needed: bool) -> 
         print(file)
 
 
-def _asked(cells: list[Cell], tasks: str | None) -> list[Cell]:
+def _of_tasks(cells: list[Cell], tasks: str | None) -> list[Cell]:
     known = {cell.config.task for cell in cells}
     wanted = _listed(tasks, known, "--task") or known
     return [cell for cell in cells if cell.config.task in wanted]

@@ -115,15 +115,15 @@ class SparseVLM(Layered):
         if self.rank:
             return None
         now, left = layout.visual.total, {}
-        for stage, layer in enumerate(self.after):
-            kept = self.kept(stage, layout.visual.total, now)
+        for cut, layer in enumerate(self.after):
+            kept = self.kept(cut, layout.visual.total, now)
             now = kept + self.recycled(now - kept)[1] if self.recycle else kept
             left[self.at(layer, geometry) + 1] = now
         return left
 
-    def kept(self, stage: int, prompt: Tensor, now: Tensor) -> Tensor:
-        """Int (B,): visual tokens to keep in a stage, of those there are ``now`` and were in the ``prompt``."""
-        return (now - 1).clamp(max=share(self.schedule[stage], self.out_of, prompt)).clamp(min=0)
+    def kept(self, cut: int, prompt: Tensor, now: Tensor) -> Tensor:
+        """Int (B,): visual tokens to keep at a cut, of those there are ``now`` and were in the ``prompt``."""
+        return (now - 1).clamp(max=share(self.schedule[cut], self.out_of, prompt)).clamp(min=0)
 
     def recycled(self, dropped: Tensor) -> tuple[Tensor, Tensor]:
         """Of the ``dropped`` tokens, int (B,): how many are recycled, and in how many clusters."""
@@ -159,13 +159,13 @@ class SparseVLMForward(Forward):
         keep = top(scores, number, view.present)
         return self.recycle(scores, keep, fewest, view) if self.method.recycle else Keep(keep)
 
-    def budget(self, stage: int, view: LayerView) -> tuple[Tensor, list[int]]:
+    def budget(self, cut: int, view: LayerView) -> tuple[Tensor, list[int]]:
         """Visual tokens to keep, int (B,), and a number for each row, on the host, that this is not below."""
         method, visual = self.method, view.layout.visual
         if not method.rank:
-            most = partial(share, method.schedule[stage], method.out_of)
+            most = partial(share, method.schedule[cut], method.out_of)
             exact = [max(0, min(most(n), now - 1)) for n, now in zip(self.prompt.counts, visual.counts, strict=True)]
-            return method.kept(stage, self.prompt.total, visual.total), exact
+            return method.kept(cut, self.prompt.total, visual.total), exact
         rank = matrix_rank(self.relation, self.raters.sum(1), visual.total)
         if method.rank == "paper":
             return visual.total - floored(visual.total - rank, method.scale), [0] * len(visual.counts)

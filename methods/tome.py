@@ -58,7 +58,7 @@ class ToMe(Budgeted):
             )
 
     def block(self, view: BlockView) -> BlockMerge | None:
-        merges = self.plan(view.vision)[view.block]
+        merges = self.merges(view.vision)[view.block]
         if merges == 0:
             return None
         width = view.tokens.shape[1]
@@ -67,7 +67,7 @@ class ToMe(Budgeted):
         tokens, size = merged(view.tokens, view.size, group, width - merges)
         return BlockMerge(tokens, size, size.log() if self.proportional else None)
 
-    def plan(self, vision: VisionGeometry) -> tuple[int, ...]:
+    def merges(self, vision: VisionGeometry) -> tuple[int, ...]:
         """r of every block; none behind the block whose output the model uses."""
         blocks = vision.feature_block + 1
         return schedule(vision.tokens, per_image(self, vision.tokens), blocks) + (0,) * (vision.layers - blocks)

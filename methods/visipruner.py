@@ -14,7 +14,7 @@ Authors' code: EIT-NLP/VisiPruner, commit d778622. Decoder layers count from 0; 
 Everything happens in prefill. Generated tokens attend to whatever the KV caches hold: all visual tokens up to and
 including the filtering layer, the kept ones until the exit, none after it.
 
-The shallow edits act on weights after the softmax, which are not normalised again; so by default the shallow stage
+The shallow edits act on weights after the softmax, which are not normalised again; so by default the shallow phase
 saves nothing: the weights stay, and text reads a value of zero, or the sink's, at visual tokens. ``skip=True`` masks
 before the softmax instead, so that text (and in layer 0 each visual token) runs over fewer keys.
 
@@ -39,7 +39,7 @@ from .base import MAGNITUDES, REFERENCE_DEPTH, Layered
 if TYPE_CHECKING:
     from ..engine.contract import AttentionView, Geometry, LayerView, TokenLayout, TokenSet
 
-STAGES = ("shallow", "middle", "deep")
+PHASES = ("shallow", "middle", "deep")
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,14 @@ class VisiPruner(Layered):
         Knob("shallow_layers", lambda visual_tokens, geometry: range(1, max(geometry.layers, REFERENCE_DEPTH))),
     )
 
-    # The stage without which an option does nothing.
+    # The phase without which an option does nothing.
     belongs: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("layer0", "sink", "visual_self_attention", "skip"), "shallow"),
         **dict.fromkeys(("layer_threshold", "token_threshold"), "middle"),
         **dict.fromkeys(("exit_threshold", "exit_layers", "consecutive_exit"), "deep"),
     }
 
-    stages: tuple[str, ...] = STAGES
+    stages: tuple[str, ...] = PHASES
     shallow_layers: int = 6
     layer_threshold: float = 0.995
     token_threshold: float = 0.2
@@ -88,8 +88,8 @@ class VisiPruner(Layered):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unknown = sorted(set(self.stages) - set(STAGES))
-        self.require(not unknown, f"unknown stages {unknown}; known: {', '.join(STAGES)}")
+        unknown = sorted(set(self.stages) - set(PHASES))
+        self.require(not unknown, f"unknown stages {unknown}; known: {', '.join(PHASES)}")
         self.require(
             "deep" not in self.stages or "middle" in self.stages, "stage 'deep' does nothing without 'middle': add it"
         )

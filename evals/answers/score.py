@@ -85,12 +85,12 @@ def score(
     size, note = task.size(limit)
     started = time.perf_counter()
     scored = [answers.batches[batch_key(chunk)] for chunk in batches(questions(task, size), batch_size)]
-    replay = Replay({doc_id: record for batch in scored for doc_id, record in batch.records.items()})
+    replay = Replay({doc_id: answer for batch in scored for doc_id, answer in batch.records.items()})
     with tempfile.TemporaryDirectory() as scratch:
         result = _simple_evaluate(replay, task, size, seed, output_dir or Path(scratch))
     logged = {sample["doc_id"]: sample for sample in result["samples"][task.name]}
-    records = [_sample(task, record, logged[doc_id]) for doc_id, record in sorted(replay.records.items())]
-    samples, metrics = frame(records), _metrics(result["results"][task.name])
+    rows = [_sample(task, answer, logged[doc_id]) for doc_id, answer in sorted(replay.answers.items())]
+    samples, metrics = frame(rows), _metrics(result["results"][task.name])
     seconds = {key: sum(batch.seconds[key] for batch in scored) for key in ("answer", "generate")}
     outcome = Outcome(
         size=len(samples),
@@ -102,11 +102,11 @@ def score(
         scores=[_score(metric, metrics, samples) for metric in task.info.metrics],
         metrics=metrics,
         categories=_categories(samples),
-        visual_tokens=_visual_tokens(records),
-        compute=_compute(records, scored),
+        visual_tokens=_visual_tokens(rows),
+        compute=_compute(rows, scored),
         generation=replay.generation,
         seconds=seconds | {"total": seconds["answer"] + time.perf_counter() - started},
-        data_hash=_data_hash(records),
+        data_hash=_data_hash(rows),
     )
     return Evaluation(outcome, samples)
 
@@ -116,9 +116,9 @@ class Replay(lmms_eval.lmms):
 
     is_simple = True
 
-    def __init__(self, records: dict[int, Answer]) -> None:
+    def __init__(self, answers: dict[int, Answer]) -> None:
         super().__init__()
-        self.records = records
+        self.answers = answers
         self.generation: dict[str, Any] = {}
 
     def clean(self) -> None:
@@ -135,7 +135,7 @@ class Replay(lmms_eval.lmms):
         questions = [Question.of(request) for request in requests]
         options = questions[-1].options
         self.generation = generation(options) | {"until": options.get("until")}
-        return [question.ended(self.records[question.doc_id].output) for question in questions]
+        return [question.ended(self.answers[question.doc_id].output) for question in questions]
 
 
 def _remarks(batches: list[Batch], batch_size: int) -> list[str]:
@@ -146,7 +146,7 @@ def _remarks(batches: list[Batch], batch_size: int) -> list[str]:
     if smaller:
         count, reasons = sum(len(batch.records) for batch in smaller), sorted({batch.smaller for batch in smaller})
         remarks.append(f"{count} of {questions} answered in batches smaller than {batch_size} ({'; '.join(reasons)})")
-    nonfinite = sum(record.nonfinite for batch in batches for record in batch.records.values())
+    nonfinite = sum(answer.nonfinite for batch in batches for answer in batch.records.values())
     if nonfinite:
         remarks.append(f"{nonfinite} of {questions} with NaN or infinite logits")
     hardware = sorted({batch.hardware for batch in batches})
@@ -175,15 +175,15 @@ def _simple_evaluate(replay: Replay, task: Task, size: int, seed: int, output_di
         raise VisibenchError(f"{task.name}: lmms-eval's scorer failed: {reason(error)}") from error
 
 
-def _sample(task: Task, record: Answer, logged: dict[str, Any]) -> Sample:
+def _sample(task: Task, answer: Answer, logged: dict[str, Any]) -> Sample:
     doc = logged["doc"]
     target = doc[task.info.target] if task.info.target else logged["target"]
     return Sample(
-        **vars(record),
+        **vars(answer),
         task=task.name,
         doc_id=logged["doc_id"],
         question_id=str(doc.get("question_id", doc.get("id", logged["doc_id"]))),
-        image=str(doc[task.info.cluster]) if task.info.cluster else record.pixels,
+        image=str(doc[task.info.cluster]) if task.info.cluster else answer.pixels,
         category=doc.get("category"),
         target="\n".join(map(str, target)) if isinstance(target, list) else str(target),
         answer=str(logged["filtered_resps"][0]),

@@ -46,8 +46,8 @@ def peak_memory(device: torch.device, held: int) -> Iterator[Callable[[], int]]:
         highest.append(torch.cuda.max_memory_allocated(device))
         return
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or starting and stopping print a line each
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
-        yield lambda: held + _highest(record)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiling:
+        yield lambda: held + _highest(profiling)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -55,8 +55,8 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def _highest(record: Any) -> int:
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+def _highest(profiling: Any) -> int:
+    events = [event for event in profiling.profiler.kineto_results.events() if event.name() == "[memory]"]
     level = highest = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         level += event.nbytes()

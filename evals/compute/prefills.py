@@ -42,7 +42,7 @@ def prefills(loaded: LoadedModel, method: Method, batches: Iterable[Mapping[str,
     return pd.concat(frames, ignore_index=True)
 
 
-def plan(loaded: LoadedModel, method: Method, text: int, visual_tokens: int) -> pd.DataFrame:
+def planned(loaded: LoadedModel, method: Method, text: int, visual_tokens: int) -> pd.DataFrame:
     """The columns of :func:`prefills` for one prompt, as :func:`planned_prefill` has it."""
     return _columns(planned_prefill(loaded, method, text, visual_tokens), loaded.geometry)
 

@@ -21,7 +21,7 @@ _WHOLE_FILE = 32 << 20
 _EDGE = 64 << 10
 
 
-def plan(config: SweepConfig, *, dense: bool = True, solve: Solve = nowhere) -> list[CellSpec]:
+def cell_specs(config: SweepConfig, *, dense: bool = True, solve: Solve = nowhere) -> list[CellSpec]:
     """All cells of a sweep, the dense model first. Names and options are checked; nothing is loaded.
 
     ``solve`` is asked, after all checks, for the methods that have a budget.

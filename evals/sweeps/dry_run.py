@@ -33,7 +33,7 @@ from ..settings.config import DENSE
 from ..tasks.hub import hub_or_cache
 from ..tasks.tasks import HUB, reason
 from . import pace
-from .cells import fingerprint, plan
+from .cells import cell_specs, fingerprint
 from .config import SweepConfig
 from .events import Lines, Note
 from .executor import Prepared
@@ -79,7 +79,7 @@ def dry_run(config: SweepConfig, out: Path, console: Console) -> list[CellCost]:
 
 def _of_model(config: SweepConfig, store: Store, console: Console) -> list[CellCost]:
     prepared = Prepared(config, Lines(console))
-    cells = plan(config, solve=prepared.solve)
+    cells = cell_specs(config, solve=prepared.solve)
     _check(config, [cell.method for cell in cells], prepared)
     known = _Known(config, prepared, store.usable())
     try:

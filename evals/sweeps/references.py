@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from ...errors import OptionError
-from ...results.statistics.inference import BASELINES, DENSE, RANDOM, budgets
+from ...results.statistics.inference import BASELINES, DENSE, RANDOM, budget_groups
 from ...results.store.records import CellConfig
 from ...results.store.store import Cell
 from ..answers.cell_spec import CellSpec
@@ -62,7 +62,7 @@ def lacking(cells: Sequence[Cell]) -> Iterator[tuple[str, float]]:
         if cell.config.method != DENSE:
             rows[cell.config.method, cell.config.label].append(cell.metrics.visual_tokens.mean)
     means = {row: fmean(counts) for row, counts in rows.items()}
-    groups = dict(zip(means, budgets(list(means.values())), strict=True))
+    groups = dict(zip(means, budget_groups(list(means.values())), strict=True))
     for group in sorted(set(groups.values())):
         members = [row for row in means if groups[row] == group]
         tokens = float(f"{fmean(means[row] for row in members):.4g}")

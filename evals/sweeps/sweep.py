@@ -16,7 +16,7 @@ from ...results.tables.tables import ResultTable, build
 from ..answers.cell import agreed
 from ..answers.cell_spec import CellSpec
 from ..settings.config import MethodEntry, settled
-from .cells import plan
+from .cells import cell_specs
 from .config import SweepConfig
 from .events import ModelStarted, Note, Reporter, Stopwatch, SweepFinished, SweepStarted, reporter
 from .executor import Executor, Job, Prepared
@@ -95,9 +95,9 @@ def _sweep_model(
 
     def expand(entry: MethodEntry) -> list[CellSpec]:
         alone = config.model_copy(update={"methods": [entry], "budget": None})
-        return plan(alone, dense=False, solve=prepared.solve)
+        return cell_specs(alone, dense=False, solve=prepared.solve)
 
-    finished, failed = run(plan(config, dense=dense, solve=prepared.solve))
+    finished, failed = run(cell_specs(config, dense=dense, solve=prepared.solve))
     if config.references and not failed:
         more = references(finished, config.seeds[0], expand, lambda text: report(Note(text=text)))
         report(Note(text=f"{len(more)} cells of references (references: false leaves them out)"))

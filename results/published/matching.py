@@ -52,12 +52,12 @@ class Ours:
 
 @dataclass(frozen=True)
 class Match:
-    """Our value beside a published figure, both in the figure's unit; ``budget``: by what the settings agree."""
+    """Our value beside a published figure, both in the figure's unit; ``agreed_on``: by what the settings agree."""
 
     ours: Ours
     figure: Figure
     value: float
-    budget: str
+    agreed_on: str
 
     @property
     def gap(self) -> float:
@@ -254,7 +254,7 @@ def _records(comparison: PublishedComparison) -> list[dict[str, Any]]:
             "seeds": match.ours.seeds,
             "ours": match.value,
             "gap": match.gap,
-            "budget": match.budget,
+            "budget": match.agreed_on,
             "left_out": None,
             "published": record(match.figure),
         }
@@ -271,7 +271,7 @@ def _grid(comparison: PublishedComparison) -> Grid:
         marks = [str(notes.setdefault(note, len(notes) + 1)) for note in figure.remarks]
         numbers = [f"{match.value:.2f}", figure.printed, f"{match.gap:+.2f}", figure.quantity.unit]
         sizes = [str(ours.questions), str(ours.seeds)]
-        budgets = [match.budget, figure.row.budget or "all tokens"]
+        budgets = [match.agreed_on, figure.row.budget or "all tokens"]
         benchmark = figure.quantity.title
         lines.append([ours.label, benchmark, *numbers, *sizes, *budgets, origin(figure), " ".join(marks)])
     header = ["method", "benchmark", "ours", "published", "gap", "unit", "questions", "seeds"]

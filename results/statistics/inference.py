@@ -97,8 +97,8 @@ class Evidence:
     ``loyalty``: share of answers equal to the dense model's. ``retained``: score / dense score, mean over the dense
     model's tasks. ``spread``: None unless the method keeps more of some images than of others. ``groups``: mean score
     by difficulty, against the row ``groups_by`` of smaller images. ``nearest``: the T of the random row compared with.
-    ``budget``: the rows of similar T (:func:`budgets`); None for dense. ``best``: where the row leads its budget, p of
-    the claim that it is higher than every other row there, adjusted over the budgets.
+    ``budget_group``: the rows of similar T (:func:`budget_groups`); None for dense. ``best``: where the row leads its
+    group, p of the claim that it is higher than every other row there, adjusted over the groups.
     """
 
     scores: dict[str, dict[str, Estimate]] = field(default_factory=lambda: defaultdict(dict))
@@ -112,7 +112,7 @@ class Evidence:
     groups: dict[str, dict[str, Estimate]] = field(default_factory=dict)
     groups_by: str | None = None
     nearest: float | None = None
-    budget: int | None = None
+    budget_group: int | None = None
     best: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
 
 
@@ -168,17 +168,17 @@ def _adapts(run: pd.DataFrame) -> bool:
     return bool(run[left].map(tuple).groupby(run[prompt]).nunique().max() > 1)
 
 
-def budgets(means: Sequence[float]) -> list[int]:
-    """The budget of each T: 0 for the largest and all down to 4/5 of it, 1 for the next largest and so on.
+def budget_groups(means: Sequence[float]) -> list[int]:
+    """The budget group of each T: 0 for the largest and all down to 4/5 of it, 1 for the next largest and so on.
 
     T stands for what was spent in all layers; the number after the last cut would put a method that cuts late beside
     one that cuts early.
     """
-    numbers, start, budget = [0] * len(means), math.inf, -1
+    numbers, start, group = [0] * len(means), math.inf, -1
     for place in sorted(range(len(means)), key=lambda place: -means[place]):
         if means[place] < 0.8 * start * (1 - 1e-9):
-            start, budget = means[place], budget + 1
-        numbers[place] = budget
+            start, group = means[place], group + 1
+        numbers[place] = group
     return numbers
 
 
@@ -232,14 +232,14 @@ def _contrast_of(
 
 
 def _find_best(rows: list[MethodRuns], evidence: list[Evidence]) -> None:
-    """Fill in ``budget`` and ``best``: the highest row of each budget by metric, where there are several rows."""
+    """Fill in ``budget_group`` and ``best``: the highest row of each group by metric, where there are several rows."""
     pruned = [pair for pair in zip(rows, evidence, strict=True) if pair[0].method != DENSE]
     groups: dict[Metric, dict[int, list[tuple[MethodRuns, Evidence]]]] = defaultdict(lambda: defaultdict(list))
-    for (row, row_evidence), budget in zip(pruned, budgets([row.tokens for row, _ in pruned]), strict=True):
-        row_evidence.budget = budget
+    for (row, row_evidence), group in zip(pruned, budget_groups([row.tokens for row, _ in pruned]), strict=True):
+        row_evidence.budget_group = group
         for metric, measured in row.measured.items():
             if not math.isnan(measured.value):
-                groups[metric][budget].append((row, row_evidence))
+                groups[metric][group].append((row, row_evidence))
     for metric, by_budget in groups.items():
         leaders = [_ranked(members, metric) for members in by_budget.values() if len(members) > 1]
         flips = flips_for(len(leaders))

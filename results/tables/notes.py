@@ -56,7 +56,11 @@ def _baselines(table: ResultTable) -> list[str]:
     """Which rows a reader would expect and misses, and what adds them to a sweep."""
     have = {row.method for row in table.rows}
     missing = [method for method in BASELINES if method not in have]
-    means = {row.evidence.budget: row.tokens.mean for row in reversed(table.rows) if row.evidence.budget is not None}
+    means = {
+        row.evidence.budget_group: row.tokens.mean
+        for row in reversed(table.rows)
+        if row.evidence.budget_group is not None
+    }
     budgets = ", ".join(f"{{tokens: {mean:.4g}}}" for _, mean in sorted(means.items()))
     entries = {
         DENSE: "none",

@@ -153,7 +153,7 @@ class ResultTable:
         """The dense row without a title, then the others by similar T, the largest first, each group with its title."""
         groups: dict[int, list[MethodRow]] = defaultdict(list)
         for row in self.rows:
-            groups[-1 if row.evidence.budget is None else row.evidence.budget].append(row)
+            groups[-1 if row.evidence.budget_group is None else row.evidence.budget_group].append(row)
         return [("" if place < 0 else _group_title(rows), rows) for place, rows in sorted(groups.items())]
 
 
@@ -172,7 +172,7 @@ def _comparable(cells: list[Cell]) -> list[list[Cell]]:
     groups = _grouped(cells, lambda cell: json.dumps(facts_of(cell), sort_keys=True))
     result: list[list[Cell]] = []
     for group in groups:
-        # One set of questions a task is a plan; several for one task are several experiments.
+        # One set of questions a task is one experiment; several for one task are several.
         mixed = any(len(chosen) > 1 for chosen in _by_task(group, lambda cell: json.dumps(questions_of(cell))).values())
         result += _grouped(group, lambda cell: json.dumps(questions_of(cell))) if mixed else [group]
     for group in result:

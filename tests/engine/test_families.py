@@ -203,6 +203,6 @@ def test_a_plan_equals_the_prefill_that_runs(kind, method):
     """What the vision side computes, too: of tiles, of images of any shape, and of windows inside."""
     loaded = LoadedModel(kind, model_of(kind), None, "random")
     for text, visual in ROWS[kind]:
-        planned = prefills.plan(loaded, method, text, visual)
+        planned = prefills.planned(loaded, method, text, visual)
         ran = prefills.prefills(loaded, method, [loaded.synthetic_inputs(1, text, visual)])
         pd.testing.assert_frame_equal(planned, ran)

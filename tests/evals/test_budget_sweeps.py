@@ -6,7 +6,7 @@ from rich.console import Console
 from visibench.errors import OptionError
 from visibench.evals.compute.profile import ProfileConfig
 from visibench.evals.settings.config import parse, variants
-from visibench.evals.sweeps.cells import plan
+from visibench.evals.sweeps.cells import cell_specs
 from visibench.evals.sweeps.config import parse_config
 from visibench.evals.sweeps.sweep import sweep
 
@@ -100,4 +100,6 @@ def test_only_sweeps_solve_budgets():
     with pytest.raises(OptionError, match="visibench budget --target tokens=64"):
         variants(parse(ProfileConfig, config, "test"))
     with pytest.raises(OptionError, match="visibench budget --target tokens=64"):
-        plan(parse_config({"model": "tiny", "tasks": ["gqa"], "budget": {"tokens": 64}, "methods": ["tome"]}, "test"))
+        cell_specs(
+            parse_config({"model": "tiny", "tasks": ["gqa"], "budget": {"tokens": 64}, "methods": ["tome"]}, "test")
+        )

@@ -27,9 +27,9 @@ def test_a_plan_equals_the_prefill_that_runs_less_what_the_method_computes(rando
     method = method_spec.parse(text)
     if {"image", "tower"} & set(method.hook_points) or method.adaptive:
         with pytest.raises(OptionError, match="--weights random"):
-            prefills.plan(random_tiny, method, 20, 288)
+            prefills.planned(random_tiny, method, 20, 288)
         return
-    planned = prefills.plan(random_tiny, method, 20, 288)
+    planned = prefills.planned(random_tiny, method, 20, 288)
     ran = prefills.prefills(random_tiny, method, [random_tiny.synthetic_inputs(1, 20, 288)])
     differ = [name for name in ran if ran[name].tolist() != planned[name].tolist()]
     assert set(differ) <= {"scoring", "executed", *(EDITED if "attention" in method.hook_points else ())}
@@ -44,14 +44,14 @@ def test_a_plan_equals_the_prefill_that_runs_less_what_the_method_computes(rando
 def test_a_plan_needs_images_that_the_model_has(model, visual, message):
     loaded = visibench.load_model(model, weights="meta")
     with pytest.raises(InputError, match=message):
-        prefills.plan(loaded, visibench.load_method("none"), 20, visual)
+        prefills.planned(loaded, visibench.load_method("none"), 20, visual)
 
 
 def test_a_plan_is_made_for_nothing_that_cannot_run():
     """The engine does not prune the vision side of LLaVA-NeXT."""
     loaded = visibench.load_model("llava-next-7b", weights="meta", layers=2)
     with pytest.raises(UnsupportedModelError, match="cannot be pruned in architecture 'llava_next'"):
-        prefills.plan(loaded, visibench.load_method("visionzip", tokens=64), 20, 2928)
+        prefills.planned(loaded, visibench.load_method("visionzip", tokens=64), 20, 2928)
 
 
 def test_a_budget_names_what_the_architecture_cannot_do(command):
@@ -148,6 +148,6 @@ def test_peak_memory_of_known_allocations():
 
 
 def test_columns_of_a_plan_are_those_of_a_run(random_tiny):
-    planned = prefills.plan(random_tiny, visibench.load_method("none"), 20, 144)
+    planned = prefills.planned(random_tiny, visibench.load_method("none"), 20, 144)
     ran = prefills.prefills(random_tiny, visibench.load_method("none"), [random_tiny.synthetic_inputs(1, 20, 144)])
     pd.testing.assert_frame_equal(planned, ran)

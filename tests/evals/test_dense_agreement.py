@@ -14,7 +14,7 @@ from storing import config as made_up
 from visibench.errors import IncompleteError
 from visibench.evals.answers import cell
 from visibench.evals.answers.cell_spec import CellSpec
-from visibench.evals.sweeps.cells import plan
+from visibench.evals.sweeps.cells import cell_specs
 from visibench.evals.sweeps.claims import claimed
 from visibench.evals.sweeps.config import parse_config
 from visibench.evals.sweeps.events import Reporter
@@ -133,11 +133,11 @@ def test_where_dense_fails_agreement_is_null_until_it_succeeds(settings, tmp_pat
 
 
 def test_every_cell_knows_its_dense_cell(settings):
-    plans = plan(parse_config(settings, "test"))
+    plans = cell_specs(parse_config(settings, "test"))
     dense = {one.config.task: one.config for one in plans if one.config.method == "none"}
     assert [one.config.method for one in plans[:2]] == ["none", "none"]
     assert all(one.dense == dense[one.config.task] for one in plans)
-    alone = plan(parse_config(settings, "test"), dense=False)
+    alone = cell_specs(parse_config(settings, "test"), dense=False)
     assert {one.config.method for one in alone} == {"fastv", "random"}
     assert [one.dense for one in alone] == [one.dense for one in plans[2:]], "as it would be, should it lie there"
 
@@ -179,7 +179,7 @@ class Lets(Reporter):
 def held_up(settings, tmp_path, hold, executor=None) -> tuple[list, list]:
     """Order and outcome of a sweep while the first dense cell is with another process."""
     config = parse_config(settings | {"methods": ["fastv:layer=1,keep=0.1"]}, "test")
-    lets = Lets(hold(Store(tmp_path / "held"), plan(config)[0].config))
+    lets = Lets(hold(Store(tmp_path / "held"), cell_specs(config)[0].config))
     cells = sweep(config, tmp_path / "held", QUIET, report=lets, executor=executor)
     return lets.began, cells
 

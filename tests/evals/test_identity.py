@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from visibench.evals.settings.method_spec import parse
-from visibench.evals.sweeps.cells import plan
+from visibench.evals.sweeps.cells import cell_specs
 from visibench.evals.sweeps.config import load_config
 from visibench.results.store.records import digest
 
@@ -18,7 +18,8 @@ PINNED = json.loads((HERE / "identity.json").read_text())
 def test_labels_and_digests_of_packaged_sweeps_are_those_recorded(name):
     config, _ = load_config(name)
     cells = {
-        f"{cell.config.label} · {cell.config.seed} · {cell.config.task}": cell.config.digest() for cell in plan(config)
+        f"{cell.config.label} · {cell.config.seed} · {cell.config.task}": cell.config.digest()
+        for cell in cell_specs(config)
     }
     assert list(cells.items()) == list(PINNED[name].items())
 

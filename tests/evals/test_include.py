@@ -6,7 +6,7 @@ import pytest
 import yaml
 from visibench.errors import DataError, OptionError
 from visibench.evals.settings.config import variants
-from visibench.evals.sweeps.cells import plan
+from visibench.evals.sweeps.cells import cell_specs
 from visibench.evals.sweeps.config import load_config, parse_config, select
 
 COMMANDS = Path(__file__).parents[2] / "commands"
@@ -165,7 +165,7 @@ def test_what_is_set_need_not_touch_the_file(file):
 )
 def test_unusable_settings(file, setting, message):
     with pytest.raises(OptionError, match=message) as caught:
-        plan(load_config(file, [setting])[0])
+        cell_specs(load_config(file, [setting])[0])
     assert "\n" not in str(caught.value)
 
 
@@ -221,8 +221,8 @@ def test_merged_keys_of_an_anchor_may_be_replaced(tmp_path):
 def test_methods_by_name_label_or_point_of_a_grid(file, only, expected):
     config, _ = load_config(file)
     assert labels(select(config, only)) == expected
-    cells = {cell.config.digest() for cell in plan(config)}
-    assert all(cell.config.digest() in cells for cell in plan(select(config, only)))
+    cells = {cell.config.digest() for cell in cell_specs(config)}
+    assert all(cell.config.digest() in cells for cell in cell_specs(select(config, only)))
 
 
 def test_a_point_keeps_its_seeds_and_its_budget():
@@ -241,7 +241,7 @@ def test_a_point_keeps_its_seeds_and_its_budget():
 
 def test_tasks_take_their_limits_along(file):
     config, _ = load_config(file, ["limit={gqa: 3, pope: 4}"])
-    assert [cell.config.task for cell in plan(select(config, tasks=["pope"]))] == ["pope"] * 6
+    assert [cell.config.task for cell in cell_specs(select(config, tasks=["pope"]))] == ["pope"] * 6
     assert select(config, tasks=["pope"]).limit == {"pope": 4}
 
 
@@ -265,7 +265,7 @@ def test_parts_that_are_not_there(file, only, tasks, message):
 
 def test_models_times_methods_times_tasks_by_model(checkpoint):
     content = {"models": ["tiny", str(checkpoint)], "tasks": ["gqa", "pope"], "methods": ["fastv:keep=0.5"]}
-    cells = [cell.config for cell in plan(parse_config(content, "test"))]
+    cells = [cell.config for cell in cell_specs(parse_config(content, "test"))]
     assert [(cell.model, cell.method, cell.task) for cell in cells] == [
         (model, method, task)
         for model in ("tiny", str(checkpoint))

@@ -17,7 +17,7 @@ from visibench.evals.answers import generate
 from visibench.evals.settings import method_spec
 from visibench.evals.settings.config import variants
 from visibench.evals.settings.include import PACKAGED
-from visibench.evals.sweeps.cells import fingerprint, plan
+from visibench.evals.sweeps.cells import cell_specs, fingerprint
 from visibench.evals.sweeps.config import load_config, parse_config
 from visibench.evals.sweeps.sweep import sweep
 from visibench.results.store.store import Store
@@ -113,7 +113,7 @@ def test_the_seed_reaches_the_method():
 
 def test_limits_by_task(disk_data):
     config = configured(tasks=["gqa", "pope"], limit={"gqa": 5})
-    assert [cell.config.limit for cell in plan(config)] == [5, None]
+    assert [cell.config.limit for cell in cell_specs(config)] == [5, None]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_limits_by_task(disk_data):
 )
 def test_unusable_configurations(changes, message):
     with pytest.raises(OptionError, match=message) as caught:
-        plan(configured(**changes))
+        cell_specs(configured(**changes))
     assert "\n" not in str(caught.value)
 
 
@@ -163,7 +163,7 @@ SWEEPS = [file.stem for file in PACKAGED.glob("*.yaml") if not file.stem.startsw
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_packaged_configurations_are_valid(name):
-    assert plan(load_config(name)[0])
+    assert cell_specs(load_config(name)[0])
 
 
 def test_fingerprint_follows_the_weights(tmp_path):

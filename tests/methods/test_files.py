@@ -14,7 +14,7 @@ import yaml
 from support import collate, make_batch
 from visibench.errors import DataError, UnknownNameError, VisibenchError
 from visibench.evals.settings.method_spec import MethodSpec, parse
-from visibench.evals.sweeps.cells import plan
+from visibench.evals.sweeps.cells import cell_specs
 from visibench.evals.sweeps.config import load_config, parse_config
 from visibench.methods import Ranked, register
 from visibench.methods.base import RankedForward
@@ -39,7 +39,7 @@ def config(method, **more):
 
 
 def digests(method):
-    return [cell.config.digest() for cell in plan(config(method)) if cell.config.method != "none"]
+    return [cell.config.digest() for cell in cell_specs(config(method)) if cell.config.method != "none"]
 
 
 def test_example_keeps_the_tokens_of_largest_norm(llava):
@@ -64,7 +64,7 @@ def test_text_and_yaml_name_the_same_method(tmp_path, monkeypatch):
     }
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content))
     loaded, _ = load_config("sweep.yaml", ["methods.largest_norm.keep=0.25"])
-    cell = plan(loaded)[-1]
+    cell = cell_specs(loaded)[-1]
     assert cell.method == method
     assert (cell.config.method, cell.config.label) == ("largest_norm", "largest_norm:keep=0.25")
     assert (cell.config.method_file, cell.config.reference) == (
@@ -84,7 +84,7 @@ def test_content_of_the_file_counts_and_its_place_does_not(tmp_path):
 
 
 def test_registered_methods_are_stored_as_ever():
-    dense, fastv = (cell.config for cell in plan(config("fastv:keep=0.5")))
+    dense, fastv = (cell.config for cell in cell_specs(config("fastv:keep=0.5")))
     assert not {"method_file", "method_hash"} & set(json.loads(fastv.model_dump_json()))
     assert (dense.reference, fastv.reference) == ("none", "fastv")
 

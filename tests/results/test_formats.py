@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 from storing import config, full, put
 from tabled import HOSTILE, Reader, answered, fields
 from visibench.results.statistics.comparison import compare
-from visibench.results.statistics.inference import ALPHA, MethodRuns, budgets
+from visibench.results.statistics.inference import ALPHA, MethodRuns, budget_groups
 from visibench.results.store.store import Store
 from visibench.results.tables.render import render
 from visibench.results.tables.tables import build
@@ -24,7 +24,7 @@ def test_budgets_are_neighbours_within_a_quarter():
     rng = random.Random(0)
     for _ in range(100):
         means = [rng.choice((0, 16, 20, 25, 32, 40, 50, rng.uniform(1, 144))) for _ in range(rng.randrange(1, 20))]
-        found = budgets(means)
+        found = budget_groups(means)
         members = [[m for m, b in zip(means, found, strict=True) if b == budget] for budget in range(max(found) + 1)]
         assert all(0.8 * max(group) <= min(group) + 1e-6 for group in members)
         # Greedy from the largest: the first of each group would not fit into the one before.
@@ -32,7 +32,7 @@ def test_budgets_are_neighbours_within_a_quarter():
 
 
 def test_a_quarter_itself_is_one_budget():
-    assert budgets([40.0, 32.0, 31.9, 0.0, 0.0]) == [0, 0, 1, 2, 2]
+    assert budget_groups([40.0, 32.0, 31.9, 0.0, 0.0]) == [0, 0, 1, 2, 2]
 
 
 def test_rows_stand_by_budget_with_dense_first(store):

@@ -10,7 +10,7 @@ from refusals import assert_refused
 from rich.console import Console
 from storing import config, frame, put
 from visibench.errors import DataError
-from visibench.evals.sweeps.cells import plan
+from visibench.evals.sweeps.cells import cell_specs
 from visibench.evals.sweeps.config import load_config, parse_config
 from visibench.evals.sweeps.sweep import sweep
 from visibench.methods import fastv, registry
@@ -360,7 +360,7 @@ def test_a_failed_update_leaves_the_old_baseline(stored, tmp_path, monkeypatch):
 def test_the_packaged_baseline_is_that_of_the_ci_sweep():
     packaged = baselines.load(baselines.PACKAGED)
     assert baselines.PACKAGED.stat().st_size < 200_000
-    planned = {baselines.name_of(cell.config): cell.config for cell in plan(load_config("ci")[0])}
+    planned = {baselines.name_of(cell.config): cell.config for cell in cell_specs(load_config("ci")[0])}
     assert {baselines.name_of(cell.config) for cell in packaged.cells} == set(planned)
     for cell in packaged.cells:
         now = planned[baselines.name_of(cell.config)]
@@ -369,5 +369,5 @@ def test_the_packaged_baseline_is_that_of_the_ci_sweep():
 
 
 def test_the_ci_sweep_holds_every_kind_of_method():
-    methods = {variant.method.name for variant in plan(load_config("ci")[0])}
+    methods = {variant.method.name for variant in cell_specs(load_config("ci")[0])}
     assert methods == {"none", "random", "fastv", "visipruner", "visionzip"}

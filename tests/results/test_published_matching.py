@@ -128,7 +128,7 @@ def test_budget_within_five_percent(tokens, close, store):
 def test_settings_that_agree(method, layers, paper, budget, options, store):
     put(store, method=method, layers=plan(layers), options=options)
     matches = matching.compare(store.cells()).matches
-    assert budget in {match.budget for match in matches if match.figure.paper.name == paper}
+    assert budget in {match.agreed_on for match in matches if match.figure.paper.name == paper}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import storing
 import yaml
 from storing import outcome
-from visibench.evals.sweeps.cells import plan
+from visibench.evals.sweeps.cells import cell_specs
 from visibench.evals.sweeps.config import load_config
 from visibench.results.store.store import Store
 
@@ -41,7 +41,7 @@ def crash(checkpoint, disk_data, tmp_path):
         return json.loads(done.stdout), outcomes(tmp_path / out)
 
     def outcomes(folder):
-        found = [Store(folder).find(cell.config) for cell in plan(load_config(str(tmp_path / "sweep.yaml"))[0])]
+        found = [Store(folder).find(cell.config) for cell in cell_specs(load_config(str(tmp_path / "sweep.yaml"))[0])]
         return [outcome(cell) for cell in found]
 
     return call

@@ -13,7 +13,7 @@ from heard import Heard, check_events, check_interrupted
 from rich.console import Console
 from storing import outcomes
 from visibench.errors import IncompleteError, OptionError, UnsupportedModelError, VisibenchError
-from visibench.evals.sweeps.cells import plan
+from visibench.evals.sweeps.cells import cell_specs
 from visibench.evals.sweeps.sweep import sweep
 from visibench.evals.workers.ray import Ray, _cluster, _needs
 from visibench.evals.workers.worker import WorkDone, Worker
@@ -81,7 +81,7 @@ def reused(outcome: WorkDone) -> int:
 def test_a_ray_worker_shares_vision_features_between_its_tasks(config, limit, tmp_path, monkeypatch):
     monkeypatch.setenv("VISIBENCH_CACHE", str(tmp_path))
     one = config.model_copy(update={"tasks": ["gqa"], "feature_cache_gb": limit, "keep_features": True})
-    worker, (dense, fastv, *_) = Worker(one.model_dump_json()), plan(one)
+    worker, (dense, fastv, *_) = Worker(one.model_dump_json()), cell_specs(one)
     first, second = (worker.run(cell.config, cell.dense, (0, 2), {}, {}) for cell in (dense, fastv))
     assert (first.answered, second.answered) == (4, 4)
     assert reused(second) == (4 if limit else 0) >= reused(first)
@@ -94,7 +94,7 @@ def test_what_a_ray_worker_has_to_say_of_vision_features_comes_back(config, tmp_
     monkeypatch.setenv("VISIBENCH_CACHE", str(tmp_path / "file"))
     small = config.model_copy(update={"tasks": ["gqa"], "feature_cache_gb": 3e-6})  # one image of two
     worker = Worker(small.model_dump_json())
-    (note,) = worker.run(plan(small)[0].config, None, (0, 2), {}, {}).notes
+    (note,) = worker.run(cell_specs(small)[0].config, None, (0, 2), {}, {}).notes
     assert note.startswith("image features stay in memory, cannot write to")
     assert worker.close() == ()
 
@@ -105,7 +105,7 @@ def test_a_shard_that_cannot_run_is_left_to_the_end_of_its_cell(config, monkeypa
 
     monkeypatch.setattr("visibench.evals.workers.worker.answer", fails)
     one = config.model_copy(update={"tasks": ["gqa"]})
-    outcome = Worker(one.model_dump_json()).run(plan(one)[0].config, None, (0, 2), {}, {})
+    outcome = Worker(one.model_dump_json()).run(cell_specs(one)[0].config, None, (0, 2), {}, {})
     assert b"UnsupportedModelError: no such layer" in outcome.files["failures.jsonl"]
     assert outcome.answered == 0
 

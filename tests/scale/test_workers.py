@@ -19,7 +19,7 @@ from storing import outcomes
 from visibench.commands.scale import choose
 from visibench.errors import DataError, OptionError, VisibenchError
 from visibench.evals.settings.method_spec import build, parse, spell
-from visibench.evals.sweeps.cells import plan
+from visibench.evals.sweeps.cells import cell_specs
 from visibench.evals.sweeps.sweep import sweep
 from visibench.evals.workers import devices, pool
 from visibench.evals.workers.devices import environments
@@ -149,7 +149,7 @@ def test_an_error_in_a_process_is_a_failure_of_its_cell_unless_it_can_be_mended(
             worker.call("nonsense").result(60)
         assert (caught.value.why.partition(":")[0], caught.value.mendable) == ("AttributeError", None)
         assert "Traceback" in caught.value.traceback
-        other = plan(config)[0].config.model_copy(update={"checkpoint": "another"})
+        other = cell_specs(config)[0].config.model_copy(update={"checkpoint": "another"})
         with pytest.raises(TaskError) as caught:
             worker.call("run", other, None, (0, 2), {}, {}).result(60)
         assert isinstance(caught.value.mendable, DataError)
@@ -175,7 +175,7 @@ def test_a_method_in_a_file_is_the_one_that_the_sweep_read(config, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text((Path(visibench.__file__).parent / "examples" / "my_method.py").read_text())
     one = config.model_copy(update={"tasks": ["gqa"], "methods": [f"{file}:keep=0.5"]})
-    worker, (_, cell) = Worker(one.model_dump_json()), plan(one)
+    worker, (_, cell) = Worker(one.model_dump_json()), cell_specs(one)
     assert worker.run(cell.config, None, (0, 2), {}, {}).answered == 4
     file.write_text(file.read_text() + "# changed\n")
     with pytest.raises(DataError, match=r"mine\.py is another one on .*: copy the file there"):

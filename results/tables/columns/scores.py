@@ -24,14 +24,14 @@ class MethodColumn(Column):
         return TableEntry(row.label)
 
     def figures(self, row: MethodRow) -> dict[str, Any]:
-        return {"method": row.label, "budget_group": row.evidence.budget, "seeds": len(row.seeds)}
+        return {"method": row.label, "budget_group": row.evidence.budget_group, "seeds": len(row.seeds)}
 
     def json(self, row: MethodRow) -> dict[str, Any]:
         named = {"label": row.label, "method": row.method, "options": row.options, "seeds": row.seeds}
-        return named | {"budget_group": row.evidence.budget, "reused_images": _reused_images(row)}
+        return named | {"budget_group": row.evidence.budget_group, "reused_images": _reused_images(row)}
 
     def notes(self, bold: str) -> list[str]:
-        groups = len({row.evidence.budget for row in self.table.rows} - {None})
+        groups = len({row.evidence.budget_group for row in self.table.rows} - {None})
         return ["Groups: rows whose T differ by a quarter at most."] if groups > 1 else []
 
 
