@@ -6,10 +6,15 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError, UnsupportedModelError, VisibenchError
-from .inputs import VIDEO
+
+VIDEO = (
+    "videos cannot be pruned yet, and their tokens would count as text: give the frames as images, or run the model "
+    "outside prune()"
+)
 
 # Options of generate that pruning does not support: values that are fine besides None, and what to do.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -25,6 +30,30 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "num_beam_groups": ((1,), "use plain beam search"),
 }
 LOOKUP = "prompt_lookup_num_tokens"
+
+
+@dataclass
+class Generation:
+    """A running call of ``generate``.
+
+    ``assisted``: whether it checks proposals of an assistant. ``prompt``: tokens of each row in its first call of the
+    model; 0 before that.
+    """
+
+    assisted: bool
+    prompt: int = 0
+
+    def next_call(self, tokens: int, kept: int, cache: Any) -> dict[str, Any]:
+        """What the next call of the model, with so many new ``tokens`` and logits ``kept``, is in terms of ``Inputs``.
+
+        Without a cache all tokens come again. The method decides about the prompt alone, as it did at first.
+        """
+        first, self.prompt = not self.prompt, self.prompt or tokens
+        if self.assisted:
+            return {"drafts": max(kept - 1, 0)}
+        if cache is None:
+            return {"drafts": max(tokens - self.prompt, 0)}
+        return {"is_step": not first and tokens == 1}
 
 
 class Turnstile:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError, UnsupportedModelError
+from .generation import VIDEO, Generation
 from .layout import VISUAL, TokenLayout
-
-VIDEO = (
-    "videos cannot be pruned yet, and their tokens would count as text: give the frames as images, or run the model "
-    "outside prune()"
-)
 
 
 @dataclass(frozen=True)
@@ -23,8 +19,9 @@ class Inputs:
     """Arguments of one call of the model.
 
     ``mask``: 2D attention mask (B, columns so far and new ones) or None. ``cache``: past_key_values. ``images``:
-    whether any come with this call; ``encoded``: what ``generate`` made of them before. ``drafts``: new tokens at the
-    end that an assistant proposes. ``maps``: whether attention maps were asked for.
+    whether any come with this call; ``encoded``: what ``generate`` made of them before. ``maps``: whether attention
+    maps were asked for. ``drafts``: new tokens at the end that are no part of the prompt. ``is_step``: whether they are
+    what ``generate`` has just chosen.
     """
 
     ids: Tensor | None
@@ -33,8 +30,9 @@ class Inputs:
     cache: Any
     images: bool
     encoded: Any
-    drafts: int
     maps: bool
+    drafts: int = 0
+    is_step: bool = False
 
     @property
     def given(self) -> Tensor:
@@ -50,10 +48,10 @@ class Inputs:
         return self.given.shape[1]
 
 
-def read(arguments: Mapping[str, Any], *, assisted: bool, maps: bool) -> Inputs:
+def read(arguments: Mapping[str, Any], generation: Generation | None, *, maps: bool) -> Inputs:
     """Inputs from the bound ``arguments`` of the model's forward.
 
-    ``assisted``: ``generate`` checks the proposals of an assistant. ``maps``: whether the configuration asks for
+    ``generation``: the call of ``generate`` that they are part of. ``maps``: whether the configuration asks for
     attention maps. Raises :class:`InputError` for arguments that have no meaning under pruning.
     """
     arguments = {**arguments.get("kwargs", {}), **arguments}
@@ -70,16 +68,16 @@ def read(arguments: Mapping[str, Any], *, assisted: bool, maps: bool) -> Inputs:
     if arguments.get("pixel_values_videos") is not None or encoded.get("video") is not None:
         raise UnsupportedModelError(VIDEO)
     image = encoded.get("image")
-    return Inputs(
+    inputs = Inputs(
         arguments.get("input_ids"),
         arguments.get("inputs_embeds"),
         mask,
         arguments.get("past_key_values"),
         image is not None or arguments.get("pixel_values") is not None,
         image,
-        max(kept - 1, 0) if assisted else 0,
-        bool(arguments.get("output_attentions", maps)),
+        maps=bool(arguments.get("output_attentions", maps)),
     )
+    return inputs if generation is None else replace(inputs, **generation.next_call(inputs.tokens, kept, inputs.cache))
 
 
 def prompt_layout(
@@ -133,10 +131,10 @@ def new_mask(inputs: Inputs, fed: int, padding: Tensor | None) -> Tensor | None:
 def hidden(inputs: Inputs, fed: int, padding: Tensor | None) -> Tensor | None:
     """Bool (B, fed): which cached tokens count, where a new turn hides some that did; None if it hides none.
 
-    Rows of a batch that ended early were fed padding by ``generate``, and the next turn's mask says so. A turn of one
-    token is a step of decoding, and not worth waiting for the answer.
+    Rows of a batch that ended early were fed padding by ``generate``, and the next turn's mask says so. Its own steps
+    hide nothing, and are not worth waiting for the answer.
     """
-    if inputs.mask is None or not fed or inputs.tokens == 1:
+    if inputs.mask is None or not fed or inputs.is_step:
         return None
     counts = inputs.mask[:, :fed].bool()
     if padding is None:

@@ -66,7 +66,7 @@ class Segment:
         """With positions counted anew, behind those in the cache, unless every column is there."""
         if self.is_whole:
             return self
-        if self.held.positions is not None and self.places == 1:  # a step of decoding
+        if self.held.positions is not None and self.valid is None and self.places == 1:  # a step of decoding
             return replace(self, numbers=self.held.positions[:, -1:] + 1, _told=None)
         valid, first = self.valid, self.positions[:, :1]
         if valid is None:

@@ -24,7 +24,7 @@ from .attention import Interception, implementation_of
 from .cache import OUTSIDE, PrunedCache, check_cache
 from .contract import Method
 from .features import FeatureStore
-from .generation import Turnstile, guarded
+from .generation import Generation, Turnstile, guarded
 from .inputs import Inputs, hidden, new_mask, prompt_layout, read
 from .layout import TokenLayout
 from .passes import Pass, Prompt
@@ -61,7 +61,7 @@ class PruningSession:
         self._turnstile = Turnstile()
         # Held during a call of the model, and from the beginning of generate until a cache carries the state.
         self._running, self._holds = threading.RLock(), 0
-        self._generating = self._assisted = False
+        self._generation: Generation | None = None
         self._listeners: Interception | None = None  # while the block is open
         self._exit = ExitStack()
 
@@ -117,14 +117,13 @@ class PruningSession:
     @contextmanager
     def _around_generate(self, assisted: bool) -> Iterator[None]:
         self._turnstile.enter()
-        before = self._generating, self._assisted
-        self._generating, self._assisted = True, assisted
+        before, self._generation = self._generation, Generation(assisted)
         self._hold()
         try:
             yield
         finally:
             self._let_go()
-            self._generating, self._assisted = before
+            self._generation = before
             self._turnstile.leave()
 
     def _hold(self) -> None:
@@ -158,7 +157,7 @@ class PruningSession:
                 )
             arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
             maps = bool(getattr(self.adapter.decoder.config, "output_attentions", False))
-            self._pass = self._begin(read(arguments, assisted=self._assisted, maps=maps))
+            self._pass = self._begin(read(arguments, self._generation, maps=maps))
         except BaseException:
             self._let_go(but=self._holds - 1)
             self._turnstile.leave()
@@ -178,10 +177,8 @@ class PruningSession:
             mask = None if layout.is_full else layout.valid
             if mask is not None and inputs.drafts:
                 mask = torch.cat([mask, mask.new_ones(layout.rows, inputs.drafts)], dim=1)
-        elif mask is not None and inputs.tokens > 1:
-            mask = None if bool(mask.all()) else mask.bool()
         elif mask is not None:
-            mask = None if padding is None else mask.bool()
+            mask = None if inputs.is_step or bool(mask.all()) else mask.bool()
         return Pass(self.adapter, self.method, self._tap, self, inputs, prompt, mask, threading.get_ident())
 
     def _prompt(self, inputs: Inputs, mask: Tensor | None, given: TokenLayout | None) -> Prompt:
@@ -218,7 +215,7 @@ class PruningSession:
         self._pass.close()
         # Without a cache, nothing but the hooks prunes the next token of generate.
         bare, self._pass = self._pass.cache is None, None
-        self._let_go(but=int(self._generating and bare))
+        self._let_go(but=int(self._generation is not None and bare))
         self._turnstile.leave()
 
 

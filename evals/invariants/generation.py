@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from ...engine import prune
 from ...errors import InputError
-from ...methods import Forward, Method
+from ...methods import Method
 from .miniature import IMAGE, LAYERS, ROWS, collate, make_batch, state
 from .prefills import Bench, close, hold, same
 
@@ -24,30 +23,6 @@ def generate(model: Any, batch: dict[str, Any], **options: Any) -> tuple[Tensor,
     options |= {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "suppress_tokens": [IMAGE]}
     output = model.generate(**batch, **options, output_logits=True, return_dict_in_generate=True)
     return output.sequences[:, -NEW:], torch.stack(output.logits)
-
-
-class FixedDecisions(Forward):
-    """Decides in every longer prompt what ``inner`` decided in the first; new tokens attend to whatever is there."""
-
-    def __init__(self, inner: Forward) -> None:
-        self.inner = inner
-        self.log: dict[Hashable, Any] = {}
-
-    def ask(self, key: Hashable, hook: Callable[..., Any], *arguments: Any) -> Any:
-        """What the hook answered the first time."""
-        if key not in self.log:
-            self.log[key] = hook(*arguments)
-        return self.log[key]
-
-    def projected(self, view: Any) -> Any:
-        return self.ask("projected", self.inner.projected, view)
-
-    def layer_input(self, layer: int, view: Any) -> Any:
-        return self.ask(("input", layer), self.inner.layer_input, layer, view)
-
-    def attention(self, layer: int, view: Any) -> Any:
-        first = self.ask(("attention", layer), self.inner.attention, layer, view)
-        return first if first is None else torch.cat([first, view.output[:, first.shape[1] :]], dim=1)
 
 
 def everything_is_dense(bench: Bench, method: Method) -> None:
@@ -69,18 +44,12 @@ def everything_is_dense(bench: Bench, method: Method) -> None:
 
 def cache_changes_nothing(bench: Bench, method: Method) -> None:
     """generation with a KV cache equals generation without"""
-    batch, replays, begin = collate(make_batch(ROWS[:4], seed=1)), list[FixedDecisions](), type(method).begin
-
-    def once(self: Method, layout: Any, geometry: Any) -> Forward:
-        if not replays:
-            replays.append(FixedDecisions(begin(self, layout, geometry)))
-        return replays[0]
-
-    with torch.no_grad(), prune(bench.llava, method):
+    batch = collate(make_batch(ROWS[:4], seed=1))
+    with torch.no_grad(), prune(bench.llava, method) as session:
         tokens, logits = generate(bench.llava, batch, use_cache=True)
-    with patch.object(type(method), "begin", once), torch.no_grad(), prune(bench.llava, method) as session:
+        kept = session.trace.visual_counts()
         longer, uncached = generate(bench.llava, batch, use_cache=False)
-        same(session.trace.prompt.width, batch["input_ids"].shape[1] + NEW - 1, "lengths of the last prompt")
+        same(session.trace.visual_counts().tolist(), kept.tolist(), "visual tokens with a cache and without")
     close(logits, uncached, "logits with a cache and without")
     same(tokens, longer, "tokens generated with a cache and without")
 

@@ -320,6 +320,15 @@ def test_a_call_that_failed_half_way_leaves_a_cache_that_is_refused(llava):
             feed(llava, torch.tensor([[5]]), cache)
         with pytest.raises(InputError, match="cannot crop 99"):
             cache.crop(-99)
+        mine = DynamicCache()
+        hook = llava.model.language_model.layers[5].mlp.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            feed(llava, ids, mine, pixels)
+        hook.remove()
+        with pytest.raises(InputError, match="failed half-way"):
+            feed(llava, ids, mine, pixels)
+        mine.reset()
+        assert torch.equal(feed(llava, ids, mine, pixels).logits, feed(llava, ids, None, pixels).logits)
 
 
 def test_masks_that_contradict_the_cache_are_refused(llava):
@@ -351,7 +360,15 @@ def test_what_a_later_mask_hides_is_as_if_it_had_never_been_said(llava, method):
         ones = torch.ones_like(answer)
         feed(llava, answer, cache, mask=torch.cat([mask, ones], 1))
         hides = torch.cat([mask, (answer > 0).long(), ones], 1)
+        single = copy.deepcopy(cache)
         close(feed(llava, more, cache, mask=hides).logits[:, -1], torch.stack(alone))
+        for token in (0, 1):  # the mask of a turn of one token counts as well
+            logits = feed(llava, more[:, token : token + 1], single, mask=hides[:, : hides.shape[1] - 1 + token]).logits
+        close(logits[:, -1], torch.stack(alone))
+        fed = feed(llava, ids, None, pixels, mask).past_key_values
+        for token in (0, 1):  # and that of a token that is fed as padding
+            feed(llava, answer[:, token : token + 1], fed, mask=hides[:, : hides.shape[1] - 3 + token])
+        close(feed(llava, more, fed, mask=hides).logits[:, -1], torch.stack(alone))
 
 
 def test_a_method_is_told_what_stands_before_as_text_that_is_read(llava):
