@@ -9,6 +9,7 @@ import torch
 import visibench
 from golden_llava import CLIP, check_whole, make_golden_llava, prompt, vectors, whole_prompts
 from golden_support import MANIFEST
+from torch.utils._python_dispatch import TorchDispatchMode
 from visibench.engine import attention
 from visibench.methods import base, hiprune, holov, pieces, scope, vscan
 from visibench.models.adapters import Adapter
@@ -239,3 +240,35 @@ def test_vscan(whole, config, entry, case, images):
         short = visibench.load_method("vscan", tokens=method.tokens)
         counts = short.visual_counts(session.trace.prompt, session.geometry)
         assert torch.equal(counts, session.trace.visual_counts())
+
+
+# ---- operations ---------------------------------------------------------------------------------------------------
+
+VIEWS = {"_unsafe_view", "alias", "expand", "permute", "select", "slice", "split", "squeeze", "t", "transpose", "view"}
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that run: on a device, about as many launches."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.__name__.split(".")[0] not in VIEWS | {"unsqueeze", "detach", "unbind"}
+        return function(*args, **kwargs or {})
+
+
+def operations(model, name, **options):
+    with visibench.prune(model, visibench.load_method(name, **options)), Operations() as counted:
+        model(**prompt(0), logits_to_keep=1)
+    return counted.count
+
+
+@pytest.mark.parametrize("name", ["holov", "hiprune", "v2drop", "vscan"])
+def test_a_prefill_takes_few_more_operations_than_the_dense_one(whole, name):
+    options = {} if name == "v2drop" else {"tokens": 64}
+    assert operations(whole, name, **options) < 1.3 * operations(whole, "none")
+
+
+def test_operations_of_a_greedy_loop_are_those_of_its_picks(whole):
+    one, many = (operations(whole, "scope", tokens=tokens) for tokens in (64, 128))
+    assert many - one == 9 * 64
