@@ -169,7 +169,7 @@ def spared(mass: Tensor, least: Tensor) -> Tensor:
 def masses(view: AttentionView) -> Tensor:
     """(2, B, V), fp64: attention to each visual token, mean over visual queries and over text behind the image."""
     queries = (view.layout.visual, view.layout.text)
-    means = [received(view, rows).double() / rows.total.clamp(min=1)[:, None] for rows in queries]
+    means = [received(view, rows).double() / rows.device_counts.clamp(min=1)[:, None] for rows in queries]
     return torch.stack(means) * view.present
 
 

@@ -194,7 +194,7 @@ class Method:
 
     def visual_counts(self, layout: TokenLayout, geometry: Geometry) -> Tensor | None:
         """Int (B, layers): visual tokens at each layer's input, as the trace will find them; None: inputs decide."""
-        left, counts = self.left(layout, geometry), [layout.visual.total]
+        left, counts = self.left(layout, geometry), [layout.visual.device_counts]
         if left is None:
             return None
         for layer in range(geometry.layers):

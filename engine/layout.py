@@ -34,15 +34,15 @@ class TokenSet:
     @cached_property
     def present(self) -> Tensor:
         """Bool (B, n): which entries of :attr:`index` count."""
-        return torch.arange(max(self.counts), device=self.mask.device) < self.total[:, None]
+        return torch.arange(max(self.counts), device=self.mask.device) < self.device_counts[:, None]
 
     @cached_property
-    def numbers(self) -> Tensor:
+    def host_counts(self) -> Tensor:
         """Int (B,): the counts, on the host."""
         return torch.tensor(self.counts)
 
     @cached_property
-    def total(self) -> Tensor:
+    def device_counts(self) -> Tensor:
         """Int (B,): the counts, on the device; summed there, since copying them to it would wait for it."""
         return self.mask.sum(1)
 

@@ -206,7 +206,7 @@ class Pass:
         added = anchor = None
         if merge.added is not None:
             added = merge.added_mask()
-            anchor = visual.total[:, None] - 1 if merge.anchors is None else merge.anchors
+            anchor = visual.device_counts[:, None] - 1 if merge.anchors is None else merge.anchors
             token = torch.where(anchor < 0, -1 - anchor, anchor).clamp(max=visual.index.shape[1] - 1)
             anchor = visual.index.gather(1, token.expand(added.shape)) - (anchor < 0).long()
             if merge.added_positions is None and self.method.positions != "renumber":

@@ -40,8 +40,8 @@ class Segment:
     ``layout``: those that the method sees; None if it sees none. New tokens behind them run along unseen. ``held``:
     what the caches of these layers held before. ``columns``: int (B, places), each token's column counted from the
     first new one, -1 for none; None while every column is there. ``positions``: as the model gave them, (B, places) or
-    (B, places, 3). ``valid``: bool (B, places), None: all. ``numbers``: in the form of ``positions``, where the engine
-    counts them anew.
+    (B, places, 3). ``valid``: bool (B, places), None: all. ``renumbered``: in the form of ``positions``, where the
+    engine counts them anew.
     """
 
     held: Held
@@ -50,7 +50,7 @@ class Segment:
     positions: Tensor
     valid: Tensor | None = None
     columns: Tensor | None = None
-    numbers: Tensor | None = None
+    renumbered: Tensor | None = None
     _told: dict[str, Any] | None = None
 
     @property
@@ -60,14 +60,14 @@ class Segment:
 
     def on(self, held: Held) -> Segment:
         """The same tokens in front of layers whose caches held something else."""
-        return replace(self, held=held, numbers=None, _told=None)
+        return replace(self, held=held, renumbered=None, _told=None)
 
     def numbered(self) -> Segment:
         """With positions counted anew, behind those in the cache, unless every column is there."""
         if self.is_whole:
             return self
         if self.held.positions is not None and self.valid is None and self.places == 1:  # a step of decoding
-            return replace(self, numbers=self.held.positions[:, -1:] + 1, _told=None)
+            return replace(self, renumbered=self.held.positions[:, -1:] + 1, _told=None)
         valid, first = self.valid, self.positions[:, :1]
         if valid is None:
             count = torch.arange(1, self.places + 1, device=self.positions.device)[None]
@@ -80,7 +80,7 @@ class Segment:
             first = self.held.positions[:, -1:] + 1
         elif not self.held.length:
             first = torch.zeros_like(first)
-        return replace(self, numbers=(first + count - 1).clamp(min=0), _told=None)
+        return replace(self, renumbered=(first + count - 1).clamp(min=0), _told=None)
 
     @property
     def every_column(self) -> Tensor:
@@ -134,9 +134,9 @@ class Segment:
     def _rule(self, adapter: Adapter, hidden: Tensor) -> dict[str, Any]:
         valid, length = self.held.with_valid(self.places, self.valid), self.held.length + self.places
         mask = attention_mask(implementation_of(adapter.decoder.config), valid, self.places, length, hidden)
-        if self.numbers is None and self.columns is None:
+        if self.renumbered is None and self.columns is None:
             return {"attention_mask": mask}
-        positions = self.positions if self.numbers is None else self.numbers
+        positions = self.positions if self.renumbered is None else self.renumbered
         # Layers take positions of one axis alone, to tell packed sequences apart.
         plain = positions if positions.ndim == 2 else None
         return {
@@ -147,7 +147,7 @@ class Segment:
 
     def after(self, fed: int) -> Held:
         """What the caches of its layers hold when they have run."""
-        return self.held.append(fed, self.places, self.columns, self.valid, self.numbers)
+        return self.held.append(fed, self.places, self.columns, self.valid, self.renumbered)
 
 
 def on_every_axis(places: Tensor, positions: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ class Trace:
         return torch.stack([self._attention(layer) for layer in range(len(self.layouts))]).T
 
     def _attention(self, layer: int) -> Tensor:
-        tokens = self.layouts[layer].everything.numbers
+        tokens = self.layouts[layer].everything.host_counts
         return self._pairs.get(layer, tokens * (tokens + self._cached[layer]))
 
     def scoring_macs(self) -> Tensor:

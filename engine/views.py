@@ -82,7 +82,7 @@ class LayerView:
         query, key = rows.pick(projected[0], 2), projected[1]
         token = sum(part.shape[1] * part.shape[3] for part in projected) * self.tokens.shape[2]
         pair, width = query.shape[1] * query.shape[3], self.layout.width
-        macs = token * everything.numbers + pair * _pairs(rows, everything, self._before)
+        macs = token * everything.host_counts + pair * _pairs(rows, everything, self._before)
         batch = self.layout.rows * (width * token + pair * max(rows.counts) * (width + _places(self._before)))
         self._trace.scored(self.layer, _with_images(self.layout, macs), batch)
         return _weights(query, key, rows.index, self.layout, self._before, self._module.self_attn.scaling)
@@ -310,7 +310,7 @@ def _places(before: Before | None) -> int:
 
 
 def _pairs(queries: TokenSet, keys: TokenSet, before: Before | None) -> Tensor:
-    return queries.numbers * (keys.numbers if before is None else keys.numbers + before.counts)
+    return queries.host_counts * (keys.host_counts if before is None else keys.host_counts + before.counts)
 
 
 def _batch_pairs(queries: TokenSet, keys: TokenSet, before: Before | None) -> int:
@@ -320,4 +320,4 @@ def _batch_pairs(queries: TokenSet, keys: TokenSet, before: Before | None) -> in
 
 def _with_images(layout: TokenLayout, work: Tensor) -> Tensor:
     """Work on rows that have no visual tokens (left) is the batch's doing; alone they would not be asked."""
-    return work * (layout.visual.numbers > 0)
+    return work * (layout.visual.host_counts > 0)

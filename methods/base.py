@@ -59,7 +59,7 @@ class Budgeted(Method):
         """The budget of each image, spent in front of the decoder; a method that acts inside it says so itself."""
         assert geometry.vision is not None
         patches = geometry.vision.tokens
-        return {0: layout.visual.total // patches * self.budget(torch.tensor(patches))}
+        return {0: layout.visual.device_counts // patches * self.budget(torch.tensor(patches))}
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Scored(Ranked, Budgeted):
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor] | None:
         if self.on_images:
             return super().left(layout, geometry)
-        return {self.at(self.layer, geometry): self.budget(layout.visual.total)}
+        return {self.at(self.layer, geometry): self.budget(layout.visual.device_counts)}
 
     def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
         return ScoredImages(self) if self.on_images else super().begin(layout, geometry)

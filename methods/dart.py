@@ -57,7 +57,7 @@ class DART(Scored, Layered):
         self.require(self.order in ("position", "norm"), f"order must be 'position' or 'norm', not {self.order!r}")
 
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor]:
-        total, text = layout.visual.total, layout.text.total
+        total, text = layout.visual.device_counts, layout.text.device_counts
         visual = total.clamp(max=self.visual_pivots)
         picks = self.share(total) * (visual + text.clamp(max=self.text_pivots))
         return {self.at(self.layer, geometry): visual + picks.minimum(total - visual)}
@@ -80,7 +80,7 @@ class DART(Scored, Layered):
         pairs = [v * (min(v, self.visual_pivots) + min(t, self.text_pivots)) for v, t in counts]
         view.scored(torch.tensor(pairs) * view.hidden.shape[2])
 
-        share = self.share(visual.total)
+        share = self.share(visual.device_counts)
         is_pivot = (visual.index[:, :, None] == column.masked_fill(~there, -1)[:, None]).any(2)
         keep = is_pivot & view.present
         for pivot in range(column.shape[1]):

@@ -106,7 +106,7 @@ class FitPrune(Layered, Ranked):
         for layer, count in enumerate(self.schedule):
             number[self.at(layer, geometry)] += count
         gone = accumulate(number[layer] for layer in range(geometry.layers - 1))
-        total = layout.visual.total
+        total = layout.visual.device_counts
         left = {layer + 1: (total - share(n, self.out_of, total)).clamp(min=0) for layer, n in enumerate(gone)}
         return {layer: left[layer] for layer in left if number[layer - 1]}
 

@@ -70,7 +70,7 @@ class PyramidDrop(Layered, Ranked):
         self.check_layers("cuts", self.cuts, geometry)
 
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor]:
-        cuts, total = [self.at(layer, geometry) for layer in self.cuts], layout.visual.total
+        cuts, total = [self.at(layer, geometry) for layer in self.cuts], layout.visual.device_counts
         return {cut: floored(total, ratio) for cut, ratio in zip(cuts, self.ratios, strict=True)}
 
     @property

@@ -114,9 +114,9 @@ class SparseVLM(Layered):
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor] | None:
         if self.rank:
             return None
-        now, left = layout.visual.total, {}
+        now, left = layout.visual.device_counts, {}
         for cut, layer in enumerate(self.after):
-            kept = self.kept(cut, layout.visual.total, now)
+            kept = self.kept(cut, layout.visual.device_counts, now)
             now = kept + self.recycled(now - kept)[1] if self.recycle else kept
             left[self.at(layer, geometry) + 1] = now
         return left
@@ -162,20 +162,21 @@ class SparseVLMForward(Forward):
     def budget(self, cut: int, view: LayerView) -> tuple[Tensor, list[int]]:
         """Visual tokens to keep, int (B,), and a number for each row, on the host, that this is not below."""
         method, visual = self.method, view.layout.visual
+        there = visual.device_counts
         if not method.rank:
             most = partial(share, method.schedule[cut], method.out_of)
             exact = [max(0, min(most(n), now - 1)) for n, now in zip(self.prompt.counts, visual.counts, strict=True)]
-            return method.kept(cut, self.prompt.total, visual.total), exact
-        rank = matrix_rank(self.relation, self.raters.sum(1), visual.total)
+            return method.kept(cut, self.prompt.device_counts, there), exact
+        rank = matrix_rank(self.relation, self.raters.sum(1), there)
         if method.rank == "paper":
-            return visual.total - floored(visual.total - rank, method.scale), [0] * len(visual.counts)
-        some = (rank.double() * method.scale + method.bias).long().clamp(min=0).minimum(visual.total - 1)
-        return torch.where(rank == visual.total, rank, some), [0] * len(visual.counts)
+            return there - floored(there - rank, method.scale), [0] * len(visual.counts)
+        some = (rank.double() * method.scale + method.bias).long().clamp(min=0).minimum(there - 1)
+        return torch.where(rank == there, rank, some), [0] * len(visual.counts)
 
     def recycle(self, scores: Tensor, keep: Tensor, fewest: list[int], view: LayerView) -> Merge:
         """Merge the best of the dropped tokens into new ones."""
         method, device = self.method, scores.device
-        used, clusters = method.recycled(view.layout.visual.total - keep.sum(1))
+        used, clusters = method.recycled(view.layout.visual.device_counts - keep.sum(1))
         # Shapes come from the host: as many as the row could drop at most.
         room = [n - least for n, least in zip(view.layout.visual.counts, fewest, strict=True)]
         room = [min(n, int(method.recycle * n + 1e-9) + 1) for n in room]
@@ -199,6 +200,6 @@ def find_raters(view: LayerView) -> Tensor:
     likeness = precise(view.hidden) @ precise(text.pick(view.tokens, 1)).transpose(1, 2)
     view.scored(torch.tensor([v * t for v, t in zip(visual.counts, text.counts, strict=True)]) * view.hidden.shape[2])
     share = likeness.masked_fill(~text.present[:, None], -torch.inf).softmax(2) * view.present[:, :, None]
-    share = (share.sum(1) / visual.total.clamp(min=1)[:, None]).masked_fill(~text.present, 0)
-    raters = (share > share.sum(1, keepdim=True) / text.total.clamp(min=1)[:, None]) & text.present
+    share = (share.sum(1) / visual.device_counts.clamp(min=1)[:, None]).masked_fill(~text.present, 0)
+    raters = (share > share.sum(1, keepdim=True) / text.device_counts.clamp(min=1)[:, None]) & text.present
     return torch.where(raters.any(1, keepdim=True), raters, text.present)

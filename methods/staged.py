@@ -64,8 +64,8 @@ class Staged(Method):
 
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor]:
         left = {0: self.sinks(layout).sum(1)} if self.enter else {}
-        left[self.enter or 0] = layout.visual.total
-        return left if self.exit is None else left | {self.exit: torch.zeros_like(layout.visual.total)}
+        left[self.enter or 0] = layout.visual.device_counts
+        return left if self.exit is None else left | {self.exit: torch.zeros_like(layout.visual.device_counts)}
 
     def sinks(self, layout: TokenLayout) -> Tensor:
         """Bool (B, L): the visual tokens that are there before ``enter``, of each image the first or none."""

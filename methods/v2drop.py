@@ -66,7 +66,7 @@ class V2Drop(Layered, Ranked):
         self.check_layers("cuts", self.cuts, geometry)
 
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor]:
-        left, now = {}, layout.visual.total
+        left, now = {}, layout.visual.device_counts
         for cut, ratio in zip(self.cuts, self.ratios, strict=True):
             now = floored(now, ratio).clamp(min=1).minimum(now)
             left[self.at(cut, geometry)] = now

@@ -125,7 +125,7 @@ class VisiPrunerForward(Forward):
     def __init__(self, method: VisiPruner, layout: TokenLayout, geometry: Geometry) -> None:
         self.method = method
         self.shallow_layers = method.at(method.shallow_layers, geometry)
-        self.total = layout.visual.total
+        self.total = layout.visual.device_counts
         self.filtered = torch.zeros_like(self.total, dtype=torch.bool)
         self.idle_layers = torch.zeros_like(self.total)
         self.keep: Tensor | None = None
@@ -196,7 +196,7 @@ class VisiPrunerForward(Forward):
         keep = torch.where(trigger[:, None], chosen, view.present)
         if "deep" in self.method.stages:
             # A row that kept everything still has its full length, and the authors' exit waits for a shorter one.
-            shortened = self.filtered & (visual.total < self.total)
+            shortened = self.filtered & (visual.device_counts < self.total)
             idle = shortened & ~(weak < self.method.exit_threshold)
             if self.method.consecutive_exit:
                 self.idle_layers = self.idle_layers.masked_fill(shortened & ~idle, 0)

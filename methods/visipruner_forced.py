@@ -75,7 +75,7 @@ class ForcedVisiPruner(VisiPruner):
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor] | None:
         if not self.forced:
             return super().left(layout, geometry)
-        total, (cut, leave) = layout.visual.total, self.planned(geometry)
+        total, (cut, leave) = layout.visual.device_counts, self.planned(geometry)
         return {cut: total.clamp(max=self.filter_tokens), leave: torch.zeros_like(total)}
 
     def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:

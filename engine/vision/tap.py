@@ -200,7 +200,7 @@ class VisionTap:
             return None
         merge = on_images(encoding.decision)
         kept = encoding.kept = TokenSet(merge.mask, tuple(merge.mask.sum(1).tolist()))
-        encoding.projected_tokens = kept.total + (0 if merge.added is None else merge.added_mask().sum(1))
+        encoding.projected_tokens = kept.device_counts + (0 if merge.added is None else merge.added_mask().sum(1))
         left = kept.pick(features if merge.replaced is None else merge.replaced, 1)
         return left if merge.added is None else torch.cat([left, merge.added.to(left.dtype)], dim=1)
 

@@ -40,7 +40,7 @@ class Stride(Method):
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor]:
         assert geometry.vision is not None
         patches = geometry.vision.tokens
-        return {0: layout.visual.total // patches * -(-patches // self.n)}
+        return {0: layout.visual.device_counts // patches * -(-patches // self.n)}
 
     def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
         return Forward()

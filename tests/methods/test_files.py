@@ -173,7 +173,7 @@ def test_scores_that_were_never_seen_raise(llava):
         name, title, hook_points = "blind", "Blind", ("attention", "decoder")
 
         def left(self, layout, geometry):
-            return {2: layout.visual.total}
+            return {2: layout.visual.device_counts}
 
     batch = collate(make_batch([(5, 9, 1)]))
     forward = RankedForward(Blind(), {2: torch.tensor([16])})

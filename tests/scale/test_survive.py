@@ -49,7 +49,7 @@ class DiceForward(Forward):
         if layer != 1:
             return None
         scores = torch.rand(view.present.shape, dtype=torch.float64)
-        return Keep(top(scores, self.method.budget(view.layout.visual.total), view.present))
+        return Keep(top(scores, self.method.budget(view.layout.visual.device_counts), view.present))
 
 
 @pytest.fixture
