@@ -1,7 +1,4 @@
-"""What vision-side methods are made of, against brute force; and what they refuse."""
-
-import dataclasses
-import itertools
+"""What vision-side methods are made of, against brute force."""
 
 import numpy as np
 import pytest
@@ -9,24 +6,17 @@ import torch
 import torch.nn.functional as F
 import visibench
 from support import collate, make_batch, make_llava
-from transformers import LlavaConfig, LlavaForConditionalGeneration
-from visibench.errors import OptionError, UnsupportedModelError
 from visibench.evals.compute import flops
 from visibench.methods import (
     cdpruner,
     divprune,
     grids,
-    hiprune,
-    holov,
     pieces,
     prumerge,
-    scope,
     tome,
     visionzip,
     vispruner,
-    vscan,
 )
-from visibench.models.adapters import Adapter
 
 ROWS = [(5, 9, 1), (3, 12, 2), (4, 6, 0)]
 
@@ -73,132 +63,6 @@ def test_greedy_determinant(count):
             part = lambda j, chosen=expected, k=kernel[image]: torch.linalg.det(k[[*chosen, j]][:, [*chosen, j]])  # noqa: E731
             expected.append(max(free, key=lambda j, volume=part: volume(j).item()))
         assert picked[image].tolist() == expected
-
-
-@pytest.mark.parametrize("add", [False, True])
-@pytest.mark.parametrize("count", [0, 1, 5, 12])
-def test_greedy_coverage(count, add):
-    similarity, weight = pieces.cosine(random(2, 12, 5)), random(2, 12, seed=1).abs()
-    picked = scope.covering(similarity, weight, count, add=add)
-    for image in range(2):
-        chosen = []
-
-        def covered(tokens, cos=similarity[image]):
-            return torch.cat([torch.zeros(12, 1, dtype=cos.dtype), cos[:, tokens]], dim=1).amax(1).sum().item()
-
-        for _ in range(count):
-            gain = {j: covered([*chosen, j]) - covered(chosen) for j in range(12) if j not in chosen}
-            factor = weight[image].tolist()
-            chosen.append(max(gain, key=lambda j: gain[j] + factor[j] if add else gain[j] * factor[j]))
-        assert picked[image].tolist() == chosen
-
-
-@pytest.mark.parametrize(("runs", "budget"), [(1, 5), (5, 0), (5, 9), (6, 13), (7, 17), (13, 6)])
-def test_runs_share_a_budget(runs, budget):
-    tokens, attention = random(2, 17, 6), random(2, 17, seed=1).exp()
-    attention[1, 3] = 50.0  # its run is asked for more than it has
-    index = holov.runs_of(17, runs)
-    pieces_of = [list(map(int, part)) for part in np.array_split(np.arange(17), runs)]
-    assert [[i for i in row if i >= 0] for row in index.tolist()] == pieces_of
-    scores = holov.run_scores(tokens, attention, index)
-    asked = holov.allocated(scores, budget)
-    keep, order = holov.taken(attention, asked, index, None)
-    filled, _ = holov.taken(attention, asked, index, budget)
-    assert asked.sum(1).tolist() == filled.sum(1).tolist() == [budget] * 2
-    for image in range(2):
-        expected, wanted = [], []
-        for run in pieces_of:
-            a, v = 1000 * attention[image, run], torch.zeros(len(run), dtype=torch.float64)
-            if len(run) > 1:
-                near = pieces.cosine(tokens[image : image + 1, run])[0].fill_diagonal_(0)
-                v = ((near - near.sum(1, keepdim=True) / (len(run) - 1)) ** 2).sum(1) / (len(run) - 1)
-            score = a + 0.09 * v * a.mean() / (v.mean() + 1e-6) if len(run) > 1 else a / 1000
-            expected.append(score.mean().item())
-        torch.testing.assert_close(scores[image], torch.tensor(expected, dtype=torch.float64))
-        share = [int(s / (sum(expected) + 1e-6) * budget) for s in expected]
-        for run in sorted(range(runs), key=lambda r: -expected[r])[: budget - sum(share)]:
-            share[run] += 1
-        assert asked[image].tolist() == share
-        for run, count in zip(pieces_of, share, strict=True):
-            by_attention = sorted(run, key=lambda j: -attention[image, j].item())
-            wanted += run if count >= len(run) else by_attention[:count]
-        got = [j for _, j in sorted((order[image, j].item(), j) for j in range(17) if keep[image, j])]
-        assert got == wanted
-        rest = sorted({*range(17)} - {*wanted}, key=lambda j: -attention[image, j].item())
-        assert set(filled[image].nonzero().flatten().tolist()) == {*wanted, *rest[: budget - len(wanted)]}
-
-
-def test_anchors_bring_their_neighbours_along():
-    """On a grid of 4 × 4; the first patch of a row has the last one above on its left, and corners lack neighbours."""
-    for anchor, expected in ((5, {1, 4, 5, 6, 9}), (4, {0, 3, 4, 5, 8}), (0, {0, 1, 4}), (15, {11, 14, 15})):
-        scores = torch.zeros(1, 16, dtype=torch.float64).index_fill(1, torch.tensor([anchor]), 1)
-        assert set(hiprune.around(scores, 1, 4)[0].nonzero().flatten().tolist()) == expected
-    two = torch.zeros(1, 16, dtype=torch.float64).index_fill(1, torch.tensor([5, 15]), 1)
-    assert hiprune.around(two, 2, 4).sum() == 8
-    assert not hiprune.around(two, 0, 4).any()
-
-
-@pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_attention_received_is_that_of_the_map_with_and_without_cls(kind):
-    vision = make_llava(layers=1).config.vision_config.to_dict() | {"model_type": f"{kind}_vision_model"}
-    own = {"vision_use_head": False} if kind == "siglip" else {}
-    strategy = {"clip": "default", "siglip": "full"}[kind]
-    text = make_llava(layers=1).config.text_config
-    config = LlavaConfig(
-        vision_config=vision | own,
-        text_config=text,
-        image_token_id=63,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy=strategy,
-        attn_implementation="eager",
-    )
-    torch.manual_seed(0)
-    model, (sample,) = LlavaForConditionalGeneration(config).eval(), make_batch([(5, 9, 2)])
-    maps = model.model.vision_tower(sample["pixel_values"], output_attentions=True).attentions
-    seen = {}
-
-    class Look(type(visibench.load_method("hiprune", tokens=4))):
-        def score(self, view):
-            seen.update({block: view.received(block) for block in self.blocks_received(view.vision)})
-            return super().score(view)
-
-    with visibench.prune(model, Look(tokens=4, alpha=1.0, middle=0)) as session:
-        model(**sample)
-    assert session.trace.visual_counts()[0].tolist() == [8]
-    for block, number in {-2: 0, -1: 1}.items():
-        torch.testing.assert_close(seen[block], maps[number].mean((1, 2))[:, kind == "clip" :])
-
-
-def test_anchors_and_buffers_beyond_the_budget_stay_by_attention(llava):
-    """round(8 · 1 / 5) = 2 anchors would bring up to 10 patches."""
-    method = visibench.load_method("hiprune", tokens=8, alpha=1.0, layers="scaled")
-    assert method.anchors(16) == 2
-    with visibench.prune(llava, method) as session:
-        llava(**collate(make_batch(ROWS)))
-    assert session.trace.visual_counts()[:, 0].tolist() == [8, 16, 0]
-
-
-@pytest.mark.parametrize(("across", "side", "count"), [(2, 3, 2), (3, 2, 1), (1, 6, 5), (6, 1, 1), (2, 3, 0)])
-def test_windows_choose_by_themselves(across, side, count):
-    scores = random(2, 36)
-    chosen = vscan.in_windows(scores, across, side, count)
-    for image in range(2):
-        expected = set()
-        for top, left in itertools.product(range(0, 6, side), repeat=2):
-            window = [r * 6 + c for r in range(top, top + side) for c in range(left, left + side)]
-            expected |= set(sorted(window, key=lambda j: -scores[image, j].item())[:count])
-        assert set(chosen[image].nonzero().flatten().tolist()) == expected
-
-
-def test_others_are_absorbed_by_the_kept_token_they_are_most_like():
-    tokens, kept = random(2, 9, 4), torch.tensor([[1, 4, 7], [0, 2, 8]])
-    merged = vscan.absorbed(tokens, kept)
-    for image in range(2):
-        near = pieces.cosine(tokens[image : image + 1])[0]
-        for place, token in enumerate(kept[image].tolist()):
-            others = [j for j in range(9) if j not in kept[image] and near[j, kept[image]].argmax() == place]
-            mean = tokens[image, [token, *others]].mean(0)
-            torch.testing.assert_close(merged[image, place], mean)
 
 
 def test_greedy_determinant_goes_on_past_the_rank_without_repeating():
@@ -455,90 +319,3 @@ def test_budgets_are_met_for_each_image(llava, name, options):
         with visibench.prune(llava, visibench.load_method(name, tokens=tokens, **options)) as session:
             llava(**batch)
         assert session.trace.visual_counts()[:, 0].tolist() == [tokens, 2 * tokens, 0]
-
-
-# ---- saying no ----------------------------------------------------------------------------------------------------
-
-
-def with_vision(**changes):
-    geometry = Adapter(make_llava(layers=1)).geometry
-    return dataclasses.replace(geometry, vision=dataclasses.replace(geometry.vision, **changes))
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "changes", "message"),
-    [
-        ("fastervlm", {}, {"has_cls": False}, "CLS token.*divprune or pooling"),
-        ("visionzip", {}, {"has_cls": False}, "CLS token"),
-        ("vispruner", {}, {"has_cls": False}, "CLS token"),
-        ("scope", {}, {"has_cls": False}, "CLS token"),
-        ("holov", {}, {"has_cls": False}, "CLS token"),
-        ("holov", {"runs": 17}, {}, "17 runs of an image of 16 tokens"),
-        ("vscan", {"window": 2}, {"has_cls": False}, "CLS token"),
-        ("vscan", {"layers": "scaled"}, {}, "window=6 does not divide a grid of 4 × 4 patches"),
-        ("vscan", {"layers": "scaled", "window": 2, "tokens": 7}, {}, "7 tokens an image are too few.*give 8 or more"),
-        ("vscan", {"window": 2}, {}, "early=5, but the features are those of vision block 1"),
-        ("hiprune", {}, {}, "middle=8, but the features are those of vision block 1.*layers='scaled'"),
-        ("prumerge", {}, {"has_cls": False}, "CLS token"),
-        ("prumerge_plus", {}, {"feature_block": 2}, "block after the feature block.*visionzip"),
-        ("cdpruner", {}, {}, "no CLIP text tower.*condition=none"),
-        ("pooling", {}, {"tokens": 18}, "square grid"),
-        ("downsample", {}, {"tokens": 18}, "square grid"),
-        ("pooling", {"tokens": 0}, {}, "at least 1 token"),
-        ("prumerge", {"tokens": 0}, {}, "at least 1 token"),
-        ("visionzip", {"tokens": 3, "contextual": 3}, {}, "leave none for CLS"),
-        ("tome", {"tokens": 3}, {}, "at least 4 tokens"),
-    ],
-)
-def test_models_that_do_not_fit_are_refused(name, options, changes, message):
-    method = visibench.load_method(name, **({"keep": 0.5} | ({"keep": None} if "tokens" in options else {}) | options))
-    with pytest.raises(OptionError, match=message) as caught:
-        method.check(with_vision(**changes))
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["divprune", "fastervlm", "visionzip", "vispruner", "scope", "holov", "prumerge", "pooling", "tome", "downsample"],
-)
-def test_bare_decoders_are_refused(golden_llama, name):
-    with pytest.raises(UnsupportedModelError, match="vision tower"):
-        visibench.prune(golden_llama, visibench.load_method(name, keep=0.5))
-
-
-@pytest.mark.parametrize("name", ["visionzip", "prumerge", "pooling", "tome", "downsample"])
-def test_new_tokens_have_no_old_positions(name):
-    with pytest.raises(OptionError, match="positions='renumber'"):
-        visibench.load_method(name, keep=0.5, positions="keep")
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("visionzip", {"tokens": 8, "merge": "max"}, "'sum' or 'mean'"),
-        ("visionzip", {"tokens": 8, "contextual": -1}, "contextual must be >= 0"),
-        ("vispruner", {"tokens": 8, "important": 2.0}, "fraction of the budget"),
-        ("vispruner", {"tokens": 8, "drop": 0}, "drop"),
-        ("scope", {"tokens": 8, "alpha": -1.0}, "alpha must be >= 0"),
-        ("scope", {"tokens": 8, "combine": "max"}, "'multiply' or 'add'"),
-        ("vscan", {"tokens": 8, "window": 0}, "window, the side of a window in patches, must be >= 1"),
-        ("vscan", {"tokens": 8, "early": -1}, "early, a vision block, must be >= 0"),
-        ("vscan", {"tokens": 8, "cuts": (16, 8)}, "cuts must rise from 1 on"),
-        ("vscan", {"tokens": 8, "counts": (3, 2)}, "1 cuts need as many counts, not 2"),
-        ("vscan", {"tokens": 8, "counts": (-1,)}, "counts must be >= 0"),
-        ("hiprune", {"tokens": 8, "alpha": 1.5}, r"alpha must lie in \[0, 1\]"),
-        ("hiprune", {"tokens": 8, "middle": -1}, "middle, a vision block, must be >= 0"),
-        ("holov", {"tokens": 8, "runs": 0}, "runs must be >= 1"),
-        ("holov", {"tokens": 8, "shortfall": "none"}, "'attention' or 'zeros'"),
-        ("holov", {"tokens": 8, "shortfall": "zeros", "positions": "keep"}, "no old position.*shortfall='attention'"),
-        ("prumerge", {"tokens": 8, "keep": 0.5}, "at most one of keep"),
-        ("prumerge", {"neighbours": -1}, "neighbours must be >= 0"),
-        ("prumerge", {"order": "random"}, "'attention' or 'spatial'"),
-        ("prumerge", {"weights": "none"}, "'raw' or 'normalised'"),
-        ("cdpruner", {"tokens": 8, "condition": "image"}, "'question' or 'none'"),
-        ("fastervlm", {}, "exactly one of keep"),
-    ],
-)
-def test_bad_options_raise(name, options, message):
-    with pytest.raises(OptionError, match=message):
-        visibench.load_method(name, **options)
