@@ -102,6 +102,12 @@ def prompt_layout(
         )
     else:
         ids = inputs.ids[:, :width]
+        later = inputs.cache is not None and inputs.cache.get_seq_length() > 0
+        if later and mask is not None and bool((mask[:, :-1] > mask[:, 1:]).any()):
+            raise InputError(
+                "images in a later turn: its rows must be left padded as a whole, and generate puts the answer's last "
+                "token in front of the padding: feed that token in a call of its own before, or take rows one by one"
+            )
         layout = TokenLayout.from_masks(ids == image_token, torch.ones_like(ids) if mask is None else mask)
     if bool((layout.roles[:, -1] == VISUAL).any()):
         raise InputError(

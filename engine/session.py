@@ -119,6 +119,8 @@ class PruningSession:
         self._turnstile.enter()
         before, self._generation = self._generation, Generation(assisted)
         self._hold()
+        if before is None:
+            self._tap.forget()
         try:
             yield
         finally:
@@ -182,7 +184,8 @@ class PruningSession:
         return Pass(self.adapter, self.method, self._tap, self, inputs, prompt, mask, threading.get_ident())
 
     def _prompt(self, inputs: Inputs, mask: Tensor | None, given: TokenLayout | None) -> Prompt:
-        self._tap.begin(inputs.encoded)
+        # Nobody knows whose features a caller hands over; those of generate are the latest seen.
+        self._tap.begin(None if self._generation is None else inputs.encoded)
         layout = prompt_layout(inputs, mask, given, self.adapter.image_token)
         trace = self._trace = Trace(layout, self.geometry.layers, self.watch)
         with self.watch("method"):

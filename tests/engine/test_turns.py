@@ -371,6 +371,37 @@ def test_what_a_later_mask_hides_is_as_if_it_had_never_been_said(llava, method):
         close(feed(llava, more, fed, mask=hides).logits[:, -1], torch.stack(alone))
 
 
+@pytest.mark.parametrize("name", ["fastv", "visionzip"])
+def test_rows_of_a_chat_by_generate_whose_later_turn_has_images(llava, name):
+    """Where rows differ in length, the answer's last token would stand in front of padding: it goes in first."""
+    method = parse(spell(METHODS[name], METHODS[name].examples[0]))
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "suppress_tokens": [IMAGE, 0]}
+    options["return_dict_in_generate"] = True
+
+    def chat(rows, feeds_last):
+        said = mask = cache = None
+        for which in (0, 1):
+            parts = [turn(*TURNS[row][which], seed=10 * which + row) for row in rows]
+            ids, new = pad([part for part, _ in parts])
+            pixels = [pixels for _, pixels in parts if pixels is not None]
+            extra = {"pixel_values": torch.cat(pixels)} if pixels else {}
+            if which and feeds_last:
+                feed(llava, said[:, -1:], cache, mask=mask)
+            ids = ids if said is None else torch.cat([said, ids], 1)
+            mask = new if mask is None else torch.cat([mask, new], 1)
+            output = llava.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **extra, **options)
+            said, cache = output.sequences, output.past_key_values
+            mask = torch.cat([mask, torch.ones(len(rows), 3, dtype=torch.long)], 1)
+        return said[:, -3:]
+
+    with visibench.prune(llava, method):
+        with pytest.raises(InputError, match=r"images in a later turn.*in a call of its own"):
+            chat([0, 1, 2, 3], feeds_last=False)
+        together = chat([0, 1, 2, 3], feeds_last=True)
+        for row in range(4):
+            assert torch.equal(together[row], chat([row], feeds_last=False)[0])
+
+
 def test_a_method_is_told_what_stands_before_as_text_that_is_read(llava):
     """Its weights on the new tokens leave the share of the cached ones out, and add up to less than one."""
 

@@ -395,3 +395,18 @@ def test_nothing_of_a_past_batch_stays_alive(llava, method):
         assert session() is None
     finally:
         gc.enable()
+
+
+def test_features_that_a_caller_hands_over_are_not_taken_for_the_latest_seen(llava):
+    """A vision method that asked about one picture must not decide about another."""
+    one, other = make_batch([(4, 8, 1)])[0], make_batch([(4, 8, 1)], seed=9)[0]
+    text = {key: value for key, value in one.items() if key != "pixel_values"}
+    with visibench.prune(llava, visibench.load_method("visionzip", tokens=5)) as session:
+        right, kept = llava(**one).logits[:, -1], session.trace.kept(0)
+        features = llava.get_image_features(pixel_values=one["pixel_values"])
+        for call in (llava, llava.generate):
+            llava.get_image_features(pixel_values=other["pixel_values"])
+            with pytest.raises(InputError, match="pass pixel_values"):
+                call(**text, mm_encoder_outputs={"image": features})
+        assert torch.equal(llava(**one).logits[:, -1], right)
+        assert torch.equal(session.trace.kept(0), kept)
