@@ -1,0 +1,66 @@
+"""The table over checkpoints: rows of a method together, figures those of the cells."""
+
+import pytest
+from storing import config, frame, put
+from visibench.errors import DataError
+from visibench.evals.settings.config import variants
+from visibench.evals.sweeps.config import load_config
+from visibench.results.store.records import Compute, ScoreRecord, VisualTokens
+from visibench.results.store.store import Store
+from visibench.training.compare import table_of
+
+IMAGES = "aabbccdd"
+
+
+def answered(store, model, method, right, tokens=(4, 2), **changes):
+    """Eight questions about four images, the first ``right`` of them answered rightly."""
+    score = [1.0] * right + [0.0] * (8 - right)
+    samples = frame(IMAGES, score, kv_lengths=[[n + 3 for n in tokens]] * 8)
+    scores = [ScoreRecord(key="exact_match", title="exact match", value=right / 8, maximum=1)]
+    changes |= {"visual_tokens": VisualTokens(prompt=4, per_layer=list(tokens)), "scores": scores}
+    changes |= {"metrics": {"exact_match": right / 8}}
+    changes |= {"compute": Compute(macs=2.5e9, macs_sd=0, components={"ffn": 2.5e9}), "prefill": None}
+    put(store, config(method, model=model), samples=samples, **changes)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path)
+
+
+def test_a_method_stands_beside_itself_for_each_checkpoint(store, tmp_path):
+    answered(store, "plain/export", "none", 8, (4, 4))
+    answered(store, "plain/export", "staged", 2)
+    answered(store, "staged/export", "none", 4, (4, 4))
+    answered(store, "staged/export", "staged", 7)
+    header, _, *rows = [line.split(" | ") for line in table_of(tmp_path).split("\n\n")[0].splitlines()]
+    assert [entry.strip("| ") for entry in header[2:]] == [
+        "gqa exact match", "T", "GMACs", "KV entries", "prefill ms",
+    ]  # fmt: skip
+    read = [(row[0].strip("| "), row[1], row[2].split()[0], *row[3:6]) for row in rows]
+    assert read == [
+        ("none", "plain/export", "100.0", "4.0", "2.500", "7.0"),
+        ("none", "staged/export", "50.0", "4.0", "2.500", "7.0"),
+        ("staged", "plain/export", "25.0", "3.0", "2.500", "6.0"),
+        ("staged", "staged/export", "87.5", "3.0", "2.500", "6.0"),
+    ]
+    low, high = map(float, rows[3][2].partition("[")[2].rstrip("]").split(", "))
+    assert 0 <= low < 87.5 < high <= 100
+
+
+def test_checkpoints_that_were_asked_otherwise_are_refused(store, tmp_path):
+    with pytest.raises(DataError, match="no finished results"):
+        table_of(tmp_path)
+    answered(store, "plain", "none", 8)
+    answered(store, "staged", "none", 8, total=99)
+    with pytest.raises(DataError, match="differ in their questions"):
+        table_of(tmp_path)
+    answered(store, "older", "none", 8, versions={"torch": "1"})
+    with pytest.raises(DataError, match=r"differ in .*versions"):
+        table_of(tmp_path)
+
+
+def test_the_sweep_reads_and_names_what_the_page_compares():
+    sweep, _ = load_config("stages", ["models=[plain, staged]"])
+    assert sweep.models == ["plain", "staged"]
+    assert [variant.method.name for variant in variants(sweep)][:3] == ["none", "staged", "staged"]
