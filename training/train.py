@@ -17,6 +17,7 @@ import math
 import os
 import time
 from collections import defaultdict
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -266,14 +267,18 @@ AttentionInterface.register("tiny_plain", plain_attention)
 
 @torch.no_grad()
 def scores(trainer: Trainer, limit: int) -> dict[str, float]:
-    """The task metrics by lmms-eval's scorers, on the first ``limit`` questions of each embedded test set."""
+    """The task metrics by lmms-eval's scorers, on the first ``limit`` questions of each embedded test set.
+
+    Under the staging that the decoder is trained with.
+    """
     from ..evals.answers.score import evaluate
     from ..evals.tasks.tasks import TASKS, load_tasks
 
     loaded = load.LoadedModel("tiny", trainer.plain_model(), make_processor())
-    figures: dict[str, float] = {}
+    staging, figures = trainer.staging, dict[str, float]()
+    method = load_method("none") if staging is None else load_method("staged", **asdict(staging))
     for task in load_tasks(list(TASKS)):
-        evaluation = evaluate(loaded, load_method("none"), task, limit=limit, batch_size=20)
+        evaluation = evaluate(loaded, method, task, limit=limit, batch_size=20)
         figures |= {f"test {task.name} {score.key}": score.value for score in evaluation.outcome.scores}
     return figures
 

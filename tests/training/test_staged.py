@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface
+from visibench.evals.answers import score
 from visibench.training import flops, settings
 from visibench.training import train as training
 from visibench.training.batches import Packer, Phase
@@ -173,3 +174,18 @@ def test_a_staged_run_resumes_at_the_exact_step_and_shares_the_steps_of_sight_wi
     assert whole.step == resumed.step == 5
     for name, one, other in zip(whole.names, whole.parameters, resumed.parameters, strict=True):
         assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("staged", [{}, {"staged": {"enter": 2, "exit": 5, "sink": "bos"}}])
+def test_a_run_is_evaluated_under_its_own_staging(staged, tmp_path, monkeypatch):
+    """Each test question's method; a staged decoder run densely is another model."""
+    evaluate, methods = score.evaluate, []
+
+    def listening(loaded, method, task, **options):
+        methods.append(str(method))
+        return evaluate(loaded, method, task, **options)
+
+    monkeypatch.setattr(score, "evaluate", listening)
+    figures = training.scores(training.Trainer(small(**staged), tmp_path), 1)
+    assert "test gqa exact_match" in figures
+    assert {*methods} == {"staged:enter=2,exit=5,sink=bos" if staged else "none"}
