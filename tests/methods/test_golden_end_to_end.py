@@ -11,7 +11,7 @@ from golden_llava import CLIP, check_whole, make_golden_llava, prompt, vectors, 
 from golden_support import MANIFEST
 from torch.utils._python_dispatch import TorchDispatchMode
 from visibench.engine import attention
-from visibench.methods import base, hiprune, holov, pieces, scope, vscan
+from visibench.methods import Keep, base, hiprune, holov, pieces, scope, vscan
 from visibench.models.adapters import Adapter
 
 
@@ -165,6 +165,7 @@ def test_attention_received_in_vision_blocks(whole, rows, monkeypatch):
 
         def vision(self, view):
             seen.update({block: view.received(block) for block in (-15, -8, -1)})
+            return Keep(view.present)
 
     with visibench.prune(whole, Look(tokens=64)) as session:
         whole(**prompt(0, 1))
