@@ -19,11 +19,14 @@ _ORIENTATION = 0x112  # the EXIF tag
 def prepared(questions: Sequence[str], images: Sequence[Sequence[Any]]) -> list[list[Image.Image]]:
     """The images of each question as :func:`as_rgb` makes them.
 
-    Raises :class:`InputError` unless each question has a list of them, and names the image that cannot be used.
+    Raises :class:`InputError` unless each question is text and has a list of them, and names the image that cannot be
+    used.
     """
     if len(questions) != len(images):
         raise InputError(f"{len(questions)} questions, but images for {len(images)}")
-    for row, pictures in enumerate(images):
+    for row, (question, pictures) in enumerate(zip(questions, images, strict=True)):
+        if not isinstance(question, str):
+            raise InputError(f"questions[{row}] is a {type(question).__name__}, not text")
         if not isinstance(pictures, list | tuple):
             raise InputError(
                 f"images[{row}] is a {type(pictures).__name__}, not the list of images of question {row}: give "

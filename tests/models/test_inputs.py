@@ -232,3 +232,9 @@ def test_answers_of_tiny_to_ordinary_inputs_stay(tiny):
     got = tiny.encoded([question], [[image]])
     for name in ("input_ids", "pixel_values"):
         assert torch.equal(got[name], expected[name])
+
+
+def test_questions_that_are_no_text_are_named(tiny):
+    for question in (None, 7, ["What?"]):
+        with pytest.raises(InputError, match=rf"questions\[1\] is a {type(question).__name__}, not text"):
+            tiny.inputs(["What?", question], [[COLOUR], [COLOUR]])
