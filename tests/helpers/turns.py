@@ -1,7 +1,10 @@
 """Conversations in several turns, and the dense model with the columns masked that a pruned one has dropped."""
 
+import pytest
 import torch
+from cases import METHODS, REGISTERED
 from support import IMAGE
+from visibench.evals.settings.method_spec import parse, spell
 
 
 def turn(text, images=0, behind=4, seed=0):
@@ -49,3 +52,44 @@ def masked_dense(model, ids, pixels, present, positions="keep"):
         changed = layer(hidden, attention_mask=mask, position_embeddings=rope, position_ids=place[None])
         hidden = torch.where(there[:, None], changed, hidden)
     return model.lm_head(decoder.norm(hidden))[0]
+
+
+LAYERS = 10
+PLAINEST = [parse(spell(cls, cls.examples[0])) for cls in METHODS.values()]
+# The others of each method come in the slow run.
+REST = [pytest.param(method, marks=pytest.mark.slow) for method in REGISTERED if method not in PLAINEST]
+every_method = pytest.mark.parametrize("method", [*PLAINEST, *REST], ids=str)
+VISION = {"image", "tower", "vision", "projector"}
+# Their choice depends on a hash of what is fed together with the image.
+DRAWN = {"random"}
+# Text, images: of the first and of the second turn of each row. Rows are padded in the middle.
+TURNS = [((5, 1), (6, 0)), ((3, 2), (2, 1)), ((4, 0), (3, 2)), ((9, 0), (7, 0))]
+
+
+def in_front_of_the_decoder(method):
+    return set(method.hook_points) <= VISION
+
+
+def only_drops(method, traces):
+    """Whether all that the method does is to drop tokens, so that the dense model with a mask is the same."""
+    merged = any((layout.visual_id == -2).any() for trace in traces for layout in trace.layouts)
+    replaced = any(trace.batch_attention_pairs() != _full(trace) for trace in traces)
+    elsewhere = method.name in ("visipruner", "forced", "tome", "downsample", "pooling", "vscan")
+    return not (merged or replaced or elsewhere or method.reorders)
+
+
+def _full(trace):
+    return [
+        layout.rows * layout.width * (layout.width + places)
+        for layout, places in zip(trace.layouts, trace._cached_places, strict=True)
+    ]
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def batch_of(turns, which):
+    rows = [turn(*row[which], seed=10 * which + number) for number, row in enumerate(turns)]
+    pixels = [pixels for _, pixels in rows if pixels is not None]
+    return [ids for ids, _ in rows], torch.cat(pixels) if pixels else None, rows
