@@ -91,22 +91,27 @@ def guarded(model: Any, around: Callable[[bool], AbstractContextManager[None]]) 
     if not hasattr(model, "generate"):
         yield
         return
-    own, generate = vars(model).get("generate"), model.generate
+    instance_generate, generate = vars(model).get("generate"), model.generate
 
     @functools.wraps(generate)
     def checked(*args: Any, **kwargs: Any) -> Any:
         configs = (kwargs.get("generation_config") or (args[1] if len(args) > 1 else None), model.generation_config)
         check(kwargs, configs)
         with around(bool(_option("assistant_model", kwargs, ()) or _option(LOOKUP, kwargs, configs))):
-            return generate(*args, **kwargs)
+            try:
+                return generate(*args, **kwargs)
+            except BaseException:
+                if kwargs.get("streamer") is not None:  # or who reads from it would wait for ever
+                    kwargs["streamer"].end()
+                raise
 
     model.generate = checked
     try:
         yield
     finally:
         del model.generate
-        if own is not None:
-            model.generate = own
+        if instance_generate is not None:
+            model.generate = instance_generate
 
 
 def check(kwargs: dict[str, Any], configs: tuple[Any, ...]) -> None:

@@ -53,7 +53,8 @@ def test_a_streamer_thread_inside_the_block_works_and_one_that_outlives_it_raise
         go.wait(0.1)
 
     for outlives in (False, True):
-        streamer, started, go = TextIteratorStreamer(_Words(), skip_prompt=True), threading.Event(), threading.Event()
+        streamer = TextIteratorStreamer(_Words(), skip_prompt=True, timeout=30)
+        started, go = threading.Event(), threading.Event()
         thread = threading.Thread(target=work, args=(streamer,))
         with torch.no_grad(), visibench.prune(own, visibench.load_method("visionzip", tokens=5)):
             greedy = own.generate(**sample, **options)
@@ -63,6 +64,7 @@ def test_a_streamer_thread_inside_the_block_works_and_one_that_outlives_it_raise
             if not outlives:
                 go.set()
                 thread.join()
+        list(streamer)  # ends, also where generate did not
         thread.join()
         hook.remove()
     assert torch.equal(said[0], greedy)
