@@ -256,13 +256,13 @@ class Pass:
             return kernel(module, q, k, v, mask, **kwargs)
         layout, first = self._layout(segment), segment.held.length
         parts = _Parts(q, k, v, mask, first, layout.width)
-        own: list[Any] = []  # the kernel's own result, once
+        results: list[Any] = []  # of the kernel, run once at most
 
         def whole() -> Any:
-            if not own:
+            if not results:
                 with prompt.trace.watch("model"):
-                    own.append(kernel(module, q, k, v, mask, **kwargs))
-            return own[0]
+                    results.append(kernel(module, q, k, v, mask, **kwargs))
+            return results[0]
 
         def dense(values: Tensor | None = None) -> Tensor:
             if values is None:

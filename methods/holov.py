@@ -76,8 +76,8 @@ class HoloVForward(Forward):
         images, patches, size = tokens.shape
         budget, index = per_image(self.method, patches), runs_of(patches, self.method.runs).to(tokens.device)
         view.scored(index.numel() * index.shape[1] * size)
-        asked = allocated(run_scores(tokens, attention, index), budget)
-        keep, order = taken(attention, asked, index, budget if fill else None)
+        quota = allocated(run_scores(tokens, attention, index), budget)
+        keep, order = taken(attention, quota, index, budget if fill else None)
         if fill:
             return Keep(keep, order)
         missing = torch.arange(budget, device=keep.device) < budget - keep.sum(1, keepdim=True)
@@ -111,15 +111,15 @@ def allocated(scores: Tensor, budget: int) -> Tensor:
     return share + top(weight, budget - share.sum(1), torch.ones_like(weight, dtype=torch.bool))
 
 
-def taken(attention: Tensor, asked: Tensor, index: Tensor, budget: int | None) -> tuple[Tensor, Tensor]:
-    """Bool (N, P), the tokens that stay, ``asked`` (N, R) of each run as far as it has them; and int (N, P), the order.
+def taken(attention: Tensor, quota: Tensor, index: Tensor, budget: int | None) -> tuple[Tensor, Tensor]:
+    """Bool (N, P), the tokens that stay, ``quota`` (N, R) of each run as far as it has them; and int (N, P), the order.
 
     Up to a ``budget``, tokens of largest attention take the places of those that runs do not have.
     """
     there = index >= 0
     part = attention[:, index.clamp(min=0)].masked_fill(~there, -torch.inf)
     rank = part.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    keep = (rank < asked[..., None]) & there
+    keep = (rank < quota[..., None]) & there
     if budget is not None:
         spare = top(part.flatten(1), budget - keep.sum((1, 2)), (there & ~keep).flatten(1))
         keep = keep | spare.view_as(keep)

@@ -32,7 +32,9 @@ def prepared(questions: Sequence[str], images: Sequence[Sequence[Any]]) -> list[
                 f"images[{row}] is a {type(pictures).__name__}, not the list of images of question {row}: give "
                 "[[image], …] with a list for each question, empty where it has none"
             )
-    return [[_located(picture, row, place) for place, picture in enumerate(own)] for row, own in enumerate(images)]
+    return [
+        [_located(picture, row, place) for place, picture in enumerate(pictures)] for row, pictures in enumerate(images)
+    ]
 
 
 def _located(picture: Any, row: int, place: int) -> Image.Image:

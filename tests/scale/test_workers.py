@@ -21,7 +21,7 @@ from visibench.errors import DataError, OptionError, VisibenchError
 from visibench.evals.settings.method_spec import build, parse, spell
 from visibench.evals.sweeps.cells import cell_specs
 from visibench.evals.sweeps.sweep import sweep
-from visibench.evals.workers import devices, pool
+from visibench.evals.workers import devices, driver, pool
 from visibench.evals.workers.devices import environments
 from visibench.evals.workers.driver import LostError, TaskError
 from visibench.evals.workers.pool import Pool
@@ -43,15 +43,20 @@ def workers() -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_does_also_if_one_is_killed(config, straight, tmp_path):
-    killed = []
+def test_two_processes_give_what_one_does_also_if_one_is_killed(config, straight, tmp_path, monkeypatch):
+    """The second task's worker dies as soon as it has been handed out: then it is busy for certain."""
+    hand_out, handed_out, killed = driver._Driver._hand_out, [], []
 
-    def kill() -> None:
-        victim = workers()[0]
-        victim.kill()
-        killed.append(victim.pid)
+    def then_kill(self) -> None:
+        hand_out(self)
+        handed_out.append(1)
+        if len(handed_out) == 2:
+            busy, _ = [*self.running.values()][-1]
+            busy.process.kill()
+            killed.append(busy.process.pid)
 
-    heard = Heard("progress", kill)
+    monkeypatch.setattr(driver._Driver, "_hand_out", then_kill)
+    heard = Heard()
     assert outcomes(sweep(config, tmp_path, QUIET, report=heard, executor=Pool(2, shard=4))) == straight
     assert len(killed) == 1
     assert not list(tmp_path.glob("cells/*/answers*"))
