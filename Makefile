@@ -1,4 +1,4 @@
-.PHONY: install test lint quick bench-sweep bench-none bench-attainable
+.PHONY: install test lint quick bench-sweep bench-none bench-attainable bench-launches
 
 install:
 	pip install -c constraints.txt -e ".[dev]"
@@ -23,3 +23,6 @@ bench-none:
 
 bench-attainable:
 	python benchmarks/attainable.py
+
+bench-launches:
+	python benchmarks/launches.py
