@@ -6,10 +6,9 @@ For compute, time and memory only the sizes count: weights are random, or missin
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import yaml
@@ -17,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from ..errors import InputError, OptionError, suggest
-from .adapters import Adapter
+from .adapters import Adapter, Images
 
 Weights = Literal["pretrained", "random", "meta"]
 
@@ -84,16 +83,15 @@ def synthetic_inputs(adapter: Adapter, batch: int, prompt: int, visual_tokens: i
     """
     model = adapter.model
     check_prompt(batch, prompt, visual_tokens)
-    if adapter.image_token is None or model.config.model_type not in IMAGES:
-        raise InputError(f"cannot make up images for architecture {model.config.model_type!r}")
+    made = _images(adapter, visual_tokens, batch)
+    assert adapter.image_token is not None
     generator = torch.Generator().manual_seed(seed)
     # Special tokens stand at both ends of a vocabulary.
     text = torch.randint(3, min(adapter.image_token, 30_000), (batch, prompt), generator=generator)
     image = torch.full((batch, visual_tokens), adapter.image_token)
     ids = torch.cat([text[:, : prompt // 2], image, text[:, prompt // 2 :]], dim=1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if visual_tokens:
-        made = IMAGES[model.config.model_type](adapter, visual_tokens, batch)
+    if made is not None:
         inputs |= {"pixel_values": torch.randn(made.shape, generator=generator).to(model.dtype)} | made.more
     if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         inputs["mm_token_type_ids"] = (ids == adapter.image_token).int()
@@ -111,64 +109,12 @@ def grids(adapter: Adapter, visual_tokens: int) -> Tensor | None:
 
     None in families whose images are all of one size, and without images. Raises :class:`InputError` as that does.
     """
-    kind = adapter.model.config.model_type
-    return IMAGES[kind](adapter, visual_tokens, 1).grids if visual_tokens else None
+    made = _images(adapter, visual_tokens, 1)
+    return None if made is None else made.grids
 
 
-class Images(NamedTuple):
-    """``shape`` of the pixels of a batch, ``more`` inputs, and ``grids`` (N, 3) of a row, as a trace has them."""
-
-    shape: tuple[int, ...]
-    more: dict[str, Tensor]
-    grids: Tensor | None
-
-
-def _whole_images(adapter: Adapter, visual_tokens: int, batch: int) -> Images:
-    """Images of one size, each of equally many tokens."""
-    vision, size = adapter.geometry.vision, adapter.model.config.vision_config.image_size
-    assert vision is not None
-    images, rest = divmod(visual_tokens, vision.tokens)
-    if rest:
-        raise InputError(
-            f"{visual_tokens} visual tokens are no whole images of {vision.tokens}: give a multiple of that"
-        )
-    height, width = (size, size) if isinstance(size, int) else size
-    return Images((batch * images, 3, height, width), {}, None)
-
-
-def _tiled_image(adapter: Adapter, visual_tokens: int, batch: int) -> Images:
-    """One image a row, of a shape that is cut into tiles without padding: those and a small whole, lines ended."""
-    vision, config = adapter.geometry.vision, adapter.model.config
-    assert vision is not None
-    tile, side = config.vision_config.image_size, vision.grid
-    shapes = {}
-    for height, width in config.image_grid_pinpoints:
-        rows, columns = height // tile * side, width // tile * side
-        shapes[side**2 + rows * (columns + 1)] = (height, width)
-    if visual_tokens not in shapes:
-        known = ", ".join(map(str, sorted(shapes)))
-        raise InputError(f"no image shape gives {visual_tokens} visual tokens: choose one of {known}")
-    height, width = shapes[visual_tokens]
-    tiles = 1 + (height // tile) * (width // tile)
-    sizes = torch.tensor([[height, width]]).expand(batch, -1)
-    grids = torch.tensor([[1, side, side]]).expand(tiles, -1)
-    return Images((batch, tiles, 3, tile, tile), {"image_sizes": sizes}, grids)
-
-
-def _grid_image(adapter: Adapter, visual_tokens: int, batch: int) -> Images:
-    """One image a row, as square as its number of tokens allows."""
-    vision, config = adapter.geometry.vision, adapter.model.config
-    assert vision is not None
-    rows = max(n for n in range(1, int(visual_tokens**0.5) + 1) if visual_tokens % n == 0)
-    merge = config.vision_config.spatial_merge_size
-    grid = torch.tensor([[1, rows * merge, visual_tokens // rows * merge]])
-    shape = (batch * int(grid.prod()), vision.patch_inputs)
-    return Images(shape, {"image_grid_thw": grid.expand(batch, -1)}, grid)
-
-
-IMAGES: dict[str, Callable[[Adapter, int, int], Images]] = {
-    "llava": _whole_images,
-    "internvl": _whole_images,
-    "llava_next": _tiled_image,
-    "qwen2_5_vl": _grid_image,
-}
+def _images(adapter: Adapter, visual_tokens: int, batch: int) -> Images | None:
+    vision, images, config = adapter.geometry.vision, adapter.family.images, adapter.model.config
+    if adapter.image_token is None or images is None or vision is None:
+        raise InputError(f"cannot make up images for architecture {config.model_type!r}")
+    return images(vision, config, visual_tokens, batch) if visual_tokens else None

@@ -13,8 +13,8 @@ import visibench
 ROOT = Path(visibench.__file__).parent
 OUTSIDE = {"tests", "benchmarks", "examples", "docs", "build", ".git"}
 MODULES = [file for file in ROOT.rglob("*.py") if not OUTSIDE & set(file.relative_to(ROOT).parts)]
-CATALOGUES = {"methods", "commands"}
-"""Rooms with one file an entry: one a method, one a command."""
+CATALOGUES = {"methods", "commands", "models/adapters"}
+"""Rooms with one file an entry: one a method, one a command, one a model family."""
 FILES, LINES, SCREEN = 14, 400, 60
 
 

@@ -1,0 +1,110 @@
+"""One model, through what its family says: the engine and the FLOPs counter read models only through an Adapter."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...errors import UnsupportedModelError, suggest
+from ..support import check_configuration
+from .base import Geometry
+from .registry import FAMILIES
+
+# Wrappers by the attribute that only they have, and how to get at the model inside.
+WRAPPERS = {
+    "get_base_model": "pass model.merge_and_unload(), which puts its adapters into the weights, or model.unload()",
+    "module": "pass the model inside, model.module",
+    "_orig_mod": "pass the model as it was before torch.compile, model._orig_mod",
+}
+
+
+def matrix_weights(module: nn.Module) -> int:
+    """Weights of all linear layers: multiply-adds for a token. Packed or quantised ones count unpacked."""
+    inside = sum(matrix_weights(child) for child in module.children())
+    return inside or getattr(module, "in_features", 0) * getattr(module, "out_features", 0)
+
+
+class Adapter:
+    """The parts of one model.
+
+    Raises :class:`UnsupportedModelError` for wrappers and for all that was not tested.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        for attribute, instead in WRAPPERS.items():
+            if hasattr(model, attribute):
+                raise UnsupportedModelError(f"cannot prune {type(model).__name__}, which wraps a model: {instead}")
+        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        if kind not in FAMILIES:
+            raise UnsupportedModelError(
+                f"cannot prune {type(model).__name__}: architecture {kind!r} has no adapter; {suggest(kind, FAMILIES)}"
+            )
+        self.model, self.kind = model, kind
+        self.family = FAMILIES[kind]
+        check_configuration(model.config, self.family.towers, type(model).__name__)
+        self.decoder = self._part(self.family.decoder)
+        self.vision_tower = self._part(self.family.vision_tower)
+        self.vision_blocks = self._part(self.family.vision_blocks)
+        self.projector = self._part(self.family.projector)
+        self.layers = self.decoder.layers
+        self.image_token: int | None = getattr(model.config, self.family.image_token, None)
+        self._check_sizes()
+
+    def _part(self, path: str | None) -> Any:
+        if path is None:
+            return None
+        try:
+            return attrgetter(path)(self.model)
+        except AttributeError:
+            raise UnsupportedModelError(
+                f"cannot prune {type(self.model).__name__}: it has no {path!r}; "
+                "pass the full model with its language-model head (…ForConditionalGeneration or …ForCausalLM)"
+            ) from None
+
+    def _check_sizes(self) -> None:
+        """Compute is counted by the configuration: what is there must be what it says."""
+        name, geometry = type(self.model).__name__, self.geometry
+        parts = [("decoder layer", self.layers, geometry.layers, geometry.layer_weights)]
+        if geometry.vision is not None:
+            parts += [("vision block", self.vision_blocks, geometry.vision.layers, geometry.vision.block_weights)]
+        for part, modules, count, weights in parts:
+            if len(modules) != count:
+                raise UnsupportedModelError(
+                    f"{name} cannot be pruned: it has {len(modules)} {part}s where its configuration says {count}: "
+                    "set the number there"
+                )
+            for number, module in enumerate(modules):
+                if (held := matrix_weights(module)) != weights:
+                    raise UnsupportedModelError(
+                        f"{name} cannot be pruned: {part} {number} multiplies by {held:,} weights, by its "
+                        f"configuration {weights:,}: merge adapters such as LoRA first (merge_and_unload)"
+                    )
+
+    def rotary(self, like: Tensor, positions: Tensor) -> Any:
+        """Rotary cos and sin for int ``positions``, in the dtype and on the device of ``like``.
+
+        Positions are (B, L), or (B, L, 3) in a family that counts time, height and width.
+        """
+        axes_first = positions.movedim(-1, 0) if positions.ndim == 3 else positions
+        return self.decoder.rotary_emb(like, position_ids=axes_first)
+
+    @property
+    def geometry(self) -> Geometry:
+        """Sizes of the model, read from its configuration and projector."""
+        text = self.decoder.config
+        vision = None
+        if self.family.vision is not None:
+            vision = self.family.vision(self.model.config, matrix_weights(self.projector))
+        return Geometry(
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            heads=text.num_attention_heads,
+            kv_heads=text.num_key_value_heads,
+            head_size=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            intermediate=text.intermediate_size,
+            vocabulary=text.vocab_size,
+            vision=vision,
+        )

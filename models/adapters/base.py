@@ -1,0 +1,113 @@
+"""What a family says of itself, as data: its parts, its sizes, its images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..support import Towers
+
+
+@dataclass(frozen=True)
+class VisionGeometry:
+    """Sizes of the vision tower and projector.
+
+    ``tokens``: visual tokens of one image, or of one tile in a family that cuts images into tiles; 0 if they depend on
+    the image. ``patches``: those of which the tower makes them, without CLS. ``merged``: patches in one token.
+    ``projector_macs``: for one token. ``ffn_matrices``: 2, or 3 in a gated FFN. ``window``: patches along a side of the
+    windows in which blocks attend, all but ``full_blocks`` of them; None: every block attends to the whole image.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    intermediate: int
+    tokens: int
+    patch_inputs: int
+    has_cls: bool
+    feature_block: int
+    projector_macs: int
+    merged: int = 1
+    ffn_matrices: int = 2
+    window: int | None = None
+    full_blocks: int = 0
+
+    @property
+    def patches(self) -> int:
+        """Patches of one image or tile, without CLS."""
+        return self.tokens * self.merged
+
+    @property
+    def block_weights(self) -> int:
+        """Weights of one block, as :attr:`Geometry.layer_weights`."""
+        return 4 * self.hidden**2 + self.ffn_matrices * self.hidden * self.intermediate
+
+    @property
+    def grid(self) -> int:
+        """Visual tokens along one side of the (square) image."""
+        return round(self.tokens**0.5)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of the decoder (Llama-style: q, k, v, o projections and a gated FFN of three matrices) and of its eyes."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    intermediate: int
+    vocabulary: int
+    vision: VisionGeometry | None = None
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of one layer: its multiply-adds for a token, without the products of attention."""
+        return 2 * self.hidden * (self.heads + self.kv_heads) * self.head_size + 3 * self.hidden * self.intermediate
+
+
+class Images(NamedTuple):
+    """``shape`` of the pixels of a batch, ``more`` inputs, and ``grids`` (N, 3) of a row, as a trace has them."""
+
+    shape: tuple[int, ...]
+    more: dict[str, Tensor]
+    grids: Tensor | None
+
+
+Views = Callable[[Any, Any, Mapping[str, Any], int, tuple[int, int]], list[list[int]]]
+"""Where the tokens of one image lie in it: see visibench.results.store.token_grids. Arguments: the model's
+configuration, its image processor, the inputs of the batch, and the image's number and size (width, height) there."""
+
+RandomImages = Callable[[VisionGeometry, Any, int, int], Images]
+"""Images of so many visual tokens for each row of a batch. Arguments: sizes of the vision side, the model's
+configuration, visual tokens of a row, rows. Raises :class:`InputError` where no images have so many."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Attribute paths, from the top-level model, of the parts of one architecture (``config.model_type``).
+
+    ``vision``: sizes of its vision side, from the configuration and the projector's MACs for a token. ``sides``: hook
+    points of methods that may act on that side. ``grids``: frames and patches (N, 3) of each image or tile, from the
+    arguments of the vision tower; None where every image has ``VisionGeometry.tokens``. ``views``: where the tokens of
+    an image lie in it. ``images``: random ones, of a family that ``profile`` can run without a processor.
+    """
+
+    decoder: str
+    vision_tower: str | None = None
+    vision_blocks: str | None = None
+    projector: str | None = None
+    # Parts of a vision block: the norm in front of its MLP, and the MLP.
+    vision_norm: str = "layer_norm2"
+    vision_mlp: str = "mlp"
+    image_token: str = "image_token_id"
+    vision: Callable[[Any, int], VisionGeometry] | None = None
+    sides: tuple[str, ...] = ()
+    grids: Callable[[Any, tuple, Mapping[str, Any]], Tensor] | None = None
+    views: Views | None = None
+    images: RandomImages | None = None
+    towers: Towers = field(default_factory=dict)

@@ -1,0 +1,59 @@
+"""LLaVA-1.5: one square image through CLIP or SigLIP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...errors import InputError
+from .base import Family, Images, VisionGeometry
+
+# SigLIP has no CLS token: the strategy "default" would drop a patch instead.
+CLIP_OR_SIGLIP = {"clip_vision_model": "default", "siglip_vision_model": "full"}
+
+
+def clip(config: Any, projector_macs: int) -> VisionGeometry:
+    vision = config.vision_config
+    # hidden_states[0] is the embedding: hidden_states[f] is the output of block f - 1, and from the end for f < 0.
+    feature = config.vision_feature_layer
+    return VisionGeometry(
+        layers=vision.num_hidden_layers,
+        hidden=vision.hidden_size,
+        heads=vision.num_attention_heads,
+        intermediate=vision.intermediate_size,
+        tokens=(vision.image_size // vision.patch_size) ** 2,
+        patch_inputs=vision.num_channels * vision.patch_size**2,
+        has_cls=config.vision_feature_select_strategy == "default",
+        feature_block=feature - 1 if feature >= 0 else vision.num_hidden_layers + feature,
+        projector_macs=projector_macs,
+    )
+
+
+def whole_images(vision: VisionGeometry, config: Any, visual_tokens: int, batch: int) -> Images:
+    """Images of one size, each of equally many tokens."""
+    size = config.vision_config.image_size
+    images, rest = divmod(visual_tokens, vision.tokens)
+    if rest:
+        raise InputError(
+            f"{visual_tokens} visual tokens are no whole images of {vision.tokens}: give a multiple of that"
+        )
+    height, width = (size, size) if isinstance(size, int) else size
+    return Images((batch * images, 3, height, width), {}, None)
+
+
+def _square(config: Any, processor: Any, inputs: Mapping[str, Any], number: int, size: tuple[int, int]) -> list:
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    return [[side, side, 1, 1, 0]]
+
+
+FAMILY = Family(
+    decoder="model.language_model",
+    vision_tower="model.vision_tower",
+    vision_blocks="model.vision_tower.encoder.layers",
+    projector="model.multi_modal_projector",
+    vision=clip,
+    sides=("image", "tower", "vision", "projector"),
+    views=_square,
+    images=whole_images,
+    towers=CLIP_OR_SIGLIP,
+)
