@@ -67,7 +67,7 @@ def budget(
     from ..evals.settings.target import Target
 
     wanted = Target.parse(target)
-    specs = _specs(methods)
+    specs = [spec.on(model) for spec in _specs(methods)]
     if weights in (None, "pretrained"):
         if layers is not None or lengths is not None:
             raise OptionError("--layers and --lengths belong to --weights random or meta: add it, or leave them out")

@@ -148,7 +148,7 @@ def _questions(model: str, method: str, task_name: str, data: str, limit: int) -
     from ..evals.tasks.tasks import load_tasks
     from ..models import load_model
 
-    chosen = parse(method)
+    chosen = parse(method, model)
     (task,) = load_tasks([task_name], data)
     size, note = task.size(limit)
     loaded = load_model(model)
@@ -166,7 +166,7 @@ def _sized(
     from ..evals.settings.method_spec import parse
     from ..models import load_model
 
-    chosen, tokens = parse(method), prompt_lengths(lengths)
+    chosen, tokens = parse(method, model), prompt_lengths(lengths)
     # Sizes alone count: half of the memory will do.
     loaded = load_model(model, dtype="bfloat16", weights=weights, layers=layers)  # type: ignore[arg-type]  # checked there
     facts: dict[str, Any] = {

@@ -1,1 +1,1 @@
-"""Sweep configurations that ship with the package."""
+"""Sweep configurations that ship with the package, and named settings of methods: ``presets/METHOD/NAME.yaml``."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import os
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -32,6 +34,8 @@ from .inputs import as_text, prepared, special_tokens
 from .support import check_configuration
 
 EMBEDDED = {"tiny": Path(__file__).parent / "tiny" / "checkpoint"}
+_WHOLE_FILE = 32 << 20
+_EDGE = 64 << 10
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -186,6 +190,28 @@ def load_model(
     loaded = LoadedModel(name_or_path, model.eval(), processor, weights)
     loaded.adapter  # noqa: B018  # checks the model
     return loaded
+
+
+def fingerprint(model: str) -> str:
+    """Hash of a local checkpoint, so that results of other weights are not taken for its own; empty for a hub name.
+
+    Of files above 32 MiB only the size and both ends are read.
+    """
+    folder = EMBEDDED.get(model, Path(model))
+    if not folder.is_dir():
+        return ""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder)}:{size}".encode())
+        with file.open("rb") as stream:
+            if size <= _WHOLE_FILE:
+                digest.update(stream.read())
+            else:
+                digest.update(stream.read(_EDGE))
+                stream.seek(-_EDGE, os.SEEK_END)
+                digest.update(stream.read())
+    return digest.hexdigest()[:16]
 
 
 def of_rank(device: str, local_rank: int) -> str:

@@ -87,7 +87,7 @@ class Visibench(lmms_eval.lmms):
         record: str | None = None,
     ) -> None:
         super().__init__()
-        self.method = _method(str(method), str(method_args))
+        self.method = _method(str(method), str(method_args), str(pretrained))
         self.batch_size, self.record = _batch_size(batch_size), _fresh(record)
         self.loaded: LoadedModel | None = load_model(
             str(pretrained),
@@ -227,10 +227,10 @@ def _bare(value: Any) -> Any:
     return value[1:-1] if quoted else value
 
 
-def _method(name: str, options: str) -> Method:
+def _method(name: str, options: str, model: str) -> Method:
     if options and ":" in name:
         raise OptionError(f"options of the method are given twice: in method={name} and method_args={options}")
-    return parse((f"{name}:{options}" if options else name).replace(";", ","))
+    return parse((f"{name}:{options}" if options else name).replace(";", ","), model)
 
 
 def _batch_size(given: int | str) -> int:

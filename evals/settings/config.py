@@ -93,7 +93,7 @@ def variants(config: Config, *, dense: bool = True, solve: Solve = nowhere) -> l
 
     ``solve``: finds the method that meets a target; it is not asked before all else is checked.
     """
-    every = [spec for entry in config.methods for spec in expand(entry, config)]
+    every = [spec.on(config.model) for entry in config.methods for spec in expand(entry, config)]
     every.sort(key=lambda spec: spec.name != DENSE)
     if dense and every[0].name != DENSE:
         every.insert(0, replace(MethodSpec.of(DENSE, {}), label=DENSE, seeds=(config.seeds[0],)))

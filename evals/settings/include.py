@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ...errors import DataError, OptionError, suggest
-from . import method_spec
+from . import method_spec, yaml_files
 
 PACKAGED = Path(__file__).parents[2] / "configs"
 # Keys that stand for each other: the later one replaces the earlier one.
@@ -68,7 +68,7 @@ def _load(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in above:
         chain = " includes ".join(map(str, (*above, path.resolve())))
         raise OptionError(f"a configuration cannot include itself, but {chain}: remove one of these includes")
-    stated = _parse(path)
+    stated = yaml_files.mapping(path, "model, methods and so on")
     names, additions = stated.pop("include", []), stated.pop("add", {})
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -90,33 +90,6 @@ def _update(content: dict[str, Any], later: dict[str, Any]) -> None:
     for key in later:
         content.pop(_INSTEAD.get(key, key), None)
     content.update(later)
-
-
-def _parse(path: Path) -> dict[str, Any]:
-    try:
-        content = _yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise OptionError(f"{path}: expected a mapping with model, methods and so on")
-    return content
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without two values for one key, of which the first would be lost."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key for key, _ in node.value]
-        for number, key in enumerate(keys):
-            if any((key.tag, key.value) == (other.tag, other.value) for other in keys[:number]):
-                raise yaml.constructor.ConstructorError(
-                    problem=f"{key.value} stands twice", problem_mark=key.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-def _yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)
 
 
 # ---- --set ----------------------------------------------------------------------------------------------------------
@@ -194,7 +167,7 @@ def _value(text: str, setting: str) -> Any:
     if not text.strip():
         raise OptionError(f"--set {setting}: no value; write null for none")
     try:
-        return _yaml(text)
+        return yaml_files.parse(text)
     except yaml.YAMLError as error:
         problem = " ".join(str(error).split())
         raise OptionError(f"--set {setting}: the value is not valid YAML: {problem}") from error

@@ -1,4 +1,4 @@
-"""Methods from text: ``fastv:layer=2,keep=0.5``, and from the options of a YAML file."""
+"""Methods from text: ``fastv:layer=2,keep=0.5``, ``vscan@published-64``, and from the options of a YAML file."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ...engine.contract import Knob, spell_value
 from ...errors import OptionError
 from ...methods import Method, list_methods
 from ...methods.files import find
+from . import presets
 from .target import Target
 
 # FILE.py[:NAME][:options]; what holds an equals sign is no name.
@@ -36,9 +37,9 @@ def nowhere(name: str, options: Mapping[str, Any], target: Target) -> Method:
 class MethodSpec:
     """A method as it is asked for, from the command line or a configuration: parsed once, then asked for all else.
 
-    ``reference``: a registered name, or FILE.py:NAME. ``given``: options as they were written; ``options``: each of its
-    field's type. With a ``target`` they are not all: a knob is to be turned until it is met. ``label``: how tables call
-    the method. ``seeds``: one run each.
+    ``reference``: a registered name, or FILE.py:NAME, and behind an @ a preset. ``given``: options as they were
+    written; ``options``: these and those of the preset, each of its field's type. With a ``target`` they are not all: a
+    knob is to be turned until it is met. ``label``: how tables call the method. ``seeds``: one run each.
     """
 
     reference: str
@@ -55,18 +56,27 @@ class MethodSpec:
 
         Raises :class:`~visibench.errors.UnknownNameError`, and :class:`OptionError` for a value of a wrong type.
         """
-        method = find(reference)
-        return cls(reference, method, given, typed(method, given))
+        own, preset = presets.divided(reference)
+        method = find(own)
+        settings = presets.load(method.name, preset).options if preset else {}
+        return cls(reference, method, given, typed(method, {**settings, **given}))
 
     @classmethod
     def parse(cls, text: str) -> MethodSpec:
-        """From ``NAME[:key=value,…]`` or ``FILE.py[:NAME][:key=value,…]``."""
+        """From ``NAME[@PRESET][:key=value,…]`` or ``FILE.py[:NAME][@PRESET][:key=value,…]``."""
         return cls.of(*split(text))
 
     @property
     def name(self) -> str:
         """The method's own name."""
         return self.cls.name
+
+    def on(self, model: str) -> MethodSpec:
+        """The same; one line on standard error if its preset was found on another model than ``model``."""
+        _, preset = presets.divided(self.reference)
+        if preset:
+            presets.tell(self.name, preset, model)
+        return self
 
     def build(self) -> Method:
         """The method with its options alone. Raises :class:`OptionError`."""
@@ -106,18 +116,20 @@ def decided(knob: Knob) -> set[str]:
     return {knob.name, *knob.replaces}
 
 
-def parse(text: str) -> Method:
-    """The method that ``NAME[:key=value,…]`` describes; a list is written with plus signs, ``stages=shallow+middle``.
+def parse(text: str, model: str = "") -> Method:
+    """The method that ``NAME[@PRESET][:key=value,…]`` describes; a list has plus signs, ``stages=shallow+middle``.
 
+    ``model``: the name of the one it is for, if that is known, so that a preset of another one says so.
     Raises :class:`~visibench.errors.UnknownNameError` or :class:`OptionError`.
     """
-    return MethodSpec.parse(text).build()
+    spec = MethodSpec.parse(text)
+    return (spec.on(model) if model else spec).build()
 
 
 def name_of(text: str) -> str:
-    """How the method of a text is called, whether or not there is one: without its file and its options."""
+    """How the method of a text is called, whether or not there is one: without its file, preset and options."""
     reference, _, _ = _divided(text)
-    return reference.rpartition(".py:")[2].strip()
+    return presets.divided(reference)[0].rpartition(".py:")[2].strip()
 
 
 def _divided(text: str) -> tuple[str, str | None, str]:
@@ -200,6 +212,7 @@ def _describe(cls: type[Method]) -> dict[str, Any]:
         "adaptive": cls.adaptive,
         "positions": next(field.default for field in fields if field.name == "positions"),
         "examples": [spell(cls, options) for options in cls.examples],
+        "presets": [f"{cls.name}@{name}" for name in presets.names(cls.name)],
         "options": {field.name: {"type": _named(types[field.name]), "default": field.default} for field in fields},
     }
 

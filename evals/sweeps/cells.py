@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Mapping
-from pathlib import Path
 
 from ...methods import load_method
 from ...methods.files import file_of
-from ...models.load import EMBEDDED
+from ...models.load import fingerprint
 from ...results.store.records import CellConfig
 from ..answers.cell_spec import CellSpec
 from ..settings.config import DENSE, Variant, variants
 from ..settings.method_spec import Solve, nowhere
 from ..tasks.tasks import origins
 from .config import SweepConfig
-
-_WHOLE_FILE = 32 << 20
-_EDGE = 64 << 10
 
 
 def cell_specs(config: SweepConfig, *, dense: bool = True, solve: Solve = nowhere) -> list[CellSpec]:
@@ -65,25 +59,3 @@ def _cell(config: SweepConfig, checkpoint: str, variant: Variant, task: str, ori
         method_file=file.path if file else "",
         method_hash=file.digest if file else "",
     )
-
-
-def fingerprint(model: str) -> str:
-    """Hash of a local checkpoint, so that results of other weights are not taken for its own; empty for a hub name.
-
-    Of files above 32 MiB only the size and both ends are read.
-    """
-    folder = EMBEDDED.get(model, Path(model))
-    if not folder.is_dir():
-        return ""
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(folder)}:{size}".encode())
-        with file.open("rb") as stream:
-            if size <= _WHOLE_FILE:
-                digest.update(stream.read())
-            else:
-                digest.update(stream.read(_EDGE))
-                stream.seek(-_EDGE, os.SEEK_END)
-                digest.update(stream.read())
-    return digest.hexdigest()[:16]

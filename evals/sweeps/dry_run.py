@@ -24,6 +24,7 @@ from ...errors import DataError
 from ...methods import Method, load_method
 from ...models import LoadedModel, load_model
 from ...models.geometry import check_weights
+from ...models.load import fingerprint
 from ...results.store.records import CellConfig, CellMetrics
 from ...results.store.store import Cell, Store
 from ..answers.cell_spec import CellSpec
@@ -33,7 +34,7 @@ from ..settings.config import DENSE
 from ..tasks.hub import hub_or_cache
 from ..tasks.tasks import HUB, reason
 from . import pace
-from .cells import cell_specs, fingerprint
+from .cells import cell_specs
 from .config import SweepConfig
 from .events import Lines, Note
 from .executor import Prepared

@@ -9,8 +9,8 @@ from typing import Any
 
 from ...engine.features import FeatureStore
 from ...models import LoadedModel
+from ...models.load import fingerprint
 from ...results.store.records import digest
-from .cells import fingerprint
 from .config import SweepConfig
 
 GIB = 2**30

@@ -16,13 +16,13 @@ from pathlib import Path
 from ...engine.features import FeatureStore
 from ...errors import DataError, IncompleteError, StorageError, VisibenchError
 from ...methods.files import file_of
+from ...models.load import fingerprint
 from ...results.store.records import CellConfig
 from ...results.store.store import Store
 from ..answers.cell import run_cell
 from ..answers.cell_spec import CellSpec
 from ..answers.generate import answer, failure
 from ..settings import method_spec
-from ..sweeps.cells import fingerprint
 from ..sweeps.config import SweepConfig
 from ..sweeps.events import Reporter
 from ..sweeps.executor import Prepared

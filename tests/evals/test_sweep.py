@@ -17,9 +17,10 @@ from visibench.evals.answers import generate
 from visibench.evals.settings import method_spec
 from visibench.evals.settings.config import variants
 from visibench.evals.settings.include import PACKAGED
-from visibench.evals.sweeps.cells import cell_specs, fingerprint
+from visibench.evals.sweeps.cells import cell_specs
 from visibench.evals.sweeps.config import load_config, parse_config
 from visibench.evals.sweeps.sweep import sweep
+from visibench.models.load import fingerprint
 from visibench.results.store.store import Store
 from visibench.results.tables.tables import build
 
