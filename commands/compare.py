@@ -45,6 +45,7 @@ def compare(
 
 def _cells(text: str) -> list[Cell]:
     """The cells that an argument names: one, or all seeds of a label on a task."""
+    from ..results.store import code
     from ..results.store.store import Store
 
     path = Path(text)
@@ -62,6 +63,7 @@ def _cells(text: str) -> list[Cell]:
     named = [cell for cell in cells if (cell.config.label, cell.config.task) == (label, task)]
     if not named:
         raise UnknownNameError(f"no cell {rest!r} in {folder}; {suggest(rest, labels)}")
+    named = code.present(named, lambda cell: cell.config.asked(), lambda cell: bool(cell.other_code))
     if len({cell.config.seed for cell in named}) < len(named):
         raise OptionError(
             f"{text!r} names {len(named)} cells of different settings: give one's folder, {named[0].path}"

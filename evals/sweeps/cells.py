@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from ...methods import load_method
 from ...methods.files import file_of
 from ...models.load import fingerprint
+from ...results.store import code
 from ...results.store.records import CellConfig
 from ..answers.cell_spec import CellSpec
 from ..settings.config import DENSE, Variant, variants
 from ..settings.method_spec import Solve, nowhere
-from ..tasks.tasks import origins
+from ..tasks.tasks import EMBEDDED, origins, place_of
 from .config import SweepConfig
 
 
@@ -41,6 +42,11 @@ def _of_model(config: SweepConfig, where: Mapping[str, str], dense: bool, solve:
 
 def _cell(config: SweepConfig, checkpoint: str, variant: Variant, task: str, origin: str) -> CellConfig:
     file = file_of(type(variant.method))
+    where = {
+        "method": file.path if file else type(variant.method).__module__,
+        "task": place_of(task) + ("+" if origin == EMBEDDED else ""),
+    }
+    hashes = {"method": code.of_method(where["method"]), "task": code.of_task(where["task"]), "engine": code.engine()}
     return CellConfig(
         model=config.model,
         checkpoint=checkpoint,
@@ -58,4 +64,6 @@ def _cell(config: SweepConfig, checkpoint: str, variant: Variant, task: str, ori
         timing=config.timing,
         method_file=file.path if file else "",
         method_hash=file.digest if file else "",
+        code={part: hashed for part, hashed in hashes.items() if hashed},
+        sources=where,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from pathlib import Path
 
 import yaml
@@ -84,6 +85,8 @@ def _sweep_model(
         sizes = prepared.sizes({cell.config.task for cell in pending})
         questions = sum(sizes[cell.config.task] for cell in pending)
         done = len(cells) - len(pending)
+        for text in _changed(store, pending):
+            report(Note(text=text))
         report(ModelStarted(model=config.model, cells=len(cells), done=done, questions=questions))
         job = Job(config, pending, sizes, store, time.time())
         if pending:
@@ -105,6 +108,20 @@ def _sweep_model(
         finished += added
     prepared.forget()
     return finished, failed
+
+
+def _changed(store: Store, pending: list[CellSpec]) -> list[str]:
+    """What is to be said of cells that run anew because their code has changed."""
+    counts: Counter[str] = Counter()
+    for new, old in store.superseded(cell.config for cell in pending):
+        parts = [part for part in new.code if new.code[part] != old.code.get(part)] or ["method"]
+        where = new.sources | {"engine": "visibench itself"}
+        counts[" and ".join(where[part].removesuffix("+") for part in parts)] += 1
+    return [
+        f"{what} has changed since {count} of these cells ran: they run anew; what is there stays, shown by tables as "
+        "of other code"
+        for what, count in counts.items()
+    ]
 
 
 def save_tables(cells: list[Cell], out: Path) -> list[ResultTable]:

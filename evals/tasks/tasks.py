@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -217,14 +217,26 @@ def definition(name: str) -> Path:
     return file
 
 
-def _stock() -> dict[str, tuple[str, Path]]:
-    """lmms-eval's tasks, groups and tags: name → (kind, file)."""
+def place_of(name: str) -> str:
+    """Where a task is defined, for :func:`visibench.results.store.code.of_task`."""
+    file = definition(name)
+    return str(file.relative_to(_folder())) if file.is_relative_to(_folder()) else str(file)
+
+
+def _folder() -> Path:
+    """Where lmms-eval's own tasks are defined."""
     spec = importlib.util.find_spec("lmms_eval")
     if spec is None or not spec.submodule_search_locations:
         raise DataError("lmms-eval is not installed: pip install 'lmms-eval>=0.7.3,<0.8'")
+    return Path(spec.submodule_search_locations[0]) / "tasks"
+
+
+@cache
+def _stock() -> dict[str, tuple[str, Path]]:
+    """lmms-eval's tasks, groups and tags: name → (kind, file)."""
     stock: dict[str, tuple[str, Path]] = {}
     entry = re.compile(r"""^["']?(task|group|tag)["']? *: *["']?([\w.+-]+)["']?\s*?(?:#.*)?$""", re.MULTILINE)
-    for file in sorted((Path(spec.submodule_search_locations[0]) / "tasks").rglob("*.yaml")):
+    for file in sorted(_folder().rglob("*.yaml")):
         entries = entry.findall(file.read_text(encoding="utf-8-sig"))
         for kind, name in entries:
             if kind == "task" or name not in stock:

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from ...errors import DataError
 from ..statistics.metrics import COLUMNS, Measured, measure, reproduces
+from ..store import code
 from ..store.records import CellConfig, Environment, Record, ScoreRecord, digest
 from ..store.store import Cell
 
@@ -152,7 +153,8 @@ def name_of(config: CellConfig) -> str:
 def by_name(cells: Sequence[Cell]) -> dict[str, Cell]:
     """Cells by name, task after task. Raises :class:`DataError` for two of the same name."""
     named: dict[str, Cell] = {}
-    for cell in sorted(cells, key=lambda cell: (cell.config.task, cell.config.label, cell.config.seed)):
+    present = code.present(cells, lambda cell: cell.config.asked(), lambda cell: bool(cell.other_code))
+    for cell in sorted(present, key=lambda cell: (cell.config.task, cell.config.label, cell.config.seed)):
         if name_of(cell.config) in named:
             raise DataError(
                 f"{cell.path.parent} holds {name_of(cell.config)} several times, from runs with other settings: give a "

@@ -16,8 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from ...utils import machine
 
 CONFIG_SCHEMA: Literal[1] = 1
-UNHASHED = ("label", "method_file")
-"""What of a cell's configuration does not count: how it is called, and where its method's file lay."""
+UNHASHED = ("label", "method_file", "sources")
+"""What of a cell's configuration does not count: how it is called, and where its code lay."""
+LATER_ON = ("method_file", "method_hash", "code", "sources")
+"""What is left out where it is empty, as in cells of early versions, so that their hashes stay."""
 METRICS_SCHEMA: Literal[2] = 2
 PACKAGES = ("visibench", "torch", "torchvision", "transformers", "lmms-eval", "datasets", "pillow", "numpy")
 
@@ -49,7 +51,9 @@ class CellConfig(Record):
     ``checkpoint``: hash of a local checkpoint's files, empty for one from the hub. ``options``: every hyperparameter of
     the method. ``origin``: ``embedded``, ``hub``, or the folder of the data. ``timing`` None: prefill is not timed.
     ``method_file``, ``method_hash``: the file of a method that is not registered, and the hash of its content, which
-    alone counts; for others both are empty and left out of what is stored.
+    alone counts; for others both are empty. ``code``: versions and hashes of the code that decides the numbers, under
+    ``method``, ``task`` (definition and prompts) and ``engine``; ``sources``: the module or file of method and task.
+    All four are left out of what is stored where they are empty.
     """
 
     schemas: ClassVar[tuple[int, ...]] = (CONFIG_SCHEMA,)
@@ -71,11 +75,13 @@ class CellConfig(Record):
     timing: TimingConfig | None = TimingConfig()
     method_file: str = ""
     method_hash: str = ""
+    code: dict[str, str] = {}
+    sources: dict[str, str] = {}
 
     @model_serializer(mode="wrap")
     def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         content: dict[str, Any] = handler(self)
-        return content if self.method_hash else {k: v for k, v in content.items() if not k.startswith("method_")}
+        return {key: value for key, value in content.items() if value or key not in LATER_ON}
 
     @property
     def reference(self) -> str:
@@ -85,6 +91,10 @@ class CellConfig(Record):
     def digest(self) -> str:
         """Hash of everything but :data:`UNHASHED`, 16 hex digits."""
         return digest(json.loads(self.model_dump_json(exclude=set(UNHASHED))))
+
+    def asked(self) -> str:
+        """Hash of the same without the code, which cells have in common that differ in nothing else."""
+        return self.model_copy(update={"code": {}, "method_hash": ""}).digest()
 
     @property
     def folder(self) -> str:

@@ -15,9 +15,10 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ from pydantic import ValidationError
 
 from ...errors import DataError
 from ...utils.bounded_cache import BoundedCache
-from . import disk
+from . import code, disk
 from .records import UNHASHED, CellConfig, CellMetrics, Failure, Record, digest
 
 CONFIG, SAMPLES, METRICS = "config.json", "samples.parquet", "metrics.json"
@@ -65,6 +66,11 @@ class Cell:
     path: Path
     config: CellConfig
     metrics: CellMetrics
+
+    @cached_property
+    def other_code(self) -> list[str]:
+        """What of ``method``, ``task`` and ``engine`` has changed since, as far as can be told here."""
+        return code.changed(self.config.code, self.config.sources)
 
     def samples(self) -> pd.DataFrame:
         """A row a question; see :class:`~visibench.results.store.samples.Sample` for the columns.
@@ -250,9 +256,20 @@ class Store:
                 cells += [_open(folder)] if METRICS in files else []
         return cells
 
+    def superseded(self, configs: Iterable[CellConfig]) -> list[tuple[CellConfig, CellConfig]]:
+        """Of cells that have yet to run, those that are done by other code, each with the latter."""
+        done: dict[str, CellConfig] = {}
+        for folder, files in self._folders() if self.root.is_dir() else []:
+            with suppress(DataError):
+                config = _read(folder / CONFIG, CellConfig)[0] if METRICS in files else None
+                done |= {config.asked(): config} if config else {}
+        return [(config, done[config.asked()]) for config in configs if config.asked() in done]
+
     def unfinished(self) -> list[Path]:
-        """The folders of cells that were begun and are not done."""
-        return [folder for folder, files in self._folders() if METRICS not in files]
+        """The folders of cells that were begun and are not done, and are not done by changed code either."""
+        folders = self._folders()
+        done = {_asked(folder) for folder, files in folders if METRICS in files}
+        return [folder for folder, files in folders if METRICS not in files and (_asked(folder) or folder) not in done]
 
     def _folders(self) -> list[tuple[Path, list[str]]]:
         """The cells' folders with the names of their files."""
@@ -271,6 +288,14 @@ class Store:
             return f": {begun} cells were begun and none is done; run the same command again to finish them"
         why = "it is empty" if not _names(self.root) else "this is not the folder of a run"
         return f" ({why}): run a sweep with --out {self.root} first, or give another folder"
+
+
+def _asked(folder: Path) -> str:
+    """What a cell is, whatever its code; empty where that cannot be read."""
+    try:
+        return _read(folder / CONFIG, CellConfig)[0].asked()
+    except DataError:
+        return ""
 
 
 def _open(path: Path) -> Cell:

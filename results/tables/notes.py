@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from ..statistics.inference import BASELINES, DENSE, DOWNSAMPLE, POOLING, RANDOM
 from .columns import Column
-from .tables import ResultTable
+from .tables import MethodRow, ResultTable
 
 
 def heading(table: ResultTable, place: int, tables: int) -> list[str]:
     """Which of so many ``tables`` this is and in what it differs; nothing for the only one."""
     if tables == 1:
         return []
-    differs = ", ".join(f"{key} = {value}" for key, value in table.differs.items()) or "limit"
+    differs = ", ".join(f"{key} = {value}" for key, value in table.differs.items()) or "code as it is now"
     return [f"Table {place} of {tables}, not to be compared with the others: {differs}"]
 
 
@@ -24,6 +24,7 @@ def notes(table: ResultTable, chosen: Sequence[Column], bold: str) -> list[str]:
     """
     lines = [questions(table), *(f"{task}: {q.note}." for task, q in table.questions.items() if q.note)]
     lines += [note for column in chosen for note in column.notes(bold)]
+    lines += _other_code(table)
     lines += [f"Remarks: {'; '.join(table.remarks)}."] if table.remarks else []
     return [*dict.fromkeys(lines), *_sharing(table), *_baselines(table), origin(table)]
 
@@ -32,6 +33,23 @@ def questions(table: ResultTable) -> str:
     """How many questions of each task were asked, in one line."""
     counts = ", ".join(f"{task} {q.asked} of {q.of} ({q.origin})" for task, q in table.questions.items())
     return f"Questions: {counts}.{' SUBSET: these are no full-set scores.' if table.is_subset else ''}"
+
+
+def _other_code(table: ResultTable) -> list[str]:
+    """Which cells were made by code that has changed since, and which part of it."""
+    parts = {"engine": "visibench itself", "task": "the task's definition", "method": "the method"}
+    told = []
+    for part, called in parts.items():
+        rows = [_named(row, part) for row in table.rows]
+        which = "all rows" if part == "engine" and all(rows) else "; ".join(filter(None, rows))
+        told += [f"{which} ({called} has changed since)"] if which else []
+    if not told:
+        return []
+    return [f"OF OTHER CODE than is here now: {', '.join(told)}. Run the sweep again for numbers of this code."]
+
+
+def _named(row: MethodRow, part: str) -> str:
+    return row.named(lambda cell: part in cell.other_code)
 
 
 def _sharing(table: ResultTable) -> list[str]:

@@ -1,0 +1,167 @@
+"""What code a number comes from: hashes of Python sources that change with what they do, not with what they say.
+
+Lines of comment, docstrings and blank lines do not count. Nothing is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import yaml
+
+from .machine import version
+
+Find = Callable[[str], Path | None]
+"""Where the module of a dotted name lies; None for one that does not count."""
+
+
+@lru_cache(maxsize=1024)  # what runs is what was imported, whatever becomes of its file
+def of_module(name: str, inside: str = "") -> str:
+    """Distribution, version and hash of a module and of what it imports, directly or not, of its distribution.
+
+    ``inside``: only of this package. Empty if the module is not there.
+    """
+    top = name.partition(".")[0]
+    distributions = [top] if inside else packages_distributions().get(top, [])
+    own = {top} if inside else {key for key, value in packages_distributions().items() if {*value} & {*distributions}}
+
+    def find(dotted: str) -> Path | None:
+        counts = dotted.startswith(f"{inside}.") if inside else dotted.partition(".")[0] in own
+        return _module_file(dotted) if counts else None
+
+    file = _module_file(name)
+    if file is None:
+        return ""
+    named = [f"{one} {version(one)}" for one in distributions[:1] if version(one)]
+    return " · ".join([*named, _hashed(_closure(file, name, find))])
+
+
+def of_file(file: Path) -> str:
+    """Hash of a Python file and of what it imports, directly or not, from the folder that it lies in."""
+
+    def find(dotted: str) -> Path | None:
+        return _below(file.parent, dotted)
+
+    return _hashed(_closure(file, file.stem, find)) if file.is_file() else ""
+
+
+def of_files(files: Iterable[Path]) -> str:
+    """Hash of these files, by their contents."""
+    return _hashed(set(files))
+
+
+def _module_file(name: str) -> Path | None:
+    top, _, rest = name.partition(".")
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return None
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        return None
+    origin = Path(spec.origin)
+    if not rest:
+        return origin
+    return _below(origin.parent, rest) if spec.submodule_search_locations else None
+
+
+def _below(folder: Path, dotted: str) -> Path | None:
+    place = folder.joinpath(*dotted.split("."))
+    return next((file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()), None)
+
+
+def _closure(file: Path, name: str, find: Find) -> set[Path]:
+    """The file of the module ``name`` and all that ``find`` knows of what it imports, directly or not."""
+    seen, todo = {file}, [(file, name)]
+    while todo:
+        source, called = todo.pop()
+        for dotted in _imported(source, called, source.stat().st_mtime_ns):
+            found = find(dotted)
+            if found is not None and found not in seen:
+                seen.add(found)
+                todo.append((found, dotted))
+    return seen
+
+
+@lru_cache(maxsize=1024)
+def _imported(file: Path, name: str, changed: int) -> set[str]:
+    """Dotted names that a module may import, also inside functions."""
+    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    names: set[str] = set()
+    for node in ast.walk(_parsed(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join(filter(None, [*parents, node.module or ""]))
+            names |= {base, *(f"{base}.{alias.name}".removeprefix(".") for alias in node.names)}
+    return names - {""}
+
+
+def _parsed(text: str) -> ast.Module:
+    try:
+        return ast.parse(text)
+    except SyntaxError:
+        return ast.Module([], [])
+
+
+def _hashed(files: set[Path]) -> str:
+    # Neither place nor name of a file counts.
+    contents = sorted(_content(file, file.stat().st_mtime_ns) for file in files)
+    return hashlib.sha256(repr(contents).encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=1024)
+def _content(file: Path, changed: int) -> str:
+    text = file.read_text(encoding="utf-8")
+    return bare(text) if file.suffix == ".py" else text
+
+
+def bare(text: str) -> str:
+    """Python source without lines of comment, strings that are statements of their own, and blank lines."""
+    lines, held, said = text.splitlines(), set(), set()
+    for node in ast.walk(_parsed(text)):  # a statement before what is in it
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            if not lines[node.lineno - 1][: node.col_offset].strip():
+                end = node.end_lineno or node.lineno
+                lines[node.lineno - 1 : end] = [""] * (end - node.lineno + 1)
+                said.add(node.value)
+        elif isinstance(node, ast.Constant | ast.JoinedStr) and node not in said:
+            held |= {*range(node.lineno, node.end_lineno or node.lineno)}  # lines behind the first, by their index
+    return "\n".join(
+        line.rstrip()
+        for place, line in enumerate(lines)
+        if place in held or (line.strip() and not line.lstrip().startswith("#"))
+    )
+
+
+def of_yaml(file: Path) -> str:
+    """Hash of a task's YAML file, the files that it includes, and the Python files beside it that they name."""
+    return _hashed(_of_yaml(file))
+
+
+def _of_yaml(file: Path) -> set[Path]:
+    found, included, functions = {file}, [], []
+    todo = [yaml.compose(file.read_text(encoding="utf-8-sig"))]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, yaml.ScalarNode) and node.tag == "!function":
+            functions.append(node.value.rpartition(".")[0])
+        elif isinstance(node, yaml.SequenceNode):
+            todo += node.value
+        elif isinstance(node, yaml.MappingNode):
+            todo += [value for _, value in node.value]
+            places = [value for key, value in node.value if key.value == "include"]
+            included += [leaf.value for one in places for leaf in (one.value if isinstance(one.value, list) else [one])]
+    for place in included:
+        if (file.parent / place).is_file() and file.parent / place != file:
+            found |= _of_yaml(file.parent / place)
+    for dotted in functions:
+        module = _below(file.parent, dotted)
+        found |= _closure(module, dotted, lambda name: _below(file.parent, name)) if module else set()
+    return found
