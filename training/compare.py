@@ -1,7 +1,8 @@
 """One table of a sweep over checkpoints: what each scores under dense and staged inference, and under pruning.
 
     visibench sweep stages --set 'models=[PLAIN, STAGED]' --out RUN
-    python -m visibench.training.compare RUN
+    python -m visibench.training.compare RUN --csv FIGURES.csv
+    python -m visibench.training.compare FIGURES.csv
 
 Rows of a method stand together, one for each checkpoint, so that it shows who loses by what. Intervals are those of
 :mod:`visibench.results.tables`; marks of single tests are left out, since they compare within one checkpoint alone.
@@ -11,26 +12,36 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import pandas as pd
+import torch
 
 from ..errors import DataError, VisibenchError
+from ..models import load_model
 from ..results.store.records import ScoreRecord
 from ..results.store.store import Store
 from ..results.tables.tables import MethodRow, ResultTable, build
 
-COSTS = ["T", "GMACs", "KV entries", "prefill ms"]
+COSTS = {"T": 1, "GMACs": 3, "KV entries": 1, "KV kB": 0, "prefill ms": 1}  # digits behind the point
+COLUMNS = ["method", "checkpoint", "figure", "value", "low", "high", "n", "of"]
 NOTE = (
     "Brackets: 95 % intervals, clustered by image. T: visual tokens, mean over decoder layers. GMACs: multiply-adds "
-    "that the prefill of a question alone executes. KV entries: in a layer's cache after it, mean over layers."
+    "that the prefill of a question alone executes. KV entries: in a layer's cache after it, mean over layers; "
+    "KV kB: keys and values of all layers, in the precision of the run."
 )
 
 
-def table_of(run: Path) -> str:
-    """Markdown of the cells in ``run``. Raises :class:`DataError` if there are none, or unless all were asked alike."""
+def figures_of(run: Path) -> pd.DataFrame:
+    """The figures of the cells in ``run``, a row each: ``COLUMNS``.
+
+    ``figure``: a task and its metric, in per cent where the most that can be had is 1, or one of ``COSTS``. ``low``,
+    ``high``: its 95 % interval. ``n``, ``of``: questions asked, and those of the whole set. Raises :class:`DataError`
+    if there are none, or unless all checkpoints were asked alike.
+    """
     tables = build(Store(run).cells())
     for table in tables:
         apart = [fact for fact in table.differs if fact != "model" and not fact.startswith("environment.model.")]
@@ -38,39 +49,83 @@ def table_of(run: Path) -> str:
             raise DataError(
                 f"cells in {run} differ in {', '.join(apart) or 'their questions'}: run all checkpoints alike"
             )
-    metrics = [(task, score) for task, scores in tables[0].metrics.items() for score in scores]
-    titles = ["method", "checkpoint", *(f"{task} {score.title}" for task, score in metrics), *COSTS]
-    lines = [titles, ["---", "---", *["---:"] * (len(titles) - 2)]]
-    for label in dict.fromkeys(row.label for table in tables for row in table.rows):
-        for table in tables:
-            lines += [_line(table, row, metrics) for row in table.rows if row.label == label]
-    asked = ", ".join(f"{task} {of.asked} of {of.of}" for task, of in tables[0].questions.items())
-    return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", f"Questions: {asked}. {NOTE}"])
+    costs = {id(table): entry_bytes(str(table.facts["model"]), _precision(table)) for table in tables}
+    rows = [
+        [row.label, str(table.facts["model"]), *figure]
+        for label in dict.fromkeys(row.label for table in tables for row in table.rows)
+        for table in tables
+        for row in table.rows
+        if row.label == label
+        for figure in _figures(table, row, costs[id(table)])
+    ]
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _line(table: ResultTable, row: MethodRow, metrics: Sequence[tuple[str, ScoreRecord]]) -> list[str]:
-    scores = [_score(row, task, score) for task, score in metrics]
-    prefill = "–" if row.prefill is None else f"{row.prefill.median:.1f}"
+def _figures(table: ResultTable, row: MethodRow, entry_bytes: int) -> Iterator[list]:
+    for task, scores in table.metrics.items():
+        asked = table.questions[task]
+        for score in scores:
+            yield [f"{task} {score.title}", *_score(row, task, score), asked.asked, asked.of]
     entries = pd.concat([cell.samples()["kv_lengths"] for cell in row.cells]).map(fmean).mean()
-    costs = [f"{row.tokens.mean:.1f}", f"{row.macs / 1e9:.3f}", f"{entries:.1f}", prefill]
-    return [row.label, str(table.facts["model"]), *scores, *costs]
+    layers = len(row.tokens.per_layer)
+    costs = [row.tokens.mean, row.macs / 1e9, entries, entries * layers * entry_bytes / 1e3]
+    costs += [None if row.prefill is None else row.prefill.median]
+    for name, cost in zip(COSTS, costs, strict=True):
+        yield [name, cost, None, None, None, None]
 
 
-def _score(row: MethodRow, task: str, score: ScoreRecord) -> str:
-    """In per cent where the most that can be had is 1."""
+def _score(row: MethodRow, task: str, score: ScoreRecord) -> list[float | None]:
+    """Value and interval, in per cent where the most that can be had is 1."""
     mean, estimate = row.scores.get(task, {}).get(score.key), row.evidence.scores.get(task, {}).get(score.key)
     if mean is None:
+        return [None, None, None]
+    unit = 100 if score.maximum == 1 else 1
+    return [mean.mean * unit, *((None, None) if estimate is None else (estimate.low * unit, estimate.high * unit))]
+
+
+def _precision(table: ResultTable) -> str:
+    return str(table.rows[0].cells[0].metrics.environment.model["dtype"])
+
+
+def entry_bytes(model: str, dtype: str) -> int:
+    """Bytes of a key and a value of one token in one layer of ``model``."""
+    geometry = load_model(model).adapter.geometry
+    return 2 * geometry.kv_heads * geometry.head_size * getattr(torch, dtype).itemsize
+
+
+def table_of(figures: pd.DataFrame) -> str:
+    """Markdown of what :func:`figures_of` gives."""
+    titles = [*figures.figure.unique()]
+    lines = [["method", "checkpoint", *titles], ["---", "---", *["---:"] * len(titles)]]
+    for (method, checkpoint), row in figures.groupby(["method", "checkpoint"], sort=False):
+        entries = {entry.figure: _entry(entry) for entry in row.itertuples()}
+        lines.append([str(method), str(checkpoint), *(entries.get(title, "–") for title in titles)])
+    asked = figures.dropna(subset="n").drop_duplicates("figure")
+    questions = ", ".join(f"{row.figure} {row.n:.0f} of {row.of:.0f}" for row in asked.itertuples())
+    return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", f"Questions: {questions}. {NOTE}"])
+
+
+def _entry(row: Any) -> str:
+    if math.isnan(row.value):
         return "–"
-    value, unit = mean.mean, 100 if score.maximum == 1 else 1
-    if estimate is None or math.isnan(estimate.low):
-        return f"{value * unit:.1f}"
-    return f"{value * unit:.1f} [{estimate.low * unit:.1f}, {estimate.high * unit:.1f}]"
+    text = f"{row.value:.{COSTS.get(row.figure, 1)}f}"
+    return text if math.isnan(row.low) else f"{text} [{row.low:.1f}, {row.high:.1f}]"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("source", type=Path, help="folder of the sweep, or figures written by --csv")
+    parser.add_argument("--csv", type=Path, help="write the figures here")
+    arguments = parser.parse_args()
+    try:
+        figures = figures_of(arguments.source) if arguments.source.is_dir() else pd.read_csv(arguments.source)
+    except (VisibenchError, OSError) as error:
+        parser.error(str(error))
+    if arguments.csv:
+        figures.to_csv(arguments.csv, index=False, float_format="%.6g")
+    print(table_of(figures))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("run", type=Path, help="folder of the sweep")
-    try:
-        print(table_of(parser.parse_args().run))
-    except VisibenchError as error:
-        parser.error(str(error))
+    main()

@@ -49,6 +49,8 @@ class Trainer:
         self.total = sum(phase.steps for phase in self.phases)
         torch.manual_seed(config["seed"])
         self.model = make_model(**config["model"])
+        if "start" in config:
+            self.model.load_state_dict(load.load_model(config["start"], device="cpu").model.state_dict())
         self.model.model.vision_tower.set_attn_implementation("tiny_plain")
         self.model.model.language_model.set_attn_implementation("tiny_packed")
         self.staging = Staging(**config["staged"]) if "staged" in config else None

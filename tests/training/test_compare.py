@@ -1,13 +1,16 @@
 """The table over checkpoints: rows of a method together, figures those of the cells."""
 
 import pytest
+import torch
 from storing import config, frame, put
 from visibench.errors import DataError
 from visibench.evals.settings.config import variants
 from visibench.evals.sweeps.config import load_config
 from visibench.results.store.records import Compute, ScoreRecord, VisualTokens
 from visibench.results.store.store import Store
-from visibench.training.compare import table_of
+from visibench.models import load_model
+from visibench.training import compare
+from visibench.training.compare import figures_of, table_of
 
 IMAGES = "aabbccdd"
 
@@ -24,7 +27,8 @@ def answered(store, model, method, right, tokens=(4, 2), **changes):
 
 
 @pytest.fixture
-def store(tmp_path):
+def store(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "entry_bytes", lambda model, dtype: 100)
     return Store(tmp_path)
 
 
@@ -33,31 +37,50 @@ def test_a_method_stands_beside_itself_for_each_checkpoint(store, tmp_path):
     answered(store, "plain/export", "staged", 2)
     answered(store, "staged/export", "none", 4, (4, 4))
     answered(store, "staged/export", "staged", 7)
-    header, _, *rows = [line.split(" | ") for line in table_of(tmp_path).split("\n\n")[0].splitlines()]
+    header, _, *rows = [line.split(" | ") for line in table_of(figures_of(tmp_path)).split("\n\n")[0].splitlines()]
     assert [entry.strip("| ") for entry in header[2:]] == [
-        "gqa exact match", "T", "GMACs", "KV entries", "prefill ms",
+        "gqa exact match", "T", "GMACs", "KV entries", "KV kB", "prefill ms",
     ]  # fmt: skip
-    read = [(row[0].strip("| "), row[1], row[2].split()[0], *row[3:6]) for row in rows]
+    read = [(row[0].strip("| "), row[1], row[2].split()[0], *row[3:7]) for row in rows]
     assert read == [
-        ("none", "plain/export", "100.0", "4.0", "2.500", "7.0"),
-        ("none", "staged/export", "50.0", "4.0", "2.500", "7.0"),
-        ("staged", "plain/export", "25.0", "3.0", "2.500", "6.0"),
-        ("staged", "staged/export", "87.5", "3.0", "2.500", "6.0"),
+        ("none", "plain/export", "100.0", "4.0", "2.500", "7.0", "1"),
+        ("none", "staged/export", "50.0", "4.0", "2.500", "7.0", "1"),
+        ("staged", "plain/export", "25.0", "3.0", "2.500", "6.0", "1"),
+        ("staged", "staged/export", "87.5", "3.0", "2.500", "6.0", "1"),
     ]
     low, high = map(float, rows[3][2].partition("[")[2].rstrip("]").split(", "))
     assert 0 <= low < 87.5 < high <= 100
 
 
+def test_the_table_is_made_anew_from_shipped_figures(store, tmp_path, capsys, monkeypatch):
+    answered(store, "plain", "none", 8, (4, 4))
+    answered(store, "plain", "staged", 3)
+    shown = []
+    for arguments in ([str(tmp_path), "--csv", str(tmp_path / "figures.csv")], [str(tmp_path / "figures.csv")]):
+        monkeypatch.setattr("sys.argv", ["compare", *arguments])
+        compare.main()
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and "| staged | plain | 37.5 [" in shown[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bytes_of_an_entry_are_those_of_the_cache(dtype):
+    loaded = load_model("tiny", device="cpu", dtype=dtype)
+    cache = loaded.model(input_ids=torch.ones(1, 5, dtype=torch.long)).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert held == 5 * len(cache.layers) * compare.entry_bytes("tiny", dtype)
+
+
 def test_checkpoints_that_were_asked_otherwise_are_refused(store, tmp_path):
     with pytest.raises(DataError, match="no finished results"):
-        table_of(tmp_path)
+        figures_of(tmp_path)
     answered(store, "plain", "none", 8)
     answered(store, "staged", "none", 8, total=99)
     with pytest.raises(DataError, match="differ in their questions"):
-        table_of(tmp_path)
+        figures_of(tmp_path)
     answered(store, "older", "none", 8, versions={"torch": "1"})
     with pytest.raises(DataError, match=r"differ in .*versions"):
-        table_of(tmp_path)
+        figures_of(tmp_path)
 
 
 def test_the_sweep_reads_and_names_what_the_page_compares():
