@@ -189,3 +189,13 @@ def test_a_run_is_evaluated_under_its_own_staging(staged, tmp_path, monkeypatch)
     figures = training.scores(training.Trainer(small(**staged), tmp_path), 1)
     assert "test gqa exact_match" in figures
     assert {*methods} == {"staged:enter=2,exit=5,sink=bos" if staged else "none"}
+
+
+def test_a_run_may_start_from_a_checkpoint(tmp_path):
+    plain, staged, longer = (settings.read(FOLDER / f"adapt{name}.yaml") for name in ("", "-4-10", "-4-10-flops"))
+    assert staged == plain | {"staged": {"enter": 4, "exit": 10, "sink": "visual"}}
+    assert [phase["steps"] for phase in longer["phases"]] == [587, 73, 74]
+    trainer = training.Trainer(staged, tmp_path)
+    expected = training.load.load_model("tiny", device="cpu").model.state_dict()
+    found = trainer.plain_model().state_dict()
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
