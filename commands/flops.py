@@ -99,7 +99,7 @@ def reproductions() -> list[Reproduction]:
 
 
 def published_markdown(figures: list[Reproduction]) -> str:
-    """The README's table of figures in print."""
+    """The table of figures in print in docs/flops.md."""
     rule = ["---", "---", *["---:"] * (len(HEADER) - 2)]
     lines = ["| " + " | ".join(line) + " |" for line in (HEADER, rule, *map(_row, figures))]
     return "\n".join([*lines, "", LEGEND])

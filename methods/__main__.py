@@ -1,4 +1,4 @@
-"""``python -m visibench.methods``: the README's table of methods."""
+"""``python -m visibench.methods``: the table of methods in docs/methods.md."""
 
 from ..engine.contract import Method
 from .registry import list_methods

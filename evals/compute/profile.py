@@ -41,22 +41,26 @@ class Asked(Lengths):
 
 
 class ProfileConfig(Config):
-    """Methods × batch sizes × lengths on one model.
-
-    ``layers``: keep only so many decoder layers. ``threads``: of torch on a CPU; None leaves them as they are.
-    ``overhead_every``: the overhead of methods takes a prefill of its own, in one of so many rounds.
-    """
+    """Methods × batch sizes × lengths on one model."""
 
     parts: ClassVar = {"lengths": Asked}
 
     weights: Weights = "pretrained"
+    """`random`: the model's sizes with random weights; nothing is downloaded."""
     layers: Count | None = None
+    """Keep only so many decoder layers."""
     threads: Count | None = None
+    """Threads of torch on a CPU; null leaves them as they are."""
     batch_sizes: list[Count] = Field(default=[1], min_length=1)
+    """Rows of the batches that are timed."""
     lengths: list[Asked] = Field(default=[Asked()], min_length=1)
+    """Text tokens, visual tokens and new tokens of a row."""
     warmup: Annotated[int, Field(ge=0, strict=True)] = 3
+    """Rounds before the first that counts."""
     repeats: Count = 20
+    """Rounds that are timed; each runs all methods in turn."""
     overhead_every: Count = 1
+    """The overhead of methods takes a prefill of its own, in one of so many rounds."""
 
     @field_validator("batch_sizes", "lengths")
     @classmethod

@@ -34,41 +34,48 @@ _BRANCHES = ("str", "MethodEntry", "constrained-int", "dict[", "list[", "[key]")
 
 
 class MethodEntry(BaseModel):
-    """A method of a sweep. All other keys are options of the method; those under ``grid`` are lists that expand.
+    """A method of a sweep. All other keys are options of the method."""
 
-    ``path``: the Python file that holds the method, where it is not registered. ``budget``: targets for which an option
-    of the method is solved, see :class:`Config`; none instead of the sweep's.
-    """
-
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
 
     name: str
+    """The method, as `visibench methods` lists it, or `NAME@PRESET`."""
     path: str | None = None
+    """The Python file that holds the method, where it is not registered."""
     label: str | None = None
+    """How tables call it; its text with all options otherwise."""
     seeds: Seeds | None = None
+    """Instead of the sweep's."""
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
+    """Options with lists of values: one entry for each combination."""
     budget: Budget | list[Budget] | None = None
+    """Instead of the sweep's."""
 
 
 class Config(BaseModel):
     """What every configuration says: methods on a model. Unknown keys are refused.
 
-    ``methods``: as on the command line (``fastv:layer=2,keep=0.5``) or as a mapping, see :class:`MethodEntry`.
-    ``seeds``: for methods that draw. ``parts``: the models of keys that hold mappings. ``budget``: ``tokens`` (T, the
-    mean over decoder-layer inputs) or ``tflops`` (executed), or a list of such, for every method that neither has its
-    own nor is given an option that decides how much it keeps; each is solved before the run.
+    ``parts``: the models of keys that hold mappings.
     """
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
     parts: ClassVar[dict[str, type[BaseModel]]] = {}
 
     model: str
+    """A name that `visibench models` lists, a local folder or a hub id."""
     methods: list[str | MethodEntry] = Field(min_length=1)
+    """Methods, as on the command line (`fastv:layer=2,keep=0.5`) or as mappings with the keys below."""
     device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
     dtype: str = "auto"
+    """`auto`, `float32`, `bfloat16` or `float16`; auto: the checkpoint's on a GPU, float32 on a CPU."""
     attention: str = "sdpa"
+    """The attention implementation of transformers."""
     seeds: Seeds = [0]
+    """Seeds of methods that draw."""
     budget: Budget | list[Budget] | None = None
+    """`tokens` (T, the mean over decoder-layer inputs) or `tflops` (executed), or a list of such, for every method
+    that neither has its own nor is given an option that decides how much it keeps; solved before the run."""
 
 
 @dataclass(frozen=True)

@@ -15,28 +15,32 @@ from ..settings.method_spec import MethodSpec
 
 
 class SweepConfig(Config):
-    """A sweep: methods × tasks × seeds on each model. The dense model always comes along, first.
-
-    ``model``, or ``models`` for several, which run one after the other. ``limit``: the first so many questions of every
-    task, or a number by task. ``timing``: how prefill is timed; null: not at all. ``out``: the run folder,
-    ``runs/<name of the file>`` by default. ``feature_cache_gb``: memory for vision features that cells share, in GiB,
-    and four times as much on disk; 0: none is kept. ``keep_features``: leave them on disk for the next sweep.
-    ``references``: add random, pooling and downsample at the budgets of the other methods, once those have run.
-    """
+    """A sweep: methods × tasks × seeds on each model. The dense model always comes along, first."""
 
     parts: ClassVar = {"timing": TimingConfig}
 
     model: str = ""
+    """A name that `visibench models` lists, a local folder or a hub id."""
     models: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
+    """Several instead of `model`; they run one after the other."""
     tasks: list[str] = Field(min_length=1)
+    """Names that `visibench tasks` lists, or any `generate_until` task of lmms-eval."""
     data: str = "embedded"
+    """Where the questions come from: `embedded`, `hub`, or a folder laid out as the hub's data sets."""
     limit: Count | Annotated[dict[str, Count], Field(min_length=1)] | None = None
+    """The first so many questions of every task, or a number by task."""
     batch_size: Count = 8
+    """Questions in a batch."""
     timing: Annotated[TimingConfig | None, Numeric] = TimingConfig()
+    """How prefill is timed, with the keys below; null: not at all."""
     feature_cache_gb: Annotated[float, Numeric] = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Memory for vision features that cells share, in GiB, and four times as much on disk; 0: none is kept."""
     keep_features: bool = False
+    """Leave vision features on disk for the next sweep."""
     references: bool = False
+    """Add random, pooling and downsample at the budgets of the other methods, once those have run."""
     out: str | None = None
+    """The run folder, `runs/<name of the file>` by default."""
 
     @model_validator(mode="after")
     def _some_model(self) -> SweepConfig:

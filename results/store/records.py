@@ -40,9 +40,14 @@ class TimingConfig(Record):
     With an adaptive method, where what it sees decides how many tokens stay, those in the middle by executed compute.
     """
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     batch_size: int = Field(default=1, ge=1)
+    """Questions in the batch that is timed."""
     warmup: int = Field(default=3, ge=0)
+    """Prefills before the first that counts."""
     repeats: int = Field(default=20, ge=1)
+    """Prefills that are timed."""
 
 
 class CellConfig(Record):

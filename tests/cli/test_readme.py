@@ -1,19 +1,43 @@
 """The README says what the code does."""
 
 import json
+import re
 from pathlib import Path
 from statistics import fmean
 
+import pytest
 import visibench
 from support import GOLDEN
+from visibench.evals.sweeps.__main__ import TABLES
+from visibench.evals.sweeps.__main__ import markdown as keys
 from visibench.methods.__main__ import markdown
 
-README = (Path(visibench.__file__).parent / "README.md").read_text()
+ROOT = Path(visibench.__file__).parent
+README = (ROOT / "README.md").read_text()
+PAGES = {page.name: page.read_text() for page in (ROOT / "docs").glob("*.md")}
 
 
 def test_table_of_methods_is_the_registry():
-    """If this fails: put the output of ``python -m visibench.methods`` into the README."""
-    assert markdown() in README
+    """If this fails: put the output of ``python -m visibench.methods`` into docs/methods.md."""
+    assert markdown() in PAGES["methods.md"]
+
+
+def test_keys_of_configurations_are_those_of_the_code():
+    """If this fails: put the output of ``python -m visibench.evals.sweeps`` into docs/sweeps.md."""
+    assert keys() in PAGES["sweeps.md"]
+    for kind, _ in TABLES.values():
+        assert [name for name, field in kind.model_fields.items() if not field.description] == []
+
+
+def test_readme_is_short_and_the_index_names_every_page():
+    assert len(README.split()) <= 1500
+    assert {*PAGES} - {"README.md"} <= {*re.findall(r"\]\(([a-z_]+\.md)\)", PAGES["README.md"])}
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{name}" for name in sorted(PAGES))])
+def test_links_within_the_project_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
+        assert link.startswith("http") or ((ROOT / page).parent / link).exists(), link
 
 
 def test_every_method_of_other_authors_has_vectors_from_their_code():
@@ -24,18 +48,18 @@ def test_every_method_of_other_authors_has_vectors_from_their_code():
 
 
 def test_readme_names_the_commands_that_ci_runs():
-    ci = (Path(visibench.__file__).parent / ".ci" / "run").read_text()
+    ci = (ROOT / ".ci" / "run").read_text()
     assert "\nmake test\n" in ci
     assert 'pip install -c constraints.txt -e ".[dev]"     &&  make test' in README
     assert "pip install -c constraints.txt -e .            &&  visibench sweep configs/quick.yaml" in README
 
 
 def test_table_of_times_is_the_stored_profile():
-    (file,) = (Path(visibench.__file__).parent / "results" / "measured").glob("profile_cpu_*.json")
-    assert f"results/measured/{file.name}" in README
+    (file,) = (ROOT / "results" / "measured").glob("profile_cpu_*.json")
+    assert f"results/measured/{file.name}" in PAGES["speed.md"]
     for row in json.loads(file.read_text())["rows"]:
         prefill, speedup = row["ms"]["prefill"], row["speedup"]["prefill"]
         assert (
             f"| {row['method']} | {fmean(row['visual_tokens']):.0f} | {prefill['median']:.0f} ± {prefill['iqr']:.0f} "
             f"| {row['promised']:.2f} | {speedup:.2f} | {speedup / row['promised']:.0%} |".replace("% |", " % |")
-        ) in README
+        ) in PAGES["speed.md"]

@@ -138,8 +138,8 @@ def test_compute_equals_that_of_torchs_counter(model, inputs, method):
     assert closed.total()[0] == (counter.get_total_flops() - sum(rotary)) / 2
 
 
-def test_readme_and_the_command_name_the_tested_decoders(cli):
+def test_docs_and_the_command_name_the_tested_decoders(cli):
     names = f"Tested text decoders: {', '.join(sorted(DECODERS))}"
-    readme = (Path(visibench.__file__).parent / "README.md").read_text()
+    readme = (Path(visibench.__file__).parent / "docs" / "python.md").read_text()
     assert names in " ".join(readme.split())
     assert names in " ".join(cli("models")[1].split())

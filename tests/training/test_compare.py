@@ -6,9 +6,9 @@ from storing import config, frame, put
 from visibench.errors import DataError
 from visibench.evals.settings.config import variants
 from visibench.evals.sweeps.config import load_config
+from visibench.models import load_model
 from visibench.results.store.records import Compute, ScoreRecord, VisualTokens
 from visibench.results.store.store import Store
-from visibench.models import load_model
 from visibench.training import compare
 from visibench.training.compare import figures_of, table_of
 
@@ -60,7 +60,8 @@ def test_the_table_is_made_anew_from_shipped_figures(store, tmp_path, capsys, mo
         monkeypatch.setattr("sys.argv", ["compare", *arguments])
         compare.main()
         shown.append(capsys.readouterr().out)
-    assert shown[0] == shown[1] and "| staged | plain | 37.5 [" in shown[0]
+    assert shown[0] == shown[1]
+    assert "| staged | plain | 37.5 [" in shown[0]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -198,4 +198,5 @@ def test_a_run_may_start_from_a_checkpoint(tmp_path):
     trainer = training.Trainer(staged, tmp_path)
     expected = training.load.load_model("tiny", device="cpu").model.state_dict()
     found = trainer.plain_model().state_dict()
-    assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
