@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from . import __version__
 from .commands import (
+    analyze,
     budget,
     check,
     check_method,
@@ -58,9 +59,10 @@ COMMANDS = (
     budget.budget,
     published.published,
     fit.fit,
+    analyze.analyze,
 )
 
-RESUMED = ("run", "sweep")
+RESUMED = ("run", "sweep", "analyze")
 """Commands that go on where they stopped."""
 
 

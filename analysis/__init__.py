@@ -1,1 +1,6 @@
-"""What a model does with its visual tokens, and the settings of methods that follow from it (fit)."""
+"""How a model fuses images, and what follows from that for the settings of methods.
+
+``probes`` are methods that look or blind, ``recorder`` what they look at; ``windows`` which layers are probed;
+``stages`` puts the measurements together and ``boundaries`` finds where stages begin and end. ``fit`` holds the
+searches of methods' authors.
+"""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from ..errors import DataError, OptionError, UnknownNameError, suggest
-from .shared import finished
+from ..errors import DataError, OptionError
+from .shared import finished, names
 
 if TYPE_CHECKING:
     from ..results.store.store import Cell
@@ -50,7 +49,7 @@ def plot(
         raise OptionError(
             f"--format {form} and --out {out} both say the format: give a folder to --out, or no --format"
         )
-    forms = _listed(form, FORMATS, "--format") or ["png"]
+    forms = names(form, FORMATS, "--format") or ["png"]
     if source.is_file() or (source.suffix == ".json" and not source.is_dir()):
         for option, value in (("--kind", kind), ("--task", task)):
             if value is not None:
@@ -82,7 +81,7 @@ def _run(folder: Path, kind: str | None, task: str | None, out: Path | None, for
     from ..results.figures.plots import KINDS
     from ..results.tables.tables import build
 
-    kinds = _listed(kind, KINDS, "--kind") or list(KINDS)
+    kinds = names(kind, KINDS, "--kind") or list(KINDS)
     if forms is None and len(kinds) > 1:
         raise OptionError(
             f"{len(kinds)} figures do not fit into the file {out}: choose one with --kind, or give a folder"
@@ -117,14 +116,5 @@ def _draw(table: ResultTable, kind: str, files: list[Path], *, needed: bool) -> 
 
 def _of_tasks(cells: list[Cell], tasks: str | None) -> list[Cell]:
     known = {cell.config.task for cell in cells}
-    wanted = _listed(tasks, known, "--task") or known
+    wanted = names(tasks, known, "--task") or known
     return [cell for cell in cells if cell.config.task in wanted]
-
-
-def _listed(text: str | None, known: Collection[str], option: str) -> list[str]:
-    """Names separated by commas, each one of ``known``."""
-    names = [name.strip() for name in text.split(",")] if text is not None else []
-    for name in names:
-        if name not in known:
-            raise UnknownNameError(f"{option}: {name!r} is unknown; {suggest(name, known)}")
-    return list(dict.fromkeys(names))

@@ -33,17 +33,20 @@ def report(
     """
     from ..reports.html.report import report as page_of
     from ..reports.question_image import no_images
+    from ..results.store import stage_records
     from ..results.tables.tables import build
 
     cells = finished(folder)
     file = out or folder / "report.html"
     check_writable(file)
+    analysis = folder / stage_records.STAGES
     page = page_of(
         build(cells),
         folder.resolve().name,
         questions=questions,
         images=_images() if images and questions else no_images,
         about=_about(),
+        stages=stage_records.read(analysis) if analysis.exists() else None,
     )
     try:
         file.write_text(page, encoding="utf-8")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from ..errors import DataError, OptionError
+from ..errors import DataError, OptionError, UnknownNameError, suggest
 
 if TYPE_CHECKING:
     from ..results.store.store import Cell
@@ -91,6 +93,26 @@ def share(percent: float | None) -> float | None:
     if percent is not None and not 0 < percent < 100:
         raise OptionError(f"--margin {percent:g} is no share of a score: give percent above 0 and below 100, such as 2")
     return None if percent is None else percent / 100
+
+
+def names(text: str | None, known: Collection[str], option: str) -> list[str]:
+    """Names separated by commas, each one of ``known``; none without a text."""
+    found = [name.strip() for name in text.split(",")] if text is not None else []
+    for name in found:
+        if name not in known:
+            raise UnknownNameError(f"{option}: {name!r} is unknown; {suggest(name, known)}")
+    return list(dict.fromkeys(found))
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error, for so many questions; what is yielded takes how many more are done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.advance(task, done)
 
 
 def integers(text: str, separator: str, option: str) -> list[int]:

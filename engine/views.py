@@ -43,7 +43,8 @@ class LayerView:
     """The input of a decoder layer: B rows, L tokens, V visual tokens.
 
     ``tokens``: hidden states of all tokens (B, L, D). ``layout``: their roles. ``final_norm``: the decoder's last norm,
-    as a function. ``told``: the layer's keyword arguments for these tokens. ``before``: what its cache held.
+    as a function. ``read``: logits (B, n, vocabulary) of hidden states (B, n, D), by that norm and the LM head.
+    ``told``: the layer's keyword arguments for these tokens. ``before``: what its cache held.
     """
 
     def __init__(
@@ -54,11 +55,13 @@ class LayerView:
         hidden: Tensor,
         *,
         final_norm: Norm,
+        read: Norm,
         told: Callable[[], dict[str, Any]],
         before: Before | None,
         trace: Trace,
     ) -> None:
         self.layer, self.layout, self.tokens, self.final_norm = layer, layout, hidden, final_norm
+        self.read = read
         self._module, self._told, self._before, self._trace = module, told, before, trace
 
     @property
@@ -91,7 +94,9 @@ class LayerView:
 class AttentionView:
     """The attention of a decoder layer: B rows, H query heads, L tokens, d the head size.
 
-    ``dense``: the layer's own kernel on other values (B, kv heads, L, d); without any, on its own.
+    ``dense``: the layer's own kernel on other values (B, kv heads, L, d); without any, on its own. ``project``: the
+    layer's output projection, of attention outputs (B, n, H · d) with heads side by side: (B, n, D). ``read``: as in
+    :class:`LayerView`.
     """
 
     def __init__(
@@ -102,10 +107,13 @@ class AttentionView:
         *,
         scaling: float,
         dense: Callable[..., Tensor],
+        project: Norm,
+        read: Norm,
         before: Before | None,
         trace: Trace,
     ) -> None:
         self.layer, self.layout = layer, layout
+        self.project, self.read = project, read
         self._query, self._key, self._value = qkv
         self._scaling, self._dense, self._before, self._trace = scaling, dense, before, trace
 

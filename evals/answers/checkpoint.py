@@ -69,13 +69,13 @@ class Answers:
         if folder is None:
             return
         for file in sorted(folder.glob(f"{ANSWERS}*.jsonl")):
-            for line in self._lines(file)[1:]:
+            for line in disk.bound_lines(file, self._head):
                 batch = _parse(line)
                 if batch is not None:
                     self.batches[batch.asked] = batch
         name = ANSWERS if shard == (0, 1) else f"{ANSWERS}-{shard[0]}of{shard[1]}"
         self._file = folder / f"{name}.jsonl"
-        self._open(self._file)
+        disk.bind(self._file, self._head)
 
     def find(self, key: str, pixels: Callable[[int], str]) -> Batch | None:
         """The stored answers to a batch, unless its images have changed. ``pixels``: their hash by question."""
@@ -93,25 +93,6 @@ class Answers:
         if self._file is not None:
             with disk.writing(self._file):
                 disk.append(self._file, (json.dumps(asdict(batch)) + "\n").encode())
-
-    def _lines(self, file: Path) -> list[bytes]:
-        """The whole lines of a file that is bound to the same; none otherwise."""
-        try:
-            lines = file.read_bytes().splitlines(keepends=True)
-        except OSError:
-            return []
-        if lines[:1] != [self._head]:
-            return []
-        return [line for line in lines if line.endswith(b"\n")]
-
-    def _open(self, file: Path) -> None:
-        """Bring the file into a state to which lines can be added: a head, and no torn end."""
-        with disk.writing(file):
-            disk.make(file.parent)
-            wanted = b"".join(self._lines(file)) or self._head
-            if not file.exists() or file.read_bytes() != wanted:
-                with disk.whole(file) as partial:
-                    partial.write_bytes(wanted)
 
 
 def bound_to(config: CellConfig, model: dict) -> str:

@@ -82,6 +82,9 @@ def questions(task: Task, size: int) -> list[Question]:
     return [Question.of(request) for request in task.harness.instances for _ in range(request.repeats)]
 
 
+OnFirst = Callable[[list[int], torch.Tensor], None]
+
+
 class Pictured(Protocol):
     """Where the images of a question come from, such as a :class:`Task`."""
 
@@ -96,6 +99,7 @@ class Bridge:
     ``answers`` holds what is answered and takes what is new. ``seed``: each batch starts from generators of Python,
     NumPy and torch seeded with it and the batch's number, so that a method that draws from them draws the same
     whatever ran before; None leaves them alone. ``forgiving``: failures are noted in ``answers``, not raised.
+    ``on_first`` is handed each batch that ran: its doc_ids, and the logits (B, vocabulary) of the first new token.
     """
 
     def __init__(
@@ -109,11 +113,12 @@ class Bridge:
         seed: int | None = None,
         *,
         forgiving: bool = False,
+        on_first: OnFirst | None = None,
     ) -> None:
         self.loaded, self.session, self.task = loaded, session, task
         self.batch_size, self.on_batch = batch_size, on_batch or (lambda answered: None)
         self.answers = answers if answers is not None else Answers()
-        self.seed, self.forgiving = seed, forgiving
+        self.seed, self.forgiving, self.on_first = seed, forgiving, on_first
         self.hardware = loaded.describe()["hardware"]
         self.clock = clock_of(loaded.model.device)
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -196,6 +201,8 @@ class Bridge:
         start = self.clock.mark()
         new = self._generate(inputs, generation(chunk[0].options), watch)
         end = self.clock.mark()
+        if self.on_first is not None and watch.first is not None:
+            self.on_first([question.doc_id for question in chunk], watch.first)
         trace = self.session.trace
         compute = flops.executed(trace, self.loaded.geometry)
         (together,) = flops.executed_by_batch(trace, self.loaded.geometry).total()
@@ -250,13 +257,16 @@ class Bridge:
 class Nonfinite(LogitsProcessor):
     """Notes rows whose logits are NaN or infinite at some step, without a look at the device before the end.
 
-    Minus infinity alone counts only where it is all there is: it is how tokens are forbidden.
+    Minus infinity alone counts only where it is all there is: it is how tokens are forbidden. ``first``: the logits of
+    the first step.
     """
 
     def __init__(self) -> None:
         self._seen: torch.Tensor | None = None
+        self.first: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.first = scores if self.first is None else self.first
         bad = ~torch.isfinite(scores.amax(-1))
         self._seen = bad if self._seen is None else self._seen | bad
         return scores

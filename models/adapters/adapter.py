@@ -91,6 +91,10 @@ class Adapter:
         axes_first = positions.movedim(-1, 0) if positions.ndim == 3 else positions
         return self.decoder.rotary_emb(like, position_ids=axes_first)
 
+    def read(self, hidden: Tensor) -> Tensor:
+        """Logits (…, vocabulary) of the token behind, from hidden states (…, D): the last norm and the LM head."""
+        return self.model.get_output_embeddings()(self.decoder.norm(hidden))
+
     @property
     def geometry(self) -> Geometry:
         """Sizes of the model, read from its configuration and projector."""

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from ...errors import DataError
 from ...results.figures.plots import PLOTS
+from ...results.store.stage_records import StageRecord
 from ...results.tables import summary
 from ...results.tables.columns import Column, columns
 from ...results.tables.notes import heading, notes
@@ -26,6 +27,7 @@ from ..question_image import ImageSource, no_images
 from .cards import method_cards, question_cards
 from .inline import inline
 from .questions import KINDS, RULE, choose
+from .stages import stages_section
 
 _SIZE = "@@size@@"
 
@@ -37,10 +39,12 @@ def report(
     questions: int = 24,
     images: ImageSource = no_images,
     about: Mapping[str, Mapping[str, Any]] | None = None,
+    stages: StageRecord | None = None,
 ) -> str:
     """The page. ``name``: of the run. ``questions``: how many to show, shared out among the tables.
 
     ``about``: facts about methods by name, as :func:`visibench.evals.settings.method_spec.describe_methods` gives them.
+    ``stages``: an analysis of how the model fuses images, for a section of its own.
     """
     share, more = divmod(questions, len(tables))
     sections = [
@@ -52,6 +56,7 @@ def report(
     page = environment.from_string(_read("report.html.j2")).render(
         name=name,
         sections=sections,
+        stages=None if stages is None else stages_section(stages),
         rule=RULE,
         kinds=KINDS,
         style=Markup(style),

@@ -99,6 +99,15 @@ def measure(key: str, runs: Sequence[pd.DataFrame], maximum: float | None = None
     return Measured(metric, sums.mean(0, keepdims=True) if metric.linear else sums, scores, sizes, maximum)
 
 
+def measure_values(values: Floats, images: Sequence[str], maximum: float | None = None) -> Measured:
+    """The mean of one value a question (questions,), with the image of each; ``maximum`` 1 for shares."""
+    image, names = pd.factorize(np.asarray(images, object))
+    sums = np.zeros((1, len(names), 2))
+    np.add.at(sums[0], image, np.stack([values, np.ones_like(values)], axis=1))
+    sizes = np.bincount(image, minlength=len(names)).astype(float)
+    return Measured(MEAN, sums, values[None], sizes, maximum)
+
+
 def reproduces(key: str, run: pd.DataFrame, stored: float) -> bool:
     """Whether samples give lmms-eval's own value of a metric, so that statistics are about the same quantity."""
     counted = run[METRICS.get(key, MEAN).asks(run)]

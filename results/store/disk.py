@@ -63,6 +63,25 @@ def append(file: Path, line: bytes) -> None:
             raise
 
 
+def bound_lines(file: Path, head: bytes) -> list[bytes]:
+    """The whole lines of a file behind its ``head``, which says what they belong to; none where it has another one."""
+    try:
+        lines = file.read_bytes().splitlines(keepends=True)
+    except OSError:
+        return []
+    return [line for line in lines[1:] if line.endswith(b"\n")] if lines[:1] == [head] else []
+
+
+def bind(file: Path, head: bytes) -> None:
+    """Bring a file into a state to which lines can be added: its ``head``, what belongs to it, and no torn end."""
+    with writing(file):
+        make(file.parent)
+        wanted = head + b"".join(bound_lines(file, head))
+        if not file.exists() or file.read_bytes() != wanted:
+            with whole(file) as partial:
+                partial.write_bytes(wanted)
+
+
 def make(folder: Path) -> None:
     """Make a folder, and those that it lies in, so that they are there after a power cut."""
     if not folder.is_dir():
