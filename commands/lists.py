@@ -34,11 +34,17 @@ def models(as_json: AsJson = False) -> None:
 
 def tasks(as_json: AsJson = False) -> None:
     """List the tasks with embedded data. Any other generate_until task of lmms-eval works by name, from the hub."""
-    from ..evals.tasks.tasks import TASKS
+    from ..evals.tasks.known import TASKS
+    from ..evals.tasks.scorers import SCORERS
 
     described = [dataclasses.asdict(info) for info in TASKS.values()]
     rows = [[t["name"], t["about"], ", ".join(m["key"] for m in t["metrics"])] for t in described]
-    also = "Also: any other task of lmms-eval by its name, such as scienceqa_img, with data from the hub."
+    scorers = "\n".join(f"  {name:<10}{scorer.about}" for name, scorer in SCORERS.items())
+    also = (
+        "Also: any other task of lmms-eval by its name, such as scienceqa_img, with data from the hub; and your own\n"
+        "questions, FILE.jsonl, FILE.parquet or a folder of such (docs/your_data.md). Scorers for these, FILE:SCORER:\n"
+        f"{scorers}"
+    )
     print_list(described, ["task", "about", "metrics in tables"], rows, also, as_json=as_json)
 
 

@@ -39,25 +39,31 @@ AsEvents = Annotated[
     ),
 ]
 
+TASKS = (
+    "Tasks, separated by commas: by name, see `visibench tasks`; or your own questions, FILE.jsonl, FILE.parquet or a "
+    "folder of such, with :SCORER behind it if wanted (docs/your_data.md)."
+)
+DATA = (
+    "embedded, hub, or a folder laid out like the hub: MME, POPE, textvqa and GQA as parquet, or as written by "
+    "save_to_disk (then GQA_images and GQA_instructions)."
+)
 METHOD = "E.g. fastv:layer=2,keep=0.5; see `visibench methods`. Or of a file: ./FILE.py:NAME:key=value."
 
 
 def run(
     model: Annotated[str, typer.Option(help="tiny, a local folder, or a hub name.")],
     method: Annotated[str, typer.Option(metavar="NAME[:key=value,…]", help=METHOD)],
-    task_list: Annotated[str, typer.Option("--tasks", metavar="A,B", help="Tasks, separated by commas.")],
+    task_list: Annotated[str, typer.Option("--tasks", metavar="A,B", help=TASKS)],
     limit: Limit = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 8,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Annotated[int | None, typer.Option(help="For methods that draw. (default: 0)")] = None,
-    data: Annotated[
+    data: Annotated[str, typer.Option(help=DATA)] = "embedded",
+    include_path: Annotated[
         str,
-        typer.Option(
-            help="embedded, hub, or a folder laid out like the hub: MME, POPE, textvqa and GQA as parquet, or as "
-            "written by save_to_disk (then GQA_images and GQA_instructions)."
-        ),
-    ] = "embedded",
+        typer.Option(metavar="DIR", help="Tasks of your own, by name: a folder of YAMLs as lmms-eval reads them."),
+    ] = "",
     out: Annotated[Path | None, typer.Option(help="Run folder. (default: runs/MODEL)")] = None,
     timing: Annotated[bool, typer.Option(help="Time prefill, 20 times a task.")] = True,
     feature_cache_gb: FeatureCache = None,
@@ -85,6 +91,7 @@ def run(
         "dtype": dtype,
         "seeds": [seed or 0],
         "data": data,
+        "include_path": include_path,
     }
     if not timing:
         content["timing"] = None

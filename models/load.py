@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import os
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -28,14 +27,13 @@ from ..errors import (
 )
 from ..utils.bounded_cache import BoundedCache
 from ..utils.machine import processor, version
+from ..utils.sources import ends
 from .adapters import FAMILIES, Adapter, Geometry
 from .geometry import Weights, about, build, check_weights, configuration, published, synthetic_inputs
 from .inputs import as_text, prepared, special_tokens
 from .support import check_configuration
 
 EMBEDDED = {"tiny": Path(__file__).parent / "tiny" / "checkpoint"}
-_WHOLE_FILE = 32 << 20
-_EDGE = 64 << 10
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -202,15 +200,8 @@ def fingerprint(model: str) -> str:
         return ""
     digest = hashlib.sha256()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(folder)}:{size}".encode())
-        with file.open("rb") as stream:
-            if size <= _WHOLE_FILE:
-                digest.update(stream.read())
-            else:
-                digest.update(stream.read(_EDGE))
-                stream.seek(-_EDGE, os.SEEK_END)
-                digest.update(stream.read())
+        digest.update(f"{file.relative_to(folder)}:{file.stat().st_size}".encode())
+        digest.update(ends(file))
     return digest.hexdigest()[:16]
 
 

@@ -6,13 +6,14 @@ import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from ..errors import VisibenchError
-from ..evals.tasks.tasks import Task, load_tasks
+from ..evals.tasks.tasks import EMBEDDED, Task, load_tasks
 from ..models import LoadedModel, load_model
 from ..models.inputs import as_rgb
 from ..results.store.records import CellConfig
@@ -39,7 +40,10 @@ class ImageLoader:
 
     def __call__(self, config: CellConfig, prompts: Mapping[int, str]) -> dict[int, list[QuestionImage] | str]:
         """The images of the questions ``prompts`` (by doc_id) of a cell, or why one cannot be shown."""
-        task = self._task(config.task, config.origin)
+        # What is not one of lmms-eval's own is found by its file.
+        place = config.sources.get("task", "")
+        own = Path(place.partition(":")[0]).is_absolute()
+        task = self._task(place, EMBEDDED) if own else self._task(config.task, config.origin)
         if isinstance(task, str):
             return dict.fromkeys(prompts, task)
         return {doc_id: self._pictures(config.model, task, doc_id, prompt) for doc_id, prompt in prompts.items()}

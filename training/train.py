@@ -274,7 +274,8 @@ def scores(trainer: Trainer, limit: int) -> dict[str, float]:
     Under the staging that the decoder is trained with.
     """
     from ..evals.answers.score import evaluate
-    from ..evals.tasks.tasks import TASKS, load_tasks
+    from ..evals.tasks.known import TASKS
+    from ..evals.tasks.tasks import load_tasks
 
     loaded = load.LoadedModel("tiny", trainer.plain_model(), make_processor())
     staging, figures = trainer.staging, dict[str, float]()

@@ -8,7 +8,10 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import json
+import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -17,6 +20,8 @@ import yaml
 
 from .machine import version
 
+QUESTIONS = (".jsonl", ".parquet")
+WHOLE_FILE, EDGE = 32 << 20, 64 << 10
 Find = Callable[[str], Path | None]
 """Where the module of a dotted name lies; None for one that does not count."""
 
@@ -54,6 +59,40 @@ def of_file(file: Path) -> str:
 def of_files(files: Iterable[Path]) -> str:
     """Hash of these files, by their contents."""
     return _hashed(set(files))
+
+
+def of_questions(place: Path) -> str:
+    """Hash of a file or folder of questions, and of the images that a JSONL names by path; of large files the ends."""
+    files = [place] if place.is_file() else sorted(file for file in place.glob("*") if file.suffix in QUESTIONS)
+    digest = hashlib.sha256()
+    for file in files:
+        named = _images(file) if file.suffix == ".jsonl" else []
+        for one in [file, *named]:
+            with suppress(OSError):
+                digest.update(f":{one.stat().st_size}:".encode() + ends(one))
+    return digest.hexdigest()[:16] if files else ""
+
+
+def _images(file: Path) -> list[Path]:
+    """The images that the lines of a file name by path."""
+    named: dict[Path, None] = {}
+    for line in file.read_text(encoding="utf-8-sig", errors="replace").splitlines():
+        with suppress(ValueError, AttributeError):
+            image = json.loads(line).get("image")
+            paths = image if isinstance(image, list) else [image]
+            named |= {file.parent / path: None for path in paths if isinstance(path, str)}
+    return list(named)
+
+
+def ends(file: Path) -> bytes:
+    """The content of a file; of one above 32 MiB both ends."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        if size <= WHOLE_FILE:
+            return stream.read()
+        start = stream.read(EDGE)
+        stream.seek(-EDGE, os.SEEK_END)
+        return start + stream.read()
 
 
 def _module_file(name: str) -> Path | None:

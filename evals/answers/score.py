@@ -24,8 +24,9 @@ from ...results.store.records import Compute, Outcome, ScoreRecord, VisualTokens
 from ...results.store.samples import Answer, Sample, frame
 from ...utils import machine
 from ..tasks import lmms_eval
+from ..tasks.known import TaskMetric
 from ..tasks.question import Question
-from ..tasks.tasks import MME_CATEGORY_MAXIMUM, Task, TaskMetric, reason
+from ..tasks.tasks import MME_CATEGORY_MAXIMUM, Task, reason
 from .checkpoint import Answers, Batch
 from .generate import Bridge, batch_key, batches, generation, questions
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from ...methods import load_method
 from ...methods.files import file_of
 from ...models.load import fingerprint
@@ -12,7 +10,8 @@ from ...results.store.records import CellConfig
 from ..answers.cell_spec import CellSpec
 from ..settings.config import DENSE, Variant, variants
 from ..settings.method_spec import Solve, nowhere
-from ..tasks.tasks import EMBEDDED, origins, place_of
+from ..tasks.definitions import Definition
+from ..tasks.tasks import EMBEDDED, defined, origin_of
 from .config import SweepConfig
 
 
@@ -21,11 +20,11 @@ def cell_specs(config: SweepConfig, *, dense: bool = True, solve: Solve = nowher
 
     ``solve`` is asked, after all checks, for the methods that have a budget.
     """
-    where = origins(config.tasks, config.data)
-    return [cell for one in config.by_model() for cell in _of_model(one, where, dense, solve)]
+    tasks = defined(config.tasks, config.data, config.include_path)
+    return [cell for one in config.by_model() for cell in _of_model(one, tasks, dense, solve)]
 
 
-def _of_model(config: SweepConfig, where: Mapping[str, str], dense: bool, solve: Solve) -> list[CellSpec]:
+def _of_model(config: SweepConfig, tasks: list[Definition], dense: bool, solve: Solve) -> list[CellSpec]:
     checkpoint = fingerprint(config.model)
     every = variants(config, dense=dense, solve=solve)
     reference = next(
@@ -33,18 +32,18 @@ def _of_model(config: SweepConfig, where: Mapping[str, str], dense: bool, solve:
     )
     cells = []
     for variant in every:
-        for task, origin in where.items():
-            cell = _cell(config, checkpoint, variant, task, origin)
-            dense_cell = cell if cell.method == DENSE else _cell(config, checkpoint, reference, task, origin)
+        for task in tasks:
+            cell = _cell(config, checkpoint, variant, task)
+            dense_cell = cell if cell.method == DENSE else _cell(config, checkpoint, reference, task)
             cells.append(CellSpec(cell, variant.method, dense_cell))
     return cells
 
 
-def _cell(config: SweepConfig, checkpoint: str, variant: Variant, task: str, origin: str) -> CellConfig:
-    file = file_of(type(variant.method))
+def _cell(config: SweepConfig, checkpoint: str, variant: Variant, task: Definition) -> CellConfig:
+    file, origin = file_of(type(variant.method)), origin_of(task, config.data)
     where = {
         "method": file.path if file else type(variant.method).__module__,
-        "task": place_of(task) + ("+" if origin == EMBEDDED else ""),
+        "task": task.place + ("+" if origin == EMBEDDED else ""),
     }
     hashes = {"method": code.of_method(where["method"]), "task": code.of_task(where["task"]), "engine": code.engine()}
     return CellConfig(
@@ -57,9 +56,9 @@ def _cell(config: SweepConfig, checkpoint: str, variant: Variant, task: str, ori
         options=variant.method.hyperparameters(),
         label=variant.label,
         seed=variant.seed,
-        task=task,
+        task=task.name,
         origin=origin,
-        limit=config.limit_of(task),
+        limit=config.limit_of(task.name),
         batch_size=config.batch_size,
         timing=config.timing,
         method_file=file.path if file else "",

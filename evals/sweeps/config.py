@@ -12,6 +12,7 @@ from ...results.store.records import TimingConfig
 from ..settings.config import DENSE, Config, Count, MethodEntry, Numeric, expand, parse
 from ..settings.include import chosen, override, read
 from ..settings.method_spec import MethodSpec
+from ..tasks.definitions import called
 
 
 class SweepConfig(Config):
@@ -24,9 +25,11 @@ class SweepConfig(Config):
     models: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
     """Several instead of `model`; they run one after the other."""
     tasks: list[str] = Field(min_length=1)
-    """Names that `visibench tasks` lists, or any `generate_until` task of lmms-eval."""
+    """Names that `visibench tasks` lists, any `generate_until` task of lmms-eval, or files of your own questions."""
     data: str = "embedded"
     """Where the questions come from: `embedded`, `hub`, or a folder laid out as the hub's data sets."""
+    include_path: str = ""
+    """A folder of task YAMLs as lmms-eval reads them, whose tasks have names too."""
     limit: Count | Annotated[dict[str, Count], Field(min_length=1)] | None = None
     """The first so many questions of every task, or a number by task."""
     batch_size: Count = 8
@@ -53,11 +56,10 @@ class SweepConfig(Config):
 
     @model_validator(mode="after")
     def _limited_tasks(self) -> SweepConfig:
-        stray = sorted(set(self.limit) - set(self.tasks)) if isinstance(self.limit, dict) else []
+        names = [called(task) for task in self.tasks]
+        stray = sorted(set(self.limit) - set(names)) if isinstance(self.limit, dict) else []
         if stray:
-            raise ValueError(
-                f"limit names task {stray[0]!r}, which is not in the sweep; {suggest(stray[0], self.tasks)}"
-            )
+            raise ValueError(f"limit names task {stray[0]!r}, which is not in the sweep; {suggest(stray[0], names)}")
         return self
 
     def by_model(self) -> list[SweepConfig]:
@@ -95,9 +97,10 @@ def select(config: SweepConfig, methods: Sequence[str] = (), tasks: Sequence[str
     if methods:
         changes["methods"] = _only(config, methods)
     if tasks:
-        wanted = chosen(tasks, config.tasks)
-        _known(wanted, config.tasks, "--only-tasks", "task")
-        changes["tasks"] = [task for task in config.tasks if task in wanted]
+        names = [called(task) for task in config.tasks]
+        wanted = chosen(tasks, names)
+        _known(wanted, names, "--only-tasks", "task")
+        changes["tasks"] = [task for task in config.tasks if called(task) in wanted]
         if isinstance(config.limit, dict):
             # An empty one: no limit on what is left.
             changes["limit"] = {task: limit for task, limit in config.limit.items() if task in wanted} or None
@@ -111,8 +114,8 @@ def _only(config: SweepConfig, texts: Sequence[str]) -> list[str | MethodEntry]:
     wanted = chosen(texts, known)
     _known(wanted, known, "--only", "method")
     kept: list[str | MethodEntry] = []
-    for (entry, specs), called in zip(expanded, names, strict=True):
-        kept += [entry] if called.intersection(wanted) else [_alone(spec) for spec in specs if spec.label in wanted]
+    for (entry, specs), known_as in zip(expanded, names, strict=True):
+        kept += [entry] if known_as.intersection(wanted) else [_alone(spec) for spec in specs if spec.label in wanted]
     return kept or [DENSE]
 
 

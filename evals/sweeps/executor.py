@@ -15,6 +15,7 @@ from ...results.store.store import Store
 from ..answers.cell_spec import CellSpec
 from ..compute import budget
 from ..settings.target import Target
+from ..tasks.definitions import called
 from ..tasks.tasks import Task, load_tasks
 from .claims import done_elsewhere
 from .config import SweepConfig
@@ -93,19 +94,21 @@ class Prepared:
 
     def tasks(self, names: Sequence[str]) -> dict[str, Task]:
         """Tasks by name."""
-        missing = [name for name in names if name not in self._tasks]
-        self._tasks |= {task.name: task for task in (load_tasks(missing, self.config.data) if missing else [])}
+        config = self.config
+        missing = [entry for entry in config.tasks if called(entry) in names and called(entry) not in self._tasks]
+        loaded = load_tasks(missing, config.data, config.include_path) if missing else []
+        self._tasks |= {task.name: task for task in loaded}
         return {name: self._tasks[name] for name in names}
 
     def sizes(self, names: Collection[str]) -> dict[str, int]:
         """Questions to ask of each of these tasks."""
-        tasks = self.tasks([name for name in self.config.tasks if name in names])
+        tasks = self.tasks([name for name in map(called, self.config.tasks) if name in names])
         return {name: task.size(self.config.limit_of(name))[0] for name, task in tasks.items()}
 
     @cached_property
     def prompts(self) -> budget.Prompts:
         """What budgets are solved on: the first questions of every task."""
-        tasks = self.tasks(self.config.tasks)
+        tasks = self.tasks([called(entry) for entry in self.config.tasks])
         return budget.Prompts.of(self.loaded, list(tasks.values()), batch_size=self.config.batch_size)
 
     def solve(self, name: str, options: Mapping[str, Any], target: Target) -> Method:

@@ -44,6 +44,7 @@ with _contained():
 __all__ = [
     "Collator",
     "ConfigurableTask",
+    "Decoding",
     "GenerationResult",
     "TaskManager",
     "TokenCounts",
@@ -53,7 +54,37 @@ __all__ = [
     "quiet",
     "simple_evaluate",
     "simple_parse_args_string",
+    "with_images",
 ]
+
+
+class Decoding(ConfigurableTask):
+    """A task whose images may be written as pandas writes them."""
+
+    def download(self, *args: Any, **options: Any) -> None:
+        """Load the data, and see to such images."""
+        super().download(*args, **options)
+        if self.dataset_no_image is not self.dataset:
+            for split, docs in self.dataset_no_image.items():
+                self.dataset_no_image[split] = docs.remove_columns(_written(docs))
+        with_images(self.dataset)
+
+
+def with_images(data: Any) -> Any:
+    """A ``DatasetDict``, images decoded also where they are ``{bytes, path}`` without a note that these are images."""
+    from datasets import Image
+
+    for split, docs in data.items():
+        for column in _written(docs):
+            docs = docs.cast_column(column, Image())
+        data[split] = docs
+    return data
+
+
+def _written(docs: Any) -> list[str]:
+    """Columns of images as pandas writes them."""
+    return [name for name, kind in docs.features.items() if isinstance(kind, dict) and set(kind) == {"bytes", "path"}]
+
 
 if not _is_host:  # loguru's own switch for libraries: what matters reaches the user as an exception
     logger.disable("lmms_eval")

@@ -1,4 +1,4 @@
-"""Tasks: lmms-eval's own definitions and scorers, on the embedded data, a local folder, or the hub.
+"""Tasks: lmms-eval's own definitions and scorers, on the embedded data, a local folder, or the hub; and one's own.
 
 ``data`` says where the questions come from:
 
@@ -11,19 +11,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import DataError, InputError, OptionError, StorageError, UnknownNameError, disk_full, suggest
+from ...errors import DataError, InputError, OptionError, StorageError, disk_full
 from ...utils.bounded_cache import BoundedCache
+from .definitions import Definition, find
 from .hub import hub_or_cache
+from .known import TASKS, TaskInfo, TaskMetric
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,77 +33,22 @@ MME_CATEGORY_MAXIMUM = 200.0
 
 
 @dataclass(frozen=True)
-class TaskMetric:
-    """One of lmms-eval's metrics, by its key there, as tables show it. ``maximum`` None: not known beforehand."""
-
-    key: str
-    title: str
-    maximum: float | None = 1.0
-
-
-@dataclass(frozen=True)
-class TaskInfo:
-    """Facts about a task. The first metric is its headline.
-
-    ``cluster`` is the column that names the image, ``target`` the one with the reference answers where lmms-eval's own
-    notion of a target is a placeholder.
-    """
-
-    name: str
-    title: str
-    about: str
-    metrics: tuple[TaskMetric, ...]
-    cluster: str | None = None
-    target: str | None = None
-
-
-TASKS = {
-    info.name: info
-    for info in (
-        TaskInfo(
-            "gqa",
-            "GQA",
-            "compositional questions about a scene",
-            (TaskMetric("exact_match", "exact match"),),
-            "imageId",
-        ),
-        TaskInfo(
-            "mme",
-            "MME",
-            "two yes/no questions an image; the score counts single answers and whole pairs, 200 a category",
-            (TaskMetric("mme_perception_score", "perception", None),),
-            "question_id",
-        ),
-        TaskInfo(
-            "textvqa_val",
-            "TextVQA",
-            "reading words in an image, ten reference answers a question",
-            (TaskMetric("exact_match", "VQA accuracy"),),
-            "image_id",
-            "answers",
-        ),
-        TaskInfo(
-            "pope",
-            "POPE",
-            "is an object there? absent ones are random, popular or adversarial",
-            (TaskMetric("pope_f1_score", "F1"), TaskMetric("pope_accuracy", "accuracy")),
-            "image_source",
-        ),
-    )
-}
-
-
-@dataclass(frozen=True)
 class Task:
-    """A loaded task. ``origin`` is ``embedded``, ``hub`` or the local folder; ``harness`` is lmms-eval's object."""
+    """A loaded task. ``origin``: ``embedded``, ``hub`` or the local file or folder. ``harness``: lmms-eval's object.
+
+    ``own``: facts about questions of one's own.
+    """
 
     name: str
     origin: str
     harness: Any
+    own: TaskInfo | None = None
 
     @property
     def info(self) -> TaskInfo:
         """Facts about the task; for one outside the table, its first metric is the headline."""
+        if self.own:
+            return self.own
         if self.name in TASKS:
             return TASKS[self.name]
         first = next(iter(self.harness.aggregation()))
@@ -174,28 +119,25 @@ def decoded(task: str, doc_id: int, look: Callable[[], list[Image]]) -> list[Ima
     return images
 
 
-def load_tasks(names: Sequence[str], data: str = EMBEDDED) -> list[Task]:
-    """Load tasks by name. All names are checked before any data is read.
+def load_tasks(entries: Sequence[str], data: str = EMBEDDED, include_path: str = "") -> list[Task]:
+    """Load tasks by what :func:`~visibench.evals.tasks.definitions.find` takes. All are found before data are read.
 
     Raises :class:`UnknownNameError`, :class:`OptionError` (a task that does not generate answers to image questions)
     and :class:`DataError` (data that are missing, damaged, or cannot be downloaded).
     """
-    if not names:
+    return [_load(one, origin_of(one, data)) for one in defined(entries, data, include_path)]
+
+
+def defined(entries: Sequence[str], data: str = EMBEDDED, include_path: str = "") -> list[Definition]:
+    """What defines each of these tasks; names and data are checked, nothing is read."""
+    if not entries:
         raise OptionError("no tasks given: name at least one, e.g. --tasks gqa,pope")
-    doubled = [name for name, count in Counter(names).items() if count > 1]
+    check_data(data)
+    found = [find(entry, include_path) for entry in entries]
+    doubled = [name for name, count in Counter(one.name for one in found).items() if count > 1]
     if doubled:
         raise OptionError(f"task {doubled[0]!r} is given twice")
-    check_data(data)
-    files = {name: definition(name) for name in names}
-    return [_load(name, file, origin_of(name, data)) for name, file in files.items()]
-
-
-def origins(names: Iterable[str], data: str) -> dict[str, str]:
-    """Where the questions of each of these tasks come from, see :func:`origin_of`; names and data are checked."""
-    check_data(data)
-    for name in names:
-        definition(name)
-    return {name: origin_of(name, data) for name in names}
+    return found
 
 
 def check_data(data: str) -> None:
@@ -204,57 +146,27 @@ def check_data(data: str) -> None:
         raise DataError(f"no data folder {data!r}: give 'embedded', 'hub' or a folder laid out like the hub")
 
 
-def definition(name: str) -> Path:
-    """The YAML file that defines an lmms-eval task. Does not import lmms-eval, whose own index takes seconds."""
-    stock = _stock()
-    if name not in stock:
-        hint = suggest(name, TASKS) + ", and lmms-eval's tasks by name"
-        close = suggest(name, stock).partition("Known:")[0]
-        raise UnknownNameError(f"unknown task {name!r}; {hint if hint.startswith('did') else close + hint}")
-    kind, file = stock[name]
-    if kind != "task":
-        raise OptionError(f"{name!r} is a {kind} of tasks ({file.parent.name}/{file.name}): name its tasks instead")
-    return file
-
-
-def place_of(name: str) -> str:
-    """Where a task is defined, for :func:`visibench.results.store.code.of_task`."""
-    file = definition(name)
-    return str(file.relative_to(_folder())) if file.is_relative_to(_folder()) else str(file)
-
-
-def _folder() -> Path:
-    """Where lmms-eval's own tasks are defined."""
-    spec = importlib.util.find_spec("lmms_eval")
-    if spec is None or not spec.submodule_search_locations:
-        raise DataError("lmms-eval is not installed: pip install 'lmms-eval>=0.7.3,<0.8'")
-    return Path(spec.submodule_search_locations[0]) / "tasks"
-
-
-@cache
-def _stock() -> dict[str, tuple[str, Path]]:
-    """lmms-eval's tasks, groups and tags: name → (kind, file)."""
-    stock: dict[str, tuple[str, Path]] = {}
-    entry = re.compile(r"""^["']?(task|group|tag)["']? *: *["']?([\w.+-]+)["']?\s*?(?:#.*)?$""", re.MULTILINE)
-    for file in sorted(_folder().rglob("*.yaml")):
-        entries = entry.findall(file.read_text(encoding="utf-8-sig"))
-        for kind, name in entries:
-            if kind == "task" or name not in stock:
-                stock[name] = (kind, file)
-    return stock
-
-
-def origin_of(name: str, data: str) -> str:
-    """Where ``data`` says that the questions of a task come from: ``embedded``, ``hub``, or an absolute folder."""
-    if data == HUB or (data == EMBEDDED and name not in TASKS):
+def origin_of(definition: Definition, data: str) -> str:
+    """Where ``data`` says that a task's questions come from: ``embedded``, ``hub``, or an absolute file or folder."""
+    if definition.own or definition.on_disk:
+        return str(definition.file)
+    if data == HUB or (data == EMBEDDED and not (definition.stock and definition.name in TASKS)):
         return HUB
     return EMBEDDED if data == EMBEDDED else str(Path(data).resolve())
 
 
-def _load(name: str, file: Path, origin: str) -> Task:
+def _load(definition: Definition, origin: str) -> Task:
     from . import lmms_eval
 
-    config = lmms_eval.load_yaml_config(str(file), mode="full")
+    name = definition.name
+    if definition.own:
+        from . import own
+
+        with lmms_eval.quiet():
+            harness, scorer = own.load(definition)
+        metrics = (TaskMetric(scorer.key, scorer.title),)
+        return Task(name, origin, harness, TaskInfo(name, name, "questions of one's own", metrics, "image", "answers"))
+    config = lmms_eval.load_yaml_config(str(definition.file), mode="full")
     if config.get("output_type", "generate_until") != "generate_until" or "class" in config:
         raise OptionError(
             f"task {name!r} is not of lmms-eval's plain kind generate_until, the only one that can run here"
@@ -262,8 +174,9 @@ def _load(name: str, file: Path, origin: str) -> Task:
     config.pop("group", None)
     try:
         with lmms_eval.quiet(), hub_or_cache() if origin == HUB else nullcontext():
-            _place(config, name, origin)
-            return Task(name, origin, lmms_eval.ConfigurableTask(config=config))
+            if not definition.on_disk:
+                _place(config, name, origin)
+            return Task(name, origin, lmms_eval.Decoding(config=config))
     except DataError:
         raise
     except Exception as error:  # whatever datasets, the hub client or Pillow raise
@@ -324,15 +237,19 @@ def _join_gqa(config: dict[str, Any], open_images: Callable[[], Any]) -> None:
 def _load_dataset(path: str, name: str) -> Any:
     import datasets
 
-    return datasets.load_dataset(path, name)
+    from .lmms_eval import with_images
+
+    return with_images(datasets.load_dataset(path, name))
 
 
 def _load_from_disk(folder: Path) -> Any:
     import datasets
 
+    from .lmms_eval import with_images
+
     if not folder.is_dir():
         raise DataError(f"task 'gqa': no folder {folder.name!r} in {folder.parent}")
-    return datasets.load_from_disk(str(folder))
+    return with_images(datasets.load_from_disk(str(folder)))
 
 
 def _embedded_root() -> Path:

@@ -39,6 +39,8 @@ def of_task(where: str) -> str:
     """
     place, embedded, _ = where.partition("+")
     file = Path(place)
+    if file.is_absolute() and file.suffix not in (".yaml", ".yml"):
+        return _of_questions(place)
     stock = not file.is_absolute()
     if stock:
         spec = importlib.util.find_spec("lmms_eval")
@@ -50,6 +52,13 @@ def of_task(where: str) -> str:
     read = sources.of_yaml(file)
     parts = [f"lmms-eval {version('lmms-eval')}"] * stock + [read] + [sources.of_files([SYNTHETIC])] * bool(embedded)
     return " · ".join(parts)
+
+
+def _of_questions(place: str) -> str:
+    """Hash of questions of one's own, and the scorer that is named behind them."""
+    file, _, scorer = place.rpartition(":") if not Path(place).exists() else (place, "", "")
+    read = sources.of_questions(Path(file)) if Path(file).exists() else ""
+    return " · ".join(filter(None, [read, scorer])) if read else ""
 
 
 def changed(code: Mapping[str, str], where: Mapping[str, str]) -> list[str]:

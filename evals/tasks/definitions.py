@@ -1,0 +1,148 @@
+"""What defines a task: lmms-eval's own YAML by name, a YAML of one's own, or a file or folder of questions."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from ...errors import DataError, OptionError, UnknownNameError, suggest
+from .known import TASKS
+from .scorers import SCORERS
+
+DATA = (".jsonl", ".parquet")
+YAML = (".yaml", ".yml")
+BUILDERS = ("json", "parquet", "csv", "arrow", "text", "imagefolder")
+_DATASET = re.compile(r"""^dataset_path *: *["']?([^"'\s#]+)""", re.MULTILINE)
+_ENTRY = re.compile(r"""^["']?(task|group|tag)["']? *: *["']?([\w.+-]+)["']?\s*?(?:#.*)?$""", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A task by its ``name``, as tables call it. ``file``: its YAML, or its questions (``own``), to be scored so.
+
+    ``place``: how it is found again, see :func:`visibench.results.store.code.of_task`.
+    """
+
+    name: str
+    file: Path
+    own: bool = False
+    scorer: str = ""
+
+    @property
+    def stock(self) -> bool:
+        """Whether it is one of lmms-eval's own."""
+        return not self.own and self.file.is_relative_to(folder())
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether a YAML of one's own names a folder, or a way of ``datasets`` to read files that it names."""
+        if self.own or self.stock:
+            return False
+        named = _DATASET.search(self.file.read_text(encoding="utf-8-sig"))
+        return named is not None and (named[1] in BUILDERS or Path(named[1]).is_dir())
+
+    @property
+    def place(self) -> str:
+        file = str(self.file.relative_to(folder())) if self.stock else str(self.file)
+        return f"{file}:{self.scorer}" if self.scorer else file
+
+
+def called(entry: str) -> str:
+    """The name of the task that an entry of ``--tasks`` names, whether or not there is one."""
+    place, _ = _divided(entry)
+    return Path(place).stem if _is_path(place) else entry
+
+
+def find(entry: str, include_path: str = "") -> Definition:
+    """The task that an entry of ``--tasks`` names: a name, ``FILE.jsonl``, ``FILE.parquet`` or a folder of them, each
+    also with ``:SCORER``, or a task's YAML. ``include_path``: a folder of such YAMLs, whose tasks have names as well.
+
+    Does not import lmms-eval. Raises :class:`UnknownNameError`, :class:`OptionError` and :class:`DataError`.
+    """
+    place, scorer = _divided(entry)
+    more = _included(include_path) if include_path else {}
+    if not _is_path(place) and entry in {**more, **_stock()}:
+        return _by_name(entry, more)
+    path = Path(place)
+    if path.suffix in YAML and path.is_file():
+        names = [name for kind, name in _ENTRY.findall(path.read_text(encoding="utf-8-sig")) if kind == "task"]
+        if len(names) != 1:
+            raise DataError(f"{path} defines no task: give it one line `task: NAME`, as lmms-eval's own have")
+        return _own_name(Definition(names[0], path.resolve()))
+    if (path.suffix in DATA and path.is_file()) or path.is_dir():
+        if scorer and scorer not in SCORERS:
+            raise OptionError(f"{entry}: unknown scorer {scorer!r}; {suggest(scorer, SCORERS)}")
+        return _own_name(Definition(path.resolve().stem, path.resolve(), own=True, scorer=scorer))
+    if _is_path(place):
+        known = ", ".join((*DATA, *YAML))
+        raise DataError(f"no questions in {place!r}: give a file that is there ({known}), or a folder of such")
+    raise UnknownNameError(f"unknown task {entry!r}; {_hint(entry, more)}")
+
+
+def _divided(entry: str) -> tuple[str, str]:
+    place, colon, scorer = entry.rpartition(":")
+    return (place, scorer) if colon and _is_path(place) else (entry, "")
+
+
+def _is_path(text: str) -> bool:
+    return "/" in text or text.endswith((*DATA, *YAML)) or text in (".", "..")
+
+
+def _by_name(name: str, more: dict[str, tuple[str, Path]]) -> Definition:
+    kind, file = more.get(name) or _stock()[name]
+    if kind != "task":
+        raise OptionError(f"{name!r} is a {kind} of tasks ({file.parent.name}/{file.name}): name its tasks instead")
+    return Definition(name, file)
+
+
+def _own_name(definition: Definition) -> Definition:
+    """Raise :class:`OptionError` for a name that lmms-eval's tasks have: tables would take one for the other."""
+    if definition.name in _stock():
+        raise OptionError(
+            f"{definition.file} would be called {definition.name!r} in tables, as a task of lmms-eval is: rename it"
+        )
+    return definition
+
+
+def _hint(name: str, more: Iterable[str]) -> str:
+    hint = suggest(name, [*TASKS, *more]) + ", lmms-eval's tasks by name, and files of your own (.jsonl, .parquet)"
+    return hint if hint.startswith("did") else suggest(name, _stock()).partition("Known:")[0] + hint
+
+
+def folder() -> Path:
+    """Where lmms-eval's own tasks are defined."""
+    spec = importlib.util.find_spec("lmms_eval")
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError("lmms-eval is not installed: pip install 'lmms-eval>=0.7.3,<0.8'")
+    return Path(spec.submodule_search_locations[0]) / "tasks"
+
+
+@cache
+def _stock() -> dict[str, tuple[str, Path]]:
+    """lmms-eval's tasks, groups and tags: name → (kind, file)."""
+    return _index(folder())
+
+
+def _included(place: str) -> dict[str, tuple[str, Path]]:
+    """The same of a folder of the user's."""
+    root = Path(place)
+    if not root.is_dir():
+        raise DataError(f"no folder {place!r}: give as include_path a folder of task YAMLs")
+    found = _index(root.resolve())
+    for name, (kind, file) in found.items():
+        if kind == "task":
+            _own_name(Definition(name, file))
+    return found
+
+
+def _index(root: Path) -> dict[str, tuple[str, Path]]:
+    found: dict[str, tuple[str, Path]] = {}
+    for file in sorted(file for suffix in YAML for file in root.rglob(f"*{suffix}")):
+        for kind, name in _ENTRY.findall(file.read_text(encoding="utf-8-sig")):
+            if kind == "task" or name not in found:
+                found[name] = (kind, file)
+    return found
