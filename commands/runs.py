@@ -47,6 +47,17 @@ DATA = (
     "embedded, hub, or a folder laid out like the hub: MME, POPE, textvqa and GQA as parquet, or as written by "
     "save_to_disk (then GQA_images and GQA_instructions)."
 )
+IncludePath = Annotated[
+    str, typer.Option(metavar="DIR", help="Tasks of your own, by name: a folder of YAMLs as lmms-eval reads them.")
+]
+AskedBy = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="How the model is asked: hf, as the checkpoint says; llava-1.5, as its authors evaluate it; free-form; or "
+        "FILE.yaml:NAME (docs/protocols.md). (default: hf, or the configuration's)",
+    ),
+]
 METHOD = "E.g. fastv:layer=2,keep=0.5; see `visibench methods`. Or of a file: ./FILE.py:NAME:key=value."
 
 
@@ -60,10 +71,8 @@ def run(
     dtype: Dtype = "auto",
     seed: Annotated[int | None, typer.Option(help="For methods that draw. (default: 0)")] = None,
     data: Annotated[str, typer.Option(help=DATA)] = "embedded",
-    include_path: Annotated[
-        str,
-        typer.Option(metavar="DIR", help="Tasks of your own, by name: a folder of YAMLs as lmms-eval reads them."),
-    ] = "",
+    include_path: IncludePath = "",
+    protocol: AskedBy = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. (default: runs/MODEL)")] = None,
     timing: Annotated[bool, typer.Option(help="Time prefill, 20 times a task.")] = True,
     feature_cache_gb: FeatureCache = None,
@@ -75,12 +84,9 @@ def run(
     wandb_tags: live.WandbTags = None,
 ) -> None:
     """Run one method on some tasks: scores, visual tokens by layer, compute and prefill time."""
-    from ..evals.settings.method_spec import split
     from ..evals.sweeps.config import parse_config
 
-    _, options = split(method)
-    if seed is not None and options.get("seed", str(seed)) != str(seed):
-        raise OptionError(f"seed is given twice: {options['seed']} in --method and {seed} in --seed")
+    _check_seed(method, seed)
     content: dict[str, Any] = {
         "model": model,
         "methods": [method],
@@ -92,6 +98,7 @@ def run(
         "seeds": [seed or 0],
         "data": data,
         "include_path": include_path,
+        "protocol": protocol or "hf",
     }
     if not timing:
         content["timing"] = None
@@ -116,6 +123,7 @@ def sweep(
         list[str] | None, typer.Option(metavar="A,B", help="Only these methods, by name or label, and the dense model.")
     ] = None,
     only_tasks: Annotated[list[str] | None, typer.Option(metavar="A,B", help="Only these tasks.")] = None,
+    protocol: AskedBy = None,
     feature_cache_gb: FeatureCache = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what is done and what is to do, with compute and time, and stop.")
@@ -137,7 +145,7 @@ def sweep(
     from ..evals.sweeps.events import JsonLines, Reporter
     from ..evals.sweeps.sweep import save_tables
 
-    given = [*(settings or []), *_set(limit=limit, feature_cache_gb=feature_cache_gb)]
+    given = [*(settings or []), *_set(limit=limit, feature_cache_gb=feature_cache_gb, protocol=protocol)]
     loaded, name = load_config(config, given)
     if out is not None and any(setting.partition("=")[0].strip() == "out" for setting in given):
         raise OptionError(f"out is given twice, in --set and as --out {out}: leave one of them out")
@@ -236,7 +244,15 @@ def _sweep(
         raise problem
 
 
-def _set(**given: float | None) -> list[str]:
+def _check_seed(method: str, seed: int | None) -> None:
+    from ..evals.settings.method_spec import split
+
+    _, options = split(method)
+    if seed is not None and options.get("seed", str(seed)) != str(seed):
+        raise OptionError(f"seed is given twice: {options['seed']} in --method and {seed} in --seed")
+
+
+def _set(**given: float | str | None) -> list[str]:
     """Options that stand for values of the configuration, as ``--set`` takes them."""
     return [f"{name}={value}" for name, value in given.items() if value is not None]
 

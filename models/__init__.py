@@ -1,6 +1,5 @@
-"""Models: loading (load), what a processor is given (inputs), the embedded one (tiny), published sizes (geometry).
-
-Where families keep their parts (adapters), and what of them was tested (support).
+"""Models: loading (load), what a processor is given (inputs), how a model is asked (protocols), the embedded one
+(tiny), published sizes (geometry). Where families keep their parts (adapters), and what of them was tested (support).
 """
 
 from importlib import import_module

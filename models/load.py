@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +31,7 @@ from ..utils.sources import ends
 from .adapters import FAMILIES, Adapter, Geometry
 from .geometry import Weights, about, build, check_weights, configuration, published, synthetic_inputs
 from .inputs import as_text, prepared, special_tokens
+from .protocols import HF, Protocol, find
 from .support import check_configuration
 
 EMBEDDED = {"tiny": Path(__file__).parent / "tiny" / "checkpoint"}
@@ -48,6 +49,7 @@ class LoadedModel:
     model: PreTrainedModel
     processor: Any
     weights: Weights = "pretrained"
+    protocol: Protocol = HF
 
     @cached_property
     def adapter(self) -> Adapter:
@@ -71,7 +73,7 @@ class LoadedModel:
     def inputs(
         self, questions: list[str], images: list[list[Image.Image]], key: Hashable | None = None
     ) -> BatchFeature:
-        """Model inputs for a batch: the checkpoint's chat template, images first, left padded, on the model's device.
+        """Model inputs for a batch: by the protocol's template, images first, left padded, on the model's device.
 
         ``images[i]`` are the images of ``questions[i]``, possibly none, each as :func:`~visibench.models.inputs.as_rgb`
         takes it. Token ids are (B, L). ``key``: names questions and images, so that those which come again need not be
@@ -90,9 +92,10 @@ class LoadedModel:
         if self.processor is None:
             raise InputError(f"{self.name} has no processor here: load a checkpoint, or use synthetic_inputs")
         rows = prepared(questions, images)
-        texts = [self._prompt(question, len(pictures)) for question, pictures in zip(questions, rows, strict=True)]
+        plain = [as_text(question, self.processor) for question in questions]
+        texts = [self.protocol.prompt(self.processor, *row) for row in zip(plain, map(len, rows), strict=True)]
         options = special_tokens(texts, self.processor.tokenizer)
-        flat = [picture for pictures in rows for picture in pictures]
+        flat = self.protocol.shaped(self.processor, [picture for pictures in rows for picture in pictures])
         return self.processor(
             text=texts, images=flat or None, padding=True, padding_side="left", return_tensors="pt", **options
         )
@@ -120,16 +123,9 @@ class LoadedModel:
             "image_processor": self.processor and type(self.processor.image_processor).__name__,
             "image_backend": self.processor and getattr(self.processor.image_processor, "backend", None),
             "weights": self.weights,
+            "template": self.processor and self.protocol.template_of(self.processor),
             "versions": {name: version(name) for name in ("torch", "transformers", "visibench")},
         }
-
-    def _prompt(self, question: str, images: int) -> str:
-        question = as_text(question, self.processor)
-        if getattr(self.processor, "chat_template", None):
-            content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
-            turn = [{"role": "user", "content": content}]
-            return self.processor.apply_chat_template(turn, add_generation_prompt=True)
-        return f"USER: {'<image>' * images}\n{question} ASSISTANT:"
 
 
 def list_models() -> dict[str, str]:
@@ -147,16 +143,19 @@ def load_model(
     trust_remote_code: bool = False,
     weights: Weights = "pretrained",
     layers: int | None = None,
+    protocol: str | Mapping[str, Any] | Protocol = HF,
 ) -> LoadedModel:
     """Load a model by name (``tiny``), local folder or hub id such as ``llava-hf/llava-1.5-7b-hf``.
 
     ``device``: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``, ``cuda:1`` … ``dtype``: ``auto`` (fp32 on CPU,
     the checkpoint's own on GPU), ``float32``, ``bfloat16``, ``float16``. Weights are read from safetensors only.
     ``weights``: ``random`` needs no download for the names in ``geometry.yaml``, ``meta`` no memory either, for sizes
-    and compute alone; both take ``layers``, to keep only that many decoder layers.
+    and compute alone; both take ``layers``, to keep only that many decoder layers. ``protocol``: how it is asked, see
+    :func:`~visibench.models.protocols.find`.
     Raises UnknownNameError, UnsupportedModelError, OptionError or DataError.
     """
     check_weights(name_or_path, weights, layers)
+    asked = protocol if isinstance(protocol, Protocol) else find(protocol)
     source, place = _source(name_or_path), _device(device)
     precision = _precision(dtype, place)
     processor = None
@@ -185,7 +184,9 @@ def load_model(
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"cannot load model {name_or_path!r}: {reason}") from error
-    loaded = LoadedModel(name_or_path, model.eval(), processor, weights)
+    loaded = LoadedModel(name_or_path, model.eval(), processor, weights, asked)
+    if processor is not None:
+        asked.set_up(processor)
     loaded.adapter  # noqa: B018  # checks the model
     return loaded
 

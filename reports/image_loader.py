@@ -16,6 +16,7 @@ from ..errors import VisibenchError
 from ..evals.tasks.tasks import EMBEDDED, Task, load_tasks
 from ..models import LoadedModel, load_model
 from ..models.inputs import as_rgb
+from ..models.protocols import Protocol, find
 from ..results.store.records import CellConfig
 from ..results.store.store import Cell
 from ..results.store.token_grids import drawable, kept_tokens, placed, read, views
@@ -35,18 +36,21 @@ class ImageLoader:
     """A :data:`~visibench.reports.question_image.ImageSource`; keeps tasks, and the processor of each model."""
 
     def __init__(self) -> None:
-        self._models: dict[str, LoadedModel | str] = {}
-        self._tasks: dict[tuple[str, str], Task | str] = {}
+        self._models: dict[tuple[str, Protocol], LoadedModel | str] = {}
+        self._tasks: dict[tuple[str, str, Protocol], Task | str] = {}
 
     def __call__(self, config: CellConfig, prompts: Mapping[int, str]) -> dict[int, list[QuestionImage] | str]:
         """The images of the questions ``prompts`` (by doc_id) of a cell, or why one cannot be shown."""
         # What is not one of lmms-eval's own is found by its file.
         place = config.sources.get("task", "")
         own = Path(place.partition(":")[0]).is_absolute()
-        task = self._task(place, EMBEDDED) if own else self._task(config.task, config.origin)
+        asked = find(config.protocol or "hf")
+        entry, data = (place, EMBEDDED) if own else (config.task, config.origin)
+        task = self._task(entry, data, asked)
         if isinstance(task, str):
             return dict.fromkeys(prompts, task)
-        return {doc_id: self._pictures(config.model, task, doc_id, prompt) for doc_id, prompt in prompts.items()}
+        loaded = self._model(config.model, asked)
+        return {doc_id: self._pictures(loaded, task, doc_id, prompt) for doc_id, prompt in prompts.items()}
 
     def overlaid(self, cell: Cell, doc_ids: Sequence[int]) -> dict[int, dict[str, Image.Image]]:
         """Images of questions of a cell: ``image``, and ``kept``, where patches are dim whose tokens did not stay.
@@ -71,16 +75,17 @@ class ImageLoader:
                     overlaid[doc_id][numbered("kept", place)] = dimmed(images[view.image], view.cells)
         return overlaid
 
-    def _task(self, name: str, origin: str) -> Task | str:
+    def _task(self, name: str, origin: str, protocol: Protocol) -> Task | str:
         """A task; or why its data cannot be had."""
-        if (name, origin) not in self._tasks:
+        key = (name, origin, protocol)
+        if key not in self._tasks:
             try:
-                (self._tasks[name, origin],) = load_tasks([name], origin)
+                (self._tasks[key],) = load_tasks([name], origin, protocol=protocol)
             except VisibenchError as error:
-                self._tasks[name, origin] = str(error)
-        return self._tasks[name, origin]
+                self._tasks[key] = str(error)
+        return self._tasks[key]
 
-    def _pictures(self, model: str, task: Task, doc_id: int, prompt: str) -> list[QuestionImage] | str:
+    def _pictures(self, loaded: LoadedModel | str, task: Task, doc_id: int, prompt: str) -> list[QuestionImage] | str:
         if not 0 <= doc_id < len(task.docs):
             return f"the data have changed since the run: there is no question {doc_id}"
         try:
@@ -89,26 +94,29 @@ class ImageLoader:
             return str(error)
         if now != prompt:
             return "the data have changed since the run: this question is another one now"
-        loaded = self._model(model)
         if isinstance(loaded, str):
             about = f"as in the data (what the model saw is not known: {loaded})"
             return [stored(image, about, whole=False) for image in images]
         return [_as_seen(loaded, image) for image in images]
 
-    def _model(self, name: str) -> LoadedModel | str:
+    def _model(self, name: str, protocol: Protocol) -> LoadedModel | str:
         """The model without weights, for its sizes and its processor; or why there is none."""
-        if name not in self._models:
+        if (name, protocol) not in self._models:
             try:
-                self._models[name] = load_model(name, device="cpu", weights="meta")
+                self._models[name, protocol] = load_model(name, device="cpu", weights="meta", protocol=protocol)
             except VisibenchError as error:
-                self._models[name] = str(error)
-        return self._models[name]
+                self._models[name, protocol] = str(error)
+        return self._models[name, protocol]
 
 
 def _as_seen(loaded: LoadedModel, image: Image.Image) -> QuestionImage:
     """The image behind resizing and cropping, before its values are scaled; as it is where it is cut into tiles."""
     vision = loaded.geometry.vision
-    pixels = None if loaded.processor is None or loaded.adapter.kind != "llava" else seen(loaded.processor, image)
+    pixels = (
+        None
+        if loaded.processor is None or loaded.adapter.kind != "llava"
+        else seen(loaded.processor, *loaded.protocol.shaped(loaded.processor, [as_rgb(image)]))
+    )
     if pixels is None or vision is None:
         return stored(
             image,

@@ -86,7 +86,7 @@ def score(
     size, note = task.size(limit)
     started = time.perf_counter()
     scored = [answers.batches[batch_key(chunk)] for chunk in batches(questions(task, size), batch_size)]
-    replay = Replay({doc_id: answer for batch in scored for doc_id, answer in batch.records.items()})
+    replay = Replay({doc_id: answer for batch in scored for doc_id, answer in batch.records.items()}, task.taken)
     with tempfile.TemporaryDirectory() as scratch:
         result = _simple_evaluate(replay, task, size, seed, output_dir or Path(scratch))
     logged = {sample["doc_id"]: sample for sample in result["samples"][task.name]}
@@ -117,9 +117,9 @@ class Replay(lmms_eval.lmms):
 
     is_simple = True
 
-    def __init__(self, answers: dict[int, Answer]) -> None:
+    def __init__(self, answers: dict[int, Answer], taken: Callable[[int, str], str]) -> None:
         super().__init__()
-        self.answers = answers
+        self.answers, self.taken = answers, taken
         self.generation: dict[str, Any] = {}
 
     def clean(self) -> None:
@@ -136,7 +136,8 @@ class Replay(lmms_eval.lmms):
         questions = [Question.of(request) for request in requests]
         options = questions[-1].options
         self.generation = generation(options) | {"until": options.get("until")}
-        return [question.ended(self.answers[question.doc_id].output) for question in questions]
+        ended = ((question.doc_id, question.ended(self.answers[question.doc_id].output)) for question in questions)
+        return [self.taken(doc_id, answer) for doc_id, answer in ended]
 
 
 def _remarks(batches: list[Batch], batch_size: int) -> list[str]:

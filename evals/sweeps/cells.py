@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...methods import load_method
 from ...methods.files import file_of
 from ...models.load import fingerprint
+from ...models.protocols import find
 from ...results.store import code
 from ...results.store.records import CellConfig
 from ..answers.cell_spec import CellSpec
@@ -61,6 +62,7 @@ def _cell(config: SweepConfig, checkpoint: str, variant: Variant, task: Definiti
         limit=config.limit_of(task.name),
         batch_size=config.batch_size,
         timing=config.timing,
+        protocol=find(config.protocol).record(),
         method_file=file.path if file else "",
         method_hash=file.digest if file else "",
         code={part: hashed for part, hashed in hashes.items() if hashed},

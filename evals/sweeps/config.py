@@ -30,6 +30,8 @@ class SweepConfig(Config):
     """Where the questions come from: `embedded`, `hub`, or a folder laid out as the hub's data sets."""
     include_path: str = ""
     """A folder of task YAMLs as lmms-eval reads them, whose tasks have names too."""
+    protocol: str | dict[str, Any] = "hf"
+    """How the model is asked: `hf` (as the checkpoint says), `llava-1.5`, `free-form`, FILE.yaml:NAME, or its keys."""
     limit: Count | Annotated[dict[str, Count], Field(min_length=1)] | None = None
     """The first so many questions of every task, or a number by task."""
     batch_size: Count = 8

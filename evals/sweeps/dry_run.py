@@ -25,6 +25,7 @@ from ...methods import Method, load_method
 from ...models import LoadedModel, load_model
 from ...models.geometry import check_weights
 from ...models.load import fingerprint
+from ...models.protocols import Protocol, find
 from ...results.store.records import CellConfig, CellMetrics
 from ...results.store.store import Cell, Store
 from ..answers.cell_spec import CellSpec
@@ -216,9 +217,12 @@ class _Prompts:
 
 
 def _sizes(config: SweepConfig) -> LoadedModel:
-    return _of_sizes(config.model, config.device, config.dtype, config.attention)
+    asked = find(config.protocol)
+    return _of_sizes(config.model, config.device, config.dtype, config.attention, asked)
 
 
 @cache
-def _of_sizes(model: str, device: str, dtype: str, attention: str) -> LoadedModel:
-    return load_model(model, device=device, dtype=dtype, attn_implementation=attention, weights="meta")
+def _of_sizes(model: str, device: str, dtype: str, attention: str, protocol: Protocol) -> LoadedModel:
+    return load_model(
+        model, device=device, dtype=dtype, attn_implementation=attention, weights="meta", protocol=protocol
+    )

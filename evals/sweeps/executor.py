@@ -11,6 +11,7 @@ from ...errors import IncompleteError
 from ...methods import Method
 from ...models import LoadedModel, load_model
 from ...models.load import release
+from ...models.protocols import find
 from ...results.store.store import Store
 from ..answers.cell_spec import CellSpec
 from ..compute import budget
@@ -84,7 +85,13 @@ class Prepared:
     def loaded(self) -> LoadedModel:
         """The model."""
         config = self.config
-        return load_model(config.model, device=config.device, dtype=config.dtype, attn_implementation=config.attention)
+        return load_model(
+            config.model,
+            device=config.device,
+            dtype=config.dtype,
+            attn_implementation=config.attention,
+            protocol=config.protocol,
+        )
 
     def forget(self) -> None:
         """Free the model's memory."""
@@ -96,7 +103,7 @@ class Prepared:
         """Tasks by name."""
         config = self.config
         missing = [entry for entry in config.tasks if called(entry) in names and called(entry) not in self._tasks]
-        loaded = load_tasks(missing, config.data, config.include_path) if missing else []
+        loaded = load_tasks(missing, config.data, config.include_path, find(config.protocol)) if missing else []
         self._tasks |= {task.name: task for task in loaded}
         return {name: self._tasks[name] for name in names}
 

@@ -40,6 +40,18 @@ def contains(answer: str, references: Sequence[str], choices: Sequence[str] = ()
     return float(any(plain(one) and f" {plain(one)} " in f" {plain(answer)} " for one in references))
 
 
+def reference_in(answer: str, references: Sequence[str]) -> str:
+    """The reference that stands in an answer, as whole words, the most frequent one first; else the answer.
+
+    Where yes or no is asked for, the first of both that stands there.
+    """
+    asked = {plain(one) for one in references}
+    if asked <= {"yes", "no"}:
+        return next((word for word in plain(answer).split() if word in ("yes", "no")), answer)
+    by_number = sorted(references, key=lambda one: -list(references).count(one))
+    return next((one for one in by_number if contains(answer, [one])), answer)
+
+
 def vqa(answer: str, references: Sequence[str], choices: Sequence[str] = ()) -> float:
     """VQA accuracy: mean over all references but one of min(1, agreeing others / 3), as EvalAI normalises them.
 

@@ -14,16 +14,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import DataError, InputError, OptionError, StorageError, disk_full
+from ...models.protocols import HF, Protocol
 from ...utils.bounded_cache import BoundedCache
 from .definitions import Definition, find
 from .hub import hub_or_cache
 from .known import TASKS, TaskInfo, TaskMetric
+from .scorers import reference_in
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,17 +38,33 @@ MME_CATEGORY_MAXIMUM = 200.0
 class Task:
     """A loaded task. ``origin``: ``embedded``, ``hub`` or the local file or folder. ``harness``: lmms-eval's object.
 
-    ``own``: facts about questions of one's own.
+    ``own``: facts about questions of one's own. ``lenient``: an answer in which a reference stands counts as that one.
     """
 
     name: str
     origin: str
     harness: Any
     own: TaskInfo | None = None
+    lenient: bool = False
 
     @property
     def info(self) -> TaskInfo:
         """Facts about the task; for one outside the table, its first metric is the headline."""
+        info = self._info
+        if not self.lenient:
+            return info
+        return replace(info, metrics=tuple(replace(one, title=f"{one.title}, lenient") for one in info.metrics))
+
+    def taken(self, doc_id: int, answer: str) -> str:
+        """What of an answer is scored."""
+        if not self.lenient:
+            return answer
+        doc, column = self.docs[doc_id], self.info.target
+        target = doc[column] if column else self.harness.doc_to_target(doc)
+        return reference_in(answer, [str(one) for one in (target if isinstance(target, list) else [target])])
+
+    @property
+    def _info(self) -> TaskInfo:
         if self.own:
             return self.own
         if self.name in TASKS:
@@ -119,13 +137,27 @@ def decoded(task: str, doc_id: int, look: Callable[[], list[Image]]) -> list[Ima
     return images
 
 
-def load_tasks(entries: Sequence[str], data: str = EMBEDDED, include_path: str = "") -> list[Task]:
+def load_tasks(
+    entries: Sequence[str], data: str = EMBEDDED, include_path: str = "", protocol: Protocol = HF
+) -> list[Task]:
     """Load tasks by what :func:`~visibench.evals.tasks.definitions.find` takes. All are found before data are read.
 
+    ``protocol`` says how prompts end, how long answers may be and how they are taken.
     Raises :class:`UnknownNameError`, :class:`OptionError` (a task that does not generate answers to image questions)
     and :class:`DataError` (data that are missing, damaged, or cannot be downloaded).
     """
-    return [_load(one, origin_of(one, data)) for one in defined(entries, data, include_path)]
+    loaded = [_load(one, origin_of(one, data)) for one in defined(entries, data, include_path)]
+    return [_asked_by(protocol, task) for task in loaded]
+
+
+def _asked_by(protocol: Protocol, task: Task) -> Task:
+    """The task under a protocol; lmms-eval's own object is changed, which is this task's alone."""
+    harness = task.harness
+    if protocol.suffix is not None and harness.lmms_eval_specific_kwargs:
+        harness.lmms_eval_specific_kwargs = {**harness.lmms_eval_specific_kwargs, "post_prompt": protocol.suffix}
+    if protocol.max_new_tokens is not None:
+        harness.config.generation_kwargs["max_new_tokens"] = protocol.max_new_tokens
+    return replace(task, lenient=protocol.scoring == "lenient")
 
 
 def defined(entries: Sequence[str], data: str = EMBEDDED, include_path: str = "") -> list[Definition]:

@@ -25,7 +25,7 @@ from ...errors import DataError
 from ..statistics.comparison import Comparison, compare, flips_for, holm
 from ..statistics.metrics import Measured, measure
 from ..statistics.power import ALPHA, detectable
-from ..store.records import LATER_ON, CellConfig
+from ..store.records import CODE, CellConfig
 from ..store.store import Cell
 from .baseline import (
     FACTS,
@@ -44,7 +44,7 @@ from .baseline import (
 IF_MEANT = "if the change is meant, write a new baseline with --update"
 # Settings that are no matter of equality: the cell's name holds the first three, fingerprint and data hash stand for
 # model and data, options are compared one by one, machines may differ, and times are not compared.
-_ELSEWHERE = {"label", "task", "seed", "model", "checkpoint", "origin", "options", "device", "timing", *LATER_ON}
+_ELSEWHERE = {"label", "task", "seed", "model", "checkpoint", "origin", "options", "device", "timing", *CODE}
 
 
 SHARES = 2

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from .records import LATER_ON
+from .records import CODE, digest
 from .store import Cell
 
 _QUESTIONS = ("limit", "origin")
@@ -14,9 +14,11 @@ _QUESTIONS = ("limit", "origin")
 
 def facts_of(cell: Cell) -> dict[str, Any]:
     """All that two cells must have in common to be compared, whatever their tasks."""
-    apart = {"method", "options", "label", "seed", "task", *LATER_ON, *_QUESTIONS}
+    apart = {"method", "options", "label", "seed", "task", *CODE, *_QUESTIONS}
     config = cell.config.model_dump(mode="json", exclude=apart)
     code = {part: hashed for part, hashed in cell.config.code.items() if part in ("engine", *cell.other_code)}
+    asked = cell.config.protocol
+    config["protocol"] = f"{asked['name']} ({digest(asked)[:8]})" if asked else "hf"
     if code:
         config["code"] = code
     return config | {"environment": cell.metrics.environment.model_dump(mode="json", exclude={"host", "code"})}

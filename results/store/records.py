@@ -18,7 +18,9 @@ from ...utils import machine
 CONFIG_SCHEMA: Literal[1] = 1
 UNHASHED = ("label", "method_file", "sources")
 """What of a cell's configuration does not count: how it is called, and where its code lay."""
-LATER_ON = ("method_file", "method_hash", "code", "sources")
+CODE = ("method_file", "method_hash", "code", "sources")
+"""What of a cell's configuration is about code."""
+LATER_ON = (*CODE, "protocol")
 """What is left out where it is empty, as in cells of early versions, so that their hashes stay."""
 METRICS_SCHEMA: Literal[2] = 2
 PACKAGES = ("visibench", "torch", "torchvision", "transformers", "lmms-eval", "datasets", "pillow", "numpy")
@@ -58,7 +60,8 @@ class CellConfig(Record):
     ``method_file``, ``method_hash``: the file of a method that is not registered, and the hash of its content, which
     alone counts; for others both are empty. ``code``: versions and hashes of the code that decides the numbers, under
     ``method``, ``task`` (definition and prompts) and ``engine``; ``sources``: the module or file of method and task.
-    All four are left out of what is stored where they are empty.
+    ``protocol``: what a protocol other than ``hf`` says (:meth:`visibench.models.protocols.Protocol.record`). All five
+    are left out of what is stored where they are empty.
     """
 
     schemas: ClassVar[tuple[int, ...]] = (CONFIG_SCHEMA,)
@@ -78,6 +81,7 @@ class CellConfig(Record):
     limit: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=8, ge=1)
     timing: TimingConfig | None = TimingConfig()
+    protocol: dict[str, Any] = {}
     method_file: str = ""
     method_hash: str = ""
     code: dict[str, str] = {}

@@ -26,13 +26,26 @@ def notes(table: ResultTable, chosen: Sequence[Column], bold: str) -> list[str]:
     lines += [note for column in chosen for note in column.notes(bold)]
     lines += _other_code(table)
     lines += [f"Remarks: {'; '.join(table.remarks)}."] if table.remarks else []
-    return [*dict.fromkeys(lines), *_sharing(table), *_baselines(table), origin(table)]
+    return [*dict.fromkeys(lines), *_sharing(table), *_baselines(table), *_protocol(table), origin(table)]
 
 
 def questions(table: ResultTable) -> str:
     """How many questions of each task were asked, in one line."""
     counts = ", ".join(f"{task} {q.asked} of {q.of} ({q.origin})" for task, q in table.questions.items())
     return f"Questions: {counts}.{' SUBSET: these are no full-set scores.' if table.is_subset else ''}"
+
+
+def _protocol(table: ResultTable) -> list[str]:
+    """How the model was asked."""
+    asked = [cell.config.protocol for row in table.rows for cell in row.cells][:1]
+    template = table.facts["environment"]["model"].get("template")
+    if not template:
+        return []
+    told = {"checkpoint": "prompts by the checkpoint's chat template"}.get(template, f"template: {template}")
+    values = {key: value for key, value in (asked[0] if asked else {}).items() if key not in ("name", "template")}
+    more = "".join(f"; {key}: {value!r}" for key, value in values.items())
+    lenient = " LENIENT: an answer counts where a reference stands in it." * (values.get("scoring") == "lenient")
+    return [f"Protocol {table.facts['protocol']}: {told}{more}.{lenient}"]
 
 
 def _other_code(table: ResultTable) -> list[str]:
