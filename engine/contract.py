@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError, suggest
-from .decisions import BlockMerge, Join, Keep, Merge
+from .decisions import BlockCut, BlockMerge, Join, Keep, Merge
 
 if TYPE_CHECKING:
     from ..models.adapters import Geometry, VisionGeometry
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttentionView",
+    "BlockCut",
     "BlockMerge",
     "BlockView",
     "Forward",
@@ -108,6 +109,8 @@ class Method:
 
     ``knobs``: what sets how much is kept, the finest first; without one the method cannot be asked to meet a budget.
 
+    ``block_part``: behind which part of a vision block :meth:`block` is asked.
+
     ``reorders``: whether tokens that stay may go on in another order than they had.
     """
 
@@ -120,6 +123,7 @@ class Method:
     reorders: ClassVar[bool] = False
     vision_blocks: ClassVar[tuple[int, ...]] = (-1,)
     vision_cls: ClassVar[bool] = False
+    block_part: ClassVar[Literal["attention", "mlp"]] = "attention"
     examples: ClassVar[tuple[str, ...]] = ("",)
     everything: ClassVar[str | None] = None
     knobs: ClassVar[tuple[Knob, ...]] = ()
@@ -154,8 +158,8 @@ class Method:
         """
         return None
 
-    def block(self, view: BlockView) -> BlockMerge | None:
-        """In every block of the vision tower, between attention and MLP."""
+    def block(self, view: BlockView) -> BlockMerge | BlockCut | None:
+        """In every block of the vision tower, behind its attention or its MLP, as ``block_part`` says."""
         return None
 
     def blocks_read(self, vision: VisionGeometry) -> tuple[int, ...]:

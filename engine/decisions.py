@@ -64,8 +64,20 @@ class Merge:
 
 
 @dataclass(frozen=True)
+class BlockCut:
+    """Go on in the vision tower with the patches of highest ``scores`` (N, P), of each image so many as ``counts`` say.
+
+    ``counts``: on the host, at most those that are there. Of equal scores the earlier patch stays; they keep their
+    order, and CLS its place.
+    """
+
+    scores: Tensor
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class BlockMerge:
-    """Go on in the vision tower with fewer tokens.
+    """Go on in the vision tower with new tokens, fewer than before.
 
     ``tokens``: (N, t, Dv), CLS first where there is one. ``size``: (N, t), how many of the image's tokens each stands
     for. ``bias``: (N, t) or None, added to the attention logits of these tokens as keys in the blocks that follow.

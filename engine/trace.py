@@ -38,8 +38,10 @@ class Trace:
         self.projected = torch.tensor(prompt.visual_counts)
         # The same for the whole batch, images padded to the one with the most; None: the sum of the above.
         self.batch_projected: int | None = None
-        # Tokens of one image at the attention and at the MLP of each vision block; None: all of them in every block.
-        self.tower: tuple[tuple[int, int], ...] | None = None
+        # Of the images of each row, int (B, M, blocks, 2): tokens at the attention and at the MLP of each vision block,
+        # zeros for images that a row does not have; and the places that they took. None: all tokens in every block.
+        self.tower: Tensor | None = None
+        self.batch_tower: Tensor | None = None
         # Frames and patches, int (N, 3), of all images or tiles of the batch; None: images are of one size.
         self.grids: Tensor | None = None
         self._pairs: dict[int, Tensor] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -256,7 +256,7 @@ class VisionView:
         one after it). ``single_head``: weights (N, 1, P) as if the block had one head of the full width.
         """
         query, key, scaling = self._encoding.blocks[block]
-        self._encoding.macs += key.shape[1] * key.shape[2] * key.shape[3]
+        self._encoding.scored(key.shape[1] * key.shape[2] * key.shape[3])
         query = query[:, :, :1]
         if single_head:
             query, key = (t.transpose(1, 2).flatten(2)[:, None] for t in (query, key))
@@ -272,7 +272,7 @@ class VisionView:
         encoding = self._encoding
         got = encoding.received.get(block)
         got = attention.received(*encoding.blocks[block]) if got is None else got
-        encoding.macs += encoding.vision.hidden * got.shape[1] ** 2
+        encoding.scored(encoding.vision.hidden * got.shape[1] ** 2)
         return got[:, int(encoding.vision.has_cls) :]
 
     def keys(self, block: int = -1) -> Tensor:
@@ -281,26 +281,59 @@ class VisionView:
 
     def scored(self, macs: int) -> None:
         """Count ``macs`` multiply-adds an image that the method itself spent on matrix products."""
-        self._encoding.macs += macs
+        self._encoding.scored(macs)
 
 
 class BlockView:
-    """A block of the vision tower behind its attention: N images, t tokens each, CLS first where there is one.
+    """A block of the vision tower, behind its attention or its MLP as the method says: N images, P patches each.
 
-    ``block``: its number. ``tokens``: hidden states (N, t, Dv). ``keys``: (N, heads, t, d), the block's own. ``size``:
-    (N, t), fp32, how many of the image's tokens each token stands for. ``vision``: sizes of the tower.
+    ``block``: its number. ``tokens``: hidden states (N, t, Dv) of all tokens, CLS first where there is one. ``vision``:
+    sizes of the tower. ``counts``: the patches of each image, on the host.
     """
 
     def __init__(self, block: int, tokens: Tensor, encoding: Encoding) -> None:
-        keys, size = encoding.merging.keys, encoding.merging.size
-        assert keys is not None
-        self.block, self.tokens, self.keys, self.vision = block, tokens, keys, encoding.vision
-        self.size = tokens.new_ones(tokens.shape[:2], dtype=torch.float32) if size is None else size
-        self._encoding = encoding
+        assert encoding.inside.attended is not None
+        self._query, self.keys, self.values, self._scaling = encoding.inside.attended
+        self.block, self.tokens, self.vision = block, tokens, encoding.vision
+        self.counts = tuple(count - int(self.vision.has_cls) for count in encoding.inside.counts)
+        self._encoding, self._inside = encoding, encoding.inside
 
-    def scored(self, macs: int) -> None:
-        """Count ``macs`` multiply-adds an image that the method itself spent on matrix products."""
-        self._encoding.macs += macs
+    @property
+    def size(self) -> Tensor:
+        """(N, t), fp32: how many of the image's tokens each token stands for."""
+        size = self._inside.size
+        return self.tokens.new_ones(self.tokens.shape[:2], dtype=torch.float32) if size is None else size
+
+    @property
+    def memory(self) -> Tensor | None:
+        """(N, P): what the method set here in an earlier block, of the patches that are left; None if nothing."""
+        return self._inside.memory
+
+    @memory.setter
+    def memory(self, values: Tensor) -> None:
+        self._inside.memory = values
+
+    def cls_logits(self, of: Literal["keys", "values"] = "keys") -> Tensor:
+        """Logits (N, heads, t), fp32, of CLS's attention; with ``of="values"`` products of its value and each token's.
+
+        Minus infinity where there is no token, so that a softmax over all is one over those that are there.
+        """
+        if of == "keys":
+            logits = attention.fine(self._query @ self.keys.transpose(-1, -2)) * self._scaling
+        else:
+            logits = attention.fine(self.values[:, :, :1] @ self.values.transpose(-1, -2))
+        width = self.keys.shape[1] * self.keys.shape[3]
+        self.scored(tuple((count + 1) * width for count in self.counts))
+        if self._inside.present is not None:
+            logits = logits.masked_fill(~self._inside.present[:, None, None], float("-inf"))
+        return logits.squeeze(2)
+
+    def scored(self, macs: int | tuple[int, ...]) -> None:
+        """Count ``macs`` multiply-adds that the method itself spent on matrix products: an int, or one of each image.
+
+        Where images differ each is taken to be padded to the largest.
+        """
+        self._encoding.scored(macs)
 
 
 def _weights(

@@ -16,11 +16,12 @@ other packages and of single files.
 from importlib import import_module
 from pkgutil import iter_modules
 
-from ..engine.contract import BlockMerge, Forward, Join, Keep, Merge, Method, Positions
+from ..engine.contract import BlockCut, BlockMerge, Forward, Join, Keep, Merge, Method, Positions
 from .base import Budgeted, Layered, Ranked, Scored, top
 from .registry import list_methods, load_method, register
 
 __all__ = [
+    "BlockCut",
     "BlockMerge",
     "Budgeted",
     "Forward",

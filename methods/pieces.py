@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,6 +60,7 @@ def pick(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))
 
 
+@lru_cache(maxsize=256)
 def per_image(method: Budgeted, patches: int) -> int:
     """The budget of one image, on the host."""
     return int(method.budget(torch.tensor([patches])))

@@ -190,10 +190,9 @@ class VisionTap:
         self._check(encoding)
         patches = encoding.vision.tokens
         if features.shape[1] < patches:
-            # They stand for no patch in particular.
-            nothing = features.new_zeros(features.shape[0], patches, dtype=torch.bool)
-            encoding.kept, encoding.decision = TokenSet(nothing, (0,) * len(nothing)), Merge(nothing)
-            encoding.projected_tokens = torch.full((len(nothing),), features.shape[1])
+            kept = encoding.kept = _left_inside(encoding, features)
+            encoding.decision, new = Merge(kept.mask), features.shape[1] if encoding.inside.patches is None else 0
+            encoding.projected_tokens = kept.host_counts + new
             return None
         encoding.decision = self.method.vision(VisionView(encoding))
         if encoding.decision is None:
@@ -240,16 +239,39 @@ class VisionTap:
         if encoding.decision is None:
             return None
         rows = ImageRows(layout, encoding.vision.tokens, encoding.features.shape[0])
-        trace.scored(0, torch.tensor(rows.counts) * encoding.macs, sum(rows.counts) * encoding.macs)
-        trace.tower = self._tower_tokens(encoding)
+        images = encoding.features.shape[0]
+        macs = rows.group(torch.tensor(encoding.macs).expand(images)[:, None]).sum(1)
+        trace.scored(0, macs, sum(rows.counts) * encoding.padded_macs)
+        ran = self._tower_tokens(encoding)
+        if ran is not None:
+            trace.tower, trace.batch_tower = (rows.group(tokens.expand(images, 1, -1, 2)) for tokens in ran)
         if encoding.projected_tokens is not None:
             trace.projected = rows.group(encoding.projected_tokens[:, None]).sum(1).cpu()
             trace.batch_projected = encoding.projector_input
         return rows.translate(on_images(encoding.decision))
 
-    def _tower_tokens(self, encoding: Encoding) -> tuple[tuple[int, int], ...] | None:
+    def _tower_tokens(self, encoding: Encoding) -> tuple[Tensor, Tensor] | None:
+        """Int (N or 1, 1, blocks, 2): tokens of images at attention and MLP of each block, and places they took."""
         if "tower" in self.method.hook_points:
-            return tuple(encoding.block_tokens)
+            tokens = torch.tensor(encoding.block_tokens).permute(2, 0, 1)[:, None]
+            return tokens, torch.tensor(encoding.block_widths)[None, None]
         assert encoding.features is not None
         vision, count = encoding.vision, int(encoding.features.shape[1])
-        return None if count == vision.tokens else ((count + vision.has_cls,) * 2,) * vision.layers
+        if count == vision.tokens:
+            return None
+        tokens = torch.full((1, 1, vision.layers, 2), count + vision.has_cls)
+        return tokens, tokens
+
+
+def _left_inside(encoding: Encoding, features: Tensor) -> TokenSet:
+    """Which patches are left of each image where the tower put out fewer; none where its tokens are new ones."""
+    images, patches, inside = features.shape[0], encoding.vision.tokens, encoding.inside
+    left = features.new_zeros(images, patches + 1, dtype=torch.bool)
+    if inside.patches is None:
+        return TokenSet(left[:, :-1], (0,) * images)
+    first = int(encoding.vision.has_cls)
+    index = inside.patches[:, first:] - first
+    if inside.present is not None:
+        index = index.masked_fill(~inside.present[:, first:], patches)
+    counts = tuple(count - first for count in inside.counts)
+    return TokenSet(left.scatter(1, index, torch.ones_like(index, dtype=torch.bool))[:, :-1], counts)

@@ -52,7 +52,7 @@ def executed(trace: Trace, geometry: Geometry, logits: int | None = 1) -> Flops:
     tokens = trace.kv_lengths().double().numpy()
     head = tokens[:, -1] if logits is None else np.full(len(tokens), float(logits))
     pairs, scoring = (work.double().numpy().sum(1) for work in (trace.attention_pairs(), trace.scoring_macs()))
-    return _prefill(geometry, _vision(trace, geometry.vision), tokens.sum(1), pairs, scoring, head)
+    return _prefill(geometry, _vision(trace, geometry.vision, trace.tower), tokens.sum(1), pairs, scoring, head)
 
 
 def executed_by_batch(trace: Trace, geometry: Geometry, logits: int | None = 1) -> Flops:
@@ -63,7 +63,7 @@ def executed_by_batch(trace: Trace, geometry: Geometry, logits: int | None = 1) 
     with the most. What a method multiplies by itself (``view.scored``) counts as if every row were the largest.
     ``logits``: as there, of each row.
     """
-    tower, projector = (np.array([macs.sum()]) for macs in _vision(trace, geometry.vision))
+    tower, projector = (np.array([macs.sum()]) for macs in _vision(trace, geometry.vision, trace.batch_tower))
     if trace.batch_projected is not None and geometry.vision is not None:
         projector = np.array([float(trace.batch_projected * geometry.vision.projector_macs)])
     tokens = trace.batch_tokens()
@@ -93,8 +93,8 @@ def _prefill(
     )
 
 
-def _vision(trace: Trace, vision: VisionGeometry | None) -> tuple[np.ndarray, np.ndarray]:
-    """MACs of tower and projector for each row (B,).
+def _vision(trace: Trace, vision: VisionGeometry | None, inside: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+    """MACs of tower and projector for each row (B,); ``inside``: tokens in the tower, as a trace has them.
 
     Images of several shapes are known for the batch: their work is shared out by visual tokens, which is exact for one
     row and for rows alike.
@@ -103,8 +103,12 @@ def _vision(trace: Trace, vision: VisionGeometry | None) -> tuple[np.ndarray, np
     if vision is None:
         return np.zeros_like(counts), np.zeros_like(counts)
     if vision.tokens and trace.grids is None:
-        images = counts / vision.tokens
-        return images * vision_tower_macs(vision, trace.tower), trace.projected.double().numpy() * vision.projector_macs
+        macs = counts / vision.tokens * vision_tower_macs(vision)
+        if inside is not None:
+            macs = np.array(
+                [sum(vision_tower_macs(vision, image) for image in row if image[0][0]) for row in inside.tolist()]
+            )
+        return macs, trace.projected.double().numpy() * vision.projector_macs
     grids = [] if trace.grids is None else trace.grids.tolist()
     tower = sum(grid_macs(vision, grid) for grid in grids)
     tokens = sum(prod(grid) for grid in grids) / vision.merged

@@ -43,7 +43,7 @@ def run(model, method, inputs, store=None):
         new = model.generate(**inputs, max_new_tokens=2, do_sample=False, suppress_tokens=[IMAGE])
         trace = session.trace
     kept = [trace.kept(layer) for layer in range(trace.layers)]
-    return [logits, new, trace.scoring_macs(), trace.attention_pairs(), trace.projected, *kept], trace.tower
+    return [logits, new, trace.scoring_macs(), trace.attention_pairs(), trace.projected, *kept], str(trace.tower)
 
 
 def same(a, b):

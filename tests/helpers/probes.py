@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from visibench.methods import Forward, Keep, Merge, Method
+from visibench.methods import BlockCut, Forward, Keep, Merge, Method
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,29 @@ class OrderProbe(Probe):
 
     def begin(self, layout, geometry):
         return Forward()
+
+
+@dataclass(frozen=True)
+class TowerProbe(Probe):
+    """In the first vision block images lose patches at random, some more than others, and none after that."""
+
+    hook_points = ("tower",)
+    vision_blocks = ()
+
+    def block(self, view):
+        patches = view.tokens[:, 1:]
+        many = (patches.sum((1, 2)) > 0).tolist()
+        return BlockCut(patches.sum(2), tuple(9 if one else 5 for one in many)) if view.block == 0 else None
+
+    def begin(self, layout, geometry):
+        return Forward()
+
+
+@dataclass(frozen=True)
+class BehindProbe(TowerProbe):
+    """The same behind the MLP."""
+
+    block_part = "mlp"
 
 
 @dataclass(frozen=True)
@@ -130,6 +153,8 @@ PROBES = [
     VisionProbe(positions="renumber", merge=True),
     OrderProbe(),
     OrderProbe(positions="renumber", every=3),
+    TowerProbe(),
+    BehindProbe(positions="renumber"),
     ProjectedProbe(positions="renumber"),
     RaggedProbe(),
     RaggedProbe(positions="renumber"),

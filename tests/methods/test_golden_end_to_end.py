@@ -11,7 +11,7 @@ from golden_llava import CLIP, check_whole, make_golden_llava, prompt, vectors, 
 from golden_support import MANIFEST
 from torch.utils._python_dispatch import TorchDispatchMode
 from visibench.engine import attention
-from visibench.methods import Keep, base, hiprune, holov, pieces, scope, vscan
+from visibench.methods import BlockCut, Keep, base, hiprune, holov, pieces, scope, vscan
 from visibench.models.adapters import Adapter
 
 
@@ -243,6 +243,71 @@ def test_vscan(whole, config, entry, case, images):
         assert torch.equal(counts, session.trace.visual_counts())
 
 
+# ---- FlowCut ------------------------------------------------------------------------------------------------------
+
+
+class Recorded(type(visibench.load_method("flowcut", tokens=64))):
+    """Also takes the authors' pace for a batch: from each image as many leave as from the one that loses most."""
+
+    def block(self, view):
+        before, cut = view.memory, super().block(view)
+        self.seen.append((before, view.memory))
+        return cut and BlockCut(cut.scores, (min(cut.counts),) * len(cut.counts))
+
+
+def recorded_flowcut(tokens):
+    method = Recorded(tokens=tokens)
+    object.__setattr__(method, "seen", [])
+    return method
+
+
+@pytest.mark.parametrize(("config", "entry", "case", "images"), configurations("flowcut"))
+def test_flowcut_inside_the_tower(whole, config, entry, case, images):
+    recorded, prefix = vectors("flowcut"), f"{config}.{case}"
+    method, features = recorded_flowcut(entry["target_num"]), []
+    ids = prompt(0)["input_ids"].expand(len(images), -1)
+    with visibench.prune(whole, method) as session:
+        projector = whole.model.multi_modal_projector
+        hook = projector.register_forward_pre_hook(lambda m, args: features.append(args[0]))
+        whole(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=CLIP["pixels"][images])
+        hook.remove()
+    trace = session.trace
+    assert torch.equal(trace.kept(0), recorded[f"{prefix}.kept"])
+    assert trace.visual_counts().eq(entry["target_num"]).all()
+    assert trace.tower[0, 0, :, 0].tolist() == [n + 1 for n in recorded[f"{prefix}.patches_at_block_input"].tolist()]
+    torch.testing.assert_close(method.seen[0][1], recorded[f"{prefix}.first_block_score"], rtol=1e-3, atol=1e-7)
+    kept = recorded[f"{prefix}.kept"]
+    if f"{prefix}.features" in recorded:
+        torch.testing.assert_close(features[0], recorded[f"{prefix}.features"], atol=1e-4, rtol=1e-3)
+    assert features[0].shape == (len(images), entry["target_num"], 32)
+    assert (kept.sum(1) == entry["target_num"]).all()
+    assert method.seen[22][0].shape == (len(images), entry["target_num"])
+
+
+@pytest.mark.parametrize(("config", "entry", "case", "images"), wholes("flowcut"))
+def test_flowcut(whole, config, entry, case, images):
+    check_whole(whole, recorded_flowcut(entry["target_num"]), vectors("flowcut"), f"{config}.{case}", images)
+
+
+@pytest.mark.parametrize("tokens", [192, 29])
+def test_flowcut_of_a_batch_is_that_of_each_image_alone(whole, tokens):
+    """Not in the authors' code, where the image that loses most sets the pace of all."""
+    traces = {}
+    for images in ((0,), (1,), (0, 1)):
+        with visibench.prune(whole, visibench.load_method("flowcut", tokens=tokens)) as session:
+            ids = prompt(0)["input_ids"].expand(len(images), -1)
+            whole(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=CLIP["pixels"][[*images]])
+        traces[images] = session.trace
+    both = traces[0, 1]
+    for image in (0, 1):
+        alone = traces[image,]
+        assert torch.equal(both.kept(0)[image], alone.kept(0)[0])
+        assert torch.equal(both.tower[image], alone.tower[0])
+        assert both.scoring_macs()[image, 0] == alone.scoring_macs()[0, 0]
+    assert torch.equal(both.tower.amax(0), both.batch_tower[0])
+    assert not torch.equal(both.tower[0], both.tower[1])
+
+
 # ---- operations ---------------------------------------------------------------------------------------------------
 
 VIEWS = {"_unsafe_view", "alias", "expand", "permute", "select", "slice", "split", "squeeze", "t", "transpose", "view"}
@@ -264,7 +329,7 @@ def operations(model, name, **options):
     return counted.count
 
 
-@pytest.mark.parametrize("name", ["holov", "hiprune", "v2drop", "vscan"])
+@pytest.mark.parametrize("name", ["holov", "hiprune", "v2drop", "vscan", "flowcut"])
 def test_a_prefill_takes_few_more_operations_than_the_dense_one(whole, name):
     options = {} if name == "v2drop" else {"tokens": 64}
     assert operations(whole, name, **options) < 1.3 * operations(whole, "none")
