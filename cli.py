@@ -30,8 +30,8 @@ from .commands import (
     runs,
     wandb,
 )
-from .errors import VisibenchError
-from .utils import machine
+from .errors import FOREIGN, StoppedError, VisibenchError, behind, reason, shortened
+from .utils import interrupt, machine, output
 
 app = typer.Typer(
     name="visibench",
@@ -64,33 +64,66 @@ COMMANDS = (
 
 RESUMED = ("run", "sweep", "analyze")
 """Commands that go on where they stopped."""
+LONGEST_LINE = 1500
+"""Characters of a line that says what went wrong."""
 
 
 def main() -> NoReturn:
-    """Entry point: what a user can mend ends as one line on standard error and exit code 2."""
+    """Entry point: whatever goes wrong ends as one line on standard error.
+
+    Exit code 2, 3 where the work was done but for what failed, 130 after Ctrl-C and 143 after SIGTERM. What others'
+    code raised is in a file, which the line names.
+    """
     # Where cores are shared with other programs, OpenMP threads that spin while they wait make small models several
     # times slower. Must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     atexit.register(gc.freeze)  # or the collector goes through all that was imported once more, for a second or two
+    output.take_all_characters()
+    interrupt.listen()
+    command = typer.main.get_command(app)
     try:
-        code = app(standalone_mode=False)
-    except VisibenchError as error:
-        _fail(str(error), error.exit_code)
-    except typer.Abort:
-        code = 130
-    except _UsageProblem as error:
-        _fail(f"{error.format_message()} (see `visibench --help`)", error.exit_code)
-    if code == 130:  # Ctrl-C: raised or returned, depending on typer's version
+        with command.make_context("visibench", sys.argv[1:]) as context:
+            command.invoke(context)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except typer.Exit as ended:
+        sys.exit(ended.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
         again = shlex.join(["visibench", *sys.argv[1:]])
         resumes = sys.argv[1:2] and sys.argv[1] in RESUMED
-        _fail(f"interrupted{f': the same command goes on where this one stopped: {again}' if resumes else ''}", 130)
-    sys.exit(code if isinstance(code, int) else 0)
+        told = f": the same command goes on where this one stopped: {again}" if resumes else ""
+        _fail(f"interrupted{told}", interrupt.code())
+    except VisibenchError as error:
+        stopped = isinstance(error, StoppedError)
+        _fail(f"{error}{_kept(error) if error.foreign else ''}", interrupt.code() if stopped else error.exit_code)
+    except _UsageProblem as error:
+        _fail(f"{error.format_message()} (see `visibench --help`)", error.exit_code)
+    except FOREIGN as error:
+        if any(isinstance(one, BrokenPipeError) for one in behind(error)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or what is left to write complains at the exit
+            _fail("nobody reads the output any more")
+        _fail(f"unforeseen: {reason(error)}{_kept(error)}")
+    sys.exit(0)
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
-    line = f"[bold red]error:[/] {escape(' '.join(message.split()))}"
-    Console(stderr=True, soft_wrap=True, highlight=False).print(line)
+    line = shortened(output.printable(" ".join(message.split())), LONGEST_LINE)
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {escape(line)}")
     sys.exit(code)
+
+
+def _kept(error: BaseException) -> str:
+    """Write the traceback of an error down, and return where it lies."""
+    import tempfile
+    import traceback
+
+    try:
+        handle, name = tempfile.mkstemp(prefix="visibench-", suffix=".traceback.txt")
+        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(traceback.format_exception(error))
+    except Exception:  # no room, or an exception that cannot be written: the line says what there is to say
+        return ""
+    return f" (traceback in {name})"
 
 
 @app.callback(invoke_without_command=True)

@@ -13,13 +13,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import IO, TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from ..errors import DataError, OptionError, suggest
+from ..errors import OptionError, suggest
+from ..results.store import disk
 from .wandb import FAILED, SENT, destination_of, sync_command
 
 if TYPE_CHECKING:
@@ -49,31 +51,43 @@ WandbTags = Annotated[str | None, typer.Option("--wandb-tags", metavar="A,B", he
 
 
 class Live:
-    """A process that sends the finished cells of ``folder``, each time it is told that there is a new one."""
+    """A process that sends the finished cells of ``folder``, each time it is told that there is a new one.
+
+    It starts with the first: until then the sweep may be refused, which must leave the folder as it is.
+    """
 
     def __init__(self, folder: Path, destination: Destination) -> None:
-        self.folder = folder
+        self.folder, self.destination = folder, destination
         self.log = folder / "wandb" / "sync.log"
-        command = [sys.executable, "-m", "visibench", "wandb", "sync", str(folder), "--follow", *destination.options()]
-        try:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            with self.log.open("w") as log:
-                # Of its own session: Ctrl-C goes to the sweep alone.
-                self.process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
-                )
-        except OSError as error:
-            raise DataError(
-                f"cannot write to {folder} ({error.strerror}): make room, or choose another --out"
-            ) from error
-        assert self.process.stdin is not None
-        self.pipe = self.process.stdin
-        os.set_blocking(self.pipe.fileno(), False)
 
     def __call__(self) -> None:
         """There is a new cell."""
+        pipe = self.pipe.fileno()
         with suppress(OSError):  # gone or stuck: the end will tell
-            os.write(self.pipe.fileno(), b"\n")
+            os.write(pipe, b"\n")
+
+    @property
+    def started(self) -> bool:
+        """Whether there has been a cell."""
+        return "process" in vars(self)
+
+    @cached_property
+    def process(self) -> subprocess.Popen[bytes]:
+        """The process, started when it is first asked for."""
+        ours = [sys.executable, "-m", "visibench"]
+        command = [*ours, "wandb", "sync", str(self.folder), "--follow", *self.destination.options()]
+        with disk.writing(self.log):
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("w") as log:
+                # Of its own session: Ctrl-C goes to the sweep alone.
+                return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
+
+    @cached_property
+    def pipe(self) -> IO[bytes]:
+        """To the process; it never blocks."""
+        assert self.process.stdin is not None
+        os.set_blocking(self.process.stdin.fileno(), False)
+        return self.process.stdin
 
     def close(self, seconds: float) -> str:
         """Let it finish, for so many seconds at most, or until Ctrl-C. Returns why it did not, or nothing.
@@ -109,7 +123,7 @@ class Live:
                 raise subprocess.TimeoutExpired(self.process.args, seconds)
 
     def _lines(self) -> list[str]:
-        return self.log.read_text(errors="replace").strip().splitlines()
+        return self.log.read_text(errors="replace").strip().splitlines() if self.log.is_file() else []
 
 
 def destination_asked(
@@ -146,18 +160,25 @@ def sending(folder: Path, destination: Destination | None, *, quiet: bool = Fals
     live, wait = Live(folder, destination), WAIT
     try:
         yield live
+        live()  # the cells of earlier runs, if there are no others
     except KeyboardInterrupt:
         wait = SHORT
         raise
     finally:
-        later = sync_command(folder, destination)
-        wait = SHORT if live.trouble() else wait
-        if not quiet and live.process.poll() is None:
-            _say(f"Sending the rest to W&B, up to {wait:g} s; Ctrl-C leaves it for `{later}`.")
-        problem = live.close(wait)
-        if problem:
-            told = f"not all is in W&B ({problem}); results are complete in {folder}, and `{later}` sends the rest"
-            _say(f"warning: {told}")
+        if live.started:
+            _finish(live, destination, wait, quiet)
+
+
+def _finish(live: Live, destination: Destination, wait: float, quiet: bool) -> None:
+    """Wait until it is all sent, and say so."""
+    folder, later = live.folder, sync_command(live.folder, destination)
+    wait = SHORT if live.trouble() else wait
+    if not quiet and live.process.poll() is None:
+        _say(f"Sending the rest to W&B, up to {wait:g} s; Ctrl-C leaves it for `{later}`.")
+    problem = live.close(wait)
+    if problem:
+        told = f"not all is in W&B ({problem}); results are complete in {folder}, and `{later}` sends the rest"
+        _say(f"warning: {told}")
 
 
 def _say(text: str) -> None:

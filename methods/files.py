@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from ..engine.contract import Method
-from ..errors import DataError, UnknownNameError, VisibenchError, suggest
+from ..errors import FOREIGN, DataError, UnknownNameError, VisibenchError, said, suggest
 from .registry import collecting, get, list_methods
 
 
@@ -85,12 +85,11 @@ def _imported(path: str, content: bytes, file: MethodFile) -> dict[str, type[Met
     try:
         with collecting() as methods:
             exec(compile(content, path, "exec"), vars(module))
-    except (Exception, SystemExit) as error:  # a file can fail in any way
+    except FOREIGN as error:  # a file can fail in any way
         del sys.modules[module.__name__]
         frames = reversed(traceback.extract_tb(error.__traceback__))
         line = next((f" (line {frame.lineno})" for frame in frames if frame.filename == path), "")
-        reason = str(error) if isinstance(error, VisibenchError) else f"{type(error).__name__}: {error}"
-        raise VisibenchError(f"{path} cannot be imported{line}: {' '.join(reason.split())}") from error
+        raise VisibenchError(f"{path} cannot be imported{line}: {said(error)}", foreign=True) from error
     if not methods:
         raise VisibenchError(f"{path} registers no method: decorate its class with @register(NAME, TITLE)")
     return methods

@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar, dataclass_transform, get_args, overload
 
 from ..engine.contract import HookPoint, Method
-from ..errors import UnknownNameError, VisibenchError, suggest
+from ..errors import FOREIGN, UnknownNameError, VisibenchError, said, suggest
 
 GROUP = "visibench.methods"
 MethodClass = TypeVar("MethodClass", bound=type[Method])
@@ -122,10 +122,10 @@ def list_methods() -> dict[str, type[Method]]:
 def _register_plugin(entry: EntryPoint) -> None:
     try:
         register(entry.load())
-    except Exception as error:  # importing another package can fail in any way
+    except FOREIGN as error:  # importing another package can fail in any way
         package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown"
-        reason = str(error) if isinstance(error, VisibenchError) else f"{type(error).__name__}: {error}"
         raise VisibenchError(
-            f"the plug-in {entry.name!r} ({entry.value}) of package {package} cannot be used: "
-            f"{' '.join(reason.split())}. Mend, update or uninstall that package"
+            f"the plug-in {entry.name!r} ({entry.value}) of package {package} cannot be used: {said(error)}. Mend, "
+            "update or uninstall that package",
+            foreign=True,
         ) from error

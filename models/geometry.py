@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from ..errors import InputError, OptionError, suggest
+from ..utils.memory import check_room
 from .adapters import Adapter, Images
 
 Weights = Literal["pretrained", "random", "meta"]
@@ -58,7 +59,8 @@ def build(config: Any, weights: Weights, layers: int | None, device: torch.devic
     """A model of ``config`` cut to ``layers`` decoder layers, made where it stays and in its final dtype.
 
     ``random``: transformers' own initialisation, drawn with seed 0; ``meta``: shapes without memory. ``dtype`` "auto"
-    is bfloat16. Raises :class:`OptionError` if there are fewer layers than asked for.
+    is bfloat16. Raises :class:`OptionError` if there are fewer layers than asked for, and :class:`NoRoomError` for
+    random weights that do not fit into the host's memory.
     """
     if layers is not None:
         text = config.get_text_config()
@@ -67,12 +69,24 @@ def build(config: Any, weights: Weights, layers: int | None, device: torch.devic
         text.num_hidden_layers = layers
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:layers]
-    place = torch.device("meta") if weights == "meta" else device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), place:
-        torch.manual_seed(0)
-        return AutoModelForImageTextToText.from_config(
-            config, dtype=torch.bfloat16 if dtype == "auto" else dtype, attn_implementation=attention
-        )
+    precision = torch.bfloat16 if dtype == "auto" else dtype
+
+    def made(place: torch.device) -> Any:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), place:
+            torch.manual_seed(0)
+            return AutoModelForImageTextToText.from_config(config, dtype=precision, attn_implementation=attention)
+
+    sizes = made(torch.device("meta"))
+    if weights == "meta":
+        return sizes
+    if device.type == "cpu":
+        check_room(nbytes(sizes), "a model of these sizes", "choose fewer --layers, a smaller --dtype or another model")
+    return made(device)
+
+
+def nbytes(model: Any) -> int:
+    """Bytes of a model's weights, tied ones counted once."""
+    return sum(weight.nbytes for weight in model.parameters())
 
 
 def synthetic_inputs(adapter: Adapter, batch: int, prompt: int, visual_tokens: int, seed: int = 0) -> dict[str, Tensor]:

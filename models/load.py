@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Hashable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+import re
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,26 +13,18 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel
-from transformers.utils import logging
+from transformers import AutoConfig, AutoProcessor, BatchFeature, PreTrainedModel
 
-from ..errors import (
-    DataError,
-    InputError,
-    OptionError,
-    UnknownNameError,
-    UnsupportedModelError,
-    VisibenchError,
-    suggest,
-)
+from ..errors import DataError, InputError, OptionError, UnknownNameError, UnsupportedModelError, boundary, suggest
 from ..utils.bounded_cache import BoundedCache
 from ..utils.machine import processor, version
 from ..utils.sources import ends
 from .adapters import FAMILIES, Adapter, Geometry
-from .geometry import Weights, about, build, check_weights, configuration, published, synthetic_inputs
+from .geometry import Weights, about, build, check_weights, configuration, nbytes, published, synthetic_inputs
 from .inputs import as_text, prepared, special_tokens
 from .protocols import HF, Protocol, find
 from .support import check_configuration
+from .weights import read as read_weights
 
 EMBEDDED = {"tiny": Path(__file__).parent / "tiny" / "checkpoint"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,7 +56,7 @@ class LoadedModel:
     @property
     def nbytes(self) -> int:
         """Bytes of its weights."""
-        return sum(weight.nbytes for weight in self.model.parameters())
+        return nbytes(self.model)
 
     @cached_property
     def _processed(self) -> BoundedCache[BatchFeature]:
@@ -159,7 +151,7 @@ def load_model(
     source, place = _source(name_or_path), _device(device)
     precision = _precision(dtype, place)
     processor = None
-    try:
+    with boundary(f"cannot load model {name_or_path!r}", DataError):  # whatever stands in its files
         if name_or_path in published():
             config = configuration(name_or_path)
         else:
@@ -168,26 +160,15 @@ def load_model(
             processor = _processor(source, config, trust_remote_code)
         model: Any
         if weights == "pretrained":
-            with _without_bar() if Path(source).is_dir() else nullcontext():
-                model = AutoModelForImageTextToText.from_pretrained(
-                    source,
-                    dtype=precision,
-                    attn_implementation=attn_implementation,
-                    trust_remote_code=trust_remote_code,
-                    use_safetensors=True,
-                )
+            options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+            model = read_weights(name_or_path, source, config, dtype=precision, **options)
             model.to(place)
         else:
             model = build(config, weights, layers, place, precision, attn_implementation)
-    except VisibenchError:
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"cannot load model {name_or_path!r}: {reason}") from error
-    loaded = LoadedModel(name_or_path, model.eval(), processor, weights, asked)
-    if processor is not None:
-        asked.set_up(processor)
-    loaded.adapter  # noqa: B018  # checks the model
+        loaded = LoadedModel(name_or_path, model.eval(), processor, weights, asked)
+        if processor is not None:
+            asked.set_up(processor)
+        loaded.geometry  # noqa: B018  # checks the model
     return loaded
 
 
@@ -220,18 +201,6 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-@contextmanager
-def _without_bar() -> Iterator[None]:
-    """Within: transformers draws no progress bar. Weights on this disk are there in a moment."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _check_family(name: str, config: Any) -> None:
@@ -273,10 +242,11 @@ def _precision(name: str, place: torch.device) -> Any:
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise OptionError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from None
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name, re.ASCII):
+        raise OptionError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise OptionError("no CUDA device here: use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise OptionError(f"no device {name} here: the last one is cuda:{torch.cuda.device_count() - 1}")
     return device

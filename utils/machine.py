@@ -38,7 +38,7 @@ def processor() -> str:
 def ranks() -> int:
     """How many processes ``torchrun`` has started; 1 without it."""
     given = os.environ.get("WORLD_SIZE", "1")
-    if not given.isdecimal():
+    if not given.isdecimal() or not int(given):
         raise OptionError(f"WORLD_SIZE={given} is no number of processes: unset it, or use torchrun")
     return int(given)
 

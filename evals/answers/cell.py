@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from ...engine.features import FeatureStore
-from ...errors import IncompleteError, StorageError, disk_full
+from ...errors import FOREIGN, IncompleteError, StorageError, disk_full
 from ...methods import Method
 from ...models import LoadedModel
 from ...results.statistics.metrics import agreement
@@ -65,7 +65,7 @@ def run_cell(
             return store.finish(config, evaluation.samples.assign(dense_agreement=same), metrics)
     except StorageError:
         raise
-    except Exception as error:
+    except FOREIGN as error:
         if disk_full(error):
             raise StorageError(f"no room left on the disk ({error}): make room; what is finished is kept") from error
         failures = [generate.failure(error)]

@@ -21,7 +21,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from ...engine import prune
 from ...engine.features import FeatureStore
 from ...engine.trace import Trace
-from ...errors import VisibenchError
+from ...errors import FOREIGN, VisibenchError, reason
 from ...models import LoadedModel
 from ...models.inputs import upright
 from ...models.load import release
@@ -33,7 +33,7 @@ from ..compute.memory import out_of_memory
 from ..compute.timing import clock_of
 from ..tasks import lmms_eval
 from ..tasks.question import Question
-from ..tasks.tasks import Task, reason
+from ..tasks.tasks import Task
 from .cell_spec import CellSpec
 from .checkpoint import Answers, Batch, bound_to
 
@@ -169,7 +169,7 @@ class Bridge:
             batch.join(self._run(chunk))
             self._in_a_row = 0
             return
-        except Exception as error:
+        except FOREIGN as error:
             no_room = out_of_memory(error)
             if not (no_room or self.forgiving):
                 raise
@@ -183,7 +183,7 @@ class Bridge:
             for part in (chunk[: len(chunk) // 2], chunk[len(chunk) // 2 :]):
                 self._attempt(part, batch)
 
-    def _fail(self, doc_id: int, error: Exception, no_room: bool, batch: Batch) -> None:
+    def _fail(self, doc_id: int, error: BaseException, no_room: bool, batch: Batch) -> None:
         if not self.forgiving:
             raise VisibenchError(
                 f"out of memory at batch size 1 (question {doc_id}): choose a smaller model, another --dtype, or "

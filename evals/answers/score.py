@@ -16,7 +16,7 @@ import pandas as pd
 from tenacity import RetryError
 
 from ...engine import prune
-from ...errors import OptionError, VisibenchError
+from ...errors import OptionError, VisibenchError, reason
 from ...methods import Method
 from ...models import LoadedModel
 from ...results.statistics.metrics import MME_COGNITION
@@ -26,7 +26,7 @@ from ...utils import machine
 from ..tasks import lmms_eval
 from ..tasks.known import TaskMetric
 from ..tasks.question import Question
-from ..tasks.tasks import MME_CATEGORY_MAXIMUM, Task, reason
+from ..tasks.tasks import MME_CATEGORY_MAXIMUM, Task
 from .checkpoint import Answers, Batch
 from .generate import Bridge, batch_key, batches, generation, questions
 

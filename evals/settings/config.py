@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from ...errors import OptionError, UnsupportedModelError, suggest
 from ...methods import Method
-from .method_spec import MethodSpec, Solve, holds_boolean, nowhere, seeded, split
+from .method_spec import LARGEST, MethodSpec, Solve, holds_boolean, nowhere, seeded, split
 from .target import Target
 
 
@@ -23,10 +23,10 @@ def _no_boolean(value: Any) -> Any:
 
 
 Numeric = BeforeValidator(_no_boolean)
-Count = Annotated[int, Field(ge=1, strict=True)]
+Count = Annotated[int, Field(ge=1, le=LARGEST, strict=True)]
 Price = Annotated[float, Field(ge=0), Numeric]
 Budget = Annotated[dict[Literal["tokens", "tflops"], Price], Field(min_length=1, max_length=1)]
-Seeds = Annotated[list[Annotated[int, Numeric]], Field(min_length=1)]
+Seeds = Annotated[list[Annotated[int, Field(ge=0, le=LARGEST), Numeric]], Field(min_length=1)]
 DENSE = "none"
 C = TypeVar("C", bound="Config")
 # How pydantic names the branches of our unions.

@@ -19,7 +19,8 @@ from .target import Target
 
 # FILE.py[:NAME][:options]; what holds an equals sign is no name.
 _LOCAL = re.compile(r"(?P<file>.+?\.py)(?::(?P<name>[^:=,]*))?(?:(?P<colon>:)(?P<options>.*))?$")
-
+LARGEST = 2**53
+"""No option is a larger integer: random generators take no larger seeds, and readers of JSON round larger numbers."""
 
 Solve = Callable[[str, Mapping[str, Any], Target], Method]
 """Finds the method that meets a target, from its name and the other options."""
@@ -233,7 +234,11 @@ def _convert(name: str, key: str, value: Any, wanted: Any) -> Any:
     if get_origin(wanted) is tuple and isinstance(value, str):
         value = tuple(part for part in value.split("+") if part)
     try:
-        return TypeAdapter(wanted).validate_python(value)
+        converted = TypeAdapter(wanted).validate_python(value)
     except ValidationError as error:
         message = error.errors()[0]["msg"]
         raise OptionError(f"{name}: {key}={value!r}: {message[0].lower()}{message[1:]}") from error
+    numbers = converted if isinstance(converted, tuple) else (converted,)
+    if any(isinstance(number, int) and abs(number) > LARGEST for number in numbers):
+        raise OptionError(f"{name}: {key}={value!r}: expected at most {LARGEST}")
+    return converted

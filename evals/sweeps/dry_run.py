@@ -20,7 +20,7 @@ from rich.console import Console
 
 from ...engine import prune
 from ...engine.layout import TokenLayout
-from ...errors import DataError
+from ...errors import FOREIGN, DataError, reason
 from ...methods import Method, load_method
 from ...models import LoadedModel, load_model
 from ...models.geometry import check_weights
@@ -33,7 +33,7 @@ from ..compute.flops import executed
 from ..compute.paper_flops import Work, planned
 from ..settings.config import DENSE
 from ..tasks.hub import hub_or_cache
-from ..tasks.tasks import HUB, reason
+from ..tasks.tasks import HUB
 from . import pace
 from .cells import cell_specs
 from .config import SweepConfig
@@ -176,7 +176,7 @@ class _Known:
             return None
         try:
             return pace.pace(self.prepared.loaded, self.prepared.tasks([task])[task], self.config)
-        except Exception as error:  # whatever a sweep would note of single questions
+        except FOREIGN as error:  # whatever a sweep would note of single questions
             self.prepared.report(Note(text=f"No time for {task}: {reason(error)}"))
             return None
 

@@ -29,7 +29,7 @@ class Executor(Protocol):
     """Runs cells: in this process, in several on this machine, or on a Ray cluster."""
 
     def run(self, job: Job, prepared: Prepared, report: Reporter) -> None:
-        """Leave each cell of ``job`` done in its store, or with its failures written down there.
+        """Leave each cell of ``job``, once begun, done in its store, or with its failures written down there.
 
         ``prepared`` is what this process has loaded; an executor uses it, or frees it for workers of its own.
         ``report`` hears of each cell once when it begins and once when it ends. Other processes may work on the same
@@ -41,17 +41,25 @@ class Executor(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """Cells of one model to run: all of ``cells`` with ``sizes`` questions by task, since ``began`` (epoch seconds)."""
+    """Cells of one model to run: all of ``cells`` with ``sizes`` questions by task, since ``began`` (epoch seconds).
+
+    ``asked``: the configuration of the whole run.
+    """
 
     config: SweepConfig
     cells: list[CellSpec]
     sizes: Mapping[str, int]
     store: Store
     began: float
+    asked: str
+
+    def begin(self) -> None:
+        """Write down what is asked of the run: after all that can refuse it, and before the first cell."""
+        self.store.save("sweep.yaml", self.asked)
 
     def check(self) -> None:
         """Raise :class:`OptionError` for methods that cannot act on the model, without loading its weights."""
-        geometry = load_model(self.config.model, weights="meta").geometry
+        geometry = load_model(self.config.model, weights="meta", dtype=self.config.dtype).geometry
         for cell in self.cells:
             cell.method.check(geometry)
 

@@ -21,6 +21,7 @@ class InProcess:
         tasks, loaded, store = prepared.tasks(list(job.sizes)), prepared.loaded, job.store
         for cell in job.cells:
             cell.method.check(loaded.geometry)
+        job.begin()
 
         def say(text: str) -> None:
             report(Note(text=text))

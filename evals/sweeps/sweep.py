@@ -88,9 +88,8 @@ def _sweep_model(
         for text in _changed(store, pending):
             report(Note(text=text))
         report(ModelStarted(model=config.model, cells=len(cells), done=done, questions=questions))
-        job = Job(config, pending, sizes, store, time.time())
+        job = Job(config, pending, sizes, store, time.time(), saved)
         if pending:
-            store.save("sweep.yaml", saved)
             executor.run(job, prepared, report)
         finished = [(spec, store.done(spec.config)) for spec in cells]
         failed = [job.failure(spec) for spec, cell in finished if cell is None]

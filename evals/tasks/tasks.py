@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import DataError, InputError, OptionError, StorageError, disk_full
+from ...errors import FOREIGN, DataError, InputError, OptionError, StorageError, disk_full, reason
 from ...models.protocols import HF, Protocol
 from ...utils.bounded_cache import BoundedCache
 from .definitions import Definition, find
@@ -211,7 +211,7 @@ def _load(definition: Definition, origin: str) -> Task:
             return Task(name, origin, lmms_eval.Decoding(config=config))
     except DataError:
         raise
-    except Exception as error:  # whatever datasets, the hub client or Pillow raise
+    except FOREIGN as error:  # whatever datasets, the hub client or Pillow raise
         if disk_full(error):
             place = "VISIBENCH_CACHE" if origin == EMBEDDED else "HF_HOME"
             raise StorageError(
@@ -305,12 +305,3 @@ def _whole_pairs(docs: Any, wanted: int) -> int:
 
 def _described(origin: str) -> str:
     return {EMBEDDED: "the embedded data", HUB: "the Hugging Face hub"}.get(origin, origin)
-
-
-def reason(error: BaseException) -> str:
-    """One line that says why: the root of a chain of exceptions, and of tenacity's retries."""
-    last = getattr(error, "last_attempt", None)
-    if last is not None and last.exception() is not None:
-        return reason(last.exception())
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

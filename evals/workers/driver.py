@@ -24,14 +24,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
-from ...errors import VisibenchError
+from ...errors import VisibenchError, reason
 from ...results.store.records import Failure
 from ...results.store.store import ANSWERS, DONE
 from ...utils.interrupt import stoppable
 from ..answers.cell_spec import CellSpec
 from ..sweeps.events import Answered, CellFailed, CellFinished, CellStarted, Named, Note, Reporter, Stopwatch
 from ..sweeps.executor import UNFINISHED, Job, Prepared
-from ..tasks.tasks import reason
 from .worker import Shard, WorkDone
 
 RETRIES = 3
@@ -129,7 +128,7 @@ class _Driver:
         self.cells, self.tasks = deque(job.cells), deque[_Task]()
         self.opened: list[_Open] = []
         self.unsettled = {cell.config.folder for cell in job.cells}
-        self.waiting = self.stopped = False
+        self.waiting = self.stopped = self.begun = False
 
     def drive(self, workers: int) -> None:
         """Run all cells."""
@@ -186,12 +185,18 @@ class _Driver:
     def _up(self, worker: Handle, up: Future) -> None:
         try:
             up.result()
-            self.idle.append(worker)
         except (LostError, TaskError) as error:
             worker.kill()
             if not (self.idle or self.running or self.starting):
+                if isinstance(error, TaskError) and error.mendable is not None:
+                    raise error.mendable from None
                 last = str(error.__cause__ or error).strip().splitlines()[-1]
                 raise VisibenchError(f"no worker can start ({last}): mend its environment") from error
+            return
+        if not self.begun:
+            self.begun = True
+            self.job.begin()
+        self.idle.append(worker)
 
     def _back(self, worker: Handle, task: _Task, returned: Future) -> None:
         """Take in what a task returned, or have it run again if its worker was lost.

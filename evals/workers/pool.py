@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from ...errors import FOREIGN
 from ..sweeps.events import Reporter
 from ..sweeps.executor import Job, Prepared
 from .devices import environments
@@ -74,7 +75,7 @@ def serve() -> None:
         for name, arguments in iter(partial(pickle.load, requests), None):
             try:
                 answer: Any = getattr(worker, name)(*arguments), None
-            except Exception as error:
+            except FOREIGN as error:
                 answer = None, TaskError.of(error, traceback.format_exc())
             answers.write(pickle.dumps(answer))
             answers.flush()

@@ -45,7 +45,7 @@ class WorkDone:
 
 
 class Worker:
-    """Works for one model, which it loads with its first task.
+    """Works for one model.
 
     ``config``: of the sweep, as JSON. ``flag``: a file that tells a worker of this machine, once it is there, to stop
     behind the batch that runs.
@@ -57,7 +57,8 @@ class Worker:
         self._notes: list[str] = []
 
     def up(self) -> None:
-        """Answered once the worker is there."""
+        """Load the model."""
+        self.prepared.loaded  # noqa: B018
 
     @cached_property
     def features(self) -> FeatureStore:

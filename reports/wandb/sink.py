@@ -15,7 +15,6 @@ import json
 import os
 import re
 import tempfile
-import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from ... import errors
 from ...errors import DataError, OptionError, VisibenchError
 from ...results.store.records import digest
 from ...results.store.store import Cell, Store
@@ -266,9 +266,7 @@ def _artifact(run: WandbRun) -> wandb.Artifact:
     return artifact
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """One line, without the key."""
-    lines = str(error).strip().splitlines()
-    line = textwrap.shorten(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__, 200)
-    key = os.environ.get("WANDB_API_KEY")
+    line, key = errors.reason(error), os.environ.get("WANDB_API_KEY")
     return line.replace(key, "…") if key else line

@@ -89,6 +89,7 @@ def test_a_failure_before_the_end_leaves_little_to_wait_for(tmp_path, monkeypatc
     monkeypatch.setattr("visibench.commands.live.SHORT", 0.2)
     stand_in(tmp_path, monkeypatch, "echo 'sent: 1 cells'; echo 'not sent: no network'; sleep 60")
     with sending(tmp_path / "run", OFFLINE) as live:
+        live()
         while not live.trouble():
             time.sleep(0.01)
     assert "up to 0.2 s" in capsys.readouterr().err
@@ -99,7 +100,8 @@ def test_ctrl_c_ends_the_wait_and_what_is_waited_for(tmp_path, monkeypatch, caps
     stand_in(tmp_path, monkeypatch, f"sleep 60 & echo $! > {tmp_path}/inner; wait")
     began = time.monotonic()
     try:
-        with sending(tmp_path / "run", OFFLINE):
+        with sending(tmp_path / "run", OFFLINE) as live:
+            live()
             while not (tmp_path / "inner").is_file() or not (inner := (tmp_path / "inner").read_text()).strip():
                 time.sleep(0.01)
             threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
