@@ -17,10 +17,10 @@ from . import __version__
 from .commands import (
     analyze,
     budget,
+    calibrate,
     check,
     check_method,
     compare,
-    fit,
     flops,
     lists,
     plot,
@@ -58,7 +58,7 @@ COMMANDS = (
     flops.flops,
     budget.budget,
     published.published,
-    fit.fit,
+    calibrate.calibrate,
     analyze.analyze,
 )
 

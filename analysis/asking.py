@@ -27,7 +27,8 @@ GIB = 2**30
 class Asker:
     """Asks ``loaded`` the first ``limit`` questions of tasks, in batches that each start from seeded generators.
 
-    Vision features are shared, and an output that a question had before has the answer and score that it had then.
+    ``skip``: leave out so many of them; what is asked then cannot be scored, since scorers want all. Vision features
+    are shared, and an output that a question had before has the answer and score that it had then.
     ``on_batch`` is called with the number of questions after each batch.
     """
 
@@ -36,6 +37,7 @@ class Asker:
     batch_size: int = 8
     seed: int = 0
     on_batch: Callable[[int], Any] = lambda answered: None
+    skip: int = 0
     features: FeatureStore = field(default_factory=lambda: FeatureStore(GIB))
     _questions: dict[str, list[Question]] = field(default_factory=dict)
     _known: dict[tuple[str, int, str], tuple[str, float]] = field(default_factory=dict)
@@ -43,7 +45,7 @@ class Asker:
     def answers(self, method: Method, task: Task, on_first: OnFirst | None = None) -> Answers:
         """What is answered under ``method``; ``on_first``: see :class:`~visibench.evals.answers.generate.Bridge`."""
         if task.name not in self._questions:
-            self._questions[task.name] = questions(task, task.size(self.limit)[0])
+            self._questions[task.name] = questions(task, task.size(self.limit)[0])[self.skip :]
         answers = Answers()
         with lmms_eval.quiet(), prune(self.loaded.model, method, features=self.features) as session:
             bridge = Bridge(
@@ -51,6 +53,10 @@ class Asker:
             )
             bridge.answer(self._questions[task.name])
         return answers
+
+    def records(self, method: Method, task: Task) -> dict[int, Answer]:
+        """The record of each question, by doc_id."""
+        return of_questions(self.answers(method, task))
 
     def evaluated(self, method: Method, task: Task, on_first: OnFirst | None = None) -> Evaluation:
         """The same, scored by lmms-eval."""

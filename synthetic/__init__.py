@@ -3,11 +3,11 @@
 from pathlib import Path
 
 
-def ensure(root: Path | None = None) -> Path:
+def ensure(root: Path | None = None, *, calibration: bool = False) -> Path:
     """Folder of the four data sets, built in ``root`` when it is not there yet (see :mod:`.datasets`)."""
     from .datasets import ensure as build
 
-    return build(root)
+    return build(root, calibration=calibration)
 
 
 __all__ = ["ensure"]

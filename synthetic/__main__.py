@@ -12,7 +12,11 @@ def main() -> None:
     parser.add_argument("--root", type=Path, help="cache folder (default: $VISIBENCH_CACHE or ~/.cache/visibench)")
     parser.add_argument("--write-manifest", action="store_true", help="after a wanted change of scenes or questions")
     arguments = parser.parse_args()
-    print(write_manifest() if arguments.write_manifest else ensure(arguments.root))
+    for calibration in (False, True):
+        if arguments.write_manifest:
+            print(write_manifest(calibration=calibration))
+        else:
+            print(ensure(arguments.root, calibration=calibration))
 
 
 if __name__ == "__main__":

@@ -18,27 +18,30 @@ from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is
 
 from ..errors import DataError
 from .schemas import FEATURES, SPLITS
-from .tables import all_tables
+from .tables import CALIBRATION_SEED, SEED, all_tables
 
 MANIFEST = Path(__file__).with_name("manifest.json")
+CALIBRATION = Path(__file__).with_name("calibration.json")
+"""The manifest of questions that no evaluation asks."""
 _SEAL = "built.json"  # written last into a finished folder: the manifest it satisfied, and the hashes of its files
 
 
-def ensure(root: Path | None = None) -> Path:
+def ensure(root: Path | None = None, *, calibration: bool = False) -> Path:
     """Folder with ``GQA_images``, ``GQA_instructions``, ``MME``, ``POPE`` and ``textvqa``, each for ``load_from_disk``.
 
     Built under ``root`` (default: ``$VISIBENCH_CACHE`` or ``~/.cache/visibench``) in some seconds when it is missing or
-    damaged. Raises DataError when the generator does not give the data of the manifest.
+    damaged. ``calibration``: other scenes and questions of the same kinds, for settings that are found by measuring.
+    Raises DataError when the generator does not give the data of the manifest.
     """
     root = Path(root or os.environ.get("VISIBENCH_CACHE") or Path.home() / ".cache" / "visibench")
-    manifest = json.loads(MANIFEST.read_text())
+    manifest = json.loads((CALIBRATION if calibration else MANIFEST).read_text())
     folder = root / f"synthetic-{_sha(json.dumps(manifest, sort_keys=True).encode())[:12]}"
     if _sealed(folder):
         return folder
     _check_writable(root)
     part = Path(tempfile.mkdtemp(prefix=".synthetic-", dir=root))
     try:
-        built = _build(part)
+        built = _build(part, calibration)
         wrong = [name for name in manifest if built.get(name) != manifest[name]]
         if wrong:
             raise DataError(
@@ -57,11 +60,12 @@ def ensure(root: Path | None = None) -> Path:
     return folder
 
 
-def write_manifest() -> Path:
+def write_manifest(*, calibration: bool = False) -> Path:
     """Build the data sets anew and write their hashes into the package."""
+    file = CALIBRATION if calibration else MANIFEST
     with tempfile.TemporaryDirectory() as part:
-        MANIFEST.write_text(json.dumps(_build(Path(part)), indent=2) + "\n")
-    return MANIFEST
+        file.write_text(json.dumps(_build(Path(part), calibration), indent=2) + "\n")
+    return file
 
 
 def digest(rows: Dataset) -> str:
@@ -82,13 +86,13 @@ def digest(rows: Dataset) -> str:
     return total.hexdigest()
 
 
-def _build(folder: Path) -> dict[str, str]:
+def _build(folder: Path, calibration: bool = False) -> dict[str, str]:
     """Write all data sets into ``folder`` and return the digests of what was written, read back."""
     bars = is_progress_bar_enabled()
     disable_progress_bar()
     try:
         digests = {}
-        for name, rows in all_tables().items():
+        for name, rows in all_tables(CALIBRATION_SEED if calibration else SEED).items():
             table = Dataset.from_list(rows, features=FEATURES[name])
             DatasetDict({SPLITS[name]: table}).save_to_disk(folder / name)
             digests[name] = digest(load_from_disk(str(folder / name))[SPLITS[name]])

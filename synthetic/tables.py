@@ -15,7 +15,8 @@ from PIL import Image
 from .questions import FORBIDDEN, KINDS, SceneQuestion, article, referents
 from .scene import COMPANIONS, HELD_OUT, SHAPES, SIZE, Scene, render, sample_scene
 
-SEED = 20_26
+SEED, CALIBRATION_SEED = 20_26, 20_27
+"""Of the questions that methods are evaluated on, and of those that they are calibrated on."""
 GQA_IMAGES, GQA_EACH = 250, 3
 MME_PAIRS = 60  # a category
 TEXTVQA_IMAGES = 500
@@ -47,10 +48,10 @@ _FORBIDDEN = FORBIDDEN | {"and", "using", "first", "third", "fifth", "two"}
 Row = dict[str, Any]
 
 
-def _drawn(task: int, number: int, ask: Callable, **wanted: Any) -> Iterator[tuple[str, Scene, Any]]:
+def _drawn(seed: int, task: int, number: int, ask: Callable, **wanted: Any) -> Iterator[tuple[str, Scene, Any]]:
     """(image id, scene, what ``ask(scene, rng)`` returned); scenes about which it returns nothing are drawn again."""
     for index in range(number):
-        rng = np.random.default_rng([SEED, task, index])
+        rng = np.random.default_rng([seed, task, index])
         held_out, questions = index % 5 == 4, None
         while not questions:
             scene = sample_scene(rng, test=True, held_out=held_out, forbidden=_FORBIDDEN, **wanted)
@@ -70,7 +71,7 @@ def _speaks_of_held_out(scene: Scene, question: SceneQuestion) -> bool:
     return any((o.shape, o.colour) in HELD_OUT and {o.shape, o.colour} & set(phrases) for o in scene.objects)
 
 
-def gqa() -> dict[str, list[Row]]:
+def gqa(seed: int = SEED) -> dict[str, list[Row]]:
     """Images with three questions each, all types alike often; on held-out images about the held-out object."""
     asked_so_far: Counter[str] = Counter()
 
@@ -87,7 +88,7 @@ def gqa() -> dict[str, list[Row]]:
 
     images: list[dict] = []
     rows: list[dict] = []
-    for image_id, scene, questions in _drawn(1, GQA_IMAGES, ask):
+    for image_id, scene, questions in _drawn(seed, 1, GQA_IMAGES, ask):
         images.append({"id": image_id, "image": _png(scene)})
         rows += [_gqa_row(image_id, scene, q, f"{20_000_000 + len(rows) + k}") for k, q in enumerate(questions)]
     return {"GQA_images": images, "GQA_instructions": rows}
@@ -114,14 +115,14 @@ def _gqa_row(image_id: str, scene: Scene, question: SceneQuestion, number: str) 
     }
 
 
-def mme() -> dict[str, list[Row]]:
+def mme(seed: int = SEED) -> dict[str, list[Row]]:
     """Pairs of questions about one image, one to be answered with yes and one with no, by categories in turn."""
     categories = list(MME_CATEGORIES)
-    pairs = [_mme_pairs(number, category) for number, category in enumerate(categories)]
+    pairs = [_mme_pairs(seed, number, category) for number, category in enumerate(categories)]
     return {"MME": [row for group in zip(*pairs, strict=True) for pair in group for row in pair]}
 
 
-def _mme_pairs(number: int, category: str) -> list[list[Row]]:
+def _mme_pairs(seed: int, number: int, category: str) -> list[list[Row]]:
     def ask(scene: Scene, rng: np.random.Generator) -> list[SceneQuestion] | None:
         kind = KINDS[MME_CATEGORIES[category][rng.integers(len(MME_CATEGORIES[category]))]]
         questions = [q for q in (kind(scene, rng) for _ in range(12)) if q]
@@ -131,17 +132,17 @@ def _mme_pairs(number: int, category: str) -> list[list[Row]]:
 
     sign = True if category == "OCR" else None
     pairs = []
-    for image_id, scene, questions in _drawn(10 + number, MME_PAIRS, ask, sign=sign):
+    for image_id, scene, questions in _drawn(seed, 10 + number, MME_PAIRS, ask, sign=sign):
         shared = {"question_id": f"{category}/{image_id}.png", "image": _png(scene), "category": category}
         texts = [(f"{q.text} Please answer yes or no.", q.answer.capitalize()) for q in questions]
         pairs.append([shared | {"question": text, "answer": answer} for text, answer in texts])
     return pairs
 
 
-def textvqa() -> dict[str, list[Row]]:
+def textvqa(seed: int = SEED) -> dict[str, list[Row]]:
     """One question an image about the word on its sign, answered by ten annotators of whom up to three err."""
     rows: list[dict] = []
-    for image_id, scene, (question, answers) in _drawn(2, TEXTVQA_IMAGES, _ask_annotators, sign=True):
+    for image_id, scene, (question, answers) in _drawn(seed, 2, TEXTVQA_IMAGES, _ask_annotators, sign=True):
         rows.append(
             {
                 "image_id": image_id,
@@ -179,11 +180,11 @@ def _misread(word: str, rng: np.random.Generator) -> str:
     return word[:at] + others[rng.integers(len(others))] + word[at + 1 :]
 
 
-def pope() -> dict[str, list[Row]]:
+def pope(seed: int = SEED) -> dict[str, list[Row]]:
     """Six questions an image: for each way of choosing absent shapes, one present shape and one absent."""
     rows: list[Row] = []
     numbers: Counter[str] = Counter()
-    for image_id, scene, questions in _drawn(3, POPE_IMAGES, _ask_pope, count=(2, 5)):
+    for image_id, scene, questions in _drawn(seed, 3, POPE_IMAGES, _ask_pope, count=(2, 5)):
         image = _png(scene)
         for category, shape, answer in questions:
             numbers[category] += 1
@@ -215,6 +216,6 @@ def _ask_pope(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str, st
     return questions
 
 
-def all_tables() -> dict[str, list[Row]]:
+def all_tables(seed: int = SEED) -> dict[str, list[Row]]:
     """Rows of every data set, by folder name; images as PNG bytes."""
-    return gqa() | mme() | pope() | textvqa()
+    return gqa(seed) | mme(seed) | pope(seed) | textvqa(seed)

@@ -150,7 +150,7 @@ class Bridge:
 
     def _image(self, doc_id: int) -> str:
         try:
-            return _pixels(self.task.images(doc_id))
+            return picture_hash(self.task.images(doc_id))
         except VisibenchError:  # said when the question is asked again
             return ""
 
@@ -195,7 +195,7 @@ class Bridge:
     def _run(self, chunk: list[Question]) -> Batch:
         prompts = [question.prompt for question in chunk]
         images = [[upright(image) for image in self.task.images(question.doc_id)] for question in chunk]
-        pixels = [_pixels(pictures) for pictures in images]
+        pixels = [picture_hash(pictures) for pictures in images]
         inputs = self.loaded.inputs(prompts, images, digest([prompts, pixels]) if self._shares else None)
         watch, reused = Nonfinite(), self._reused
         start = self.clock.mark()
@@ -345,7 +345,7 @@ def _places(loaded: LoadedModel, inputs: Any, images: list[list[Image]], trace: 
     return rows
 
 
-def _pixels(images: list[Image]) -> str:
+def picture_hash(images: list[Image]) -> str:
     """Hash of decoded images, which names an image where the data set does not."""
     hashed = hashlib.blake2b(digest_size=8)
     for image in images:

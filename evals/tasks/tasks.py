@@ -80,7 +80,11 @@ class Task:
 
     def question(self, doc_id: int) -> tuple[str, list[Image]]:
         """Prompt and images of a question, before the model's chat template."""
-        return self.harness.fewshot_context(self.docs[doc_id], 0), self.images(doc_id)
+        return self.text(doc_id), self.images(doc_id)
+
+    def text(self, doc_id: int) -> str:
+        """Prompt of a question, before the model's chat template."""
+        return self.harness.fewshot_context(self.docs[doc_id], 0)
 
     @cached_property
     def _album(self) -> BoundedCache[list[Image]]:

@@ -1,6 +1,5 @@
 """Fitted hyperparameters against the searches done by hand, on whole attention maps."""
 
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,14 +8,11 @@ from itertools import pairwise
 import pytest
 import torch
 import visibench
-import yaml
-from refusals import assert_refused
 from support import IMAGE, collate, make_batch, make_llava
 from torch.distributions import Categorical, kl_divergence
 from visibench.analysis import fit
 from visibench.errors import InputError, OptionError, VisibenchError
 from visibench.evals.settings import method_spec
-from visibench.evals.tasks.tasks import load_tasks
 from visibench.models.adapters import Adapter
 
 EQUAL = [(5, 9, 1), (3, 12, 1)]
@@ -246,52 +242,13 @@ def test_samples_that_cannot_be_used(name, llava):
         fit.fit(name, llava, [], **SETTINGS[name])
 
 
-def fitting(method, model, *more):
-    return ["fit", method, "--model", str(model), *map(str, more)]
-
-
-def test_cli_fits_on_prompts_of_a_task(cli, checkpoint, disk_data, loaded, tmp_path):
-    data = ["--data", disk_data, "--samples", 4, "--batch-size", 3]
-    wanted = ["--target", 0.5, "--tolerance", 0.05]
-    code, out, _ = cli(*fitting("fitprune", checkpoint, *data, *wanted, "--out", "fitted.yaml"))
-    assert code == 0
-    assert "4 of 8 prompts of gqa" in out
-    written = yaml.safe_load((tmp_path / "fitted.yaml").read_text())
-    ids = written["prompts"]["ids"]
-    (task,) = load_tasks(["gqa"], str(disk_data))
-    samples = [dict(loaded.inputs([question], [images])) for question, images in map(task.question, ids)]
-    by_hand = fit.fit("fitprune", loaded.model, samples, target=0.5, tolerance=0.05)
-    assert out.endswith(f'--method "{by_hand.method}"\n')
-    assert method_spec.parse(written["spec"]) == by_hand.method
-    options = dict(written["method"])
-    assert method_spec.build(options.pop("name"), options) == by_hand.method
-    assert written["found"] == pytest.approx(by_hand.outcome)
-    assert written["settings"] == {"target": 0.5, "tolerance": 0.05}
-    code, out, _ = cli(*fitting("fitprune", checkpoint, *data, *wanted, "--json"))
-    assert (code, json.loads(out)) == (0, written)
-    code, out, _ = cli(*fitting("vtw", checkpoint, *data, "--threshold", 9, "--first", 3, "--seed", 1, "--json"))
-    assert code == 0
-    assert json.loads(out)["spec"] == "vtw:layer=3"
-    assert json.loads(out)["prompts"]["ids"] != ids
-
-
-def test_cli_refuses(cli, checkpoint, disk_data):
-    assert_refused(cli(*fitting("fastv", "tiny")), "fastv has nothing to fit: choose one of fitprune, vtw")
-    assert_refused(cli(*fitting("fitprun", "tiny")), "did you mean 'fitprune'")
-    assert_refused(
-        cli(*fitting("vtw", "tiny", "--target", 0.5)), "vtw: the fit takes no target; it takes threshold, first"
-    )
-    assert_refused(cli(*fitting("fitprune", "tiny", "--target", 0.5, "--first", 3)), "the fit takes no first")
-    assert_refused(cli(*fitting("fitprune", "tiny")), "fitprune: the fit needs a target")
-    assert_refused(cli(*fitting("vtw", "tiny", "--samples", 0)), "--samples")
-    assert_refused(cli(*fitting("vtw", "tiny", "--out", "nowhere/fitted.yaml")), "no folder nowhere")
-    assert_refused(cli(*fitting("vtw", checkpoint, "--data", disk_data, "--samples", 9)), "gqa has 8 questions")
-    assert_refused(cli(*fitting("vtw", "tinny", "--data", disk_data, "--samples", 1)), "did you mean 'tiny'")
-    few = ["--data", disk_data, "--samples", 1]
-    late = (("fitprune", "--target", 0.95, "out of reach"), ("vtw", "--first", 99, "no such layer"))
-    for method, option, value, says in late:  # behind transformers' progress bar
-        code, out, err = cli(*fitting(method, checkpoint, *few, option, value))
-        assert_refused((code, out, err.splitlines()[-1] + "\n"), says)
+def test_what_is_not_fitted_is_refused(llava):
+    with pytest.raises(OptionError, match="fastv has nothing to fit: choose one of fitprune, vtw"):
+        fit.check("fastv", {})
+    with pytest.raises(OptionError, match="vtw: the fit takes no target; it takes threshold, first"):
+        fit.check("vtw", {"target": 0.5})
+    with pytest.raises(OptionError, match="fitprune: the fit needs a target"):
+        fit.check("fitprune", {})
 
 
 @pytest.mark.slow

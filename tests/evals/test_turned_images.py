@@ -26,13 +26,15 @@ def test_a_tagged_image_is_asked_named_and_drawn_as_the_turned_one(loaded, disk_
     dense = visibench.load_method("none")
     given = {"model": "m", "method": "none", "options": dense.hyperparameters(), "label": "none", "task": "pope"}
     config = CellConfig(**given, origin="data", batch_size=3, timing=None, limit=3)
-    named = generate._pixels
+    named = generate.picture_hash
 
     def answered(image: Image.Image, run: str):
         """Answers and hashes of three questions about one image, and the sizes of what is hashed and drawn."""
         sizes: list = []
         monkeypatch.setattr(Task, "images", lambda self, doc_id: [image])
-        monkeypatch.setattr(generate, "_pixels", lambda images: sizes.append((images[0].size, named(images))) or "")
+        monkeypatch.setattr(
+            generate, "picture_hash", lambda images: sizes.append((images[0].size, named(images))) or ""
+        )
         (task,) = load_tasks(["pope"], str(disk_data))
         samples = cell.run_cell(loaded, CellSpec(config, dense, None), task, Store(tmp_path / run)).samples()
         return samples[["output", "prompt_visual_tokens", "places"]].to_dict(), sizes

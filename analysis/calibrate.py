@@ -1,0 +1,179 @@
+"""Settings of methods for one model, found by measuring on questions that no evaluation asks.
+
+Of each method, in two steps::
+
+    search   on the first questions: what to measure is chosen by what was measured before (:mod:`.searches`)
+    confirm  on the next ones, which the search never saw: the cheapest setting that reached the target, or the next
+             cheapest, until one reaches it there too
+
+The target is a share of answers that are the dense model's, on every task. What is reported of a chosen setting was
+measured in the second step.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ..errors import DataError
+from ..evals.answers.generate import picture_hash
+from ..evals.settings.presets import Preset, PresetModel
+from ..evals.tasks.tasks import Task
+from ..methods import Method
+from ..models import LoadedModel
+from ..models.load import fingerprint
+from ..results.store.calibration_records import CalibratedPoint, CalibrationRecord, ChosenSetting
+from ..results.store.records import environment
+from .asking import Asker
+from .bench import SettingBench, given
+from .fit import fit
+from .searches import SEARCHES
+
+TRIES = 8
+"""Settings that are confirmed at most."""
+
+
+def calibrate(
+    loaded: LoadedModel,
+    tasks: Sequence[Task],
+    methods: Sequence[str] = tuple(SEARCHES),
+    *,
+    evaluation: Sequence[Task] = (),
+    target: float = 0.98,
+    limit: int = 50,
+    confirm: int = 50,
+    batch_size: int = 25,
+    prompts: int = 16,
+    authors: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    seed: int = 0,
+    on_point: Callable[[CalibratedPoint], Any] = lambda point: None,
+) -> CalibrationRecord:
+    """Search and confirm settings of ``methods``, names in :data:`~.searches.SEARCHES`.
+
+    ``evaluation``: tasks whose questions must not be among those asked here. ``limit`` and ``confirm``: questions of
+    each task in the two steps. ``prompts``: of the first task, for searches that look at prompts alone. ``authors``:
+    settings by method, for the search of its authors (:mod:`.fit`) in place of the first step; their criterion is
+    another one, so the second step measures what they find, whether or not it reaches the target.
+
+    Raises :class:`DataError` if a question of the evaluation is among them.
+    """
+    check_apart(tasks, evaluation, limit + confirm)
+    search = SettingBench(Asker(loaded, limit, batch_size, seed), tasks, target, on_point)
+    second = SettingBench(Asker(loaded, limit + confirm, batch_size, seed, skip=limit), tasks, target, on_point)
+    depth = loaded.geometry.layers
+    inputs = cache(lambda: _inputs(loaded, tasks[0], min(prompts, limit), batch_size))
+    by_authors = {name: fit(name, loaded.model, inputs(), **settings).method for name, settings in authors.items()}
+    for name in methods:
+        if name not in by_authors:
+            SEARCHES[name](search, depth, inputs)
+    return CalibrationRecord(
+        model=loaded.name,
+        checkpoint=fingerprint(loaded.name),
+        target=target,
+        tasks={task.name: task.origin for task in tasks},
+        evaluation={task.name: task.origin for task in evaluation},
+        searched=limit,
+        confirmed=confirm,
+        seed=seed,
+        dense_macs=second.dense.macs,
+        dense_tokens=second.dense.tokens,
+        chosen=[_chosen(name, search, second, by_authors.get(name)) for name in methods],
+        points=[*search.points.values(), *second.points.values()],
+        environment=environment(loaded.describe()),
+    )
+
+
+def _chosen(name: str, search: SettingBench, second: SettingBench, by_authors: Method | None) -> ChosenSetting:
+    if by_authors is not None:
+        point = second.measure(by_authors, everywhere=True)
+        return ChosenSetting(
+            method=name, options=given(by_authors), by="the search of its authors", point=point, nearest=None
+        )
+    reach = [method for method in search.cheapest() if method.name == name]
+    by = f"the least compute at which {search.target:.0%} of the answers are the dense model's"
+    found = next((method for method in reach[:TRIES] if second.passes(method)), None)
+    if found is not None:
+        return ChosenSetting(method=name, options=given(found), by=by, point=second.measure(found), nearest=None)
+    tried = [point for point in search.points.values() if point.method == name and point.complete]
+    nearest = max(tried, key=lambda point: (point.least.share, -point.macs), default=None)
+    return ChosenSetting(method=name, options={}, by=by, point=None, nearest=nearest)
+
+
+def presets(record: CalibrationRecord) -> dict[str, Preset]:
+    """A preset for each method that has a setting."""
+    facts = record.environment
+    found = {}
+    for chosen in record.chosen:
+        if chosen.point is None:
+            continue
+        agreement = {
+            task: f"{one.share:.2%} [{one.low:.2%}, {one.high:.2%}], {one.questions} questions, {one.images} images"
+            for task, one in chosen.point.agreement.items()
+        }
+        found[chosen.method] = Preset(
+            method=chosen.method,
+            options=chosen.options,
+            source=f"visibench calibrate, on {record.model} and {', '.join(record.tasks)}: {chosen.by}",
+            model=PresetModel(name=record.model, checkpoint=record.checkpoint),
+            evidence={
+                "agreement with dense, 95 % intervals by image": agreement,
+                "GFLOPs (multiply-adds) of a prefill": round(chosen.point.macs * 1e-9, 4),
+                "of dense": round(record.dense_macs * 1e-9, 4),
+                "visual tokens, mean over layers": round(chosen.point.tokens, 1),
+                "questions of each task": {"search": record.searched, "confirmation": record.confirmed},
+                "data": {**record.tasks},
+                "seed": record.seed,
+                "versions": {**facts.versions},
+                "hardware": str(facts.model.get("hardware")),
+                "dtype": str(facts.model.get("dtype")),
+            },
+        )
+    return found
+
+
+def check_apart(tasks: Sequence[Task], evaluation: Sequence[Task], limit: int) -> None:
+    """Raise :class:`DataError` if one of the first ``limit`` questions of a task is one of its evaluation's."""
+    asked_there = {task.name: task for task in evaluation}
+    for task in tasks:
+        other = asked_there.get(task.name)
+        if other is None:
+            continue
+        same = 0
+        by_text: dict[str, list[int]] = defaultdict(list)
+        for doc_id in range(len(other.docs)):
+            by_text[other.text(doc_id)].append(doc_id)
+        theirs: dict[int, str] = {}
+        for doc_id in range(task.size(limit)[0]):
+            alike = by_text.get(task.text(doc_id), [])
+            ours = picture_hash(task.images(doc_id)) if alike else ""
+            for twin in alike:
+                if twin not in theirs:
+                    theirs[twin] = picture_hash(other.images(twin))
+            same += any(theirs[twin] == ours for twin in alike)
+        if same:
+            raise DataError(
+                f"{task.name}: {same} of the questions to calibrate on are among those of the evaluation "
+                f"({other.origin}): give --data a folder of other questions, or --evaluation what you evaluate on"
+            )
+
+
+def _inputs(loaded: LoadedModel, task: Task, count: int, batch_size: int) -> list[dict[str, Any]]:
+    """Model inputs of the first ``count`` questions, in batches."""
+    batches = []
+    for start in range(0, count, batch_size):
+        questions, images = zip(*map(task.question, range(start, min(start + batch_size, count))), strict=True)
+        batches.append(dict(loaded.inputs(list(questions), list(images))))
+    return batches
+
+
+def write(record: CalibrationRecord, folder: Path) -> list[Path]:
+    """Write a preset for each method that has a setting, ``METHOD.yaml``; the files."""
+    files = []
+    for name, preset in presets(record).items():
+        files.append(folder / f"{name}.yaml")
+        preset.write(files[-1])
+    return files

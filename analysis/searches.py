@@ -1,0 +1,123 @@
+"""Which settings of a method are worth measuring, by what was measured before: one search a method.
+
+Each proposes settings to a :class:`~.bench.SettingBench`, which asks all of them the same questions; the cheapest that
+keeps the dense answers is chosen from all that were measured (:mod:`.calibrate`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from ..errors import OptionError
+from ..methods import Method, load_method
+from .bench import SettingBench, given
+from .fit import fit
+
+Value = TypeVar("Value")
+Inputs = Callable[[], Sequence[dict[str, Any]]]
+KEEPS = (0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
+SPARED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+"""Shares of the decoder's compute on visual tokens."""
+# |c_j|, least first: five a decade, over what models of widths 128 to 4096 show.
+MAGNITUDES = tuple(float(f"{10 ** (step / 5):.2g}") for step in range(-15, 4))
+LAYER_THRESHOLDS = (1.0, 0.99, 0.95, 0.9, 0.8)
+EXITS = (0.999, 0.99, 0.97, 0.95, 0.9, 0.8, 0.5, 0.0)
+
+
+def last_that(passes: Callable[[Value], bool], values: Sequence[Value]) -> Value | None:
+    """The last of ``values`` that passes, where all before it do too, by bisection; None if the first does not."""
+    low, high = -1, len(values)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if passes(values[middle]) else (low, middle)
+    return values[low] if low >= 0 else None
+
+
+def vtw(bench: SettingBench, depth: int, inputs: Inputs) -> None:
+    """The layer: the first from which all visual tokens can leave."""
+    last_that(lambda layer: bench.passes(load_method("vtw", layer=layer)), range(depth - 1, -1, -1))
+
+
+def fastv(bench: SettingBench, depth: int, inputs: Inputs) -> None:
+    """Layer and share: at each later layer as few tokens as can be, and at least one step fewer than before."""
+    step = 0
+    for layer in range(1, depth):
+        while step < len(KEEPS) and bench.passes(load_method("fastv", layer=layer, keep=KEEPS[step])):
+            step += 1
+
+
+def pyramiddrop(bench: SettingBench, depth: int, inputs: Inputs) -> None:
+    """Three cuts at even distances, with the authors' ratios: for each distance as early as can be."""
+    for apart in range(1, max((depth - 1) // 3, 1) + 1):
+        starts = [(at, at + apart, at + 2 * apart) for at in range(depth - 1 - 2 * apart, -1, -1)]
+        last_that(lambda cuts: bench.passes(load_method("pyramiddrop", cuts=cuts)), starts)
+
+
+def fitprune(bench: SettingBench, depth: int, inputs: Inputs) -> None:
+    """The authors' search for a schedule (:mod:`.fit`), for as much spared compute as can be."""
+    samples = inputs()
+
+    def keeps(share: float) -> bool:
+        try:
+            return bench.passes(fit("fitprune", bench.asker.loaded.model, samples, target=share, tolerance=0.03).method)
+        except OptionError:  # out of reach: layer 0 sees all visual tokens
+            return False
+
+    last_that(keeps, SPARED)
+
+
+def visipruner(bench: SettingBench, depth: int, inputs: Inputs) -> None:
+    """Shallow depth, thresholds and exit, each measured with what was found before.
+
+    shallow: the most layers in which the shallow rule alone keeps the answers; without any, the phase is left out, as
+             by the authors' command line, and the depth only says from where on layers may filter
+    middle: for each depth, filtering at once, the largest token threshold, which only grows with depth; at the two
+            cheapest depths also with lower layer thresholds, under which questions filter later, when a layer matters
+    deep: of the three cheapest settings, the exit rule that leaves earliest
+    """
+
+    def shallow_alone(layers: int) -> Method:
+        return load_method("visipruner", stages=("shallow",), shallow_layers=layers)
+
+    deepest = last_that(lambda layers: bench.passes(shallow_alone(layers)), range(1, depth - 2))
+    stages = ("middle",) if deepest is None else ("shallow", "middle")
+    found: list[Method] = []
+
+    def filtering(layers: int, threshold: float, step: int) -> int:
+        """The number of token thresholds that pass, from ``step`` on; the last of them is found."""
+        options = {"stages": stages, "shallow_layers": layers, "layer_threshold": threshold}
+        methods = [load_method("visipruner", **options, token_threshold=value) for value in MAGNITUDES]
+        while step < len(methods) and bench.passes(methods[step]):
+            step += 1
+        if step and bench.passes(methods[step - 1]):
+            found.append(methods[step - 1])
+        return step
+
+    step, steps = 0, {}
+    for layers in range(1, (deepest or depth - 3) + 1):
+        step = steps[layers] = filtering(layers, LAYER_THRESHOLDS[0], step)
+    for method in bench.cheapest(found)[:2]:
+        layers = method.hyperparameters()["shallow_layers"]
+        step = steps[layers]
+        for threshold in LAYER_THRESHOLDS[1:]:
+            step = filtering(layers, threshold, step)
+    for method in bench.cheapest(found)[:3]:
+        for earlier in _exits(method):
+            last_that(bench.passes, earlier)
+
+
+def _exits(method: Method) -> Iterator[list[Method]]:
+    """The setting with the third phase, by the number of layers without effect, earlier and earlier exits."""
+    options = given(method) | {"stages": (*method.hyperparameters()["stages"], "deep")}
+    for layers in (2, 1):
+        yield [load_method("visipruner", **options, exit_layers=layers, exit_threshold=value) for value in EXITS]
+
+
+SEARCHES: dict[str, Callable[[SettingBench, int, Inputs], None]] = {
+    "visipruner": visipruner,
+    "fastv": fastv,
+    "pyramiddrop": pyramiddrop,
+    "vtw": vtw,
+    "fitprune": fitprune,
+}

@@ -1,0 +1,169 @@
+"""Find settings of methods for a model by measuring, on questions that no evaluation asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from ..errors import OptionError
+from .shared import AsJson, Device, Dtype, names, width
+
+if TYPE_CHECKING:
+    from ..results.store.calibration_records import CalibratedPoint, CalibrationRecord
+
+
+Methods = Annotated[
+    str | None, typer.Option(metavar="visipruner,fastv,pyramiddrop,vtw,fitprune", help="(default: all of them)")
+]
+Data = Annotated[
+    str | None,
+    typer.Option(help="Questions to calibrate on: hub, or a folder laid out like the hub. (default: the package's)"),
+]
+Evaluation = Annotated[str, typer.Option(help="Questions that must not be among them: embedded, hub, or a folder.")]
+Least = Annotated[float, typer.Option(help="Least share of answers that are the dense model's, on each task.")]
+Searched = Annotated[int, typer.Option(min=2, metavar="N", help="Questions of each task to search on.")]
+Confirmed = Annotated[int, typer.Option(min=2, metavar="N", help="Others of each task to confirm on.")]
+Divergence = Annotated[
+    float | None, typer.Option(metavar="NATS", help="vtw by its authors' search: largest KL of the next token (0.003).")
+]
+Spared = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="fitprune by its authors': share of compute on visual tokens to spare."),
+]
+
+
+def calibrate(
+    model: Annotated[str, typer.Option(help="tiny, a local folder, or a hub name.")],
+    methods: Methods = None,
+    task_list: Annotated[str, typer.Option("--tasks", metavar="A,B", help="Separated by commas.")] = "gqa,mme,pope",
+    data: Data = None,
+    evaluation: Evaluation = "embedded",
+    target: Least = 0.98,
+    limit: Searched = 50,
+    confirm: Confirmed = 50,
+    kl: Divergence = None,
+    spare: Spared = None,
+    seed: Annotated[int, typer.Option(help="Each batch starts from generators seeded with it.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 25,
+    out: Annotated[Path | None, typer.Option(help="Folder. (default: runs/MODEL/presets)")] = None,
+    weights: Annotated[str, typer.Option(help="pretrained; others give no answers to keep.")] = "pretrained",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Find the settings of methods that keep a model's answers at the least compute.
+
+    Writes METHOD.yaml for each, used as METHOD@FILE.yaml; calibration.json, and its picture as PNG and SVG.
+    """
+    from ..analysis import calibrate as calibration
+    from ..analysis import searches
+    from ..analysis.stages import check_trained
+    from ..evals.tasks.tasks import load_tasks
+    from ..models import load_model
+    from ..results.store import disk
+
+    check_trained(weights)
+    _check_share(target)
+    wanted = names(methods, searches.SEARCHES, "--methods") or list(searches.SEARCHES)
+    authors = _authors(wanted, {"vtw": ("threshold", kl), "fitprune": ("target", spare)})
+    folder = out or Path("runs") / Path(model).name / "presets"
+    with disk.writing(folder):
+        disk.make(folder)
+    chosen = [task.strip() for task in task_list.split(",") if task.strip()]
+    tasks, others = load_tasks(chosen, data or _calibration()), load_tasks(chosen, evaluation)
+    loaded = load_model(model, device=device, dtype=dtype)
+    with _told(wanted) as on_point:
+        record = calibration.calibrate(
+            loaded,
+            tasks,
+            wanted,
+            evaluation=others,
+            target=target,
+            limit=limit,
+            confirm=confirm,
+            batch_size=batch_size,
+            authors=authors,
+            seed=seed,
+            on_point=on_point,
+        )
+    files = [*calibration.write(record, folder), *_written(record, folder)]
+    if as_json:
+        print(record.model_dump_json(indent=1))
+        return
+    _print(record, folder)
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"Stored: {', '.join(map(str, files))}.")
+
+
+@contextmanager
+def _told(wanted: list[str]) -> Iterator[Callable[[CalibratedPoint], None]]:
+    """A line on standard error with the latest point."""
+    with Console(stderr=True).status(f"Measuring {', '.join(wanted)} …") as status:
+        yield lambda point: status.update(
+            f"{point.spec}: {point.macs * 1e-9:.4g} GFLOPs, {point.least.share:.1%} as dense"
+        )
+
+
+def _check_share(target: float) -> None:
+    if not 0 < target <= 1:
+        raise OptionError(f"--target {target:g} is no share of answers: give one above 0 and up to 1, such as 0.98")
+
+
+def _calibration() -> str:
+    from .. import synthetic
+
+    return str(synthetic.ensure(calibration=True))
+
+
+def _authors(wanted: list[str], given: dict[str, tuple[str, float | None]]) -> dict[str, dict[str, float]]:
+    """Settings of the authors' searches, by method."""
+    from ..analysis import fit
+
+    found = {name: {setting: value} for name, (setting, value) in given.items() if value is not None}
+    for name, settings in found.items():
+        if name not in wanted:
+            raise OptionError(f"an option of {name} is given, which is not among --methods: add it, or leave it out")
+        fit.check(name, settings)
+    return found
+
+
+def _written(record: CalibrationRecord, folder: Path) -> list[Path]:
+    from ..results.figures import calibration as picture
+    from ..results.figures import style
+    from ..results.store import calibration_records, disk
+
+    file = folder / calibration_records.CALIBRATION
+    with disk.writing(file):
+        disk.write(file, record.model_dump_json(indent=1))
+    pictures = [folder / f"calibration.{form}" for form in style.FORMATS]
+    for one in pictures:
+        style.save(picture.draw(record), one)
+    return [file, *pictures]
+
+
+def _print(record: CalibrationRecord, folder: Path) -> None:
+    grid = RichTable(box=None, pad_edge=False, header_style="bold")
+    for title in ("setting", "GFLOPs", "of dense", "T", *record.tasks, "lower bound"):
+        grid.add_column(title, overflow="fold", justify="left" if title == "setting" else "right")
+    for chosen in record.chosen:
+        point = chosen.point or chosen.nearest
+        if point is None:
+            grid.add_row(f"{chosen.method}: no setting keeps the answers", *["–"] * (4 + len(record.tasks)))
+            continue
+        reached = "" if chosen.point else f"{chosen.method}: none reaches {record.target:.0%}; nearest: "
+        shares = [f"{point.agreement[task].share:.1%}" if task in point.agreement else "–" for task in record.tasks]
+        compute = (f"{point.macs * 1e-9:.4f}", f"{point.macs / record.dense_macs:.1%}", f"{point.tokens:.1f}")
+        grid.add_row(f"{reached}{point.spec}", *compute, *shares, f"{point.least.low:.1%}")
+    Console(width=width(), highlight=False).print(grid)
+    print(
+        f"Answers as dense on {record.confirmed} questions of each task that the search did not see; lower bound: of "
+        "the 95 % interval of the task where fewest are, clustered by image. GFLOPs: multiply-adds of a prefill."
+    )
+    for chosen in record.chosen:
+        if chosen.point is not None:
+            print(f"--method {chosen.method}@{folder / chosen.method}.yaml")
