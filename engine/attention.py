@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import UnsupportedModelError
+from ..models.adapters import Adapter
 from .layout import TokenSet
 
 BLOCK = 128
@@ -55,6 +57,16 @@ def implementation_of(config: Any) -> str:
             "load the model with attn_implementation='sdpa'"
         )
     return implementation
+
+
+def check_implementation(adapter: Adapter) -> None:
+    """Raise :class:`UnsupportedModelError` unless the decoder's layers can be told who sees whom."""
+    implementation = implementation_of(adapter.decoder.config)
+    if "flash" in implementation and adapter.carried_types & {*adapter.layer_types}:
+        raise UnsupportedModelError(
+            f"{type(adapter.model).__name__} has layers that attend within a window, or in both directions, and "
+            f"{implementation} goes by places, which a cut moves: load the model with attn_implementation='sdpa'"
+        )
 
 
 def kernel_of(module: nn.Module, implementation: str) -> Kernel:
@@ -123,17 +135,71 @@ def attention_mask(implementation: str, valid: Tensor | None, queries: int, leng
     )
 
 
+def carried(mask: Tensor, queries: Tensor, keys: Tensor, valid: Tensor | None, *, ordered: bool) -> Tensor:
+    """The model's own ``mask`` (B or 1, 1, L, columns), bool or added to logits, at the columns that are left.
+
+    ``queries``: int (B, n), new columns, counted from the first; ``keys``: int (B, k), columns. ``valid``: bool (B, k),
+    None if nothing is padded; a padded query sees itself. ``ordered``: no token sees a later one of its own column.
+    """
+    mask = mask.expand(queries.shape[0], -1, -1, -1)
+    mask = mask.gather(2, queries[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    mask = mask.gather(3, keys[:, None, None, :].expand(-1, *mask.shape[1:3], -1))
+    if valid is None and not ordered:
+        return mask
+    place = torch.arange(keys.shape[1], device=keys.device)
+    own = place[-queries.shape[1] :, None]
+    hides = torch.zeros_like(mask[:, 0], dtype=torch.bool) if valid is None else ~valid[:, None, :]
+    if ordered:
+        hides = hides | (keys[:, own[:, 0], None] == keys[:, None, :]) & (place > own)
+    if mask.dtype == torch.bool:
+        return mask & ~hides[:, None] | (place == own)
+    return mask.masked_fill(hides[:, None], torch.finfo(mask.dtype).min).masked_fill(place == own, 0)
+
+
 def repeat_heads(tensor: Tensor, heads: int) -> Tensor:
     """(B, kv heads, L, d) → (B, heads, L, d)."""
     return tensor if tensor.shape[1] == heads else tensor.repeat_interleave(heads // tensor.shape[1], dim=1)
 
 
-def row_weights(query: Tensor, key: Tensor, columns: Tensor, valid: Tensor, scaling: float) -> Tensor:
-    """Causal post-softmax weights (B, H, R, L), fp32, of ``query`` rows (B, H, R, d) standing at ``columns`` (B, R)."""
-    logits = (query @ repeat_heads(key, query.shape[1]).transpose(-1, -2)).float() * scaling
+@dataclass(frozen=True)
+class Logits:
+    """How a kernel makes logits of products of queries and keys: times ``scaling``, then capped at ``cap``.
+
+    ``mask``: bool or added (B or 1, 1, L, keys), the layer's own, of all its queries; None: causal by place.
+    """
+
+    scaling: float
+    cap: float | None = None
+    mask: Tensor | None = None
+
+    def of(self, products: Tensor) -> Tensor:
+        """Logits, without the mask."""
+        logits = products * self.scaling
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    def seen(self, queries: Tensor) -> Tensor | None:
+        """Bool (B, R, keys): what new tokens see that stand at ``queries``, int (B, R), among all keys."""
+        if self.mask is None:
+            return None
+        shown = (self.mask if self.mask.dtype == torch.bool else self.mask == 0)[:, 0].expand(len(queries), -1, -1)
+        rows = queries - (shown.shape[2] - shown.shape[1])
+        return shown.gather(1, rows[:, :, None].expand(-1, -1, shown.shape[2]))
+
+
+def cap_of(module: Any, given: Mapping[str, Any]) -> float | None:
+    """The soft cap with which ``module`` calls its kernel, if the kernel takes one."""
+    return None if implementation_of(module.config) == "sdpa" else given.get("softcap")
+
+
+def row_weights(query: Tensor, key: Tensor, columns: Tensor, valid: Tensor, logits: Logits) -> Tensor:
+    """Post-softmax weights (B, H, R, L), fp32, of ``query`` rows (B, H, R, d) standing at ``columns`` (B, R)."""
+    products = (query @ repeat_heads(key, query.shape[1]).transpose(-1, -2)).float()
     column = torch.arange(key.shape[2], device=key.device)
-    visible = (column <= columns[:, :, None]) & valid[:, None, :] | (column == columns[:, :, None])
-    return logits.masked_fill(~visible[:, None], float("-inf")).softmax(-1)
+    visible = logits.seen(columns)
+    if visible is None:
+        visible = (column <= columns[:, :, None]) & valid[:, None, :]
+    visible = visible | (column == columns[:, :, None])
+    return logits.of(products).masked_fill(~visible[:, None], float("-inf")).softmax(-1)
 
 
 def received(query: Tensor, key: Tensor, scaling: float) -> Tensor:
@@ -155,48 +221,74 @@ def subset_attention(
     value: Tensor,
     queries: TokenSet,
     keys: TokenSet,
-    scaling: float,
+    logits: Logits,
     cached: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> Tensor:
-    """Causal attention (B, H, n, d) of the ``queries`` over the ``keys`` alone, both as compact tensors.
+    """Attention (B, H, n, d) of the ``queries`` over the ``keys`` alone, both as compact tensors.
 
     ``cached``: keys and values (B, kv heads, p, d) that all queries see besides, and which of them count, bool (B, p).
     """
     heads = query.shape[1]
     q = queries.pick(query, 2)
     k, v = keys.pick(key, 2), keys.pick(value, 2)
-    if cached is None and queries is keys and min(keys.counts) == max(keys.counts):
+    even = cached is None and queries is keys and min(keys.counts) == max(keys.counts)
+    if even and logits.mask is None and logits.cap is None:
         k, v = repeat_heads(k, heads), repeat_heads(v, heads)
-        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
-    visible = (keys.index[:, None, :] <= queries.index[:, :, None]) & keys.present[:, None, :]
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=logits.scaling)
+    visible = _visible(queries, keys, logits, cached)
     if cached is not None:
         k, v = torch.cat([cached[0], k], dim=2), torch.cat([cached[1], v], dim=2)
-        seen = visible.new_ones(cached[0].shape[0], cached[0].shape[2]) if cached[2] is None else cached[2]
-        visible = torch.cat([seen[:, None].expand(-1, visible.shape[1], -1), visible], dim=2)
-    # Places past a row's count see something, so that no row of the softmax is empty; they are thrown away later.
-    visible = visible | ~queries.present[:, :, None]
     k, v = repeat_heads(k, heads), repeat_heads(v, heads)
-    return scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], scale=scaling)
+    if logits.cap is None:
+        return scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], scale=logits.scaling)
+    capped = logits.of(q @ k.transpose(-1, -2)).masked_fill(~visible[:, None], float("-inf"))
+    return capped.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+def _visible(queries: TokenSet, keys: TokenSet, logits: Logits, cached: Any) -> Tensor:
+    """Bool (B, n, p + k): what compact queries see of what was cached and of compact keys."""
+    before = 0 if cached is None else cached[0].shape[2]
+    shown = logits.seen(queries.index + before)
+    if shown is None:
+        visible = keys.index[:, None, :] <= queries.index[:, :, None]
+    else:
+        visible = shown.gather(2, (keys.index + before)[:, None, :].expand(-1, shown.shape[1], -1))
+    visible = visible & keys.present[:, None, :]
+    if cached is not None:
+        if shown is None:
+            seen = visible.new_ones(visible.shape[0], before) if cached[2] is None else cached[2]
+            shown = seen[:, None].expand(-1, visible.shape[1], -1)
+        visible = torch.cat([shown[..., :before], visible], dim=2)
+    # Places past a row's count see something, so that no row of the softmax is empty; they are thrown away later.
+    return visible | ~queries.present[:, :, None]
 
 
 class _Reached(Exception):
     """A layer has come as far as its attention kernel, and need not go on."""
 
 
-def captured(layer: Any, hidden: Tensor, ruling: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Query (B, H, L, d), key and value (B, kv heads, L, d) that ``layer`` would hand to its attention kernel.
+class Projected(NamedTuple):
+    """Query (B, H, L, d), key and value (B, kv heads, L, d), and how the kernel makes logits of them (no mask)."""
 
-    The layer itself computes them, so that its norms, biases, fused projections and unrotated heads are in them.
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    logits: Logits
+
+
+def captured(layer: Any, hidden: Tensor, ruling: Mapping[str, Any]) -> Projected:
+    """What ``layer`` would hand to its attention kernel.
+
+    The layer itself computes it, so that its norms, biases, fused projections and unrotated heads are in it.
     ``ruling``: its keyword arguments, without a cache.
     """
-    reached: list[Tensor] = []
+    reached: list[Projected] = []
 
     def stop(kernel: Kernel, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-        reached.extend((query, key, value))
+        reached.append(Projected(query, key, value, Logits(kwargs["scaling"], cap_of(module, kwargs))))
         raise _Reached
 
     # Not layer(…): hooks belong to the layer's real call.
     with Interception({layer.self_attn: stop}), suppress(_Reached):
         layer.self_attn.forward(hidden_states=layer.input_layernorm(hidden), past_key_values=None, **ruling)
-    query, key, value = reached
-    return query, key, value
+    return reached[0]

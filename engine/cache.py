@@ -10,13 +10,14 @@ changes the record with them.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from ..errors import InputError, UnsupportedModelError, VisibenchError
 
@@ -162,6 +163,10 @@ class PrunedCache(DynamicCache):
         """Columns fed so far, whatever the layer holds of them."""
         return self.fed
 
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Columns that a mask is about, and the first of them: all, whatever the layer holds of them."""
+        return self.fed + query_length, 0
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the latest columns: so many if the number is negative, all but so many if it is positive."""
         limit = self.fed + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, self.fed)
@@ -208,15 +213,18 @@ def adopt(cache: DynamicCache, layers: int, user: Any) -> PrunedCache:
 
     In place, since it may be the user's own, who goes on with it. ``user``: the session that alone may fill it.
     """
+    sliding = cache.is_sliding
     cache.__class__ = PrunedCache
     assert isinstance(cache, PrunedCache)
+    # Layers with a window drop what leaves it by its place, and places are no columns here: they keep everything.
+    cache.layers = [DynamicLayer() if slides else layer for layer, slides in zip(cache.layers, sliding, strict=True)]
     cache.fed, cache.held, cache.padding = 0, [Held()] * layers, None
     cache._user = weakref.ref(user)
     return cache
 
 
-def check_cache(cache: Any, user: Any) -> None:
-    """Raise unless ``cache`` is one that ``user`` (a session) filled, an empty DynamicCache, or None."""
+def check_cache(cache: Any, user: Any, layer_types: Sequence[str]) -> None:
+    """Raise unless ``cache`` is one that ``user`` (a session) filled, an empty DynamicCache of this model, or None."""
     if cache is None:
         return
     name = type(cache).__name__
@@ -226,9 +234,10 @@ def check_cache(cache: Any, user: Any) -> None:
             f"prune() works with a DynamicCache, not with {kind}: pass an empty transformers.DynamicCache() or none, "
             "and leave cache_implementation unset"
         )
-    if any(cache.is_sliding):
-        raise UnsupportedModelError(
-            "prune() needs full attention in every layer, and this cache has sliding windows: use a model without them"
+    if any(slides and kind == "full_attention" for slides, kind in zip(cache.is_sliding, layer_types, strict=False)):
+        raise InputError(
+            "this KV cache has sliding windows in layers where the model has none: pass an empty "
+            "transformers.DynamicCache() or none"
         )
     if isinstance(cache, PrunedCache):
         cache.check()

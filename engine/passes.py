@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from ..errors import InputError, VisibenchError
 from ..models.adapters import Adapter
+from .attention import Logits, cap_of
 from .cache import Held, PrunedCache, adopt
 from .contract import Forward, Method
 from .decisions import Join, Keep, Merge, as_merge
@@ -83,7 +84,7 @@ class Pass:
                 segment, hidden = self._decide(self.prompt, layer, module, segment, hidden, given)
                 self.prompt.trace.enter(self._layout(segment), self._cached(held), held.length)
             self.segments.append(segment)
-            return hidden, given | segment.told(self.adapter, hidden)
+            return hidden, given | segment.told(self.adapter, layer, hidden, given)
 
     def _check(self, layer: int) -> None:
         due = len(self.segments)
@@ -129,7 +130,7 @@ class Pass:
         return self._numbered(Segment(held, layout, hidden.shape[1], positions, self.mask))
 
     def _numbered(self, segment: Segment) -> Segment:
-        return segment.numbered() if self.method.positions == "renumber" else segment
+        return segment.numbered(self.adapter.family.first_position) if self.method.positions == "renumber" else segment
 
     @staticmethod
     def _layout(segment: Segment) -> TokenLayout:
@@ -162,7 +163,7 @@ class Pass:
         def told() -> dict[str, Any]:
             names = ("attention_mask", "position_embeddings", "position_ids")
             all_told: dict[str, Any] = {name: given.get(name) for name in names}
-            all_told |= segment.told(self.adapter, hidden)
+            all_told |= segment.told(self.adapter, layer, hidden, given)
             if segment.places == width:
                 return all_told
             table, places = all_told["position_embeddings"], all_told["position_ids"]
@@ -171,6 +172,10 @@ class Pass:
                 "position_embeddings": tuple(part[..., :width, :] for part in table),
                 "position_ids": None if places is None else places[:, :width],
             }
+
+        def mask() -> Tensor | None:
+            ruling = given | segment.told(self.adapter, layer, hidden, given)
+            return self._carried(layer, ruling.get("attention_mask"), width, segment.held.length + width)
 
         before = None
         if segment.held.length and self.cache is not None:
@@ -184,9 +189,15 @@ class Pass:
             final_norm=self.adapter.decoder.norm,
             read=self.adapter.read,
             told=told,
+            mask=mask,
             before=before,
             trace=prompt.trace,
         )
+
+    def _carried(self, layer: int, mask: Any, queries: int, keys: int) -> Tensor | None:
+        """The mask that says who sees whom among so many, None where causality and padding do."""
+        is_own = mask is not None and self.adapter.layer_types[layer] in self.adapter.carried_types
+        return mask[..., :queries, :keys] if is_own else None
 
     def _seen_before(self, segment: Segment, keys: Tensor, values: Tensor) -> Before:
         return Before(keys, values, segment.held.valid, self._cached(segment.held))
@@ -276,7 +287,11 @@ class Pass:
             layer,
             layout,
             parts.seen,
-            scaling=kwargs["scaling"],
+            logits=Logits(
+                kwargs["scaling"],
+                cap_of(module, kwargs),
+                self._carried(layer, mask, layout.width, first + layout.width),
+            ),
             dense=dense,
             project=module.o_proj,
             read=self.adapter.read,

@@ -1,19 +1,20 @@
 """A segment: a run of decoder layers whose inputs hold the same tokens, and whose caches held the same before.
 
-What its layers are told (mask, rotary table, positions) is made once, and not at all while every column is there: then
-the model's own is right.
+What its layers are told (mask, rotary table, positions) is made once for each type of layer, and not at all while every
+column is there: then the model's own is right. Otherwise it is the model's own at the columns that are left.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..models.adapters import Adapter
-from .attention import attention_mask, implementation_of
+from .attention import attention_mask, carried, implementation_of
 from .cache import Held
 from .layout import Cut, TokenLayout, TokenSet, join
 
@@ -40,8 +41,8 @@ class Segment:
     ``layout``: those that the method sees; None if it sees none. New tokens behind them run along unseen. ``held``:
     what the caches of these layers held before. ``columns``: int (B, places), each token's column counted from the
     first new one, -1 for none; None while every column is there. ``positions``: as the model gave them, (B, places) or
-    (B, places, 3). ``valid``: bool (B, places), None: all. ``renumbered``: in the form of ``positions``, where the
-    engine counts them anew.
+    (B, places, 3). ``valid``: bool (B, places), None: all. ``added``: whether some tokens share the column, and not the
+    position, of another. ``renumbered``: in the form of ``positions``, where the engine counts them anew.
     """
 
     held: Held
@@ -50,8 +51,9 @@ class Segment:
     positions: Tensor
     valid: Tensor | None = None
     columns: Tensor | None = None
+    added: bool = False
     renumbered: Tensor | None = None
-    _told: dict[str, Any] | None = None
+    _told: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def is_whole(self) -> bool:
@@ -60,14 +62,14 @@ class Segment:
 
     def on(self, held: Held) -> Segment:
         """The same tokens in front of layers whose caches held something else."""
-        return replace(self, held=held, renumbered=None, _told=None)
+        return replace(self, held=held, renumbered=None, _told={})
 
-    def numbered(self) -> Segment:
-        """With positions counted anew, behind those in the cache, unless every column is there."""
+    def numbered(self, start: int) -> Segment:
+        """With positions counted anew from ``start``, or behind those in the cache, unless every column is there."""
         if self.is_whole:
             return self
         if self.held.positions is not None and self.valid is None and self.places == 1:  # a step of decoding
-            return replace(self, renumbered=self.held.positions[:, -1:] + 1, _told=None)
+            return replace(self, renumbered=self.held.positions[:, -1:] + 1, _told={})
         valid, first = self.valid, self.positions[:, :1]
         if valid is None:
             count = torch.arange(1, self.places + 1, device=self.positions.device)[None]
@@ -79,8 +81,8 @@ class Segment:
         if self.held.positions is not None:
             first = self.held.positions[:, -1:] + 1
         elif not self.held.length:
-            first = torch.zeros_like(first)
-        return replace(self, renumbered=(first + count - 1).clamp(min=0), _told=None)
+            first = torch.full_like(first, start)
+        return replace(self, renumbered=(first + count - 1).clamp(min=0), _told={})
 
     @property
     def every_column(self) -> Tensor:
@@ -94,7 +96,8 @@ class Segment:
         places = None if added_positions is None else on_every_axis(added_positions, self.positions)
         if anchors is not None and added_positions is None:
             places = at(self.positions, anchors.clamp(min=0))  # they will be numbered anew
-        return self._changed(change, places, None if anchors is None else at(self.every_column, anchors.clamp(min=0)))
+        columns = None if anchors is None else at(self.every_column, anchors.clamp(min=0))
+        return replace(self._changed(change, places, columns), added=self.added or anchors is not None)
 
     def without(self, keep: Tensor, change: Cut, prompt: Tensor) -> Aside:
         """What the cut ``change``, which keeps visual tokens by ``keep`` (B, V) alone, takes out of ``prompt``."""
@@ -123,27 +126,44 @@ class Segment:
             positions = torch.cat([positions, self.positions[:, width:]], dim=1)
             left = torch.cat([left, before[:, width:]], dim=1)
             valid = None if valid is None else torch.cat([valid, valid.new_ones(valid.shape[0], behind)], dim=1)
-        return Segment(self.held, change.layout, change.layout.width + behind, positions, valid, left)
+        return Segment(self.held, change.layout, change.layout.width + behind, positions, valid, left, self.added)
 
-    def told(self, adapter: Adapter, hidden: Tensor) -> dict[str, Any]:
-        """What its layers are told in place of what the model gave them; ``hidden``: (B, places, D)."""
-        if self._told is None:
-            self._told = {} if self.is_whole else self._rule(adapter, hidden)
-        return self._told
+    def told(self, adapter: Adapter, layer: int, hidden: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What a layer is told in place of what the model has ``given`` it; ``hidden``: (B, places, D)."""
+        if self.is_whole:
+            return {}
+        kind = adapter.layer_types[layer]
+        if kind not in self._told:
+            self._told[kind] = self._rule(adapter, kind, hidden, given)
+        return self._told[kind]
 
-    def _rule(self, adapter: Adapter, hidden: Tensor) -> dict[str, Any]:
-        valid, length = self.held.with_valid(self.places, self.valid), self.held.length + self.places
-        mask = attention_mask(implementation_of(adapter.decoder.config), valid, self.places, length, hidden)
+    def _rule(self, adapter: Adapter, kind: str, hidden: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
+        told: dict[str, Any] = {"attention_mask": self._mask(adapter, kind, hidden, given["attention_mask"])}
         if self.renumbered is None and self.columns is None:
-            return {"attention_mask": mask}
+            return told
         positions = self.positions if self.renumbered is None else self.renumbered
+        if self.renumbered is None and not self.added:
+            told["position_embeddings"] = tuple(
+                _along(part, self.every_column) for part in given["position_embeddings"]
+            )
+        else:
+            told["position_embeddings"] = adapter.rotary(hidden, positions, kind)
         # Layers take positions of one axis alone, to tell packed sequences apart.
-        plain = positions if positions.ndim == 2 else None
-        return {
-            "attention_mask": mask,
-            "position_embeddings": adapter.rotary(hidden, positions),
-            "position_ids": plain,
-        }
+        return told | {"position_ids": positions if positions.ndim == 2 else None}
+
+    def _mask(self, adapter: Adapter, kind: str, hidden: Tensor, model: Tensor | None) -> Tensor | None:
+        """``model``: the mask that the model made, of all columns; None where it needs none."""
+        valid, length = self.held.with_valid(self.places, self.valid), self.held.length + self.places
+        if model is None or kind not in adapter.carried_types:
+            return attention_mask(implementation_of(adapter.decoder.config), valid, self.places, length, hidden)
+        new = self.every_column
+        if self.layout is not None:  # tokens in another order take each other's places, and see what those see
+            new = new.sort(dim=1).values
+        keys, fed = new, model.shape[-1] - model.shape[-2]
+        if self.held.length:
+            keys = torch.cat([self.held.every_column(fed, new), new + fed], dim=1)
+        ordered = self.added and not adapter.family.bidirectional
+        return carried(model, new.clamp(min=0), keys.clamp(min=0), valid, ordered=ordered)
 
     def after(self, fed: int) -> Held:
         """What the caches of its layers hold when they have run."""
@@ -153,6 +173,12 @@ class Segment:
 def on_every_axis(places: Tensor, positions: Tensor) -> Tensor:
     """Int (B, n) in the form of ``positions``, (B, L) or (B, L, 3), as text has them: the same on every axis."""
     return places if positions.ndim == 2 else places[..., None].expand(-1, -1, positions.shape[2])
+
+
+def _along(table: Tensor, columns: Tensor) -> Tensor:
+    """(…, B, n, d): a rotary table (…, B or 1, L, d) at ``columns``, int (B, n)."""
+    index = columns.clamp(min=0)[..., None].expand(*table.shape[:-3], -1, -1, table.shape[-1])
+    return table.expand(*index.shape[:-2], *table.shape[-2:]).gather(-2, index)
 
 
 def at(tokens: Tensor, index: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ..errors import InputError, UnsupportedModelError, VisibenchError
 from ..models.adapters import Adapter
-from .attention import Interception, implementation_of
+from .attention import Interception, check_implementation
 from .cache import OUTSIDE, PrunedCache, check_cache
 from .contract import Method
 from .features import FeatureStore
@@ -52,7 +52,7 @@ class PruningSession:
         self.model, self.method, self.layout, self.watch = model, method, layout, watch
         self.features = features
         self.adapter = Adapter(model)
-        implementation_of(self.adapter.decoder.config)  # known, or refused
+        check_implementation(self.adapter)
         self.geometry = self.adapter.geometry
         self._tap = VisionTap(self.adapter, method, watch, features)
         method.check(self.geometry)
@@ -166,7 +166,7 @@ class PruningSession:
             raise
 
     def _begin(self, inputs: Inputs) -> Pass:
-        check_cache(inputs.cache, self)
+        check_cache(inputs.cache, self, self.adapter.layer_types)
         cache = inputs.cache if isinstance(inputs.cache, PrunedCache) else None
         fed, padding = (0, None) if cache is None else (cache.fed, cache.padding)
         mask, prompt = new_mask(inputs, fed, padding), None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -44,7 +44,8 @@ class LayerView:
 
     ``tokens``: hidden states of all tokens (B, L, D). ``layout``: their roles. ``final_norm``: the decoder's last norm,
     as a function. ``read``: logits (B, n, vocabulary) of hidden states (B, n, D), by that norm and the LM head.
-    ``told``: the layer's keyword arguments for these tokens. ``before``: what its cache held.
+    ``told``: the layer's keyword arguments for these tokens; ``mask``: who sees whom in it, None: causal by place.
+    ``before``: what its cache held.
     """
 
     def __init__(
@@ -57,12 +58,13 @@ class LayerView:
         final_norm: Norm,
         read: Norm,
         told: Callable[[], dict[str, Any]],
+        mask: Callable[[], Tensor | None],
         before: Before | None,
         trace: Trace,
     ) -> None:
         self.layer, self.layout, self.tokens, self.final_norm = layer, layout, hidden, final_norm
         self.read = read
-        self._module, self._told, self._before, self._trace = module, told, before, trace
+        self._module, self._told, self._mask, self._before, self._trace = module, told, mask, before, trace
 
     @property
     def present(self) -> Tensor:
@@ -82,21 +84,22 @@ class LayerView:
         """Attention weights (B, H, R, L), fp32, that the layer would compute for ``rows`` (default: the last token)."""
         rows, everything = rows or self.layout.last, self.layout.everything
         projected = attention.captured(self._module, self.tokens, self._told())
-        query, key = rows.pick(projected[0], 2), projected[1]
-        token = sum(part.shape[1] * part.shape[3] for part in projected) * self.tokens.shape[2]
+        query, key = rows.pick(projected.query, 2), projected.key
+        token = sum(part.shape[1] * part.shape[3] for part in projected[:3]) * self.tokens.shape[2]
         pair, width = query.shape[1] * query.shape[3], self.layout.width
         macs = token * everything.host_counts + pair * _pairs(rows, everything, self._before)
         batch = self.layout.rows * (width * token + pair * max(rows.counts) * (width + _places(self._before)))
         self._trace.scored(self.layer, _with_images(self.layout, macs), batch)
-        return _weights(query, key, rows.index, self.layout, self._before, self._module.self_attn.scaling)
+        logits = replace(projected.logits, mask=self._mask())
+        return _weights(query, key, rows.index, self.layout, self._before, logits)
 
 
 class AttentionView:
     """The attention of a decoder layer: B rows, H query heads, L tokens, d the head size.
 
-    ``dense``: the layer's own kernel on other values (B, kv heads, L, d); without any, on its own. ``project``: the
-    layer's output projection, of attention outputs (B, n, H · d) with heads side by side: (B, n, D). ``read``: as in
-    :class:`LayerView`.
+    ``logits``: how the kernel makes them. ``dense``: the layer's own kernel on other values (B, kv heads, L, d);
+    without any, on its own. ``project``: the layer's output projection, of attention outputs (B, n, H · d) with heads
+    side by side: (B, n, D). ``read``: as in :class:`LayerView`.
     """
 
     def __init__(
@@ -105,7 +108,7 @@ class AttentionView:
         layout: TokenLayout,
         qkv: tuple[Tensor, Tensor, Tensor],
         *,
-        scaling: float,
+        logits: attention.Logits,
         dense: Callable[..., Tensor],
         project: Norm,
         read: Norm,
@@ -115,7 +118,7 @@ class AttentionView:
         self.layer, self.layout = layer, layout
         self.project, self.read = project, read
         self._query, self._key, self._value = qkv
-        self._scaling, self._dense, self._before, self._trace = scaling, dense, before, trace
+        self._logits, self._dense, self._before, self._trace = logits, dense, before, trace
 
     @property
     def present(self) -> Tensor:
@@ -202,12 +205,12 @@ class AttentionView:
     def _weights(self, index: Tensor) -> Tensor:
         wide = index[:, None, :, None].expand(-1, self._query.shape[1], -1, self._query.shape[3])
         query = self._query.gather(2, wide)
-        return _weights(query, self._key, index, self.layout, self._before, self._scaling)
+        return _weights(query, self._key, index, self.layout, self._before, self._logits)
 
     def _subset(self, values: Tensor, queries: TokenSet, keys: TokenSet) -> Tensor:
         before = self._before
         cached = None if before is None else (before.keys, before.values, before.valid)
-        return attention.subset_attention(self._query, self._key, values, queries, keys, self._scaling, cached)
+        return attention.subset_attention(self._query, self._key, values, queries, keys, self._logits, cached)
 
 
 class VisionView:
@@ -337,13 +340,13 @@ class BlockView:
 
 
 def _weights(
-    query: Tensor, key: Tensor, index: Tensor, layout: TokenLayout, before: Before | None, scaling: float
+    query: Tensor, key: Tensor, index: Tensor, layout: TokenLayout, before: Before | None, logits: attention.Logits
 ) -> Tensor:
     """Weights (B, H, R, L) of query rows standing at ``index``, int (B, R); what was cached before takes its share."""
     if before is None:
-        return attention.row_weights(query, key, index, layout.valid, scaling)
+        return attention.row_weights(query, key, index, layout.valid, logits)
     cached, keys = _places(before), torch.cat([before.keys, key], dim=2)
-    return attention.row_weights(query, keys, index + cached, before.seen(layout.valid), scaling)[..., cached:]
+    return attention.row_weights(query, keys, index + cached, before.seen(layout.valid), logits)[..., cached:]
 
 
 def _places(before: Before | None) -> int:

@@ -13,12 +13,15 @@ from ..errors import UnsupportedModelError
 
 DECODERS = {
     "cohere": "Command R",
+    "cohere2": "Command R7B and A",
     "gemma": "Gemma 1",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3",
     "glm4": "GLM-4-0414",
     "granite": "Granite 3",
     "llama": "Llama 2 and 3, Vicuna",
-    "mistral": "Mistral without a sliding window",
-    "phi3": "Phi-3 without a sliding window",
+    "mistral": "Mistral",
+    "phi3": "Phi-3",
     "qwen2": "Qwen2 and 2.5",
     "qwen2_5_vl_text": "Qwen2.5-VL",
     "qwen3": "Qwen3",
@@ -32,14 +35,15 @@ Towers = Mapping[str, str | None]
 # ---- what cannot be carried through a cut: what a message names, false where a configuration has none, and the message
 
 
-def _window(text: Any) -> int | None:
-    kinds = getattr(text, "layer_types", None) or ["sliding_attention"]
-    return getattr(text, "sliding_window", None) if "sliding_attention" in kinds else None
+def layer_types(text: Any) -> tuple[str, ...]:
+    """How each layer attends, in the terms of transformers' configurations; ``text``: that of a text decoder."""
+    window = getattr(text, "sliding_window", None)
+    types = getattr(text, "layer_types", None)
+    return tuple(types or [f"{'sliding' if window else 'full'}_attention"] * text.num_hidden_layers)
 
 
 def _other_attention(text: Any) -> str:
-    kinds = set(getattr(text, "layer_types", None) or ())
-    return ", ".join(sorted(kinds - {"full_attention", "sliding_attention"}))
+    return ", ".join(sorted({*layer_types(text)} - {"full_attention", "sliding_attention"}))
 
 
 def _experts(text: Any) -> int | None:
@@ -48,15 +52,10 @@ def _experts(text: Any) -> int | None:
 
 
 DECODER_LIMITS: tuple[tuple[Callable[[Any], Any], str], ...] = (
-    (
-        _window,
-        "layers attend within a sliding window of {} tokens, which a cut would move: if no prompt with its answer is "
-        "longer, set sliding_window to null in a copy of its config.json",
-    ),
     (_other_attention, "layers attend by {}, not fully"),
     (
-        lambda text: getattr(text, "attn_logit_softcapping", None),
-        "attention logits are capped at {}, which scores of tokens do not follow",
+        lambda text: getattr(text, "use_bidirectional_attention", None) is True,
+        "text is seen in both directions, so that no answer can be generated",
     ),
     (
         lambda text: text.model_type == "gpt_oss",

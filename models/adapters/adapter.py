@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError, suggest
-from ..support import check_configuration
+from ..support import check_configuration, layer_types
 from .base import Geometry
 from .registry import FAMILIES
 
@@ -83,13 +85,28 @@ class Adapter:
                         f"configuration {weights:,}: merge adapters such as LoRA first (merge_and_unload)"
                     )
 
-    def rotary(self, like: Tensor, positions: Tensor) -> Any:
-        """Rotary cos and sin for int ``positions``, in the dtype and on the device of ``like``.
+    @cached_property
+    def layer_types(self) -> tuple[str, ...]:
+        """How each decoder layer attends, in the terms of its configuration."""
+        return layer_types(self.decoder.config)
+
+    @cached_property
+    def carried_types(self) -> frozenset[str]:
+        """Types of layers whose mask causality and padding alone do not make."""
+        return frozenset(self.layer_types) if self.family.bidirectional else frozenset({"sliding_attention"})
+
+    def rotary(self, like: Tensor, positions: Tensor, layer_type: str) -> Any:
+        """Rotary cos and sin for int ``positions``, in the dtype and on the device of ``like``, for layers of a type.
 
         Positions are (B, L), or (B, L, 3) in a family that counts time, height and width.
         """
         axes_first = positions.movedim(-1, 0) if positions.ndim == 3 else positions
-        return self.decoder.rotary_emb(like, position_ids=axes_first)
+        by_type = {"layer_type": layer_type} if self._rotary_by_type else {}
+        return self.decoder.rotary_emb(like, position_ids=axes_first, **by_type)
+
+    @cached_property
+    def _rotary_by_type(self) -> bool:
+        return "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters
 
     def read(self, hidden: Tensor) -> Tensor:
         """Logits (…, vocabulary) of the token behind, from hidden states (…, D): the last norm and the LM head."""

@@ -106,6 +106,10 @@ class Family:
     vision_mlp: str = "mlp"
     image_token: str = "image_token_id"
     vision: Callable[[Any, int], VisionGeometry] | None = None
+    # Layers whose mask is not causal alone: images are seen in both directions.
+    bidirectional: bool = False
+    # Where positions of a prompt begin.
+    first_position: int = 0
     sides: tuple[str, ...] = ()
     grids: Callable[[Any, tuple, Mapping[str, Any]], Tensor] | None = None
     views: Views | None = None

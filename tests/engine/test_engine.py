@@ -116,9 +116,11 @@ def test_row_weights_and_subset_attention_equal_the_full_softmax():
     causal = torch.ones(9, 9).tril().bool()[None] & layout.valid[:, None] | torch.eye(9).bool()
     logits = (query @ key.repeat_interleave(2, 1).mT) * 8**-0.5
     full = logits.masked_fill(~causal[:, None], -torch.inf).softmax(-1)
-    rows = attention.row_weights(query[:, :, 3:], key, torch.arange(3, 9).expand(2, -1), layout.valid, 8**-0.5)
+    rows = attention.row_weights(
+        query[:, :, 3:], key, torch.arange(3, 9).expand(2, -1), layout.valid, attention.Logits(8**-0.5)
+    )
     torch.testing.assert_close(rows, full[:, :, 3:])
-    part = attention.subset_attention(query, key, value, layout.text, layout.nonvisual, 8**-0.5)
+    part = attention.subset_attention(query, key, value, layout.text, layout.nonvisual, attention.Logits(8**-0.5))
     seen = causal & layout.nonvisual.mask[:, None]
     masked = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1).nan_to_num() @ value.repeat_interleave(2, 1)
     torch.testing.assert_close(part[0, :, :3], masked[0, :, 6:])

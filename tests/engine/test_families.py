@@ -80,21 +80,28 @@ def test_cut_in_front_of_layer_0_equals_the_dense_model_on_the_shorter_sequence(
 
 def test_positions_have_three_axes_in_qwen():
     model, sample = model_of("qwen2_5_vl"), samples_of("qwen2_5_vl")[0]
-    places, rotary = [], model.model.language_model.rotary_emb
+    places, tables, decoder = [], [], model.model.language_model
     note = lambda m, a, k: places.append((k["position_ids"] if "position_ids" in k else a[1])[-3:])  # noqa: E731
-    hook = rotary.register_forward_pre_hook(note, with_kwargs=True)
-    with visibench.prune(model, visibench.load_method("fastv", keep=0.5)):
+    hook = decoder.rotary_emb.register_forward_pre_hook(note, with_kwargs=True)
+    with visibench.prune(model, visibench.load_method("fastv", keep=0.5)) as session:
+        see = lambda m, a, k: tables.append(k["position_embeddings"])  # noqa: E731
+        seen = decoder.layers[3].register_forward_pre_hook(see, with_kwargs=True)
         cache = model(**sample, use_cache=True).past_key_values
-        before, after = (place.movedim(0, -1) for place in places)
+        (before,) = (place.movedim(0, -1) for place in places)
         assert before.shape == (1, 29, 3)
         # 4 text tokens, an image of 4 × 5 tokens, 5 text tokens that go on behind the largest position.
         rows, columns = torch.arange(4).repeat_interleave(5) + 4, torch.arange(5).repeat(4) + 4
         assert before[0, 4:24].tolist() == torch.stack([torch.full_like(rows, 4), rows, columns], 1).tolist()
         assert before[0, -1].tolist() == [13] * 3
-        assert after.shape == (1, 19, 3)
+        kept = session.trace.kept(3)[0].nonzero().flatten() + 4
+        left = before[0, torch.cat([torch.arange(4), kept, torch.arange(24, 29)])].T[:, None]
+        assert left.shape == (3, 1, 19)
+        for table, own in zip(tables[0], decoder.rotary_emb(torch.zeros(1), position_ids=left), strict=True):
+            assert torch.equal(table, own)
         model(input_ids=torch.tensor([[7]]), past_key_values=cache)
-        assert [place.tolist() for place in places[2:]] == [[[[14]]] * 3]
+        assert places[-1].tolist() == [[[14]]] * 3
     hook.remove()
+    seen.remove()
 
 
 @every_family

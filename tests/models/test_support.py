@@ -14,28 +14,42 @@ from visibench.models.geometry import synthetic_inputs
 from visibench.models.support import DECODERS
 
 # What makes an entry differ from Llama and is not there by default.
+WINDOW = {"sliding_window": 28}
+SOME_WINDOWS = {"use_sliding_window": True, "max_window_layers": 3} | WINDOW
 OWN = {
     "mistral": {"sliding_window": None},
+    "cohere2": WINDOW,
+    "gemma2": WINDOW,
+    "gemma3_text": WINDOW,
     "granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.5, "logits_scaling": 2.0},
     "smollm3": {"no_rope_layers": [1, 0, 1, 0, 0, 1]},
     "cohere": {"use_qk_norm": True},
     "phi3": {"head_dim": 12},
+    "mistral, window": WINDOW,
+    "phi3, window": {"head_dim": 12} | WINDOW,
+    "qwen2, window": SOME_WINDOWS,
+    "qwen3, window": SOME_WINDOWS,
 }
+FAST = {"gemma3_text", "qwen3, window"}
+CASES = [
+    pytest.param(name, marks=[] if name in FAST or not OWN.get(name, {}).get("sliding_window") else pytest.mark.slow)
+    for name in sorted(DECODERS | OWN)
+]
 PROMPT, VISUAL, CUT = 9, 32, 2
 
 
-@pytest.fixture(scope="module", params=sorted(DECODERS))
+@pytest.fixture(scope="module", params=CASES)
 def model(request):
     """Eager attention, whose weights the model itself hands out. Norms and biases are random too."""
     torch.manual_seed(0)
     if request.param == "qwen2_5_vl_text":
         config = AutoConfig.for_model("qwen2_5_vl", **FAMILIES["qwen2_5_vl"])
     else:
-        text = TEXT | OWN.get(request.param, {}) | {"model_type": request.param}
+        text = TEXT | OWN.get(request.param, {}) | {"model_type": request.param.partition(",")[0]}
         vision = VISION | {"model_type": "clip_vision_model", "image_size": 24, "num_hidden_layers": 3}
         vision |= {"num_attention_heads": 4}
         config = AutoConfig.for_model("llava", text_config=text, vision_config=vision, image_token_id=63)
-    assert config.get_text_config().model_type == request.param
+    assert config.get_text_config().model_type == request.param.partition(",")[0]
     model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
     for name, weights in model.model.language_model.named_parameters():
         if weights.ndim == 1:
@@ -78,13 +92,15 @@ def most_attended(maps, inputs, layer, count):
     return torch.zeros(len(weights), dtype=torch.bool).scatter(0, weights.topk(count).indices, True)
 
 
-def shortened(adapter, given, keep, positions):
+def shortened(adapter, layer, given, keep, positions):
     """A layer's arguments for the tokens that stay, with their positions or those of a shorter sequence."""
     mask, rotary = given["attention_mask"], tuple(table[..., keep, :] for table in given["position_embeddings"])
     if positions == "renumber":
         count = torch.arange(int(keep.sum()))
         count = count.expand(3, 1, -1) if adapter.kind == "qwen2_5_vl" else count[None]
-        rotary = adapter.decoder.rotary_emb(rotary[0], position_ids=count)
+        config = adapter.decoder.config
+        by_type = {"layer_type": config.layer_types[layer]} if config.model_type == "gemma3_text" else {}
+        rotary = adapter.decoder.rotary_emb(rotary[0], position_ids=count, **by_type)
     return {"attention_mask": mask[:, :, keep][:, :, :, keep], "position_embeddings": rotary}
 
 
@@ -106,20 +122,22 @@ def test_cut_equals_the_models_own_layers_on_the_tokens_left(model, inputs, dens
     keep[inputs["input_ids"][0] == 63] = trace.kept(CUT)[0]
     adapter, hidden = Adapter(model), given[CUT][0][:, keep]
     for number in range(CUT, len(adapter.layers)):
-        hidden = adapter.layers[number](hidden, **shortened(adapter, given[number][-1], keep, positions))
+        hidden = adapter.layers[number](hidden, **shortened(adapter, number, given[number][-1], keep, positions))
     torch.testing.assert_close(state, adapter.decoder.norm(hidden)[:, -1], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
 def test_generation_of_a_batch_equals_each_row_alone(model, inputs, positions):
     method = visibench.load_method("pyramiddrop", cuts=(CUT, 3, 5), positions=positions)
-    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "suppress_tokens": [63]}
     adapter = Adapter(model)
     rows = [inputs, *(synthetic_inputs(adapter, 1, *sizes, seed=1) for sizes in ((PROMPT - 2, VISUAL // 2), (5, 0)))]
     with visibench.prune(model, method):
         together = model.generate(**collate(rows), **options)
         for row, alone in zip(together, rows, strict=True):
             assert row[-5:].tolist() == model.generate(**alone, **options)[0, -5:].tolist()
+        without = model.generate(**inputs, **options, use_cache=False)
+        assert without[0, -5:].tolist() == together[0, -5:].tolist()
 
 
 def test_preview_chooses_what_the_layer_to_come_attends_to(model, inputs, dense):
