@@ -12,16 +12,22 @@ from .shared import print_list
 if TYPE_CHECKING:
     from ..evals.sweeps.config import SweepConfig
     from ..evals.sweeps.dry_run import CellCost
+    from ..evals.sweeps.estimate import Rate
 
 HEADER = ["method", "task", "seed", "questions", "state", "TFLOPs", "basis", "time"]
 
 
-def show(config: SweepConfig, folder: Path, *, as_json: bool) -> None:
-    """Print the cells of a sweep into ``folder``, what is done, and what the rest will take."""
+def show(config: SweepConfig, folder: Path, rate: float | None = None, *, as_json: bool) -> None:
+    """Print the cells of a sweep into ``folder``, what is done, and what the rest will take.
+
+    ``rate``: 10¹² multiply-adds a second that prefills run at.
+    """
+    from ..evals.sweeps import estimate
     from ..evals.sweeps.dry_run import dry_run
 
-    cells = dry_run(config, folder, Console(stderr=True))
-    lines = _summary(cells, folder)
+    at = estimate.rate(rate)
+    cells = dry_run(config, folder, Console(stderr=True), at)
+    lines = _summary(cells, folder, at)
     if config.references:
         lines.append("Not among them: references, whose budgets are known once the other cells have run.")
     several = len(config.by_model()) > 1
@@ -51,25 +57,35 @@ def _upto(cell: CellCost) -> str:
     return "?" if cell.config.limit is None else f"≤ {cell.config.limit}"
 
 
-def _summary(cells: list[CellCost], folder: Path) -> list[str]:
+def _summary(cells: list[CellCost], folder: Path, rate: Rate) -> list[str]:
+    from ..evals.sweeps.estimate import TEXT
+
     rest = [cell for cell in cells if not cell.done]
     lines = [f"{len(cells)} cells: {len(cells) - len(rest)} done in {folder}, {len(rest)} to do."]
     if not rest:
         return lines
     questions = [cell.questions for cell in rest if cell.questions is not None]
     tflops = [cell.tflops for cell in rest if cell.tflops is not None]
-    lines.append(f"Questions to ask: {sum(questions)}{_but(rest, len(questions), 'from the hub, not counted before')}.")
+    lines.append(f"Questions to ask: {sum(questions)}{_but(rest, len(questions), 'of a size that is not known')}.")
     bound = "≤ " if any(cell.basis == "bound" for cell in rest) else ""
     lines.append(
         f"Prefills to execute: {bound}{sum(tflops):.4g} TFLOPs{_but(rest, len(tflops), 'unknown')}. Measured: by "
         "finished cells of the same method and task. Planned: by the method's plan of visual tokens on the first "
-        "questions. Bound: the dense model's, where a method decides by what it sees. Neither of these two counts "
+        f"questions, or, of data on the hub, on a prompt of {TEXT} text tokens and one image. Bound: the dense "
+        "model's, where a method decides by what it sees. Neither of these two counts "
         "scoring, or savings in the vision tower."
     )
-    return [*lines, _time(rest)]
+    memory = [cell.memory for cell in rest if cell.memory is not None]
+    batch = rest[0].config.batch_size
+    if memory:
+        lines.append(
+            f"Memory: about {max(memory) / 2**30:.1f} GiB for the largest batch ({batch} prompts): weights, KV cache "
+            "and one decoder layer's activations in 16 bits, dense; allocator and kernels come on top."
+        )
+    return [*lines, _time(rest, rate)]
 
 
-def _time(rest: list[CellCost]) -> str:
+def _time(rest: list[CellCost], rate: Rate) -> str:
     from ..evals.sweeps.events import duration
 
     known = [cell.seconds for cell in rest if cell.seconds is not None]
@@ -78,9 +94,13 @@ def _time(rest: list[CellCost]) -> str:
     bases = {
         "cells": "by the seconds per question of finished cells in the folder",
         "batch": "estimated from one batch of the dense model for each task, here and now",
+        "rate": f"prefills alone, at {rate.tmacs:.4g}·10¹² multiply-adds a second ({rate.origin}); decoding comes on "
+        "top",
     }
     used = [told for clock, told in bases.items() if any(cell.clock == clock for cell in rest)]
-    total = f"about {duration(sum(known))} in one process{_but(rest, len(known), 'unknown')}"
+    by_rate = sum(cell.seconds or 0 for cell in rest if cell.clock == "rate") / 3600
+    hours = f" ({by_rate:.3g} GPU-hours)" if by_rate else ""
+    total = f"about {duration(sum(known))}{hours} in one process{_but(rest, len(known), 'unknown')}"
     return f"Time: {total}, {', else '.join(used)}; loading the model not counted."
 
 
@@ -98,4 +118,5 @@ def _json(cell: CellCost) -> dict[str, Any]:
         "basis": cell.basis,
         "seconds": cell.seconds,
         "seconds_by": cell.clock,
+        "memory_bytes": cell.memory,
     }

@@ -128,6 +128,10 @@ def sweep(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what is done and what is to do, with compute and time, and stop.")
     ] = False,
+    rate: Annotated[
+        float | None,
+        typer.Option(metavar="N", help="With --dry-run: 10¹² multiply-adds a second. (default: 40 % of a card's peak)"),
+    ] = None,
     executor: scale.Named = "local",
     workers: scale.Workers = None,
     address: scale.Address = None,
@@ -156,8 +160,10 @@ def sweep(
     runs = scale.choose(executor, workers, address, shard, chosen.device)
     destination = live.destination_asked(folder, wandb, wandb_project, wandb_entity, wandb_group, wandb_tags)
     if dry_run:
-        show(chosen, folder, as_json=as_json)
+        show(chosen, folder, rate, as_json=as_json)
         return
+    if rate is not None:
+        raise OptionError("--rate belongs to --dry-run: add it, or leave the rate out")
     report = JsonLines() if as_json else Reporter() if quiet else None
     with (
         live.sending(folder, destination, quiet=quiet) as sink,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -24,6 +24,8 @@ class SweepConfig(Config):
     """A name that `visibench models` lists, a local folder or a hub id."""
     models: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
     """Several instead of `model`; they run one after the other."""
+    weights: Literal["pretrained", "meta"] = "pretrained"
+    """`meta`: sizes alone, for `--dry-run`; then `model` may be a name that `visibench models` knows by its sizes."""
     tasks: list[str] = Field(min_length=1)
     """Names that `visibench tasks` lists, any `generate_until` task of lmms-eval, or files of your own questions."""
     data: str = "embedded"

@@ -1,15 +1,15 @@
 """What a sweep has still to do: cells, questions, compute and time, each from what is known and named as such.
 
 Compute per question is that of a finished cell of the same model, method and task, else that of the method's own plan
-of visual tokens on the task's first questions, which leaves out scoring and what is saved in the vision tower; of
-methods whose plan depends on what they see, that of keeping all tokens, as an upper bound. Time per question is that of
-finished cells, else that of the dense model on one batch. What none of these gives is None.
+of visual tokens on the task's first questions, or, where these would have to be downloaded, on a typical prompt
+(:mod:`~visibench.evals.sweeps.estimate`). Plans leave out scoring and what is saved in the vision tower; for methods
+whose plan depends on what they see it is that of keeping all tokens, as an upper bound. Time per question is that of
+finished cells, else that of the dense model on one batch, else the prefills' multiply-adds at a stated rate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,21 +22,20 @@ from ...engine import prune
 from ...engine.layout import TokenLayout
 from ...errors import FOREIGN, DataError, reason
 from ...methods import Method, load_method
-from ...models import LoadedModel, load_model
+from ...models import LoadedModel
 from ...models.geometry import check_weights
 from ...models.load import fingerprint
-from ...models.protocols import Protocol, find
 from ...results.store.records import CellConfig, CellMetrics
 from ...results.store.store import Cell, Store
 from ..answers.cell_spec import CellSpec
 from ..compute.flops import executed
 from ..compute.paper_flops import Work, planned
 from ..settings.config import DENSE
-from ..tasks.hub import hub_or_cache
 from ..tasks.tasks import HUB
-from . import pace
+from . import estimate, pace
 from .cells import cell_specs
 from .config import SweepConfig
+from .estimate import Basis, Rate
 from .events import Lines, Note
 from .executor import Prepared
 
@@ -44,15 +43,13 @@ PROMPTS = 8
 """Questions of a task on which a method's plan is priced."""
 
 
-Basis = Literal["measured", "planned", "bound"]
-
-
 @dataclass(frozen=True)
 class CellCost:
     """One cell. ``macs``: executed in one prefill, mean over questions; ``seconds``: for all of the cell.
 
     ``questions``: None where the task would have to be downloaded first. ``basis``: of ``macs``, which are an upper
-    bound with ``bound``. ``clock``: whether finished cells or one batch of the dense model gave ``seconds``.
+    bound with ``bound``. ``clock``: whether finished cells, one batch of the dense model or a rate gave ``seconds``.
+    ``memory``: bytes of the largest batch, estimated; None where that is not known.
     """
 
     config: CellConfig
@@ -61,7 +58,8 @@ class CellCost:
     macs: float | None
     basis: Basis | None
     seconds: float | None
-    clock: Literal["cells", "batch"] | None
+    clock: Literal["cells", "batch", "rate"] | None
+    memory: int | None = None
 
     @property
     def tflops(self) -> float | None:
@@ -69,41 +67,40 @@ class CellCost:
         return None if self.macs is None or self.questions is None else self.macs * self.questions * 1e-12
 
 
-def dry_run(config: SweepConfig, out: Path, console: Console) -> list[CellCost]:
-    """All cells of a sweep in their order. Nothing is written to ``out``.
+def dry_run(config: SweepConfig, out: Path, console: Console, rate: Rate | None = None) -> list[CellCost]:
+    """All cells of a sweep in their order. Nothing is written to ``out``. ``rate``: see :func:`.estimate.rate`.
 
     A model is loaded for budgets, and to time a batch if it is on this disk and not large. Raises
     :class:`VisibenchError` for what the sweep itself would refuse.
     """
     store = Store(out)
-    return [cell for one in config.by_model() for cell in _of_model(one, store, console)]
+    return [cell for one in config.by_model() for cell in _of_model(one, store, console, rate or estimate.rate(None))]
 
 
-def _of_model(config: SweepConfig, store: Store, console: Console) -> list[CellCost]:
+def _of_model(config: SweepConfig, store: Store, console: Console, rate: Rate) -> list[CellCost]:
     prepared = Prepared(config, Lines(console))
     cells = cell_specs(config, solve=prepared.solve)
-    _check(config, [cell.method for cell in cells], prepared)
-    known = _Known(config, prepared, store.usable())
+    model = _check(config, [cell.method for cell in cells], prepared)
+    known = _Known(config, prepared, store.usable(), model, rate)
     try:
         return [_cell(cell, store.find(cell.config), known) for cell in cells]
     finally:
         prepared.forget()
 
 
-def _check(config: SweepConfig, methods: Sequence[Method], prepared: Prepared) -> None:
+def _check(config: SweepConfig, methods: Sequence[Method], prepared: Prepared) -> LoadedModel | None:
     """Raise what the engine has against the methods, or the model's settings against this machine."""
-    check_weights(config.model, "pretrained", None)
-    local = bool(fingerprint(config.model))
+    check_weights(config.model, config.weights, None)
     try:
-        with nullcontext() if local else hub_or_cache():
-            sizes = _sizes(config)
+        sizes = estimate.sizes(config)
     except DataError as error:
-        if local:
+        if fingerprint(config.model):
             raise
         prepared.report(Note(text=f"Not checked against the model: {error}"))
-        return
+        return None
     for method in methods:
         prune(sizes.model, method)
+    return sizes
 
 
 def _cell(cell: CellSpec, done: Cell | None, known: _Known) -> CellCost:
@@ -113,10 +110,14 @@ def _cell(cell: CellSpec, done: Cell | None, known: _Known) -> CellCost:
         return CellCost(config, True, size, compute, "measured", _seconds(done.metrics), "cells")
     questions = known.questions(config)
     seconds = known.seconds(config, questions)
-    clock: Literal["cells", "batch"] | None = "cells" if seconds else None
-    if seconds is None and questions is not None and (batch := known.pace(config.task)):
-        seconds, clock = batch.question * questions + batch.prefill, "batch"
-    return CellCost(config, False, questions, *known.compute(cell), seconds, clock)
+    clock: Literal["cells", "batch", "rate"] | None = "cells" if seconds else None
+    here = questions is not None and config.origin != HUB
+    if seconds is None and here and (batch := known.pace(config.task)):
+        seconds, clock = batch.question * (questions or 0) + batch.prefill, "batch"
+    macs, basis = known.compute(cell)
+    if seconds is None and questions is not None and macs is not None and known.by_rate(config):
+        seconds, clock = macs * questions * 1e-12 / known.rate.tmacs, "rate"
+    return CellCost(config, False, questions, macs, basis, seconds, clock, known.memory)
 
 
 def _what(config: CellConfig) -> tuple:
@@ -133,8 +134,11 @@ def _where(config: CellConfig) -> tuple:
 class _Known:
     """What finished cells, plans and the first batch of a task tell of the cells of one model."""
 
-    def __init__(self, config: SweepConfig, prepared: Prepared, finished: Sequence[Cell]) -> None:
-        self.config, self.prepared, self.finished = config, prepared, finished
+    def __init__(
+        self, config: SweepConfig, prepared: Prepared, finished: Sequence[Cell], model: LoadedModel | None, rate: Rate
+    ) -> None:
+        self.config, self.prepared, self.finished, self.model, self.rate = config, prepared, finished, model, rate
+        self.memory = None if model is None else estimate.memory(model, config.batch_size)
         self.prompts = cache(lambda task: _Prompts(config, prepared, task))
         self.pace = cache(self._pace)
 
@@ -143,15 +147,22 @@ class _Known:
             if (one.config.task, one.config.origin, one.config.limit) == (config.task, config.origin, config.limit):
                 return one.metrics.size
         if config.origin == HUB:
-            return None
+            size = estimate.QUESTIONS.get(config.task)
+            return size if size is None or config.limit is None else min(size, config.limit)
         return self.prepared.tasks([config.task])[config.task].size(config.limit)[0]
+
+    def by_rate(self, config: CellConfig) -> bool:
+        """Whether a rate may stand for a time: of what is not here to be timed, or where one was given."""
+        return config.origin == HUB or self.rate.given or self.model is None or self.model.processor is None
 
     def compute(self, cell: CellSpec) -> tuple[float | None, Basis | None]:
         measured = [one.metrics.compute.macs for one in self.finished if _what(one.config) == _what(cell.config)]
         if measured:
             return fmean(measured), "measured"
-        if cell.config.origin == HUB:
+        if self.model is None:
             return None, None
+        if cell.config.origin == HUB or self.model.processor is None:
+            return estimate.macs(self.model, cell.method)
         prompts = self.prompts(cell.config.task)
         macs = prompts.macs(cell.method)
         if macs is not None:
@@ -172,7 +183,7 @@ class _Known:
 
     def _pace(self, task: str) -> pace.Pace | None:
         """Of the dense model, if it is on this disk and not large."""
-        if not fingerprint(self.config.model) or _sizes(self.config).nbytes > pace.LARGEST:
+        if not fingerprint(self.config.model) or self.model is None or self.model.nbytes > pace.LARGEST:
             return None
         try:
             return pace.pace(self.prepared.loaded, self.prepared.tasks([task])[task], self.config)
@@ -197,7 +208,7 @@ class _Prompts:
     def __init__(self, config: SweepConfig, prepared: Prepared, name: str) -> None:
         task = prepared.tasks([name])[name]
         count = min(PROMPTS, task.size(config.limit_of(name))[0])
-        self.model = _sizes(config)
+        self.model = estimate.sizes(config)
         questions = [task.question(i) for i in range(count)]
         inputs = self.model.encoded([text for text, _ in questions], [images for _, images in questions])
         visual = inputs["input_ids"] == self.model.adapter.image_token
@@ -214,15 +225,3 @@ class _Prompts:
         rows = zip(counts, self.layout.visual_counts, self.layout.lengths, strict=True)
         traces = (planned(row[None], visual, Work(), geometry, 0, length - visual) for row, visual, length in rows)
         return fmean(executed(trace, geometry).total()[0] for trace in traces)
-
-
-def _sizes(config: SweepConfig) -> LoadedModel:
-    asked = find(config.protocol)
-    return _of_sizes(config.model, config.device, config.dtype, config.attention, asked)
-
-
-@cache
-def _of_sizes(model: str, device: str, dtype: str, attention: str, protocol: Protocol) -> LoadedModel:
-    return load_model(
-        model, device=device, dtype=dtype, attn_implementation=attention, weights="meta", protocol=protocol
-    )

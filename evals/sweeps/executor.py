@@ -18,6 +18,7 @@ from ..compute import budget
 from ..settings.target import Target
 from ..tasks.definitions import called
 from ..tasks.tasks import Task, load_tasks
+from . import estimate
 from .claims import done_elsewhere
 from .config import SweepConfig
 from .events import Named, Note, Reporter
@@ -122,7 +123,10 @@ class Prepared:
 
     @cached_property
     def prompts(self) -> budget.Prompts:
-        """What budgets are solved on: the first questions of every task."""
+        """What budgets are solved on: the first questions of every task; without weights, a typical prompt."""
+        if self.config.weights == "meta":
+            model = estimate.sizes(self.config)
+            return budget.Planned(model, estimate.TEXT, estimate.visual_tokens(model))
         tasks = self.tasks([called(entry) for entry in self.config.tasks])
         return budget.Prompts.of(self.loaded, list(tasks.values()), batch_size=self.config.batch_size)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from ...errors import IncompleteError
+from ...errors import IncompleteError, OptionError
 from ...models import load_model
 from ...results.store.store import Cell, Store
 from ...results.tables.render import render
@@ -47,6 +47,8 @@ def sweep(
 
     Raises :class:`IncompleteError`, which holds the finished cells, if some failed; all others have run by then.
     """
+    if config.weights == "meta":
+        raise OptionError("weights: meta has nothing that could answer: add --dry-run, or take weights: pretrained")
     store, models, clock = Store(out), config.by_model(), Stopwatch()
     for later in models[1:]:
         geometry = load_model(later.model, weights="meta").geometry

@@ -11,10 +11,11 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 from visibench.cli import app
-from visibench.evals.sweeps import dry_run as dry
-from visibench.evals.sweeps import executor, pace
+from visibench.errors import OptionError
+from visibench.evals.sweeps import estimate, executor, pace
 from visibench.evals.sweeps.config import parse_config, select
 from visibench.evals.sweeps.dry_run import dry_run
+from visibench.evals.sweeps.estimate import Rate
 from visibench.evals.sweeps.sweep import sweep
 from visibench.evals.tasks.tasks import load_tasks
 from visibench.results.store.store import Store
@@ -158,13 +159,51 @@ def test_what_the_sweep_refuses_is_refused(settings, tmp_path, cli, change, says
 
 def test_questions_of_the_hub_are_not_downloaded_to_be_counted(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(executor, "load_tasks", lambda *args: pytest.fail("a task was loaded"))
-    config = parse_config(settings | {"data": "hub", "limit": None}, "test")
-    assert {(cell.questions, cell.macs, cell.seconds) for cell in dry_run(config, tmp_path, QUIET)} == {(None,) * 3}
+    config = parse_config(settings | {"data": "hub", "limit": None, "tasks": ["gqa", "scienceqa_img"]}, "test")
+    costs = {
+        (cell.config.label, cell.config.task): cell for cell in dry_run(config, tmp_path, QUIET, Rate(1e-6, "told"))
+    }
+    dense = costs["none", "gqa"]
+    assert (dense.questions, dense.basis, dense.clock) == (12_578, "planned", "rate")
+    assert dense.seconds == pytest.approx(dense.macs * 12_578 * 1e-6)
+    other = costs["none", "scienceqa_img"]
+    assert (other.questions, other.macs, other.seconds) == (None, dense.macs, None)
+
+
+@pytest.mark.usefixtures("_no_model")
+def test_a_hub_model_of_known_sizes_and_sizes_alone_are_priced_without_a_download(tmp_path, monkeypatch):
+    """By hand: 7.06·10⁹ weights in 16 bits, and keys and values of 32 layers of 4096 for 636 tokens."""
+    monkeypatch.setattr(estimate, "hub_or_cache", nullcontext)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    content = {"tasks": ["pope"], "data": "hub", "methods": ["fastv:keep=0.5", "visipruner"], "batch_size": 1}
+    hub, sizes = ({"model": "llava-hf/llava-1.5-7b-hf"}, {"model": "llava-1.5-7b", "weights": "meta"})
+    priced = [dry_run(parse_config(content | one, "test"), tmp_path, QUIET, Rate(50, "told")) for one in (hub, sizes)]
+    assert [cell.macs for cell in priced[0]] == [cell.macs for cell in priced[1]]
+    dense, fastv, visipruner = priced[0]
+    assert dense.macs == pytest.approx(4.428e12, rel=1e-3)  # docs/flops.md: dense, 60 text tokens
+    assert (fastv.basis, visipruner.basis) == ("planned", "bound")
+    assert dense.seconds == pytest.approx(9_000 * dense.macs / 50e12)
+    weights, entries = 2 * 7_063_427_072, 2 * 2 * 32 * 4096 * 636
+    assert weights + entries < dense.memory < 1.02 * (weights + entries)
+    with pytest.raises(OptionError, match="weights: meta has nothing that could answer"):
+        sweep(parse_config(content | sizes, "test"), tmp_path, QUIET)
+    solved = content | sizes | {"methods": ["fastv:layer=2"], "budget": {"tokens": 128}}
+    options = dry_run(parse_config(solved, "test"), tmp_path, QUIET)[1].config.options
+    assert (2 * 576 + 30 * options["tokens"]) / 32 == pytest.approx(128, abs=1)
+
+
+def test_a_rate_is_given_or_a_share_of_a_cards_peak():
+    assert estimate.rate(120.0) == Rate(120.0, "--rate", given=True)
+    assert (
+        estimate.rate(None).tmacs == pytest.approx(0.4 * 312 / 2) or "no known card" not in estimate.rate(None).origin
+    )
+    with pytest.raises(OptionError, match="--rate -1"):
+        estimate.rate(-1)
 
 
 @pytest.mark.usefixtures("_no_model")
 def test_a_model_that_is_nowhere_is_said_to_be_unchecked(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(dry, "hub_or_cache", nullcontext)
+    monkeypatch.setattr(estimate, "hub_or_cache", nullcontext)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     console = Console(record=True, quiet=False, file=io.StringIO(), width=400)
     config = parse_config(settings | {"data": "hub", "limit": None, "model": "no/body"}, "test")
