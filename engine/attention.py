@@ -186,6 +186,42 @@ class Logits:
         return shown.gather(1, rows[:, :, None].expand(-1, -1, shown.shape[2]))
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Queries, keys, values and mask of a layer: ``first`` cached places, ``width`` of the prompt, and the rest."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Any
+    first: int
+    width: int
+
+    @property
+    def is_all(self) -> bool:
+        """Whether there is nothing but the prompt."""
+        return self.query.shape[2] == self.key.shape[2] == self.width
+
+    @property
+    def seen(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of the prompt alone."""
+        if self.is_all:
+            return self.query, self.key, self.value
+        here = slice(self.first, self.first + self.width)
+        return self.query[:, :, : self.width], self.key[:, :, here], self.value[:, :, here]
+
+    def reading(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """Query, key, value and mask with which the prompt's rows read other ``values`` of its own."""
+        if self.is_all:
+            return self.query, self.key, values, self.mask
+        length = self.first + self.width
+        values = torch.cat([self.value[:, :, : self.first], values], dim=2)
+        mask = self.mask
+        if mask is not None:
+            mask = mask[..., : self.width, :length] if mask.ndim == 4 else mask[:, :length]
+        return self.query[:, :, : self.width], self.key[:, :, :length], values, mask
+
+
 def cap_of(module: Any, given: Mapping[str, Any]) -> float | None:
     """The soft cap with which ``module`` calls its kernel, if the kernel takes one."""
     return None if implementation_of(module.config) == "sdpa" else given.get("softcap")

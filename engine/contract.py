@@ -2,9 +2,9 @@
 
 A method is a frozen dataclass of hyperparameters. For each prefill the engine calls :meth:`Method.begin` and gets a
 :class:`Forward`, which holds the state of that one forward pass and answers at up to three places: behind the
-projector, at the input of every decoder layer, and inside its attention; :meth:`Method.vision` answers in front of the
-projector. Methods never touch the model: they read the views that the engine hands them and return :class:`Keep`,
-:class:`Merge`, :class:`Join` or a replaced attention output.
+projector, at the input of every decoder layer, and inside its attention, or reads what its attention and MLP make of
+their inputs; :meth:`Method.vision` answers in front of the projector. Methods never touch the model: they read the
+views that the engine hands them and return :class:`Keep`, :class:`Merge`, :class:`Join` or a replaced attention output.
 
 Shapes: B rows of the batch, V visual tokens present (the most over the rows; shorter rows are padded at the end and
 ``view.present`` says where), H heads, L tokens, D hidden size.
@@ -26,7 +26,7 @@ from .decisions import BlockCut, BlockMerge, Join, Keep, Merge
 if TYPE_CHECKING:
     from ..models.adapters import Geometry, VisionGeometry
     from .layout import TokenLayout, TokenSet
-    from .views import AttentionView, BlockView, LayerView, VisionView
+    from .views import AttentionView, BlockView, LayerView, SublayerView, VisionView
 
 __all__ = [
     "AttentionView",
@@ -43,6 +43,7 @@ __all__ = [
     "Merge",
     "Method",
     "Positions",
+    "SublayerView",
     "TokenLayout",
     "TokenSet",
     "VisionGeometry",
@@ -51,7 +52,7 @@ __all__ = [
 ]
 
 Positions = Literal["keep", "renumber"]
-HookPoint = Literal["image", "tower", "vision", "projector", "decoder", "attention"]
+HookPoint = Literal["image", "tower", "vision", "projector", "decoder", "attention", "sublayers"]
 
 
 class Forward:
@@ -68,6 +69,9 @@ class Forward:
     def attention(self, layer: int, view: AttentionView) -> Tensor | None:
         """Inside decoder layer ``layer``: a returned (B, L, H, head size) tensor replaces the attention output."""
         return None
+
+    def sublayer(self, layer: int, view: SublayerView) -> None:
+        """Behind the attention and behind the MLP of decoder layer ``layer``: what went in and what came out."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,8 @@ class Method:
     policy.
 
     ``hook_points``: where the method acts. ``image``, ``tower`` and ``vision`` are answered by its own :meth:`image`,
-    :meth:`block` and :meth:`vision`; ``projector``, ``decoder`` and ``attention`` by the :class:`Forward` of
-    :meth:`begin`.
+    :meth:`block` and :meth:`vision`; ``projector``, ``decoder``, ``attention`` and ``sublayers`` by the
+    :class:`Forward` of :meth:`begin`.
 
     ``examples``: options, as on the command line, with which the method runs on every supported model that has what it
     reads: one string for each way through its code, the plainest first. The tests put all of them through every

@@ -16,15 +16,15 @@ from transformers import DynamicCache
 
 from ..errors import InputError, VisibenchError
 from ..models.adapters import Adapter
-from .attention import Logits, cap_of
+from .attention import Logits, Parts, cap_of
 from .cache import Held, PrunedCache, adopt
 from .contract import Forward, Method
 from .decisions import Join, Keep, Merge, as_merge
 from .inputs import Inputs
 from .layout import TokenLayout, cut
-from .segment import Aside, Segment
+from .segment import Aside, Segment, joined, parted
 from .trace import Trace
-from .views import AttentionView, Before, LayerView
+from .views import AttentionView, Before, LayerView, Sublayer, SublayerView
 from .vision.rows import RowHashes
 from .vision.tap import VisionTap
 
@@ -44,7 +44,8 @@ class Pass:
 
     ``prompt``: None where text goes on behind what is cached. ``mask``: bool (B, n), which of the new tokens count,
     None: all. ``positions``: what the model hands its rotary table. ``segments``: those of the layers that have run so
-    far; ``intercepted``: how many had their attention intercepted. ``aside``: tokens that are to join a later layer.
+    far; ``intercepted``: how many had their attention intercepted; ``sublayers``: how many attentions and MLPs were
+    seen. ``aside``: tokens that are to join a later layer.
     """
 
     adapter: Adapter
@@ -59,6 +60,7 @@ class Pass:
     positions: Tensor | None = None
     segments: list[Segment] = field(default_factory=list)
     intercepted: int = 0
+    sublayers: int = 0
     aside: list[Aside] = field(default_factory=list)
     _before: dict[int, Tensor] = field(default_factory=dict)
     _hashes: RowHashes | None = None
@@ -95,6 +97,11 @@ class Pass:
             )
         if self.listens and self.intercepted != due:
             raise VisibenchError(_UNSEEN.format(self.method.name, due - 1))
+        if "sublayers" in self.method.hook_points and self.sublayers != 2 * due:
+            raise VisibenchError(
+                f"{self.method.name} reads attention and MLP of every decoder layer, and those of layer {due - 1} were "
+                "not run as modules of their own: this model cannot be read there"
+            )
 
     def _begin(self, given: dict[str, Any]) -> None:
         cache = given.get("past_key_values")
@@ -185,7 +192,7 @@ class Pass:
             layer,
             module,
             layout,
-            _parted(hidden, width)[0],
+            parted(hidden, width)[0],
             final_norm=self.adapter.decoder.norm,
             read=self.adapter.read,
             told=told,
@@ -212,7 +219,7 @@ class Pass:
         if isinstance(decision, Join):
             return self._join(segment, hidden)
         visual, merge = layout.visual, as_merge(decision)
-        prompt, behind = _parted(hidden, layout.width)
+        prompt, behind = parted(hidden, layout.width)
         if merge.replaced is not None:
             prompt = visual.place(merge.replaced, prompt, dim=1)
         added = anchor = None
@@ -228,21 +235,21 @@ class Pass:
             raise VisibenchError(f"{self.method.name} changes the order of tokens and does not say so: set reorders")
         change = cut(layout, merge.mask, added, anchor, merge.order)
         if change is None:
-            return segment, _joined(prompt, behind)
+            return segment, joined(prompt, behind)
         if isinstance(decision, Keep) and decision.aside:
             if self.method.reorders:
                 raise VisibenchError(f"{self.method.name} changes the order of tokens, so that none can be held aside")
             self.aside.append(segment.without(merge.mask, change, prompt))
         left = change.gather(prompt, merge.added)
-        return self._numbered(segment.cut(change, merge.added_positions, anchor)), _joined(left, behind)
+        return self._numbered(segment.cut(change, merge.added_positions, anchor)), joined(left, behind)
 
     def _join(self, segment: Segment, hidden: Tensor) -> tuple[Segment, Tensor]:
         """Take up again all that was held aside."""
-        prompt, behind = _parted(hidden, self._layout(segment).width)
+        prompt, behind = parted(hidden, self._layout(segment).width)
         for aside in self.aside:
             segment, prompt = segment.join(aside, prompt)
         self.aside = []
-        return self._numbered(segment), _joined(prompt, behind)
+        return self._numbered(segment), joined(prompt, behind)
 
     def _has_visual(self, segment: Segment) -> bool:
         """Whether a row has visual tokens, there or held aside."""
@@ -267,7 +274,7 @@ class Pass:
         if prompt is None or max(self._layout(segment).visual_counts) == 0:
             return kernel(module, q, k, v, mask, **kwargs)
         layout, first = self._layout(segment), segment.held.length
-        parts = _Parts(q, k, v, mask, first, layout.width)
+        parts = Parts(q, k, v, mask, first, layout.width)
         results: list[Any] = []  # of the kernel, run once at most
 
         def whole() -> Any:
@@ -278,7 +285,7 @@ class Pass:
 
         def dense(values: Tensor | None = None) -> Tensor:
             if values is None:
-                return _parted(whole()[0], layout.width)[0]
+                return parted(whole()[0], layout.width)[0]
             with prompt.trace.watch("model"):
                 return kernel(module, *parts.reading(values), **kwargs)[0]
 
@@ -308,8 +315,19 @@ class Pass:
                     "map of weights: leave it out"
                 )
             # What runs along behind the prompt attends to whatever is there.
-            behind = None if segment.places == layout.width else _parted(whole()[0], layout.width)[1]
-            return _joined(replaced, behind), None
+            behind = None if segment.places == layout.width else parted(whole()[0], layout.width)[1]
+            return joined(replaced, behind), None
+
+    def leave_sublayer(self, layer: int, name: Sublayer, taken: Tensor, given: Tensor) -> None:
+        """Attention or MLP of a layer made ``given`` of what it has ``taken``: the method may read both."""
+        self.sublayers += 1
+        segment, prompt = self.segments[layer], self.prompt
+        if prompt is None or max(self._layout(segment).visual_counts) == 0:
+            return
+        layout = self._layout(segment)
+        inside, out = (parted(tokens, layout.width)[0] for tokens in (taken, given))
+        with prompt.trace.watch("method"):
+            prompt.forward.sublayer(layer, SublayerView(layer, name, layout, inside, out))
 
     # ---- the end --------------------------------------------------------------------------------------------------
 
@@ -336,48 +354,3 @@ _UNSEEN = (
     "{} acts in attention, and that of layer {} ran without it: set the attention implementation and compile before "
     "the `with` block, not inside"
 )
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """Queries, keys, values and mask of a layer: ``first`` cached places, ``width`` of the prompt, and the rest."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Any
-    first: int
-    width: int
-
-    @property
-    def is_all(self) -> bool:
-        """Whether there is nothing but the prompt."""
-        return self.query.shape[2] == self.key.shape[2] == self.width
-
-    @property
-    def seen(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of the prompt alone."""
-        if self.is_all:
-            return self.query, self.key, self.value
-        here = slice(self.first, self.first + self.width)
-        return self.query[:, :, : self.width], self.key[:, :, here], self.value[:, :, here]
-
-    def reading(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """Query, key, value and mask with which the prompt's rows read other ``values`` of its own."""
-        if self.is_all:
-            return self.query, self.key, values, self.mask
-        length = self.first + self.width
-        values = torch.cat([self.value[:, :, : self.first], values], dim=2)
-        mask = self.mask
-        if mask is not None:
-            mask = mask[..., : self.width, :length] if mask.ndim == 4 else mask[:, :length]
-        return self.query[:, :, : self.width], self.key[:, :, :length], values, mask
-
-
-def _parted(tokens: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
-    """The first ``width`` tokens, and those behind them, if there are any."""
-    return (tokens, None) if tokens.shape[1] == width else (tokens[:, :width], tokens[:, width:])
-
-
-def _joined(prompt: Tensor, behind: Tensor | None) -> Tensor:
-    return prompt if behind is None else torch.cat([prompt, behind], dim=1)

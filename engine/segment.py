@@ -185,3 +185,13 @@ def at(tokens: Tensor, index: Tensor) -> Tensor:
     """(B, n, …): the entries of ``tokens`` (B, L, …) at ``index``, int (B, n)."""
     wide = index.view(*index.shape, *[1] * (tokens.ndim - 2)).expand(-1, -1, *tokens.shape[2:])
     return tokens.gather(1, wide)
+
+
+def parted(tokens: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
+    """The first ``width`` tokens, and those behind them, if there are any."""
+    return (tokens, None) if tokens.shape[1] == width else (tokens[:, :width], tokens[:, width:])
+
+
+def joined(prompt: Tensor, behind: Tensor | None) -> Tensor:
+    """Both in one again."""
+    return prompt if behind is None else torch.cat([prompt, behind], dim=1)

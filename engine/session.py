@@ -29,6 +29,7 @@ from .inputs import Inputs, hidden, new_mask, prompt_layout, read
 from .layout import TokenLayout
 from .passes import Pass, Prompt
 from .trace import Trace, Watch, unwatched
+from .views import Sublayer
 from .vision.tap import VisionTap
 
 _active: WeakSet[nn.Module] = WeakSet()
@@ -97,6 +98,9 @@ class PruningSession:
             hook(decoder.rotary_emb.register_forward_pre_hook, self._on_rotary)
             for number, layer in enumerate(self.adapter.layers):
                 hook(layer.register_forward_pre_hook, partial(self._on_layer, number))
+                if "sublayers" in self.method.hook_points:
+                    hook(layer.self_attn.register_forward_hook, partial(self._behind_sublayer, number, "attention"))
+                    hook(layer.mlp.register_forward_hook, partial(self._behind_sublayer, number, "mlp"))
             self._listeners = stack.enter_context(Interception(self._interceptors()))
             stack.enter_context(self._tap)
             stack.enter_context(guarded(self.model, self._around_generate))
@@ -206,6 +210,13 @@ class PruningSession:
     def _on_attention(self, layer: int, kernel: Callable, module: nn.Module, *qkv_mask: Any, **kwargs: Any) -> Any:
         assert self._pass is not None
         return self._pass.attend(layer, kernel, module, *qkv_mask, **kwargs)
+
+    def _behind_sublayer(
+        self, layer: int, name: Sublayer, module: nn.Module, args: tuple, kwargs: dict, output: Any
+    ) -> None:
+        assert self._pass is not None
+        taken = args[0] if args else kwargs["hidden_states"]
+        self._pass.leave_sublayer(layer, name, taken, output[0] if isinstance(output, tuple) else output)
 
     def _behind_model(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         assert self._pass is not None

@@ -18,6 +18,7 @@ from .trace import Trace
 
 Edit = Callable[[Tensor], Tensor]
 Norm = Callable[[Tensor], Tensor]
+Sublayer = Literal["attention", "mlp"]
 
 
 @dataclass(frozen=True)
@@ -82,16 +83,24 @@ class LayerView:
 
     def preview(self, rows: TokenSet | None = None) -> Tensor:
         """Attention weights (B, H, R, L), fp32, that the layer would compute for ``rows`` (default: the last token)."""
-        rows, everything = rows or self.layout.last, self.layout.everything
+        (weights, _), *more = self.scan(rows or self.layout.last)
+        return torch.cat([weights, *(weights for weights, _ in more)], dim=2) if more else weights
+
+    def scan(self, rows: TokenSet) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same for many ``rows`` in blocks: (B, H, r, L), fp32, and which of the r rows count (B, r)."""
+        everything, before = self.layout.everything, self._before
         projected = attention.captured(self._module, self.tokens, self._told())
         query, key = rows.pick(projected.query, 2), projected.key
         token = sum(part.shape[1] * part.shape[3] for part in projected[:3]) * self.tokens.shape[2]
         pair, width = query.shape[1] * query.shape[3], self.layout.width
-        macs = token * everything.host_counts + pair * _pairs(rows, everything, self._before)
-        batch = self.layout.rows * (width * token + pair * max(rows.counts) * (width + _places(self._before)))
+        macs = token * everything.host_counts + pair * _pairs(rows, everything, before)
+        batch = self.layout.rows * (width * token + pair * max(rows.counts) * (width + _places(before)))
         self._trace.scored(self.layer, _with_images(self.layout, macs), batch)
         logits = replace(projected.logits, mask=self._mask())
-        return _weights(query, key, rows.index, self.layout, self._before, logits)
+        for first in range(0, max(rows.counts), attention.BLOCK):
+            block = slice(first, first + attention.BLOCK)
+            index = rows.index[:, block]
+            yield _weights(query[:, :, block], key, index, self.layout, before, logits), rows.present[:, block]
 
 
 class AttentionView:
@@ -211,6 +220,22 @@ class AttentionView:
         before = self._before
         cached = None if before is None else (before.keys, before.values, before.valid)
         return attention.subset_attention(self._query, self._key, values, queries, keys, self._logits, cached)
+
+
+class SublayerView:
+    """What the attention or the MLP of a decoder layer made of its input: B rows, L tokens.
+
+    ``name``: which of them. ``inputs``: (B, L, D) of all tokens, behind the norm in front of it. ``outputs``: the same,
+    before they are added to the residual stream. ``layout``: the roles of the tokens.
+    """
+
+    def __init__(self, layer: int, name: Sublayer, layout: TokenLayout, inputs: Tensor, outputs: Tensor) -> None:
+        self.layer, self.name, self.layout, self.inputs, self.outputs = layer, name, layout, inputs, outputs
+
+    @property
+    def present(self) -> Tensor:
+        """Bool (B, V): which of the V places hold a visual token of the row."""
+        return self.layout.visual.present
 
 
 class VisionView:

@@ -227,6 +227,14 @@ def test_v2drop_comes_back_to_its_published_schedule_and_reaches_every_usual_bud
         solve("v2drop", {}, Target("tokens", 50), published)
 
 
+def test_transprune_comes_back_to_its_published_schedule(published):
+    assert solve("transprune", {}, Target("tokens", 236.25), published).method == visibench.load_method("transprune")
+    assert solve("transprune", {}, Target("tokens", 192), published).cost.tokens.mean == pytest.approx(192, abs=1)
+    assert solve("transprune", {}, Target("tokens", 576), published).cost.tokens.per_layer == [576] * 32
+    with pytest.raises(OptionError, match=r"T=126 to T=576, since all 576 visual tokens .* first 7 of 32 layers"):
+        solve("transprune", {}, Target("tokens", 64), published)
+
+
 @pytest.mark.parametrize(("ratio", "mean"), [(50, 301.8), (60, 245.0), (70, 187.9), (80, 130.6), (90, 72.8)])
 def test_fitprune_comes_back_to_the_shipped_schedules(ratio, mean, published):
     found = solve("fitprune", {}, Target("tokens", mean), published)

@@ -12,7 +12,13 @@ from visibench.models import load_model
 from visibench.models.load import fingerprint
 
 PACKAGED = [f"{method}@{name}" for method in visibench.list_methods() for name in presets.names(method)]
-T = {"vscan@published-64": 64, "vscan@published-128": 128, "vscan@published-192": 192, "v2drop@published": 202.8}
+T = {
+    "vscan@published-64": 64,
+    "vscan@published-128": 128,
+    "vscan@published-192": 192,
+    "v2drop@published": 202.8,
+    "transprune@published": 236.25,
+}
 """Visual tokens in the mean over the layers of LLaVA-1.5, as published."""
 
 

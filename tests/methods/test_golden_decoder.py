@@ -6,7 +6,8 @@ import torch
 import visibench
 from golden_support import MANIFEST, cases, check
 from support import GOLDEN
-from visibench.methods import dart, sparsevlm, v2drop
+from visibench.engine.layout import TokenSet
+from visibench.methods import dart, sparsevlm, transprune, v2drop
 
 STAGE_ARRAYS = ("keep_mask", "score", "noise", "merge_in", "merged")
 
@@ -126,3 +127,41 @@ def test_v2drop(golden_llama, golden_inputs, case):
     for layer, score in scores.items():
         if f"{prefix}.score_{layer}" in expected:
             np.testing.assert_allclose(score[0], expected[f"{prefix}.score_{layer}"], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("config", "case", "entry"), cases("transprune"))
+def test_transprune(golden_llama, golden_inputs, monkeypatch, config, case, entry):
+    """Of two images the authors cut the first alone, and take as many tokens behind it as there is text, and one."""
+    vectors, prefix = np.load(GOLDEN / "transprune.npz"), f"{config}.{case}"
+    kept = vectors[f"{prefix}.kept"]
+    expected = {name: vectors[name] for name in vectors.files} | {f"{prefix}.kept": kept[:, :576]}
+    if case == "2img_T40":
+        assert kept[:, 576:].all()
+        text_attention = transprune.text_attention
+
+        def first_rows(view):
+            first = view.layout.text.mask & (view.layout.text.mask.cumsum(1) <= 41)
+            view.layout.__dict__["text"] = TokenSet(first, (41,))
+            return text_attention(view)
+
+        monkeypatch.setattr(transprune, "text_attention", first_rows)
+    scores = {}
+
+    class Recording(transprune.TransPruneForward):
+        def scored(self, layer, view):
+            scores[layer] = super().scored(layer, view), self.weight
+            return scores[layer][0]
+
+    monkeypatch.setattr(transprune, "TransPruneForward", Recording)
+    method = visibench.load_method(
+        "transprune",
+        accumulate=[layer - 1 for layer in entry["accmulating_layer_list"]],
+        cuts=entry["pruning_layer_list"],
+        ratios=entry["image_token_ratio_list"],
+    )
+    check(golden_llama, golden_inputs, method, expected, prefix, case, expected[f"{prefix}.seq_len"])
+    assert list(scores) == entry["pruning_layer_list"]
+    for layer, (score, transitions) in scores.items():
+        np.testing.assert_allclose(score[0], expected[f"{prefix}.score_{layer}"], rtol=1e-3, atol=1e-6)
+        if f"{prefix}.transition_{layer}" in expected:
+            np.testing.assert_allclose(transitions[0], expected[f"{prefix}.transition_{layer}"], rtol=1e-3, atol=1e-6)

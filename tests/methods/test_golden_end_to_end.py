@@ -329,9 +329,9 @@ def operations(model, name, **options):
     return counted.count
 
 
-@pytest.mark.parametrize("name", ["holov", "hiprune", "v2drop", "vscan", "flowcut"])
+@pytest.mark.parametrize("name", ["holov", "hiprune", "v2drop", "vscan", "flowcut", "transprune"])
 def test_a_prefill_takes_few_more_operations_than_the_dense_one(whole, name):
-    options = {} if name == "v2drop" else {"tokens": 64}
+    options = {} if name in ("v2drop", "transprune") else {"tokens": 64}
     assert operations(whole, name, **options) < 1.3 * operations(whole, "none")
 
 

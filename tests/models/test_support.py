@@ -9,6 +9,7 @@ from families import FAMILIES, TEXT, VISION, collate
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText
 from visibench.evals.compute import flops
+from visibench.methods import Forward, Method
 from visibench.models.adapters import Adapter
 from visibench.models.geometry import synthetic_inputs
 from visibench.models.support import DECODERS
@@ -110,6 +111,40 @@ def test_keeping_everything_is_dense_bit_for_bit(model, inputs):
     with visibench.prune(model, visibench.load_method("fastv", keep=1.0)):
         assert torch.equal(model(**inputs).logits, logits)
         assert torch.equal(model.generate(**inputs, **options), generated)
+
+
+class Reader(Forward):
+    def __init__(self):
+        self.seen = []
+
+    def sublayer(self, layer, view):
+        self.seen.append((layer, view.name, view.inputs, view.outputs))
+
+
+class Reading(Method):
+    name, hook_points = "reading", ("sublayers",)
+
+    def begin(self, layout, geometry):
+        object.__setattr__(self, "reader", Reader())
+        return self.reader
+
+
+def test_inputs_and_outputs_of_attention_and_mlp(model, inputs, dense):
+    """Each once in every layer; attention takes the layer's input behind its norm, and nothing changes."""
+    _, given = dense
+    logits, method = model(**inputs).logits, Reading()
+    with visibench.prune(model, method):
+        assert torch.equal(model(**inputs).logits, logits)
+        prompt = method.reader.seen
+        model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    layers = Adapter(model).layers
+    assert [one[:2] for one in prompt] == [(n, name) for n in range(len(layers)) for name in ("attention", "mlp")]
+    for number, name, taken, came in prompt:
+        assert taken.shape == came.shape == given[number][0].shape
+        if name == "attention":
+            torch.testing.assert_close(taken, layers[number].input_layernorm(given[number][0]))
+        else:
+            torch.testing.assert_close(came, layers[number].mlp(taken))
 
 
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
