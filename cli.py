@@ -27,6 +27,7 @@ from .commands import (
     profile,
     published,
     report,
+    reproduce,
     runs,
     wandb,
 )
@@ -58,11 +59,12 @@ COMMANDS = (
     flops.flops,
     budget.budget,
     published.published,
+    reproduce.reproduce,
     calibrate.calibrate,
     analyze.analyze,
 )
 
-RESUMED = ("run", "sweep", "analyze")
+RESUMED = ("run", "sweep", "analyze", "reproduce")
 """Commands that go on where they stopped."""
 LONGEST_LINE = 1500
 """Characters of a line that says what went wrong."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,15 +93,21 @@ def compare(cells: Iterable[Cell]) -> PublishedComparison:
 
 def means(cells: Iterable[Cell]) -> list[Ours]:
     """Cells that differ in their seeds alone become one."""
+    return [mean_of(group) for group in alike(cells)]
+
+
+def alike(cells: Iterable[Cell]) -> list[list[Cell]]:
+    """Cells in groups that differ in their seeds alone."""
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         config = cell.config.model_dump(mode="json", exclude={"seed"})
         config["options"].pop("seed", None)
         groups.setdefault(json.dumps(config, sort_keys=True), []).append(cell)
-    return [_mean(group) for group in groups.values()]
+    return list(groups.values())
 
 
-def _mean(cells: list[Cell]) -> Ours:
+def mean_of(cells: Sequence[Cell]) -> Ours:
+    """Such a group as one result."""
     config, first = cells[0].config, cells[0].metrics
     tokens = [cell.metrics.visual_tokens for cell in cells]
     return Ours(
@@ -122,7 +128,7 @@ def _mean(cells: list[Cell]) -> Ours:
     )
 
 
-def _model(name: str) -> str | None:
+def published_name(name: str) -> str | None:
     """The published model of a checkpoint, by the name of its hub repository or folder."""
     name_of_ours = name.rstrip("/").rsplit("/", 1)[-1].lower()
     for known, model in vocabulary().models.items():
@@ -133,7 +139,7 @@ def _model(name: str) -> str | None:
 
 def _unpublished(ours: Ours) -> str:
     """Why no figure can be compared with this result; empty if some may."""
-    model = _model(ours.model)
+    model = published_name(ours.model)
     if model is None:
         known = ", ".join(f"{m.title} ({m.checkpoints[0]})" for m in vocabulary().models.values())
         data = "embedded" if ours.origin == "embedded" else "real"
@@ -154,7 +160,7 @@ def _unpublished(ours: Ours) -> str:
 
 def _by_quantity(ours: Ours) -> dict[str, list[Figure]]:
     """Figures of our model, method and task, by column."""
-    selected = in_order(f for f in figures(_model(ours.model), ours.method) if f.quantity.task == ours.task)
+    selected = in_order(f for f in figures(published_name(ours.model), ours.method) if f.quantity.task == ours.task)
     return {name: [f for f in selected if f.name == name] for name in dict.fromkeys(f.name for f in selected)}
 
 
