@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ..errors import InputError, VisibenchError
+from ..errors import InputError, UnsupportedModelError, VisibenchError
 from ..models.adapters import Adapter
 from .attention import Logits, Parts, cap_of
 from .cache import Held, PrunedCache, adopt
@@ -22,7 +22,7 @@ from .contract import Forward, Method
 from .decisions import Join, Keep, Merge, as_merge
 from .inputs import Inputs
 from .layout import TokenLayout, cut
-from .segment import Aside, Segment, joined, parted
+from .segment import Aside, Segment, at, joined, parted
 from .trace import Trace
 from .views import AttentionView, Before, LayerView, Sublayer, SublayerView
 from .vision.rows import RowHashes
@@ -45,7 +45,8 @@ class Pass:
     ``prompt``: None where text goes on behind what is cached. ``mask``: bool (B, n), which of the new tokens count,
     None: all. ``positions``: what the model hands its rotary table. ``segments``: those of the layers that have run so
     far; ``intercepted``: how many had their attention intercepted; ``sublayers``: how many attentions and MLPs were
-    seen. ``aside``: tokens that are to join a later layer.
+    seen. ``aside``: tokens that are to join a later layer. ``deepstack``: what the model adds to the new tokens
+    (B, n, D) behind each of its first layers.
     """
 
     adapter: Adapter
@@ -62,6 +63,7 @@ class Pass:
     intercepted: int = 0
     sublayers: int = 0
     aside: list[Aside] = field(default_factory=list)
+    deepstack: list[Tensor] = field(default_factory=list)
     _before: dict[int, Tensor] = field(default_factory=dict)
     _hashes: RowHashes | None = None
 
@@ -72,11 +74,26 @@ class Pass:
 
     # ---- layers ---------------------------------------------------------------------------------------------------
 
+    def enter_decoder(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments with which the decoder goes on: what it adds behind layers comes from here."""
+        features, where = given.get("deepstack_visual_embeds"), given.get("visual_pos_masks")
+        if features is None or where is None:
+            return given
+        if len(features) >= len(self.adapter.layers):
+            raise UnsupportedModelError(
+                f"features are added behind {len(features)} decoder layers, and there are {len(self.adapter.layers)}: "
+                "prune() needs a layer more than those"
+            )
+        nothing = features[0].new_zeros(*where.shape, features[0].shape[-1])
+        self.deepstack = [nothing.masked_scatter(where[..., None], part) for part in features]
+        return given | {"deepstack_visual_embeds": None}
+
     def enter_layer(self, layer: int, module: nn.Module, hidden: Tensor, given: dict[str, Any]) -> tuple[Tensor, dict]:
         """Hidden states and keyword arguments with which a decoder layer goes on."""
         self._check(layer)
         if layer == 0:
             self._begin(given)
+        hidden = self._deepened(layer, hidden)
         with self.tap.watch("method") if self.prompt is not None else nullcontext():
             held = _NOTHING if self.cache is None else self.cache.held[layer]
             segment = self._first(held, hidden) if layer == 0 else self.segments[-1]
@@ -87,6 +104,16 @@ class Pass:
                 self.prompt.trace.enter(self._layout(segment), self._cached(held), held.length)
             self.segments.append(segment)
             return hidden, given | segment.told(self.adapter, layer, hidden, given)
+
+    def _deepened(self, layer: int, hidden: Tensor) -> Tensor:
+        """With what the model adds behind the layer before, to the columns that are left and to those held aside."""
+        if not 0 < layer <= len(self.deepstack):
+            return hidden
+        features, columns = self.deepstack[layer - 1].to(hidden), self.segments[-1].columns
+        self.aside = [
+            replace(aside, hidden=aside.hidden + at(features, aside.columns.clamp(min=0))) for aside in self.aside
+        ]
+        return hidden + (features if columns is None else at(features, columns.clamp(min=0)))
 
     def _check(self, layer: int) -> None:
         due = len(self.segments)

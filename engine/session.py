@@ -95,6 +95,7 @@ class PruningSession:
             hook(self.model.register_forward_pre_hook, self._on_model)
             hook(self.model.register_forward_hook, self._behind_model)
             hook(partial(self.model.register_forward_hook, always_call=True), self._close)
+            hook(decoder.register_forward_pre_hook, self._on_decoder)
             hook(decoder.rotary_emb.register_forward_pre_hook, self._on_rotary)
             for number, layer in enumerate(self.adapter.layers):
                 hook(layer.register_forward_pre_hook, partial(self._on_layer, number))
@@ -194,6 +195,9 @@ class PruningSession:
         trace = self._trace = Trace(layout, self.geometry.layers, self.watch)
         with self.watch("method"):
             return Prompt(layout, self.method.begin(layout, self.geometry), trace)
+
+    def _on_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return args, kwargs if self._pass is None else self._pass.enter_decoder(kwargs)
 
     def _on_rotary(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Positions as the model has them, (B, L) or (3, B, L): not every family hands them on to its layers."""

@@ -109,6 +109,8 @@ def synthetic_inputs(adapter: Adapter, batch: int, prompt: int, visual_tokens: i
         inputs |= {"pixel_values": torch.randn(made.shape, generator=generator).to(model.dtype)} | made.more
     if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         inputs["mm_token_type_ids"] = (ids == adapter.image_token).int()
+    if adapter.family.token_type is not None:
+        inputs["token_type_ids"] = (ids == adapter.image_token).int() * adapter.family.token_type
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 

@@ -19,7 +19,7 @@ from ..errors import DataError, InputError, OptionError, UnknownNameError, Unsup
 from ..utils.bounded_cache import BoundedCache
 from ..utils.machine import processor, version
 from ..utils.sources import ends
-from .adapters import FAMILIES, Adapter, Geometry
+from .adapters import Adapter, Geometry, family_of
 from .geometry import Weights, about, build, check_weights, configuration, nbytes, published, synthetic_inputs
 from .inputs import as_text, prepared, special_tokens
 from .protocols import HF, Protocol, find
@@ -205,11 +205,12 @@ def release() -> None:
 
 def _check_family(name: str, config: Any) -> None:
     """Before any weights are read."""
-    if config.model_type not in FAMILIES or FAMILIES[config.model_type].projector is None:
+    family = family_of(config.model_type, name)
+    if family.projector is None:
         raise UnsupportedModelError(
             f"{name}: architecture {config.model_type!r} has no adapter for images; see CONTRIBUTING.md"
         )
-    check_configuration(config, FAMILIES[config.model_type].towers, name)
+    check_configuration(config, family.towers, name)
 
 
 def _processor(source: str, config: Any, trust_remote_code: bool) -> Any:

@@ -18,6 +18,7 @@ DECODERS = {
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3",
     "glm4": "GLM-4-0414",
+    "glm4v_text": "GLM-4.1V",
     "granite": "Granite 3",
     "llama": "Llama 2 and 3, Vicuna",
     "mistral": "Mistral",
@@ -25,6 +26,7 @@ DECODERS = {
     "qwen2": "Qwen2 and 2.5",
     "qwen2_5_vl_text": "Qwen2.5-VL",
     "qwen3": "Qwen3",
+    "qwen3_vl_text": "Qwen3-VL",
     "smollm3": "SmolLM3",
 }
 """Tested text decoders, by ``model_type`` of the text configuration."""
@@ -54,7 +56,8 @@ def _experts(text: Any) -> int | None:
 DECODER_LIMITS: tuple[tuple[Callable[[Any], Any], str], ...] = (
     (_other_attention, "layers attend by {}, not fully"),
     (
-        lambda text: getattr(text, "use_bidirectional_attention", None) is True,
+        # PaliGemma sets it for its prefix.
+        lambda text: text.model_type == "gemma3_text" and text.use_bidirectional_attention,
         "text is seen in both directions, so that no answer can be generated",
     ),
     (

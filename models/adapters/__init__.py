@@ -5,6 +5,6 @@
 
 from .adapter import Adapter
 from .base import Family, Geometry, Images, VisionGeometry
-from .registry import FAMILIES
+from .registry import FAMILIES, UNFIT, family_of
 
-__all__ = ["FAMILIES", "Adapter", "Family", "Geometry", "Images", "VisionGeometry"]
+__all__ = ["FAMILIES", "UNFIT", "Adapter", "Family", "Geometry", "Images", "VisionGeometry", "family_of"]

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...errors import UnsupportedModelError, suggest
+from ...errors import UnsupportedModelError
 from ..support import check_configuration, layer_types
 from .base import Geometry
-from .registry import FAMILIES
+from .registry import family_of
 
 # Wrappers by the attribute that only they have, and how to get at the model inside.
 WRAPPERS = {
@@ -40,12 +40,13 @@ class Adapter:
             if hasattr(model, attribute):
                 raise UnsupportedModelError(f"cannot prune {type(model).__name__}, which wraps a model: {instead}")
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        if kind not in FAMILIES:
+        if type(model).__module__.startswith("transformers_modules"):
             raise UnsupportedModelError(
-                f"cannot prune {type(model).__name__}: architecture {kind!r} has no adapter; {suggest(kind, FAMILIES)}"
+                f"cannot prune {type(model).__name__}: its code came with its checkpoint; "
+                "load a checkpoint of transformers' own class"
             )
         self.model, self.kind = model, kind
-        self.family = FAMILIES[kind]
+        self.family = family_of(kind, f"cannot prune {type(model).__name__}")
         check_configuration(model.config, self.family.towers, type(model).__name__)
         self.decoder = self._part(self.family.decoder)
         self.vision_tower = self._part(self.family.vision_tower)

@@ -110,6 +110,8 @@ class Family:
     bidirectional: bool = False
     # Where positions of a prompt begin.
     first_position: int = 0
+    # What a processor writes for a visual token into ``token_type_ids``, 0 for text; None: it has no such input.
+    token_type: int | None = None
     sides: tuple[str, ...] = ()
     grids: Callable[[Any, tuple, Mapping[str, Any]], Tensor] | None = None
     views: Views | None = None

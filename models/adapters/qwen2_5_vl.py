@@ -31,17 +31,17 @@ def _qwen_vit(config: Any, projector_macs: int) -> VisionGeometry:
     )
 
 
-def _grids(vision: VisionGeometry, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+def grids(vision: VisionGeometry, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
     return kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
 
 
-def _merged(config: Any, processor: Any, inputs: Mapping[str, Any], number: int, size: tuple[int, int]) -> list:
+def merged(config: Any, processor: Any, inputs: Mapping[str, Any], number: int, size: tuple[int, int]) -> list:
     _, rows, columns = inputs["image_grid_thw"][number].tolist()
     merge = config.vision_config.spatial_merge_size
     return [[rows // merge, columns // merge, 1, 1, 0]]
 
 
-def _grid_image(vision: VisionGeometry, config: Any, visual_tokens: int, batch: int) -> Images:
+def grid_image(vision: VisionGeometry, config: Any, visual_tokens: int, batch: int) -> Images:
     """One image a row, as square as its number of tokens allows."""
     rows = max(n for n in range(1, int(visual_tokens**0.5) + 1) if visual_tokens % n == 0)
     merge = config.vision_config.spatial_merge_size
@@ -56,8 +56,8 @@ FAMILY = Family(
     vision_blocks="model.visual.blocks",
     projector="model.visual.merger",
     vision=_qwen_vit,
-    grids=_grids,
-    views=_merged,
-    images=_grid_image,
+    grids=grids,
+    views=merged,
+    images=grid_image,
     towers={"qwen2_5_vl_vision": None},
 )

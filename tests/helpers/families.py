@@ -100,7 +100,7 @@ def samples_of(kind):
 
 
 def collate(samples):
-    """Left pad token-wise tensors; put images one behind the other, with as many tiles as the largest has."""
+    """Left pad token-wise tensors; put images one behind the other, with as many tiles and as large as the largest."""
     width = max(sample["input_ids"].shape[1] for sample in samples)
     pad = torch.nn.functional.pad
     batch = {}
@@ -111,5 +111,8 @@ def collate(samples):
         elif parts[0].ndim == 5:
             tiles = max(part.shape[1] for part in parts)
             parts = [pad(part, (0, 0) * 3 + (0, tiles - part.shape[1])) for part in parts]
+        elif parts[0].ndim == 4:
+            tall, wide = (max(part.shape[side] for part in parts) for side in (2, 3))
+            parts = [pad(part, (0, wide - part.shape[3], 0, tall - part.shape[2])) for part in parts]
         batch[key] = torch.cat(parts)
     return batch

@@ -9,6 +9,7 @@ from support import make_batch, make_llava
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 from visibench.errors import UnsupportedModelError
+from visibench.models.adapters import family_of
 
 CLIP = VISION | {"model_type": "clip_vision_model", "image_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
 SIGLIP = CLIP | {"model_type": "siglip_vision_model", "vision_use_head": False}
@@ -80,6 +81,32 @@ def test_pruning_refuses_before_anything_runs(configuration, message):
 def test_the_command_line_says_it_in_one_line(cli, tmp_path):
     config(text("mixtral", num_local_experts=4)).save_pretrained(tmp_path / "mixtral")
     assert_refused(cli("profile", "--model", tmp_path / "mixtral", "--methods", "none"), "among 4 experts")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("mllama", "cross-attention"), ("llama4", "chunks"), ("phi4_multimodal", "LoRA switched by input")],
+)
+def test_architectures_that_do_not_fit_are_refused_with_the_reason(kind, message, tmp_path):
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    with refusal(f"architecture '{kind}' cannot be pruned: .*{message}"):
+        visibench.load_model(str(tmp_path), weights="meta")
+
+
+@pytest.mark.parametrize(
+    ("kind", "instead"), [("llava_llama", "llava-1.5-7b-hf"), ("internvl_chat", "InternVL3-8B-hf")]
+)
+def test_checkpoints_of_authors_code_lead_to_their_conversions(kind, instead):
+    with refusal(instead):
+        family_of(kind, "somebody/model")
+
+
+def test_code_that_comes_with_a_checkpoint_is_refused(monkeypatch):
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config())
+    monkeypatch.setattr(type(model), "__module__", "transformers_modules.somebody.modeling")
+    with refusal("its code came with its checkpoint"):
+        visibench.prune(model, visibench.load_method("none"))
 
 
 def test_windows_are_refused_where_a_kernel_goes_by_places():

@@ -1,0 +1,25 @@
+"""Aya Vision: tiles of one size through SigLIP, patches shuffled together into tokens; layers with sliding windows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .base import Family, VisionGeometry
+from .gemma3 import siglip
+from .llava import whole_images
+
+
+def _shuffled(config: Any, projector_macs: int) -> VisionGeometry:
+    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    return siglip(config, projector_macs, tokens=patches // config.downsample_factor**2)
+
+
+FAMILY = Family(
+    decoder="model.language_model",
+    vision_tower="model.vision_tower",
+    vision_blocks="model.vision_tower.encoder.layers",
+    projector="model.multi_modal_projector",
+    vision=_shuffled,
+    images=whole_images,
+    towers={"siglip_vision_model": "full"},
+)

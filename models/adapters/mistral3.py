@@ -1,0 +1,63 @@
+"""Mistral Small 3.1 with Pixtral's tower: images of any shape, a break behind each row of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Family, Images, VisionGeometry
+
+
+def _pixtral(config: Any, projector_macs: int) -> VisionGeometry:
+    vision = config.vision_config
+    return VisionGeometry(
+        layers=vision.num_hidden_layers,
+        hidden=vision.hidden_size,
+        heads=vision.num_attention_heads,
+        intermediate=vision.intermediate_size,
+        tokens=0,
+        patch_inputs=vision.num_channels * vision.patch_size**2,
+        has_cls=False,
+        feature_block=vision.num_hidden_layers - 1,
+        projector_macs=projector_macs,
+        merged=config.spatial_merge_size**2,
+        ffn_matrices=3,
+    )
+
+
+def _grids(vision: VisionGeometry, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    sizes = torch.as_tensor(kwargs["image_sizes"]) // isqrt(vision.patch_inputs // 3)
+    return torch.cat([torch.ones_like(sizes[:, :1]), sizes], dim=1).cpu()
+
+
+def _sized_image(vision: VisionGeometry, config: Any, visual_tokens: int, batch: int) -> Images:
+    """One image a row, as square as its number of tokens allows."""
+    merge, patch = config.spatial_merge_size, config.vision_config.patch_size
+    rows = max(n for n in range(1, isqrt(visual_tokens) + 1) if visual_tokens % n == 0)
+    sides = [rows * merge, visual_tokens // rows * merge]
+    sizes = torch.tensor([[side * patch for side in sides]])
+    shape = (batch, 3, *sizes[0].tolist())
+    return Images(shape, {"image_sizes": sizes.expand(batch, -1)}, torch.tensor([[1, *sides]]))
+
+
+def _rows(config: Any, processor: Any, inputs: Mapping[str, Any], number: int, size: tuple[int, int]) -> list:
+    pixels = config.spatial_merge_size * config.vision_config.patch_size
+    rows, columns = (int(side) // pixels for side in inputs["image_sizes"][number])
+    return [[rows, columns, 1, 1, 0]]
+
+
+FAMILY = Family(
+    decoder="model.language_model",
+    vision_tower="model.vision_tower",
+    vision_blocks="model.vision_tower.transformer.layers",
+    projector="model.multi_modal_projector",
+    vision=_pixtral,
+    grids=_grids,
+    views=_rows,
+    images=_sized_image,
+    towers={"pixtral": None},
+)

@@ -1,0 +1,7 @@
+"""Video-LLaVA's image side: as LLaVA-1.5."""
+
+from dataclasses import replace
+
+from .llava import FAMILY as _LLAVA
+
+FAMILY = replace(_LLAVA, vision_tower="model.image_tower", vision_blocks="model.image_tower.encoder.layers", sides=())

@@ -1,0 +1,155 @@
+"""Every family under methods that act in the decoder, against the dense model and the model's own layers."""
+
+import inspect
+
+import pytest
+import torch
+import visibench
+from decoders import CONFIGS, IMAGE, decoder_model, row_samples
+from families import METHODS, collate
+from probes import Probe
+from torch.utils.flop_counter import FlopCounterMode
+from visibench.evals.compute import flops
+from visibench.models.adapters import Adapter
+
+GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "suppress_tokens": [IMAGE]}
+METHODS_HERE = [
+    pytest.param(method, marks=[] if str(method) == "fastv:keep=0.4" else pytest.mark.slow) for method in METHODS
+]
+every_kind = pytest.mark.parametrize("kind", CONFIGS)
+every_method = pytest.mark.parametrize("method", METHODS_HERE, ids=str)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def last_state(model, method, batch):
+    """The last token's state in front of the language-model head, and the trace."""
+    states = []
+    hook = model.lm_head.register_forward_pre_hook(lambda m, args: states.append(args[0][:, -1]))
+    with visibench.prune(model, method) as session:
+        model(**batch)
+    hook.remove()
+    return states[0], session.trace
+
+
+@every_kind
+def test_keeping_everything_is_dense_bit_for_bit(kind):
+    model, batch = decoder_model(kind), collate(row_samples(kind))
+    dense, generated = model(**batch).logits, model.generate(**batch, **GREEDY)
+    hooks = [len(module._forward_pre_hooks | module._forward_hooks) for module in model.modules()]
+    with visibench.prune(model, visibench.load_method("fastv", keep=1.0)):
+        assert torch.equal(model(**batch).logits, dense)
+        assert torch.equal(model.generate(**batch, **GREEDY), generated)
+    assert torch.equal(model(**batch).logits, dense)
+    assert [len(module._forward_pre_hooks | module._forward_hooks) for module in model.modules()] == hooks
+
+
+# ---- the model's own layers on gathered inputs --------------------------------------------------------------------
+
+
+def given_densely(model, inputs):
+    """Arguments of the decoder, of its rotary table's first call and of each of its layers, in a dense run."""
+    decoder, seen, hooks = Adapter(model).decoder, {}, []
+    for name, module in {"decoder": decoder, "rotary": decoder.rotary_emb, **dict(enumerate(decoder.layers))}.items():
+
+        def note(m, args, kwargs, name=name):
+            seen.setdefault(name, (args, dict(kwargs)))
+
+        hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))
+    model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def rotary_table(adapter, given, layer, keep, positions):
+    _, arguments = given[layer]
+    if positions == "keep":
+        return tuple(table[..., keep, :] for table in arguments["position_embeddings"])
+    args, kwargs = given["rotary"]
+    places = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+    count = (places.flatten()[0] + torch.arange(int(keep.sum()))).expand(*places.shape[:-1], -1)
+    rotary, config = adapter.decoder.rotary_emb, adapter.decoder.config
+    by_type = "layer_type" in inspect.signature(rotary.forward).parameters
+    return rotary(args[0], count, **({"layer_type": config.layer_types[layer]} if by_type else {}))
+
+
+def by_hand(model, given, cut, keep, visual, positions):
+    """The last state when the model's own layers go on, from ``cut``, with the tokens in ``keep`` alone."""
+    adapter = Adapter(model)
+    decoder, extra = adapter.decoder, given["decoder"][1]
+    args, kwargs = given[cut]
+    hidden = (args[0] if args else kwargs["hidden_states"])[:, keep]
+    features = extra.get("deepstack_visual_embeds") or []
+    for layer in range(cut, len(decoder.layers)):
+        mask = given[layer][1]["attention_mask"][:, :, keep][:, :, :, keep]
+        table = rotary_table(adapter, given, layer, keep, positions)
+        hidden = decoder.layers[layer](hidden, attention_mask=mask, position_embeddings=table)
+        if layer < len(features):
+            hidden = decoder._deepstack_process(hidden, visual[keep][None], features[layer][keep[visual]])
+    return decoder.norm(hidden)[:, -1]
+
+
+@every_kind
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
+def test_a_cut_equals_the_models_own_layers_on_gathered_inputs(kind, positions):
+    model = decoder_model(kind)
+    inputs = row_samples(kind)[1]  # several images, where images are of one size
+    given, visual = given_densely(model, inputs), inputs["input_ids"][0] == IMAGE
+    dense, _ = last_state(model, visibench.load_method("none"), inputs)
+    for cut in (0, 2, 4):
+        state, trace = last_state(model, Probe(layer=cut, positions=positions), inputs)
+        keep = torch.ones_like(visual)
+        keep[visual] = trace.kept(cut)[0]
+        assert 0 < trace.kept(cut).sum() < visual.sum()
+        own = by_hand(model, given, cut, keep, visual, positions)
+        torch.testing.assert_close(state, own, atol=2e-5, rtol=1e-4)
+        assert (state - dense).abs().max() > 1e-3
+
+
+# ---- batches, generation, compute ---------------------------------------------------------------------------------
+
+
+@every_kind
+@every_method
+def test_a_row_of_a_batch_equals_the_row_alone(kind, method):
+    """Left padding, two images, none, images of several shapes."""
+    model, samples = decoder_model(kind), row_samples(kind)
+    batch = collate(samples)
+    if "mm_token_type_ids" not in batch:  # or the model counts padding too
+        first = Adapter(model).family.first_position
+        batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0) + first
+    states, trace = last_state(model, method, batch)
+    for row, sample in enumerate(samples):
+        alone, own = last_state(model, method, sample)
+        assert (states[row] - alone[0]).abs().max() < 1e-4 * states[row].abs().max()
+        assert torch.equal(trace.visual_counts()[row], own.visual_counts()[0])
+        assert torch.equal(trace.attention_pairs()[row], own.attention_pairs()[0])
+
+
+@every_kind
+@every_method
+def test_generation_equals_each_row_alone_and_that_without_a_cache(kind, method):
+    model, samples = decoder_model(kind), row_samples(kind)
+    with visibench.prune(model, method):
+        together = model.generate(**collate(samples), **GREEDY)[:, -5:]
+        for row, sample in enumerate(samples):
+            assert together[row].tolist() == model.generate(**sample, **GREEDY)[0, -5:].tolist()
+        assert together[0].tolist() == model.generate(**samples[0], **GREEDY, use_cache=False)[0, -5:].tolist()
+
+
+@every_kind
+@pytest.mark.parametrize("method", METHODS_HERE, ids=str)
+def test_compute_equals_that_of_torchs_counter(kind, method):
+    model = decoder_model(kind)
+    for sample in row_samples(kind)[:2]:
+        with visibench.prune(model, method) as session, FlopCounterMode(display=False) as counter:
+            model(**sample)
+        # A rotary table made by a product is none of the layers' work.
+        rotary = [sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.endswith("rotary_emb")]
+        closed = flops.executed(session.trace, session.geometry, logits=None)
+        assert closed.total()[0] == (counter.get_total_flops() - sum(rotary)) / 2

@@ -1,0 +1,108 @@
+"""Miniatures of families for the tests of methods in the decoder: random weights, one entry a family.
+
+Rows of a batch are (text tokens, visual tokens): images of several shapes, several images, and none.
+"""
+
+import torch
+from families import TEXT, VISION
+from transformers import AutoConfig, AutoModelForImageTextToText
+from visibench.models.adapters import Adapter
+from visibench.models.geometry import synthetic_inputs
+
+TOWER = VISION | {"num_hidden_layers": 3, "num_attention_heads": 4}
+CLIP = TOWER | {"model_type": "clip_vision_model", "image_size": 24}
+SIGLIP = TOWER | {"model_type": "siglip_vision_model", "image_size": 24, "vision_use_head": False}
+PIXTRAL = TOWER | {"model_type": "pixtral", "image_size": 48, "head_dim": 8}
+VIT = VISION | {"depth": 3, "num_heads": 4, "out_hidden_size": 48}
+LLAMA = TEXT | {"model_type": "llama"}
+HEADS = TEXT | {"head_dim": 12}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}}
+IMAGE, VIDEO = 63, 62
+IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO}
+QWEN = IDS | {"vision_start_token_id": 61, "vision_end_token_id": 60}
+GLM = IDS | dict.fromkeys(("image_start_token_id", "video_start_token_id"), 61)
+GLM |= dict.fromkeys(("image_end_token_id", "video_end_token_id"), 60)
+PINPOINTS = {"image_grid_pinpoints": [[24, 48], [48, 24], [48, 48]]}
+
+CONFIGS = {
+    "llava": {"image_token_id": IMAGE, "vision_config": CLIP, "text_config": LLAMA},
+    "llava_next": {
+        "image_token_id": IMAGE,
+        "vision_config": CLIP,
+        "text_config": HEADS | {"model_type": "mistral", "sliding_window": 24},
+    }
+    | PINPOINTS,
+    "llava_next_video": IDS | PINPOINTS | {"vision_config": CLIP, "text_config": LLAMA},
+    "video_llava": IDS | {"image_seq_length": 16, "vision_config": CLIP, "text_config": LLAMA},
+    "internvl": {
+        "image_token_id": IMAGE,
+        "image_seq_length": 16,
+        "vision_config": TOWER | {"image_size": [48, 48], "patch_size": [6, 6]},
+        "text_config": HEADS | {"model_type": "qwen3"},
+    },
+    "qwen2_5_vl": QWEN
+    | {"vision_config": VIT | {"window_size": 24, "fullatt_block_indexes": [1]}, "text_config": TEXT | MROPE},
+    "qwen3_vl": QWEN
+    | {
+        "vision_config": VIT | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2]},
+        "text_config": HEADS | MROPE,
+    },
+    "glm4v": GLM | {"vision_config": VIT | {"image_size": 48}, "text_config": TEXT | MROPE},
+    "mistral3": {
+        "image_token_index": IMAGE,
+        "vision_config": PIXTRAL,
+        "text_config": HEADS | {"model_type": "mistral", "sliding_window": None},
+    },
+    "gemma3": {
+        "image_token_index": IMAGE,
+        "mm_tokens_per_image": 4,
+        "vision_config": SIGLIP,
+        "text_config": HEADS | {"model_type": "gemma3_text", "sliding_window": 8, "query_pre_attn_scalar": 12},
+    },
+    "paligemma": {
+        "image_token_index": IMAGE,
+        "projection_dim": 48,
+        "vision_config": SIGLIP | {"projection_dim": 48},
+        "text_config": HEADS | {"model_type": "gemma"},
+    },
+    "aya_vision": {
+        "image_token_index": IMAGE,
+        "downsample_factor": 2,
+        "vision_feature_select_strategy": "full",
+        "vision_config": SIGLIP,
+        "text_config": HEADS | {"model_type": "cohere2", "sliding_window": 8},
+    },
+}
+"""Configurations by ``model_type``: a family's line of test."""
+
+ROWS = {
+    "llava": [(9, 16), (6, 32), (5, 0), (12, 16)],
+    "llava_next": [(9, 88), (6, 52), (5, 0), (12, 56)],
+    "llava_next_video": [(9, 88), (6, 52), (5, 0), (12, 56)],
+    "gemma3": [(9, 4), (6, 8), (5, 0), (12, 12)],
+    "aya_vision": [(9, 4), (6, 8), (5, 0), (12, 12)],
+    "ragged": [(9, 20), (6, 36), (5, 0), (12, 7)],
+}
+ROWS |= dict.fromkeys(("video_llava", "internvl", "paligemma"), ROWS["llava"])
+ROWS |= dict.fromkeys(("qwen2_5_vl", "qwen3_vl", "glm4v", "mistral3"), ROWS["ragged"])
+
+_models = {}
+
+
+def decoder_model(kind, attention="eager"):
+    """A miniature; eager attention by default, whose masks and products can be seen."""
+    if (kind, attention) not in _models:
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, **CONFIGS[kind])
+        model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention).eval()
+        for name, weights in model.named_parameters():
+            if weights.ndim > 1 and "language_model" not in name and "lm_head" not in name:
+                torch.nn.init.normal_(weights, std=0.2)  # or images hardly matter
+        _models[kind, attention] = model
+    return _models[kind, attention]
+
+
+def row_samples(kind):
+    """One batch of one row for each entry of ``ROWS``."""
+    adapter = Adapter(decoder_model(kind))
+    return [synthetic_inputs(adapter, 1, text, visual, seed=row) for row, (text, visual) in enumerate(ROWS[kind])]
