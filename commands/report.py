@@ -63,10 +63,18 @@ def _images() -> ImageSource:
 
 def _about() -> dict[str, dict[str, Any]]:
     """Facts about all methods by name, with the description of the file that each is written in."""
+    from ..evals.answers import control as controls
     from ..evals.settings.method_spec import describe_methods
     from ..methods import list_methods
 
-    return {facts["name"]: facts | {"algorithm": _files(list_methods()[facts["name"]])} for facts in describe_methods()}
+    control = {
+        "title": "Control",
+        "about": "Random tokens at a method's own layers and counts, question by question.",
+        "algorithm": inspect.getdoc(controls) or "",
+    }
+    methods = {facts["name"]: facts for facts in describe_methods()}
+    algorithms = {name: {"algorithm": _files(list_methods()[name])} for name in methods}
+    return {"control": control} | {name: facts | algorithms[name] for name, facts in methods.items()}
 
 
 def _files(method: type[Method]) -> str:

@@ -73,6 +73,9 @@ def run(
     data: Annotated[str, typer.Option(help=DATA)] = "embedded",
     include_path: IncludePath = "",
     protocol: AskedBy = None,
+    control: Annotated[
+        bool, typer.Option("--control", help="Also run random tokens at the method's own layers and counts, 3 seeds.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Run folder. (default: runs/MODEL)")] = None,
     timing: Annotated[bool, typer.Option(help="Time prefill, 20 times a task.")] = True,
     feature_cache_gb: FeatureCache = None,
@@ -99,6 +102,7 @@ def run(
         "data": data,
         "include_path": include_path,
         "protocol": protocol or "hf",
+        "control": control,
     }
     if not timing:
         content["timing"] = None

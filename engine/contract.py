@@ -115,7 +115,8 @@ class Method:
 
     ``block_part``: behind which part of a vision block :meth:`block` is asked.
 
-    ``reorders``: whether tokens that stay may go on in another order than they had.
+    ``reorders``: whether tokens that stay may go on in another order than they had. ``holds_aside``: whether tokens
+    that left may join a later layer.
     """
 
     name: ClassVar[str]
@@ -125,6 +126,7 @@ class Method:
     hook_points: ClassVar[tuple[HookPoint, ...]] = ()
     adaptive: ClassVar[bool] = False
     reorders: ClassVar[bool] = False
+    holds_aside: ClassVar[bool] = False
     vision_blocks: ClassVar[tuple[int, ...]] = (-1,)
     vision_cls: ClassVar[bool] = False
     block_part: ClassVar[Literal["attention", "mlp"]] = "attention"

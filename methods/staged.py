@@ -35,6 +35,7 @@ class Staged(Method):
     """
 
     hook_points = ("decoder",)
+    holds_aside = True
     examples = (
         "enter=3,exit=7",
         "enter=2,exit=3,sink=bos",

@@ -114,7 +114,7 @@ def _agreement(
 def _time(
     loaded: LoadedModel, method: Method, task: Task, config: CellConfig, samples: pd.DataFrame
 ) -> PrefillTime | None:
-    if config.timing is None:
+    if config.timing is None or config.control:  # which runs the method as well, and is no way to go faster
         return None
     from ..compute.timing import time_prefill
 

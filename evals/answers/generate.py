@@ -9,6 +9,7 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +37,7 @@ from ..tasks.question import Question
 from ..tasks.tasks import Task
 from .cell_spec import CellSpec
 from .checkpoint import Answers, Batch, bound_to
+from .control import ControlSession
 
 DEFAULT_MAX_NEW_TOKENS = 32
 """Cap on new tokens for tasks that set none (TextVQA): lmms-eval asks for a word or phrase there."""
@@ -69,8 +71,14 @@ def answer(
     """
     config = spec.config
     answers = Answers(folder, bound_to(config, loaded.describe()), shard)
-    with lmms_eval.quiet(), prune(loaded.model, spec.method, features=features or FeatureStore(0)) as session:
+    session: Any
+    if config.control:
+        session = ControlSession(loaded.model, spec.method, config.seed, features or FeatureStore(0))
+    else:
+        session = prune(loaded.model, spec.method, features=features or FeatureStore(0))
+    with lmms_eval.quiet(), session:
         bridge = Bridge(loaded, session, task, config.batch_size, on_batch, answers, config.seed, forgiving=True)
+        bridge.around = session.around if config.control else bridge.around
         bridge.answer(questions(task, task.size(config.limit)[0]), shard)
     return answers
 
@@ -100,6 +108,7 @@ class Bridge:
     NumPy and torch seeded with it and the batch's number, so that a method that draws from them draws the same
     whatever ran before; None leaves them alone. ``forgiving``: failures are noted in ``answers``, not raised.
     ``on_first`` is handed each batch that ran: its doc_ids, and the logits (B, vocabulary) of the first new token.
+    ``around``: a context, of its inputs, in which each batch generates.
     """
 
     def __init__(
@@ -123,6 +132,7 @@ class Bridge:
         self.clock = clock_of(loaded.model.device)
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.records: dict[int, Answer] = {}
+        self.around: Callable[[Any], AbstractContextManager[None]] = lambda inputs: nullcontext()
         self._in_a_row = 0
 
     def answer(self, questions: Sequence[Question], shard: tuple[int, int] = (0, 1)) -> None:
@@ -249,7 +259,7 @@ class Bridge:
         """New token ids (B, n), on the host."""
         model: Any = self.loaded.model
         greedy = {"temperature": None, "top_p": None, "top_k": None}
-        with torch.inference_mode():
+        with torch.inference_mode(), self.around(inputs):
             ids = model.generate(**inputs, **options, **greedy, logits_processor=LogitsProcessorList([watch]))
         return ids[:, inputs["input_ids"].shape[1] :].cpu()
 

@@ -102,6 +102,8 @@ def profile(config: ProfileConfig, console: Console, keep: Callable[[Profile], o
     if config.weights == "meta":
         raise OptionError("a model on meta cannot run: give weights random, or pretrained ones")
     compared = variants(config, dense=False)
+    if any(variant.control for variant in compared):
+        raise OptionError("a control takes the time of its method and more: leave control out of a profile")
     loaded = load_model(
         config.model,
         device=config.device,

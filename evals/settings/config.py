@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from ...errors import OptionError, UnsupportedModelError, suggest
 from ...methods import Method
+from ...results.store.records import CONTROL
 from .method_spec import LARGEST, MethodSpec, Solve, holds_boolean, nowhere, seeded, split
 from .target import Target
 
@@ -28,6 +29,8 @@ Price = Annotated[float, Field(ge=0), Numeric]
 Budget = Annotated[dict[Literal["tokens", "tflops"], Price], Field(min_length=1, max_length=1)]
 Seeds = Annotated[list[Annotated[int, Field(ge=0, le=LARGEST), Numeric]], Field(min_length=1)]
 DENSE = "none"
+UNCONTROLLED = (DENSE, "random")
+CONTROL_SEEDS = (0, 1, 2)
 C = TypeVar("C", bound="Config")
 # How pydantic names the branches of our unions.
 _BRANCHES = ("str", "MethodEntry", "constrained-int", "dict[", "list[", "[key]")
@@ -50,6 +53,8 @@ class MethodEntry(BaseModel):
     """Options with lists of values: one entry for each combination."""
     budget: Budget | list[Budget] | None = None
     """Instead of the sweep's."""
+    control: bool = False
+    """Also run random tokens at this method's own layers and counts, question by question, for three seeds."""
 
 
 class Config(BaseModel):
@@ -69,6 +74,8 @@ class Config(BaseModel):
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     dtype: str = "auto"
     """`auto`, `float32`, `bfloat16` or `float16`; auto: the checkpoint's on a GPU, float32 on a CPU."""
+    control: bool = False
+    """Add to every method *random tokens at its own layers and counts*, question by question, for three seeds."""
     attention: str = "sdpa"
     """The attention implementation of transformers."""
     seeds: Seeds = [0]
@@ -80,11 +87,12 @@ class Config(BaseModel):
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with all options set, how tables call it, and the seed of the run."""
+    """A method with all options set, how tables call it, and the seed of the run; or the ``control`` of that method."""
 
     method: Method
     label: str
     seed: int
+    control: bool = False
 
 
 def parse(kind: type[C], content: dict[str, Any], source: str) -> C:
@@ -108,11 +116,26 @@ def variants(config: Config, *, dense: bool = True, solve: Solve = nowhere) -> l
         if a == b:
             raise OptionError(f"method {a[0]!r} stands twice in the sweep: remove one, or give it another label")
     methods = _solved(every, solve)
-    return [
-        Variant(seeded(method, seed), spec.label, seed)
-        for spec, method in zip(every, methods, strict=True)
-        for seed in spec.seeds
-    ]
+    return [variant for spec, method in zip(every, methods, strict=True) for variant in _with_control(spec, method)]
+
+
+def _with_control(spec: MethodSpec, method: Method) -> Iterator[Variant]:
+    """The variants of a method, and those of its control if it is to have one."""
+    for seed in spec.seeds:
+        yield Variant(seeded(method, seed), spec.label, seed)
+    if spec.control:
+        check_controllable(method)
+        for seed in CONTROL_SEEDS:
+            yield Variant(seeded(method, spec.seeds[0]), f"{CONTROL} of {spec.label}", seed, control=True)
+
+
+def check_controllable(method: Method) -> None:
+    """Raise :class:`OptionError` for a method whose choice random tokens cannot stand in for."""
+    if method.name in UNCONTROLLED:
+        what = "drops nothing" if method.name == DENSE else "keeps random tokens already"
+        raise OptionError(f"{method.name} {what}: leave its control out")
+    if method.holds_aside:
+        raise OptionError(f"{method.name} takes up again what it held aside, it chooses none: leave its control out")
 
 
 def settled(config: Config) -> list[Method]:
@@ -160,6 +183,7 @@ def expand(written: str | MethodEntry, config: Config) -> Iterator[MethodSpec]:
             yield replace(
                 targeted,
                 label=f"{label} {target}" if target else label,
+                control=entry.control or (config.control and spec.name not in UNCONTROLLED),
                 seeds=tuple(_seeds(spec, entry.seeds, config.seeds)),
             )
 

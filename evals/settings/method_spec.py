@@ -41,6 +41,7 @@ class MethodSpec:
     ``reference``: a registered name, or FILE.py:NAME, and behind an @ a preset. ``given``: options as they were
     written; ``options``: these and those of the preset, each of its field's type. With a ``target`` they are not all: a
     knob is to be turned until it is met. ``label``: how tables call the method. ``seeds``: one run each.
+    ``control``: random tokens in the place of its own are run as well.
     """
 
     reference: str
@@ -50,6 +51,7 @@ class MethodSpec:
     target: Target | None = None
     label: str = ""
     seeds: tuple[int, ...] = ()
+    control: bool = False
 
     @classmethod
     def of(cls, reference: str, given: Mapping[str, Any]) -> MethodSpec:

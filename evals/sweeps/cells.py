@@ -65,6 +65,7 @@ def _cell(config: SweepConfig, checkpoint: str, variant: Variant, task: Definiti
         protocol=find(config.protocol).record(),
         method_file=file.path if file else "",
         method_hash=file.digest if file else "",
+        control=variant.control,
         code={part: hashed for part, hashed in hashes.items() if hashed},
         sources=where,
     )

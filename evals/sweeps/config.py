@@ -129,6 +129,8 @@ def _alone(spec: MethodSpec) -> MethodEntry:
     facts: dict[str, Any] = {"name": spec.reference, "label": spec.label, "budget": None}
     if target:
         facts |= {"label": spec.label.removesuffix(f" {target}"), "budget": {target.kind: target.value}}
+    if spec.control:
+        facts["control"] = True
     if spec.seeded() and "seed" not in spec.options:
         facts["seeds"] = list(spec.seeds)
     return MethodEntry(**facts, **spec.given)

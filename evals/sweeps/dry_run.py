@@ -123,7 +123,8 @@ def _cell(cell: CellSpec, done: Cell | None, known: _Known) -> CellCost:
 def _what(config: CellConfig) -> tuple:
     """What decides the compute of one question, the seed aside."""
     options = {key: value for key, value in config.options.items() if key != "seed"}
-    return (*_where(config)[:2], config.method, sorted(map(str, options.items())), config.task, config.origin)
+    what = config.role, config.method, sorted(map(str, options.items()))
+    return (*_where(config)[:2], *what, config.task, config.origin)
 
 
 def _where(config: CellConfig) -> tuple:

@@ -52,14 +52,14 @@ def references(
 
 
 def _setting(config: CellConfig) -> tuple[str, str]:
-    return config.method, repr(sorted(config.options.items()))
+    return config.role, repr(sorted(config.options.items()))
 
 
 def lacking(cells: Sequence[Cell]) -> Iterator[tuple[str, float]]:
     """The references that groups of similar T lack, with the mean T of each group, which is the largest first."""
     rows = defaultdict(list)
     for cell in cells:
-        if cell.config.method != DENSE:
+        if cell.config.method != DENSE and not cell.config.control:
             rows[cell.config.method, cell.config.label].append(cell.metrics.visual_tokens.mean)
     means = {row: fmean(counts) for row, counts in rows.items()}
     groups = dict(zip(means, budget_groups(list(means.values())), strict=True))

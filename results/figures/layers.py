@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..statistics.inference import DENSE
+from ..store.records import CONTROL
 from ..tables.notes import origin, questions
 from ..tables.tables import MethodRow, ResultTable
 from .series import series
@@ -21,7 +22,7 @@ from .style import COLOURS, LINES, SMALL, caption, grid, wrap
 def by_layer(table: ResultTable) -> Figure:
     """One panel a method, its budgets labelled where their lines end; the dense model's line in all of them."""
     dense = next((row for row in table.rows if row.method == DENSE), None)
-    groups = [group for group in series(table.rows) if group.method != DENSE] or series(table.rows)
+    groups = [one for one in series(table.rows) if one.method not in (DENSE, CONTROL)] or series(table.rows)
     figure, places = grid(len(groups), most=3, size=(3.4, 2.1))
     most = max(max(row.tokens.per_layer) for row in table.rows)
     for place, group in zip(places, groups, strict=True):

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from ...errors import DataError
 from ..statistics.inference import DENSE, RANDOM
 from ..statistics.intervals import Estimate
-from ..store.records import ScoreRecord
+from ..store.records import CONTROL, ScoreRecord
 from ..tables.columns.costs import compute_unit
 from ..tables.notes import origin, questions
 from ..tables.tables import MethodRow, ResultTable
@@ -155,12 +155,16 @@ def _finite(points: list[ScorePoint]) -> list[ScorePoint]:
 
 
 def _look(groups: Sequence[Series], index: int) -> dict[str, Any]:
-    """Colour, marker and line of a series; dense and random look alike in every figure."""
+    """Colour, marker and line of a series; dense and random look alike in every figure, a control as its method."""
     fixed = {
         DENSE: {"color": "black", "marker": "*", "markersize": 10, "linestyle": "none"},
         RANDOM: {"color": "#777777", "marker": "x", "linestyle": LINES[2]},
     }
-    group, turn = groups[index], sum(other.method not in fixed for other in groups[:index])
+    group, turn = groups[index], sum(other.method not in (*fixed, CONTROL) for other in groups[:index])
+    partner = [place for place, other in enumerate(groups) if group.label == f"{CONTROL} of {other.label}"]
+    if group.method == CONTROL and partner:
+        hollow = {"label": group.label, "markerfacecolor": "white", "linestyle": LINES[2]}
+        return _look(groups, partner[0]) | hollow
     # A legend leaves out labels that begin with an underscore.
     label = f" {group.label}" if group.label.startswith("_") else group.label
     return {"label": label, "linewidth": 1, "markersize": 5.5} | fixed.get(

@@ -113,7 +113,7 @@ def mean_of(cells: Sequence[Cell]) -> Ours:
     return Ours(
         label=config.label,
         model=config.model,
-        method=config.method,
+        method=config.role,
         options=config.model_dump(mode="json")["options"],
         task=config.task,
         origin=config.origin,

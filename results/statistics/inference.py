@@ -20,6 +20,7 @@ from functools import cached_property
 
 import pandas as pd
 
+from ..store.records import CONTROL
 from ..store.store import Cell
 from .comparison import Comparison, compare, family, flips_for, holm
 from .intervals import Estimate, estimate, ratio
@@ -93,7 +94,8 @@ class Spread:
 class Evidence:
     """What one row's answers show, by task and there by metric or group.
 
-    ``scores`` leaves out metrics that samples do not reproduce. ``against``: first by ``dense`` and ``random``.
+    ``scores`` leaves out metrics that samples do not reproduce. ``against``: first by ``dense`` and ``random``, and by
+    ``control`` where the method has one.
     ``loyalty``: share of answers equal to the dense model's. ``retained``: score / dense score, mean over the dense
     model's tasks. ``spread``: None unless the method keeps more of some images than of others. ``groups``: mean score
     by difficulty, against the row ``groups_by`` of smaller images. ``nearest``: the T of the random row compared with.
@@ -120,11 +122,17 @@ class MethodRuns:
     """The cells of one row: all tasks and seeds of a method."""
 
     def __init__(self, cells: Sequence[Cell]) -> None:
-        self.label, self.method = cells[0].config.label, cells[0].config.method
+        self.label, self.method = cells[0].config.label, cells[0].config.role
         self.tokens = statistics.fmean(cell.metrics.visual_tokens.mean for cell in cells)
         self.cells: dict[str, list[Cell]] = {}
         for cell in sorted(cells, key=lambda cell: (cell.config.task, cell.config.seed)):
             self.cells.setdefault(cell.config.task, []).append(cell)
+
+    def controls(self, other: MethodRuns) -> bool:
+        """Whether this is the control of the ``other`` row."""
+        own, theirs = (next(iter(row.cells.values()))[0].config for row in (self, other))
+        same = (own.method, own.options, own.label) == (theirs.method, theirs.options, f"{CONTROL} of {theirs.label}")
+        return own.control and not theirs.control and same
 
     @cached_property
     def runs(self) -> dict[str, list[pd.DataFrame]]:
@@ -209,9 +217,12 @@ def _contrast(rows: list[MethodRuns], evidence: list[Evidence], margin: float | 
     dense = _only(rows, DENSE)
     families: dict[tuple[str, Metric], list[tuple[MethodRuns, MethodRuns, Evidence]]] = defaultdict(list)
     for row, row_evidence in zip(rows, evidence, strict=True):
-        random = _nearest(rows, RANDOM, row) if row.method not in (DENSE, RANDOM) else None
+        random = _nearest(rows, RANDOM, row) if row.method not in (DENSE, RANDOM, CONTROL) else None
         row_evidence.nearest = random.tokens if random else None
-        for question, reference in (("dense", dense), ("random", random)):
+        control = next((other for other in rows if other.controls(row)), None)
+        if control is not None:
+            row_evidence.against["control"] = defaultdict(dict)
+        for question, reference in (("dense", dense), ("random", random), ("control", control)):
             if reference is not None and reference is not row:
                 for metric in row.measured:
                     if metric in reference.measured:

@@ -14,7 +14,7 @@ _QUESTIONS = ("limit", "origin")
 
 def facts_of(cell: Cell) -> dict[str, Any]:
     """All that two cells must have in common to be compared, whatever their tasks."""
-    apart = {"method", "options", "label", "seed", "task", *CODE, *_QUESTIONS}
+    apart = {"method", "options", "label", "seed", "task", "control", *CODE, *_QUESTIONS}
     config = cell.config.model_dump(mode="json", exclude=apart)
     code = {part: hashed for part, hashed in cell.config.code.items() if part in ("engine", *cell.other_code)}
     asked = cell.config.protocol

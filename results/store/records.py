@@ -20,7 +20,7 @@ UNHASHED = ("label", "method_file", "sources")
 """What of a cell's configuration does not count: how it is called, and where its code lay."""
 CODE = ("method_file", "method_hash", "code", "sources")
 """What of a cell's configuration is about code."""
-LATER_ON = (*CODE, "protocol")
+LATER_ON = (*CODE, "protocol", "control")
 """What is left out where it is empty, as in cells of early versions, so that their hashes stay."""
 METRICS_SCHEMA: Literal[2] = 2
 PACKAGES = ("visibench", "torch", "torchvision", "transformers", "lmms-eval", "datasets", "pillow", "numpy")
@@ -52,6 +52,10 @@ class TimingConfig(Record):
     """Prefills that are timed."""
 
 
+CONTROL = "control"
+"""What the method of a control's row is called."""
+
+
 class CellConfig(Record):
     """All that decides the outcome of a cell. ``label`` is how tables call the method; it does not count.
 
@@ -60,8 +64,9 @@ class CellConfig(Record):
     ``method_file``, ``method_hash``: the file of a method that is not registered, and the hash of its content, which
     alone counts; for others both are empty. ``code``: versions and hashes of the code that decides the numbers, under
     ``method``, ``task`` (definition and prompts) and ``engine``; ``sources``: the module or file of method and task.
-    ``protocol``: what a protocol other than ``hf`` says (:meth:`visibench.models.protocols.Protocol.record`). All five
-    are left out of what is stored where they are empty.
+    ``protocol``: what a protocol other than ``hf`` says (:meth:`visibench.models.protocols.Protocol.record`).
+    ``control``: random tokens at the layers and counts of the method. All six are left out of what is stored where they
+    are empty.
     """
 
     schemas: ClassVar[tuple[int, ...]] = (CONFIG_SCHEMA,)
@@ -86,11 +91,17 @@ class CellConfig(Record):
     method_hash: str = ""
     code: dict[str, str] = {}
     sources: dict[str, str] = {}
+    control: bool = False
 
     @model_serializer(mode="wrap")
     def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         content: dict[str, Any] = handler(self)
         return {key: value for key, value in content.items() if value or key not in LATER_ON}
+
+    @property
+    def role(self) -> str:
+        """The method, or that this is a control of it: what stands in one row of a table, and what apart."""
+        return CONTROL if self.control else self.method
 
     @property
     def reference(self) -> str:

@@ -9,6 +9,8 @@ from ..statistics.inference import ALPHA, DENSE, Contrast, Verdict
 from .columns.costs import compute_unit
 from .tables import MethodRow, ResultTable
 
+_REFERENCES = {"dense": "dense", "random": "random tokens", "control": "random tokens at its own layers and counts"}
+
 
 def lead(table: ResultTable) -> list[str]:
     """What was run, and the cheapest row that is on no task shown to be below the dense model."""
@@ -68,7 +70,7 @@ def _group(table: ResultTable, rows: Sequence[MethodRow]) -> str:
     first = max(known, key=lambda row: row.retained.mean if row.retained else 0.0)
     most = f", the highest figure of {len(known)} rows" if len(known) > 1 else ""
     parts = [f"{first.label} keeps {_retained(first)} at {_cost(table, first)}{most}."]
-    for reference, words in (("dense", "dense"), ("random", "random tokens")):
+    for reference, words in _REFERENCES.items():
         signs = _signs(table, first, reference)
         shown = [
             f"{direction} {words} on {', '.join(tasks)}"
@@ -109,7 +111,7 @@ def _signs(table: ResultTable, row: MethodRow, reference: str) -> dict[str, int]
 
 def _contrasts(table: ResultTable, row: MethodRow, reference: str) -> dict[str, Contrast]:
     """The row's headline scores against the reference, where they can be compared."""
-    against = row.evidence.against[reference]
+    against = row.evidence.against.get(reference, {})
     return {
         task: contrast
         for task, (score, *_) in table.metrics.items()

@@ -228,7 +228,7 @@ def _commits(cells: list[Cell]) -> list[str]:
 
 def _method_key(cell: Cell) -> str:
     options = {key: value for key, value in cell.config.options.items() if key != "seed"}
-    return json.dumps([cell.config.label, cell.config.method, options], sort_keys=True)
+    return json.dumps([cell.config.label, cell.config.role, options], sort_keys=True)
 
 
 def _row(cells: list[Cell], dense: dict[str, float], evidence: Evidence) -> MethodRow:
@@ -240,7 +240,7 @@ def _row(cells: list[Cell], dense: dict[str, float], evidence: Evidence) -> Meth
     tokens = [cell.metrics.visual_tokens for cell in cells]
     return MethodRow(
         label=config.label,
-        method=config.method,
+        method=config.role,
         options=config.options,
         seeds=sorted({cell.config.seed for cell in cells}),
         scores={task: {key: _seed_mean(values) for key, values in by.items()} for task, by in scores.items()},

@@ -14,7 +14,7 @@ from .column import COLUMNS, Column, Mark, TableEntry, add_column, spread
 
 __all__ = ["COLUMNS", "Column", "Mark", "TableEntry", "add_column", "choose", "columns", "every", "listing", "spread"]
 
-for _module in ("scores", "costs", "times", "groups"):  # their columns stand in a table in this order
+for _module in ("scores", "controls", "costs", "times", "groups"):  # their columns stand in a table in this order
     import_module(f"{__name__}.{_module}")
 
 

@@ -9,7 +9,7 @@ from ...store.records import ScoreRecord
 from ..tables import MethodRow, ResultTable
 from .column import spell_score
 
-REFERENCES = ("dense", "random")
+REFERENCES = ("dense", "random", "control")
 
 
 def of(table: ResultTable, bold: str) -> list[str]:
@@ -42,7 +42,7 @@ def over_seeds(table: ResultTable) -> list[str]:
 
 def _marks(table: ResultTable) -> list[str]:
     contrasts = {
-        name: [c for row in table.rows for by in row.evidence.against[name].values() for c in by.values()]
+        name: [c for row in table.rows for by in row.evidence.against.get(name, {}).values() for c in by.values()]
         for name in REFERENCES
     }
     notes = []
