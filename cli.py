@@ -29,6 +29,7 @@ from .commands import (
     report,
     reproduce,
     runs,
+    show,
     wandb,
 )
 from .errors import FOREIGN, StoppedError, VisibenchError, behind, reason, shortened
@@ -61,6 +62,7 @@ COMMANDS = (
     published.published,
     reproduce.reproduce,
     calibrate.calibrate,
+    show.show,
     analyze.analyze,
 )
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from .layout import TokenLayout
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ..utils.overlay import Overlay
 
 # Entered around work of the method and what carries it out, and inside that around work that the model does anyway.
 Watch = Callable[[Literal["method", "model"]], AbstractContextManager[None]]
@@ -44,6 +50,9 @@ class Trace:
         self.batch_tower: Tensor | None = None
         # Frames and patches, int (N, 3), of all images or tiles of the batch; None: images are of one size.
         self.grids: Tensor | None = None
+        # Where the tokens of an image lie in it (:mod:`visibench.utils.token_grids`), from its number in the batch, its
+        # size (width, height) and the model's processor; None where that is not known.
+        self.views: Callable[[int, tuple[int, int], Any], list[list[int]]] | None = None
         self._pairs: dict[int, Tensor] = {}
         # Entries that each layer's KV cache held before, int (B,), and the places they take.
         self._cached: list[Tensor] = []
@@ -89,6 +98,29 @@ class Trace:
         kept = torch.zeros(layout.rows, width + 1, dtype=torch.bool, device=layout.device)
         index = layout.visual_id.masked_fill(layout.visual_id < 0, width)
         return kept.scatter_(1, index, torch.ones_like(kept[:, :1]).expand_as(index))[:, :width]
+
+    def show(self, image: Image | Sequence[Image], row: int = 0, processor: Any = None) -> Overlay:
+        """A picture of the visual tokens of ``row`` that stay, by layer; a notebook shows it, ``.figure`` is for files.
+
+        ``image``: that of the row, or all of them in order; other rows have as many. ``processor``: the model's, needed
+        for families that cut images into tiles of its choice. Raises :class:`InputError` where it is not known which
+        place a token has.
+        """
+        from ..utils.overlay import Overlay, Strip
+        from ..utils.token_grids import size
+
+        images = list(image) if isinstance(image, Sequence) else [image]
+        count = self.prompt.visual_counts[row]
+        numbered = enumerate(images, start=row * len(images))
+        places = [self.views(number, one.size, processor) for number, one in numbered] if self.views else []
+        if size(places) != count:
+            raise InputError(
+                f"row {row} has {count} visual tokens, and its images have places for {size(places)}: give the images "
+                "that were asked about, and the model's processor"
+            )
+        kept = torch.stack([self.kept(layer)[row, :count] for layer in range(len(self.layouts))]).cpu().numpy()
+        made = [counts - int(stay.sum()) for counts, stay in zip(self.visual_counts()[row].tolist(), kept, strict=True)]
+        return Overlay(images, places, [Strip("", kept, made)])
 
     def visual_counts(self) -> Tensor:
         """Int (B, layers): visual tokens at each layer's input, merged ones included."""

@@ -19,7 +19,7 @@ from ..models.inputs import as_rgb
 from ..models.protocols import Protocol, find
 from ..results.store.records import CellConfig
 from ..results.store.store import Cell
-from ..results.store.token_grids import drawable, kept_tokens, placed, read, views
+from ..utils.token_grids import drawable, kept_tokens, placed, read, views
 from .question_image import QuestionImage, numbered
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from ...models.inputs import upright
 from ...models.load import release
 from ...results.store.records import Failure, digest
 from ...results.store.samples import Answer
-from ...results.store.token_grids import Places, size
+from ...utils.token_grids import Places, size
 from ..compute import flops
 from ..compute.memory import out_of_memory
 from ..compute.timing import clock_of

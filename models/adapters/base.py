@@ -79,7 +79,7 @@ class Images(NamedTuple):
 
 
 Views = Callable[[Any, Any, Mapping[str, Any], int, tuple[int, int]], list[list[int]]]
-"""Where the tokens of one image lie in it: see visibench.results.store.token_grids. Arguments: the model's
+"""Where the tokens of one image lie in it: see visibench.utils.token_grids. Arguments: the model's
 configuration, its image processor, the inputs of the batch, and the image's number and size (width, height) there."""
 
 RandomImages = Callable[[VisionGeometry, Any, int, int], Images]

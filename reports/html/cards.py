@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...results.store.token_grids import Places, View, drawable, placed, views
 from ...results.tables.tables import ResultTable
+from ...utils.token_grids import Places, View, drawable, placed, views
 from ..question_image import ImageSource, QuestionImage
 from .inline import veil
 from .questions import MethodAnswer, ShownQuestion

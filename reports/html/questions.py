@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from ...results.statistics.inference import DENSE
 from ...results.statistics.metrics import RIGHT
 from ...results.store.records import CellConfig
-from ...results.store.token_grids import Places, kept_tokens, read
 from ...results.tables.tables import MethodRow, ResultTable
+from ...utils.token_grids import Places, kept_tokens, read
 
 Parting = Literal["lost", "gained"]
 KINDS: dict[Parting, str] = {"lost": "dense right, methods wrong", "gained": "dense wrong, methods right"}

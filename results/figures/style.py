@@ -45,11 +45,17 @@ def styled() -> AbstractContextManager[None]:
     return matplotlib.style.context(["default", _STYLE])
 
 
-def save(figure: Figure, file: Path) -> None:
-    """Write the figure as PNG or SVG, by the file's name, without a date."""
+def check(file: Path) -> str:
+    """The format of a figure's file. Raises :class:`OptionError` for a name that says none."""
     form = file.suffix[1:].lower()
     if form not in FORMATS:
         raise OptionError(f"cannot write {str(file)!r}: its name must end in .png or .svg")
+    return form
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Write the figure as PNG or SVG, by the file's name, without a date."""
+    form = check(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with styled():

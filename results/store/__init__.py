@@ -1,3 +1,3 @@
 """What is stored: records of a cell and their hashes (records), of a question (samples), run folders (store), profiles,
-where visual tokens lie in an image (token_grids), and files that are whole or not there (disk).
+and files that are whole or not there (disk).
 """

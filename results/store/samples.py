@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from .token_grids import Places
+from ...utils.token_grids import Places
 
 COLUMNS = (
     "task",
@@ -60,7 +60,7 @@ class Answer:
     images, and without the tower for images whose features are reused (``--feature-cache-gb``). It is what a request
     in such a batch waits; ``latency_ms / batch_questions``, summed over the questions, is the time of all batches.
 
-    ``places``: where its visual tokens lie, see :mod:`visibench.results.store.token_grids`; empty where that is not
+    ``places``: where its visual tokens lie, see :mod:`visibench.utils.token_grids`; empty where that is not
     known.
     """
 

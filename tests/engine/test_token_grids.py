@@ -9,7 +9,7 @@ from families import model_of
 from PIL import Image
 from visibench.models.adapters import FAMILIES
 from visibench.reports.image_loader import DIMMED, dimmed
-from visibench.results.store.token_grids import placed, size, views
+from visibench.utils.token_grids import placed, size, views
 
 TILED = SimpleNamespace(
     crop_to_patches=False, min_patches=1, max_patches=12, size={"height": 48, "width": 48}

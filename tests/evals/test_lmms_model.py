@@ -23,7 +23,7 @@ from visibench.evals.tasks import lmms_eval
 from visibench.evals.tasks.tasks import definition, load_tasks
 from visibench.models import load_model
 from visibench.models.load import EMBEDDED
-from visibench.results.store.token_grids import read
+from visibench.utils.token_grids import read
 
 FOLDERS = {"pope": "POPE", "mme": "MME", "textvqa_val": "textvqa"}
 METHODS = ("none", "visipruner", "random:keep=0.25,seed=3")

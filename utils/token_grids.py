@@ -24,6 +24,8 @@ Places = list[list[list[int]]]
 class View:
     """What stayed of one view of image number ``image``: bool ``cells`` (rows, columns) over all of the image.
 
+    Of other values than these, ``cells`` are the values of the tokens there.
+
     ``loose`` of its tokens are no patch; ``loose_kept`` of them stayed.
     """
 
@@ -45,9 +47,9 @@ def size(places: Places) -> int:
     return sum(_tokens(view) for views in places for view in views)
 
 
-def views(kept: Sequence[bool], places: Places) -> Iterator[View]:
-    """What stayed, view by view; ``kept`` has one entry for each of :func:`size` tokens."""
-    bits, start = np.asarray(kept, bool), 0
+def views(kept: Any, places: Places) -> Iterator[View]:
+    """What stayed, view by view; ``kept`` has one entry for each of :func:`size` tokens: a bool, or any other value."""
+    bits, start = np.asarray(kept), 0
     for image, shapes in enumerate(places):
         for view in shapes:
             rows, columns, down, across, newline = view
