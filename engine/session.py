@@ -193,19 +193,13 @@ class PruningSession:
         self._tap.begin(None if self._generation is None else inputs.encoded)
         layout = prompt_layout(inputs, mask, given, self.adapter.image_token)
         trace = self._trace = Trace(layout, self.geometry.layers, self.watch)
-        trace.views = self._views
+        if self.adapter.family.views is not None:
+            trace.views = partial(self.adapter.family.views, self.model.config)
         with self.watch("method"):
             return Prompt(layout, self.method.begin(layout, self.geometry), trace)
 
     def _on_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return args, kwargs if self._pass is None else self._pass.enter_decoder(kwargs)
-
-    def _views(self, number: int, size: tuple[int, int], processor: Any) -> list[list[int]]:
-        """Where the tokens of an image of the latest prompt lie in it; none where that is not known."""
-        views, image_processor = self.adapter.family.views, getattr(processor, "image_processor", processor)
-        if views is None:
-            return []
-        return views(self.model.config, image_processor, {"image_grid_thw": self.trace.grids}, number, size)
 
     def _on_rotary(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Positions as the model has them, (B, L) or (3, B, L): not every family hands them on to its layers."""

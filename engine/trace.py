@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -50,9 +50,9 @@ class Trace:
         self.batch_tower: Tensor | None = None
         # Frames and patches, int (N, 3), of all images or tiles of the batch; None: images are of one size.
         self.grids: Tensor | None = None
-        # Where the tokens of an image lie in it (:mod:`visibench.utils.token_grids`), from its number in the batch, its
-        # size (width, height) and the model's processor; None where that is not known.
-        self.views: Callable[[int, tuple[int, int], Any], list[list[int]]] | None = None
+        # Where the tokens of an image lie in it (:mod:`visibench.utils.token_grids`): by the model's image processor,
+        # inputs of the batch, the image's number there and its size (width, height); None where that is not known.
+        self.views: Callable[[Any, Mapping[str, Any], int, tuple[int, int]], list[list[int]]] | None = None
         self._pairs: dict[int, Tensor] = {}
         # Entries that each layer's KV cache held before, int (B,), and the places they take.
         self._cached: list[Tensor] = []
@@ -111,8 +111,9 @@ class Trace:
 
         images = list(image) if isinstance(image, Sequence) else [image]
         count = self.prompt.visual_counts[row]
+        by, inputs = getattr(processor, "image_processor", processor), {"image_grid_thw": self.grids}
         numbered = enumerate(images, start=row * len(images))
-        places = [self.views(number, one.size, processor) for number, one in numbered] if self.views else []
+        places = [self.views(by, inputs, number, one.size) for number, one in numbered] if self.views else []
         if size(places) != count:
             raise InputError(
                 f"row {row} has {count} visual tokens, and its images have places for {size(places)}: give the images "

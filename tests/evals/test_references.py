@@ -35,7 +35,7 @@ def settings(disk_data) -> dict:
 
 
 def cell(method: str, mean: float, label: str = "", task: str = "gqa"):
-    config = SimpleNamespace(method=method, label=label or method, task=task)
+    config = SimpleNamespace(method=method, label=label or method, task=task, control=False)
     return SimpleNamespace(config=config, metrics=SimpleNamespace(visual_tokens=SimpleNamespace(mean=mean)))
 
 
