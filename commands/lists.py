@@ -3,20 +3,53 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import json
+from typing import Annotated, Any
+
+import typer
 
 from .shared import AsJson, print_list
 
 
-def methods(as_json: AsJson = False) -> None:
-    """List the pruning methods with their options."""
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(help="One, or FILE.py:NAME: what each of its options means.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the pruning methods with their options; with a name, explain one."""
     from ..evals.settings.method_spec import describe_methods
 
+    if name is not None:
+        _explain(name, as_json=as_json)
+        return
     described = describe_methods()
     rows = [[m["name"], m["about"], _defaults(m["options"]), m["examples"][0], m["paper"]] for m in described]
     print_list(
         described, ["method", "what it does", "options and defaults", "for example", "arXiv"], rows, as_json=as_json
     )
+
+
+def _explain(name: str, *, as_json: bool) -> None:
+    """All about one method."""
+    from ..evals.settings.method_spec import describe
+    from ..methods.explained import how
+    from ..methods.files import find
+
+    cls = find(name)
+    told = describe(cls)
+    if as_json:
+        print(json.dumps(told | {"how": how(cls)}, indent=1))
+        return
+    acts = ", ".join(told["hook_points"]) or "nothing"
+    lines = [f"{told['name']}: {told['title']}", told["about"], "", f"acts on    {acts}"]
+    lines += [f"paper      https://arxiv.org/abs/{told['paper']}"] * bool(told["paper"])
+    lines += [f"code       {told['source']}"] * bool(told["source"])
+    lines += [f"examples   {told['examples'][0]}", *(f"           {example}" for example in told["examples"][1:])]
+    lines += [f"presets    {', '.join(told['presets'])}"] * bool(told["presets"])
+    print("\n".join([*lines, ""]))
+    rows = [[key, _spelled(o["default"]), o["type"], o["meaning"] or "not said"] for key, o in told["options"].items()]
+    print_list([], ["option", "default", "type", "meaning"], rows, f"\n{how(cls)}", as_json=False)
 
 
 def models(as_json: AsJson = False) -> None:
@@ -50,5 +83,8 @@ def tasks(as_json: AsJson = False) -> None:
 
 def _defaults(options: dict[str, Any]) -> str:
     """Options with their defaults, as they are written on the command line."""
-    spelled = {k: o["default"] for k, o in options.items()}
-    return ", ".join(f"{k}={'+'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in spelled.items())
+    return ", ".join(f"{key}={_spelled(option['default'])}" for key, option in options.items())
+
+
+def _spelled(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -6,6 +6,7 @@ Shapes as in :mod:`visibench.engine.contract`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,3 +99,26 @@ def on_images(decision: Keep | Merge) -> Merge:
     if isinstance(decision, Keep) and decision.aside:
         raise VisibenchError("tokens can be held aside at the input of decoder layers alone, not on the vision side")
     return as_merge(decision)
+
+
+def checked(decision: object, method: str, hook: str, present: Tensor) -> Any:
+    """What a method answered at a hook, if it can be that; ``present``: bool (B, V), of the view it was asked about.
+
+    Raises :class:`VisibenchError` that names the hook, what it wants and what it got.
+    """
+    if decision is None:
+        return None
+    shape, sizes = ("(N, P)" if hook in ("vision", "projected") else "(B, V)"), tuple(present.shape)
+    where = f"{method}.{hook}"
+    if not isinstance(decision, Keep | Merge | Join):
+        got = f"a tensor {_spelled(decision)}" if isinstance(decision, Tensor) else f"a {type(decision).__name__}"
+        raise VisibenchError(f"{where}: answer with Keep(mask), mask bool {shape} = {sizes}, Merge or None, not {got}")
+    mask = getattr(decision, "mask", None)
+    if isinstance(mask, Tensor) and (mask.dtype != torch.bool or tuple(mask.shape) != sizes):
+        kind = type(decision).__name__
+        raise VisibenchError(f"{where}: {kind} wants bool {shape} = {sizes}, got {_spelled(mask)}")
+    return decision
+
+
+def _spelled(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

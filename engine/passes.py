@@ -19,7 +19,7 @@ from ..models.adapters import Adapter
 from .attention import Logits, Parts, cap_of
 from .cache import Held, PrunedCache, adopt
 from .contract import Forward, Method
-from .decisions import Join, Keep, Merge, as_merge
+from .decisions import Join, Keep, Merge, as_merge, checked
 from .inputs import Inputs
 from .layout import TokenLayout, cut
 from .segment import Aside, Segment, at, joined, parted
@@ -184,7 +184,8 @@ class Pass:
             self.tap.used(self.inputs.encoded, again=self.cache is None)
         if type(prompt.forward).layer_input is not Forward.layer_input:
             view = self._layer_view(prompt, layer, module, segment, hidden, given)
-            decision = prompt.forward.layer_input(layer, view)
+            answer = prompt.forward.layer_input(layer, view)
+            decision = checked(answer, self.method.name, "layer_input", view.present)
             segment, hidden = self._apply(decision, prompt.trace, segment, hidden)
         return segment, hidden
 

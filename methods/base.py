@@ -81,6 +81,12 @@ class Ranked(Method):
 
     def choose(self, scores: Tensor, view: Any, count: Tensor) -> Keep:
         """Which tokens of ``view`` stay, ``count`` of each row, int (B,): by default those of highest score."""
+        if scores.shape != view.present.shape:
+            wanted = "(N, P)" if self.scored_at in ("vision", "projector") else "(B, V)"
+            raise VisibenchError(
+                f"{self.name}.score: wants one score a token, {wanted} = {tuple(view.present.shape)}, "
+                f"got {tuple(scores.shape)}"
+            )
         return Keep(top(scores, count, view.present))
 
     def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:

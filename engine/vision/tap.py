@@ -16,7 +16,7 @@ from ...errors import InputError, UnsupportedModelError, VisibenchError
 from ...models.adapters import Adapter
 from ..attention import Interception, received
 from ..contract import Forward, Method
-from ..decisions import Keep, Merge, as_merge, on_images
+from ..decisions import Keep, Merge, as_merge, checked, on_images
 from ..encoding import Encoding
 from ..features import Entry, FeatureStore, SharedTower
 from ..layout import TokenLayout, TokenSet
@@ -194,7 +194,8 @@ class VisionTap:
             encoding.decision, new = Merge(kept.mask), features.shape[1] if encoding.inside.patches is None else 0
             encoding.projected_tokens = kept.host_counts + new
             return None
-        encoding.decision = self.method.vision(VisionView(encoding))
+        view = VisionView(encoding)
+        encoding.decision = checked(self.method.vision(view), self.method.name, "vision", view.present)
         if encoding.decision is None:
             return None
         merge = on_images(encoding.decision)
@@ -235,7 +236,8 @@ class VisionTap:
         if encoding is None or encoding.features is None:
             raise InputError(f"{self.method.name} needs the images: pass pixel_values inside the `with` block")
         if encoding.decision is None:
-            encoding.decision = forward.projected(VisionView(encoding))
+            view = VisionView(encoding)
+            encoding.decision = checked(forward.projected(view), self.method.name, "projected", view.present)
         if encoding.decision is None:
             return None
         rows = ImageRows(layout, encoding.vision.tokens, encoding.features.shape[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from ...engine import prune
 from ...engine.trace import Trace
 from ...methods import Method
+from ...methods.base import Ranked
 from ...models.adapters import Adapter, Geometry
 from .miniature import LAYERS, PATCHES, ROWS, collate, make_batch, make_llava
 
@@ -157,6 +159,23 @@ def inputs_decide(bench: Bench, method: Method) -> None:
     same(again.logits, run.logits, "logits of two runs on the same inputs")
     for layer in range(LAYERS):
         same(again.trace.kept(layer), run.trace.kept(layer), f"tokens kept at layer {layer} in two runs")
+
+
+def scores_are_numbers(bench: Bench, method: Method) -> None:
+    """no score is NaN, of a method that ranks tokens by a score"""
+    if not isinstance(method, Ranked):
+        return
+    seen: list[Tensor] = []
+
+    def choose(self: Any, scores: Tensor, view: Any, count: Tensor) -> Any:
+        seen.append(scores[view.present])
+        return chosen(self, scores, view, count)
+
+    chosen = type(method).choose
+    with patch.object(type(method), "choose", choose):
+        prefill(bench.llava, method, collate(make_batch(ROWS)))
+    nans = sum(int(scores.isnan().sum()) for scores in seen)
+    hold(not nans, f"{nans} of {sum(scores.numel() for scores in seen)} scores are NaN: where do they come from?")
 
 
 def eager_agrees(bench: Bench, method: Method) -> None:

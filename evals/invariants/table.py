@@ -23,6 +23,7 @@ INVARIANTS: tuple[Invariant, ...] = (
     prefills.without_images,
     prefills.inputs_decide,
     prefills.eager_agrees,
+    prefills.scores_are_numbers,
     prefills.counts_promised,
     prefills.caches_fit,
     prefills.layers_run_once,

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from ...engine.contract import Knob, spell_value
 from ...errors import OptionError
 from ...methods import Method, list_methods
+from ...methods.explained import meaning
 from ...methods.files import find
 from . import presets
 from .target import Target
@@ -200,10 +201,11 @@ def written(cls: type[Method], options: Mapping[str, Any]) -> str:
 
 def describe_methods() -> list[dict[str, Any]]:
     """Facts about every method, JSON-ready: metadata, and options with their types and defaults."""
-    return [_describe(cls) for cls in list_methods().values()]
+    return [describe(cls) for cls in list_methods().values()]
 
 
-def _describe(cls: type[Method]) -> dict[str, Any]:
+def describe(cls: type[Method]) -> dict[str, Any]:
+    """Facts about a method; options also with their meaning, empty where nobody says it."""
     fields, types = dataclasses.fields(cls), get_type_hints(cls)
     return {
         "name": cls.name,
@@ -216,7 +218,14 @@ def _describe(cls: type[Method]) -> dict[str, Any]:
         "positions": next(field.default for field in fields if field.name == "positions"),
         "examples": [spell(cls, options) for options in cls.examples],
         "presets": [f"{cls.name}@{name}" for name in presets.names(cls.name)],
-        "options": {field.name: {"type": _named(types[field.name]), "default": field.default} for field in fields},
+        "options": {
+            field.name: {
+                "type": _named(types[field.name]),
+                "default": field.default,
+                "meaning": meaning(cls, field.name),
+            }
+            for field in fields
+        },
     }
 
 

@@ -140,7 +140,7 @@ def test_method_of_a_file_runs(cli, tmp_path, monkeypatch):
 def test_check_method_passes_the_example_and_says_what_breaks(cli, tmp_path):
     code, out, _ = cli("check-method", str(EXAMPLE))
     assert code == 0
-    assert "largest_norm: all 19 invariants hold" in out
+    assert "largest_norm: all 20 invariants hold" in out
     assert max(map(len, out.splitlines())) <= 80
     (tmp_path / "noisy.py").write_text(NOISY)
     code, out, _ = cli("check-method", f"{tmp_path / 'noisy.py'}:noisy", "--json")
