@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import InputError, UnsupportedModelError, VisibenchError
 
 VIDEO = (
-    "videos cannot be pruned yet, and their tokens would count as text: give the frames as images, or run the model "
+    "videos of {} go another way than its images and cannot be pruned: give the frames as images, or run the model "
     "outside prune()"
 )
 
@@ -83,10 +83,11 @@ class Turnstile:
 
 
 @contextmanager
-def guarded(model: Any, around: Callable[[bool], AbstractContextManager[None]]) -> Iterator[None]:
+def guarded(model: Any, around: Callable[[bool], AbstractContextManager[None]], *, videos: bool) -> Iterator[None]:
     """While active, ``model.generate`` refuses what pruning does not support, before anything runs.
 
-    ``around`` is entered for each call, and told whether an assistant's proposals are to be checked.
+    ``around`` is entered for each call, and told whether an assistant's proposals are to be checked. ``videos``:
+    whether they are supported.
     """
     if not hasattr(model, "generate"):
         yield
@@ -96,6 +97,8 @@ def guarded(model: Any, around: Callable[[bool], AbstractContextManager[None]]) 
     @functools.wraps(generate)
     def checked(*args: Any, **kwargs: Any) -> Any:
         configs = (kwargs.get("generation_config") or (args[1] if len(args) > 1 else None), model.generation_config)
+        if not videos and kwargs.get("pixel_values_videos") is not None:
+            raise UnsupportedModelError(VIDEO.format(type(model).__name__))
         check(kwargs, configs)
         with around(bool(_option("assistant_model", kwargs, ()) or _option(LOOKUP, kwargs, configs))):
             try:
@@ -116,8 +119,6 @@ def guarded(model: Any, around: Callable[[bool], AbstractContextManager[None]]) 
 
 def check(kwargs: dict[str, Any], configs: tuple[Any, ...]) -> None:
     """Raise for options of ``generate`` that are not supported."""
-    if kwargs.get("pixel_values_videos") is not None:
-        raise UnsupportedModelError(VIDEO)
     for name, (fine, remedy) in REFUSED.items():
         value = _option(name, kwargs, configs)
         if value is not None and value not in fine:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, UnsupportedModelError
+from .contract import Method
 from .generation import VIDEO, Generation
 from .layout import VISUAL, TokenLayout
 
@@ -19,9 +20,9 @@ class Inputs:
     """Arguments of one call of the model.
 
     ``mask``: 2D attention mask (B, columns so far and new ones) or None. ``cache``: past_key_values. ``images``:
-    whether any come with this call; ``encoded``: what ``generate`` made of them before. ``maps``: whether attention
-    maps were asked for. ``drafts``: new tokens at the end that are no part of the prompt. ``is_step``: whether they are
-    what ``generate`` has just chosen.
+    whether any come with this call, or videos; ``videos``: whether those do; ``encoded``: what ``generate`` made of
+    them before. ``maps``: whether attention maps were asked for. ``drafts``: new tokens at the end that are no part of
+    the prompt. ``is_step``: whether they are what ``generate`` has just chosen.
     """
 
     ids: Tensor | None
@@ -31,6 +32,7 @@ class Inputs:
     images: bool
     encoded: Any
     maps: bool
+    videos: bool = False
     drafts: int = 0
     is_step: bool = False
 
@@ -65,27 +67,38 @@ def read(arguments: Mapping[str, Any], generation: Generation | None, *, maps: b
             "logits_to_keep as a tensor names places that pruning moves: give a number, so many of the last tokens"
         )
     encoded = arguments.get("mm_encoder_outputs") or {}
-    if arguments.get("pixel_values_videos") is not None or encoded.get("video") is not None:
-        raise UnsupportedModelError(VIDEO)
-    image = encoded.get("image")
+    image, video = encoded.get("image"), encoded.get("video")
+    videos = video is not None or arguments.get("pixel_values_videos") is not None
     inputs = Inputs(
         arguments.get("input_ids"),
         arguments.get("inputs_embeds"),
         mask,
         arguments.get("past_key_values"),
-        image is not None or arguments.get("pixel_values") is not None,
-        image,
+        videos or image is not None or arguments.get("pixel_values") is not None,
+        video if image is None else image,
         maps=bool(arguments.get("output_attentions", maps)),
+        videos=videos,
     )
     return inputs if generation is None else replace(inputs, **generation.next_call(inputs.tokens, kept, inputs.cache))
 
 
+def check_videos(inputs: Inputs, method: Method, model: Any, *, supported: bool) -> None:
+    """Raise :class:`UnsupportedModelError` for videos where the family does not have them run as images do."""
+    if inputs.videos and not supported:
+        raise UnsupportedModelError(VIDEO.format(type(model).__name__))
+    if inputs.videos and {"image", "tower", "vision"} & set(method.hook_points):
+        raise UnsupportedModelError(
+            f"{method.name} acts on the vision side, where frames of a video are no images: choose a method that acts "
+            "in the decoder"
+        )
+
+
 def prompt_layout(
-    inputs: Inputs, mask: Tensor | None, given: TokenLayout | None, image_token: int | None
+    inputs: Inputs, mask: Tensor | None, given: TokenLayout | None, visual_tokens: Sequence[int]
 ) -> TokenLayout:
     """Roles of the new tokens that a method decides about: all but the drafts.
 
-    ``mask``: (B, n), of the new tokens. ``given``: the user's own layout.
+    ``mask``: (B, n), of the new tokens. ``given``: the user's own layout. ``visual_tokens``: ids of images and videos.
     """
     tokens, width = inputs.given, inputs.tokens - inputs.drafts
     mask = None if mask is None else mask[:, :width]
@@ -95,7 +108,7 @@ def prompt_layout(
             raise InputError(f"the layout has {layout.width} tokens, the input {width}")
         if mask is not None and not torch.equal(mask.bool().cpu(), layout.valid.cpu()):
             raise InputError("the layout's padding differs from the attention mask: build it with TokenLayout.batch")
-    elif inputs.ids is None or image_token is None:
+    elif inputs.ids is None or not visual_tokens:
         raise InputError(
             "cannot tell which tokens are visual: pass input_ids with image tokens to a multimodal model, "
             "or layout=visibench.TokenLayout.from_spans(length, visual=[(start, end)])"
@@ -108,7 +121,8 @@ def prompt_layout(
                 "images in a later turn: its rows must be left padded as a whole, and generate puts the answer's last "
                 "token in front of the padding: feed that token in a call of its own before, or take rows one by one"
             )
-        layout = TokenLayout.from_masks(ids == image_token, torch.ones_like(ids) if mask is None else mask)
+        is_visual = torch.isin(ids, ids.new_tensor(visual_tokens))
+        layout = TokenLayout.from_masks(is_visual, torch.ones_like(ids) if mask is None else mask)
     if bool((layout.roles[:, -1] == VISUAL).any()):
         raise InputError(
             "the last token of a prompt is visual, and pruning could drop the token whose logits are read: put text "

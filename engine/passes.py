@@ -164,7 +164,10 @@ class Pass:
         return self._numbered(Segment(held, layout, hidden.shape[1], positions, self.mask))
 
     def _numbered(self, segment: Segment) -> Segment:
-        return segment.numbered(self.adapter.family.first_position) if self.method.positions == "renumber" else segment
+        if self.method.positions != "renumber":
+            return segment
+        lengths = None if self.prompt is None else self.prompt.layout.everything.device_counts
+        return segment.numbered(self.adapter.family.first_position, lengths)
 
     @staticmethod
     def _layout(segment: Segment) -> TokenLayout:

@@ -64,8 +64,11 @@ class Segment:
         """The same tokens in front of layers whose caches held something else."""
         return replace(self, held=held, renumbered=None, _told={})
 
-    def numbered(self, start: int) -> Segment:
-        """With positions counted anew from ``start``, or behind those in the cache, unless every column is there."""
+    def numbered(self, start: int, lengths: Tensor | None) -> Segment:
+        """With positions counted anew from ``start``, or behind those in the cache, unless every column is there.
+
+        ``lengths``: int (B,), tokens of each row that the method saw at first.
+        """
         if self.is_whole:
             return self
         if self.held.positions is not None and self.valid is None and self.places == 1:  # a step of decoding
@@ -82,7 +85,18 @@ class Segment:
             first = self.held.positions[:, -1:] + 1
         elif not self.held.length:
             first = torch.full_like(first, start)
-        return replace(self, renumbered=(first + count - 1).clamp(min=0), _told={})
+        counted = (first + count - 1).clamp(min=0)
+        if lengths is not None and self.positions.ndim == 3 and not self.held.length:
+            # On three axes they are no plain count: rows that lost nothing keep theirs, as they do alone.
+            counted = torch.where(self._whole_rows(lengths)[:, None, None], self.positions, counted)
+        return replace(self, renumbered=counted, _told={})
+
+    def _whole_rows(self, lengths: Tensor) -> Tensor:
+        """Bool (B,): rows that hold every column."""
+        assert self.layout is not None
+        columns, valid = self.every_column[:, : self.layout.width], self.layout.valid
+        in_order = (columns.diff(dim=1) == 1) | ~valid[:, :-1]
+        return in_order.all(1) & (valid.sum(1) == lengths)
 
     @property
     def every_column(self) -> Tensor:

@@ -25,7 +25,7 @@ from .cache import OUTSIDE, PrunedCache, check_cache
 from .contract import Method
 from .features import FeatureStore
 from .generation import Generation, Turnstile, guarded
-from .inputs import Inputs, hidden, new_mask, prompt_layout, read
+from .inputs import Inputs, check_videos, hidden, new_mask, prompt_layout, read
 from .layout import TokenLayout
 from .passes import Pass, Prompt
 from .trace import Trace, Watch, unwatched
@@ -73,6 +73,10 @@ class PruningSession:
             raise VisibenchError("nothing has been traced yet: call the model inside the `with` block first")
         return self._trace
 
+    @property
+    def _videos(self) -> bool:
+        return self.adapter.family.video_token is not None
+
     def feeds(self, cache: PrunedCache) -> bool:
         """Whether a call of the model inside the block is filling ``cache`` right now."""
         return self._pass is not None and self._pass.cache is cache
@@ -104,7 +108,7 @@ class PruningSession:
                     hook(layer.mlp.register_forward_hook, partial(self._behind_sublayer, number, "mlp"))
             self._listeners = stack.enter_context(Interception(self._interceptors()))
             stack.enter_context(self._tap)
-            stack.enter_context(guarded(self.model, self._around_generate))
+            stack.enter_context(guarded(self.model, self._around_generate, videos=self._videos))
             self._exit = stack.pop_all()
         return self
 
@@ -171,6 +175,7 @@ class PruningSession:
             raise
 
     def _begin(self, inputs: Inputs) -> Pass:
+        check_videos(inputs, self.method, self.model, supported=self._videos)
         check_cache(inputs.cache, self, self.adapter.layer_types)
         cache = inputs.cache if isinstance(inputs.cache, PrunedCache) else None
         fed, padding = (0, None) if cache is None else (cache.fed, cache.padding)
@@ -191,7 +196,7 @@ class PruningSession:
     def _prompt(self, inputs: Inputs, mask: Tensor | None, given: TokenLayout | None) -> Prompt:
         # Nobody knows whose features a caller hands over; those of generate are the latest seen.
         self._tap.begin(None if self._generation is None else inputs.encoded)
-        layout = prompt_layout(inputs, mask, given, self.adapter.image_token)
+        layout = prompt_layout(inputs, mask, given, self.adapter.visual_tokens)
         trace = self._trace = Trace(layout, self.geometry.layers, self.watch)
         if self.adapter.family.views is not None:
             trace.views = partial(self.adapter.family.views, self.model.config)

@@ -124,10 +124,12 @@ class VisionTap:
     def _on_pixels(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         vision, self._encoded = self.adapter.geometry.vision, None
         assert vision is not None
+        before = None if self.encoding is None else self.encoding.grids
         self.encoding = Encoding(vision)
         if self.adapter.family.grids is not None:
-            # Images of several shapes: hashes of rows do without their pixels.
-            self.encoding.grids = self.adapter.family.grids(vision, args, kwargs)
+            # Images of several shapes: hashes of rows do without their pixels. Videos come behind them.
+            grids = self.adapter.family.grids(vision, args, kwargs)
+            self.encoding.grids = grids if before is None else torch.cat([before, grids])
             return None
         pixels = self.encoding.pixels = args[0] if args else kwargs["pixel_values"]
         with self.watch("method"):

@@ -54,6 +54,9 @@ class Adapter:
         self.projector = self._part(self.family.projector)
         self.layers = self.decoder.layers
         self.image_token: int | None = getattr(model.config, self.family.image_token, None)
+        names = (self.family.image_token, self.family.video_token)
+        found = [getattr(model.config, name, None) for name in names if name is not None]
+        self.visual_tokens: tuple[int, ...] = tuple(token for token in found if token is not None)
         self._check_sizes()
 
     def _part(self, path: str | None) -> Any:

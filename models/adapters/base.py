@@ -106,6 +106,8 @@ class Family:
     vision_mlp: str = "mlp"
     image_token: str = "image_token_id"
     vision: Callable[[Any, int], VisionGeometry] | None = None
+    # Of videos, in a family where they go the way of images; None: videos are refused.
+    video_token: str | None = None
     # Layers whose mask is not causal alone: images are seen in both directions.
     bidirectional: bool = False
     # Where positions of a prompt begin.

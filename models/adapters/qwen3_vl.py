@@ -30,6 +30,7 @@ FAMILY = Family(
     vision_tower="model.visual",
     vision_blocks="model.visual.blocks",
     projector="model.visual.merger",
+    video_token="video_token_id",
     vision=_qwen3_vit,
     grids=grids,
     views=merged,

@@ -1,0 +1,101 @@
+"""Videos in families where they go the way of images: their tokens are visual tokens, alone and beside images."""
+
+from itertools import chain
+
+import pytest
+import torch
+import visibench
+from decoders import IMAGE, VIDEO, decoder_model
+from families import METHODS, collate
+from torch.utils.flop_counter import FlopCounterMode
+from visibench.errors import UnsupportedModelError
+from visibench.evals.compute import flops
+from visibench.models.adapters import FAMILIES
+
+KINDS = [kind for kind, family in FAMILIES.items() if family.video_token in ("video_token_id",)]
+every_kind = pytest.mark.parametrize("kind", KINDS)
+FASTV = visibench.load_method("fastv", keep=0.5)
+GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO]}
+FRAMES, PATCH = 2, 3 * 2 * 6 * 6
+
+
+def prompt(kind, seed, *, images, videos):
+    """Text, images of 2 × 2 tokens and videos of two frames of 2 × 3; Qwen3-VL writes a time in front of each frame."""
+    generator = torch.Generator().manual_seed(seed)
+    text = lambda n: torch.randint(3, 60, (n,), generator=generator).tolist()  # noqa: E731
+    frames = [[VIDEO] * 6 + (text(2) if kind == "qwen3_vl" else []) for _ in range(FRAMES)]
+    ids = text(3) + [61, *[IMAGE] * 4, 60] * images + [61, *chain(*frames), 60] * videos + text(4 + seed)
+    ids = torch.tensor([ids])
+    sample = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    sample["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+    for count, frames, wide, pixels, grid in (
+        (images, 1, 4, "pixel_values", "image_grid_thw"),
+        (videos, FRAMES, 6, "pixel_values_videos", "video_grid_thw"),
+    ):
+        if count:
+            sample[pixels] = torch.randn(count * frames * 4 * wide, PATCH, generator=generator)
+            sample[grid] = torch.tensor([[frames, 4, wide]] * count)
+    return sample
+
+
+def samples_of(kind):
+    shapes = [(0, 1), (1, 0), (1, 1), (0, 0), (2, 1)]
+    return [prompt(kind, seed, images=images, videos=videos) for seed, (images, videos) in enumerate(shapes)]
+
+
+def last_logits(model, method, batch):
+    with torch.no_grad(), visibench.prune(model, method) as session:
+        return model(**batch).logits[:, -1], session.trace
+
+
+@every_kind
+def test_a_row_of_videos_and_images_equals_the_row_alone(kind):
+    model, samples = decoder_model(kind), samples_of(kind)
+    for method in [FASTV, METHODS[6]]:
+        logits, trace = last_logits(model, method, collate(samples))
+        for row, sample in enumerate(samples):
+            alone, own = last_logits(model, method, sample)
+            torch.testing.assert_close(logits[row], alone[0], atol=1e-4, rtol=1e-4)
+            assert torch.equal(trace.visual_counts()[row], own.visual_counts()[0])
+    assert trace.visual_counts()[:, 0].tolist() == [12, 4, 16, 0, 20]
+
+
+@every_kind
+def test_pruned_videos_are_no_dense_run(kind):
+    model, sample = decoder_model(kind), samples_of(kind)[0]
+    with torch.no_grad():
+        dense = model(**sample).logits[:, -1]
+    everything, _ = last_logits(model, visibench.load_method("fastv", keep=1.0), sample)
+    half, trace = last_logits(model, FASTV, sample)
+    assert torch.equal(everything, dense)
+    assert (half - dense).abs().max() > 1e-3
+    assert trace.visual_counts()[0, -1] == 6
+
+
+@every_kind
+def test_generation_from_videos_equals_each_row_alone_and_that_without_a_cache(kind):
+    model, samples = decoder_model(kind), samples_of(kind)
+    with torch.no_grad(), visibench.prune(model, FASTV):
+        together = model.generate(**collate(samples), **GREEDY)[:, -5:]
+        for row, sample in enumerate(samples):
+            assert together[row].tolist() == model.generate(**sample, **GREEDY)[0, -5:].tolist()
+        without = model.generate(**samples[2], **GREEDY, use_cache=False)[0, -5:]
+    assert together[2].tolist() == without.tolist()
+
+
+@every_kind
+def test_compute_of_videos_equals_that_of_torchs_counter(kind):
+    model = decoder_model(kind)
+    for sample in samples_of(kind):
+        with torch.no_grad(), visibench.prune(model, FASTV) as session, FlopCounterMode(display=False) as counter:
+            model(**sample)
+        rotary = [sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.endswith("rotary_emb")]
+        closed = flops.executed(session.trace, session.geometry, logits=None)
+        assert closed.total()[0] == (counter.get_total_flops() - sum(rotary)) / 2
+
+
+def test_methods_that_act_on_images_inside_the_tower_refuse_videos():
+    model, sample = decoder_model("qwen2_5_vl"), samples_of("qwen2_5_vl")[0]
+    method = visibench.load_method("visionzip", tokens=4)
+    with pytest.raises(UnsupportedModelError), visibench.prune(model, method):
+        model(**sample)
