@@ -16,7 +16,7 @@ GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "suppres
 METHODS_HERE = [
     pytest.param(method, marks=[] if str(method) == "fastv:keep=0.4" else pytest.mark.slow) for method in METHODS
 ]
-# The counter does not see the fused attention over parts of a layer that VisiPruner runs; tests/evals/test_flops.py does.
+# The counter does not see VisiPruner's fused attention over parts of a layer; tests/evals/test_flops.py does.
 COUNTED = [method for method in METHODS_HERE if method.values[0].name != "visipruner"]
 every_kind = pytest.mark.parametrize("kind", CONFIGS)
 every_method = pytest.mark.parametrize("method", METHODS_HERE, ids=str)
