@@ -80,7 +80,10 @@ class LoadedModel:
         return BatchFeature(dict(encoded)).to(self.model.device, dtype=self.model.dtype)
 
     def encoded(self, questions: list[str], images: list[list[Image.Image]]) -> BatchFeature:
-        """The same as the processor gives them: on the host, and of its own precision."""
+        """The same as the processor gives them: on the host, and of its own precision.
+
+        Raises :class:`InputError` for a prompt longer than the model's positions.
+        """
         if self.processor is None:
             raise InputError(f"{self.name} has no processor here: load a checkpoint, or use synthetic_inputs")
         rows = prepared(questions, images)
@@ -88,9 +91,17 @@ class LoadedModel:
         texts = [self.protocol.prompt(self.processor, *row) for row in zip(plain, map(len, rows), strict=True)]
         options = special_tokens(texts, self.processor.tokenizer)
         flat = self.protocol.shaped(self.processor, [picture for pictures in rows for picture in pictures])
-        return self.processor(
+        inputs = self.processor(
             text=texts, images=flat or None, padding=True, padding_side="left", return_tensors="pt", **options
         )
+        length, text = inputs["input_ids"].shape[1], self.model.config.get_text_config()
+        most = getattr(text, "max_position_embeddings", None) or length
+        if length > most:
+            raise InputError(
+                f"a prompt of {length} tokens is longer than the {most} positions of {self.name}: shorten it, or choose "
+                "another model"
+            )
+        return inputs
 
     def synthetic_inputs(self, batch: int, prompt: int, visual_tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
         """Random inputs of ``batch`` rows of ``prompt`` text tokens and ``visual_tokens``, for timing."""

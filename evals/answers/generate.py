@@ -22,7 +22,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from ...engine import prune
 from ...engine.features import FeatureStore
 from ...engine.trace import Trace
-from ...errors import FOREIGN, VisibenchError, reason
+from ...errors import FOREIGN, DataError, InputError, NoRoomError, VisibenchError, reason
 from ...models import LoadedModel
 from ...models.inputs import upright
 from ...models.load import release
@@ -30,7 +30,7 @@ from ...results.store.records import Failure, digest
 from ...results.store.samples import Answer
 from ...utils.token_grids import Places, size
 from ..compute import flops
-from ..compute.memory import out_of_memory
+from ..compute.memory import check_prefill, out_of_memory
 from ..compute.timing import clock_of
 from ..tasks import lmms_eval
 from ..tasks.question import Question
@@ -64,10 +64,10 @@ def answer(
 
     A batch that does not fit into memory, or fails otherwise, runs again in halves, down to single questions; those
     that fail even so are in ``failures`` of what is returned, and their batch is not kept, so that it runs again next
-    time. After ``HOPELESS`` failures in a row the rest is not asked, which the last of ``failures`` says. ``on_batch``
-    is called with the number of questions after each batch, kept ones included; what it raises stops the work with
-    nothing lost. ``features``: where cells share what the vision tower computes; without one, or with another one, the
-    answers are the same.
+    time. After ``HOPELESS`` failures in a row, but for faults of the questions, the rest is not asked, which the last
+    of ``failures`` says. ``on_batch`` is called with the number of questions after each batch, kept ones included; what
+    it raises stops the work with nothing lost. ``features``: where cells share what the vision tower computes; without
+    one, or with another one, the answers are the same.
     """
     config = spec.config
     answers = Answers(folder, bound_to(config, loaded.describe()), shard)
@@ -199,7 +199,8 @@ class Bridge:
                 f"out of memory at batch size 1 (question {doc_id}): choose a smaller model, another --dtype, or "
                 "another device"
             ) from error
-        self._in_a_row += 1
+        if not isinstance(error, InputError | DataError | NoRoomError):  # the question's own, not the method's
+            self._in_a_row += 1
         batch.failures.append(failure(error, doc_id))
 
     def _run(self, chunk: list[Question]) -> Batch:
@@ -207,6 +208,7 @@ class Bridge:
         images = [[upright(image) for image in self.task.images(question.doc_id)] for question in chunk]
         pixels = [picture_hash(pictures) for pictures in images]
         inputs = self.loaded.inputs(prompts, images, digest([prompts, pixels]) if self._shares else None)
+        check_prefill(self.loaded, *inputs["input_ids"].shape)
         watch, reused = Nonfinite(), self._reused
         start = self.clock.mark()
         new = self._generate(inputs, generation(chunk[0].options), watch)

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ...models import LoadedModel
+from ...utils.memory import check_room
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of glibc's ``mallopt``, see ``malloc.h``."""
 LARGEST_MMAP_THRESHOLD = 32 * 2**20
@@ -48,6 +51,23 @@ def peak_memory(device: torch.device, held: int) -> Iterator[Callable[[], int]]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or starting and stopping print a line each
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiling:
         yield lambda: held + _highest(profiling)
+
+
+def check_prefill(loaded: LoadedModel, rows: int, tokens: int) -> None:
+    """Raise :class:`NoRoomError` where a batch of ``rows`` prompts of ``tokens`` cannot fit into the host's memory.
+
+    A GPU says so by itself; on a CPU, Linux would end the process. What a prefill takes at least: its KV cache, the
+    attention mask, and of one layer the hidden states and what its FFN makes of them.
+    """
+    if loaded.model.device.type != "cpu":
+        return
+    sizes, width = loaded.geometry, loaded.model.dtype.itemsize
+    cache = 2 * sizes.layers * sizes.kv_heads * sizes.head_size * width
+    layer = (2 * sizes.hidden + 2 * sizes.intermediate) * width
+    eager = loaded.model.config.get_text_config()._attn_implementation == "eager"
+    square = sizes.heads * width if eager else 1
+    wanted = rows * tokens * (cache + layer + tokens * square)
+    check_room(wanted, f"a batch of {rows} × {tokens} tokens", "choose a smaller batch size, --dtype or model")
 
 
 def out_of_memory(error: BaseException) -> bool:

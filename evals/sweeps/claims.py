@@ -42,12 +42,12 @@ def claimed(
         todo, wait = later, 1.0 if stuck else 0.0
 
 
-def done_elsewhere(config: CellConfig, size: int, store: Store, since: float) -> Cell | None:
+def done_elsewhere(config: CellConfig, size: int, store: Store, before: str | None) -> Cell | None:
     """The cell if another process has finished it by now; :class:`IncompleteError` if it has failed there.
 
-    ``since``: when this process began, in seconds since the epoch; older failures are to be tried again.
+    ``before``: the failed attempt that was there when this process began, which is to be tried again.
     """
-    failures = store.failures(config, since)
+    failures = store.failures(config, but=before)
     if failures:
         raise IncompleteError(described(failures, size, store.path(config)))
     return store.done(config)

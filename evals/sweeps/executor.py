@@ -42,16 +42,17 @@ class Executor(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """Cells of one model to run: all of ``cells`` with ``sizes`` questions by task, since ``began`` (epoch seconds).
+    """Cells of one model to run: all of ``cells`` with ``sizes`` questions by task.
 
-    ``asked``: the configuration of the whole run.
+    ``before``: failed attempts at them (:meth:`~visibench.results.store.store.Store.attempt`) that are to be tried
+    again, by folder. ``asked``: the configuration of the whole run.
     """
 
     config: SweepConfig
     cells: list[CellSpec]
     sizes: Mapping[str, int]
     store: Store
-    began: float
+    before: Mapping[str, str | None]
     asked: str
 
     def begin(self) -> None:
@@ -72,7 +73,7 @@ class Job:
         """Why a cell is not done; empty if it is."""
         size = self.sizes.get(cell.config.task, 0)  # 0: it was done before
         try:
-            done = done_elsewhere(cell.config, size, self.store, self.began)
+            done = done_elsewhere(cell.config, size, self.store, self.before.get(cell.config.folder))
         except IncompleteError as error:
             return str(error)
         return "" if done else UNFINISHED

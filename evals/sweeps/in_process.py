@@ -41,7 +41,7 @@ class InProcess:
                     check()
 
                 try:
-                    done = done_elsewhere(cell.config, name.questions, store, job.began)
+                    done = done_elsewhere(cell.config, name.questions, store, job.before.get(cell.config.folder))
                     done = done or run_cell(loaded, cell, tasks[cell.config.task], store, on_batch, features)
                     report(CellFinished.of(name, done.metrics, clock()))
                 except IncompleteError as error:

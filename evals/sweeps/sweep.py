@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -90,7 +89,8 @@ def _sweep_model(
         for text in _changed(store, pending):
             report(Note(text=text))
         report(ModelStarted(model=config.model, cells=len(cells), done=done, questions=questions))
-        job = Job(config, pending, sizes, store, time.time(), saved)
+        before = {cell.config.folder: store.attempt(cell.config) for cell in pending}
+        job = Job(config, pending, sizes, store, before, saved)
         if pending:
             executor.run(job, prepared, report)
         finished = [(spec, store.done(spec.config)) for spec in cells]

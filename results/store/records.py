@@ -180,12 +180,14 @@ class PrefillTime(Record):
 class Failure(Record):
     """What went wrong with a question; ``doc_id`` None: with the cell as a whole.
 
-    ``error`` in one line, ``traceback`` as Python prints it; empty where no exception was raised.
+    ``error`` in one line, ``traceback`` as Python prints it; empty where no exception was raised. ``attempt`` is the
+    same in all failures of one attempt at a cell, and in no other; empty in files of early versions.
     """
 
     doc_id: int | None
     error: str
     traceback: str
+    attempt: str = ""
 
 
 class Environment(Record):

@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -189,21 +190,25 @@ class Store:
 
     def fail(self, config: CellConfig, failures: Sequence[Failure]) -> Path:
         """Write what went wrong in a cell, which stays unfinished; the file is removed when it begins again."""
-        file = self.path(config) / FAILURES
+        file, attempt = self.path(config) / FAILURES, {"attempt": secrets.token_hex(8)}
         with disk.writing(file):
             disk.make(file.parent)
-            disk.write(file, "".join(failure.model_dump_json() + "\n" for failure in failures))
+            disk.write(file, "".join(one.model_copy(update=attempt).model_dump_json() + "\n" for one in failures))
         return file
 
-    def failures(self, config: CellConfig, since: float) -> list[Failure]:
-        """What went wrong in a cell, if that was written at or after ``since``, in seconds since the epoch."""
+    def failures(self, config: CellConfig, *, but: str | None = None) -> list[Failure]:
+        """What went wrong in a cell, unless that is the attempt ``but`` (see :meth:`attempt`)."""
         file = self.path(config) / FAILURES
         try:
-            if file.stat().st_mtime < since:
-                return []
-            return [Failure.model_validate_json(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValidationError):
+            found = [Failure.model_validate_json(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError):
             return []
+        return [failure for failure in found if failure.attempt != but]
+
+    def attempt(self, config: CellConfig) -> str | None:
+        """Names the failed attempt at a cell that is written down; None if there is none."""
+        failed = self.failures(config)
+        return failed[0].attempt if failed else None
 
     def tidy(self, config: CellConfig, *patterns: str) -> None:
         """Remove what crashed writers have left in a cell's folder, and what else has one of these names."""
