@@ -7,6 +7,7 @@ import gc
 import os
 import shlex
 import sys
+from functools import cache
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -84,10 +85,9 @@ def main() -> NoReturn:
     atexit.register(gc.freeze)  # or the collector goes through all that was imported once more, for a second or two
     output.take_all_characters()
     interrupt.listen()
-    command = typer.main.get_command(app)
     try:
-        with command.make_context("visibench", sys.argv[1:]) as context:
-            command.invoke(context)
+        with _tree().make_context("visibench", sys.argv[1:]) as context:
+            context.command.invoke(context)
         if sys.stdout is not None:
             sys.stdout.flush()
     except typer.Exit as ended:
@@ -108,6 +108,12 @@ def main() -> NoReturn:
             _fail("nobody reads the output any more")
         _fail(f"unforeseen: {reason(error)}{_kept(error)}")
     sys.exit(0)
+
+
+@cache
+def _tree() -> Any:
+    """All commands; to put them together takes most of the time of one that only refuses."""
+    return typer.main.get_command(app)
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:

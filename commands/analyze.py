@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from ..errors import OptionError
-from .shared import AsJson, Device, Dtype, integers, names, progress
+from .shared import AsJson, Device, Dtype, integers, names, progress, run_folder
 
 if TYPE_CHECKING:
     from ..results.store.stage_records import StageRecord
@@ -57,7 +57,7 @@ def analyze(
     parts = names(only, stages.PARTS, "--only") or list(stages.PARTS)
     wanted = _layers(layers)
     beside = None if against is None else stage_records.read(against)
-    folder = out or Path("runs") / Path(model).name
+    folder = out or run_folder(model)
     with disk.writing(folder):
         disk.make(folder)
     tasks = load_tasks([task.strip() for task in task_list.split(",") if task.strip()], data)

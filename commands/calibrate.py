@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from ..errors import OptionError
-from .shared import AsJson, Device, Dtype, names, width
+from .shared import AsJson, Device, Dtype, names, run_folder, width
 
 if TYPE_CHECKING:
     from ..results.store.calibration_records import CalibratedPoint, CalibrationRecord
@@ -72,7 +72,7 @@ def calibrate(
     _check_share(target)
     wanted = names(methods, searches.SEARCHES, "--methods") or list(searches.SEARCHES)
     authors = _authors(wanted, {"vtw": ("threshold", kl), "fitprune": ("target", spare)})
-    folder = out or Path("runs") / Path(model).name / "presets"
+    folder = out or run_folder(model) / "presets"
     with disk.writing(folder):
         disk.make(folder)
     chosen = [task.strip() for task in task_list.split(",") if task.strip()]

@@ -14,7 +14,19 @@ from rich.console import Console
 from ..errors import IncompleteError, OptionError
 from . import live, scale
 from .dry_run import show
-from .shared import AsJson, Device, Dtype, FeatureCache, Limit, Margin, finished, print_list, share, terminal
+from .shared import (
+    AsJson,
+    Device,
+    Dtype,
+    FeatureCache,
+    Limit,
+    Margin,
+    finished,
+    print_list,
+    run_folder,
+    share,
+    terminal,
+)
 
 if TYPE_CHECKING:
     from ..evals.sweeps.config import SweepConfig
@@ -108,7 +120,7 @@ def run(
         content["timing"] = None
     if feature_cache_gb is not None:
         content["feature_cache_gb"] = feature_cache_gb
-    folder = out or Path("runs") / Path(model).name
+    folder = out or run_folder(model)
     parsed = parse_config(content, "visibench run")
     destination = live.destination_asked(folder, wandb, wandb_project, wandb_entity, wandb_group, wandb_tags)
     with (

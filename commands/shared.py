@@ -45,6 +45,12 @@ Margin = Annotated[
 Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Ask only the first N questions of each task.")]
 
 
+def run_folder(model: str) -> Path:
+    """Where the results of a model lie if nothing else is said: in ``runs``, whatever the way to its folder."""
+    name = Path(model).name
+    return Path("runs") / (Path(model).resolve().name or "model" if name in ("", "..") else name)
+
+
 def print_list(
     records: list[dict[str, Any]], header: list[str], rows: list[list[str]], also: str = "", *, as_json: bool
 ) -> None:

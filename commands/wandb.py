@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from ..errors import OptionError, VisibenchError, suggest
+from ..errors import DataError, OptionError, VisibenchError, suggest
 from .shared import check_writable, finished
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ def sync(
     """Send what is new in a run folder, finished or not: a run for each cell, and one with tables and figures."""
     from ..reports.wandb.sink import Sink
 
+    if not folder.is_dir():
+        raise DataError(f"no folder {str(folder)!r}: give the folder of a run or sweep")
     destination = destination_of(folder, mode, project, entity, group, tags, samples)
     if follow:
         os.nice(10)  # cells that are being timed should not notice

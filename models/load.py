@@ -98,8 +98,8 @@ class LoadedModel:
         most = getattr(text, "max_position_embeddings", None) or length
         if length > most:
             raise InputError(
-                f"a prompt of {length} tokens is longer than the {most} positions of {self.name}: shorten it, or choose "
-                "another model"
+                f"a prompt of {length} tokens is longer than the {most} positions of {self.name}: shorten it, or "
+                "choose another model"
             )
         return inputs
 

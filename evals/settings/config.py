@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from ...errors import OptionError, UnsupportedModelError, suggest
 from ...methods import Method
-from ...results.store.records import CONTROL
+from ...results.store.records import CONTROL, Label, as_shown
 from .method_spec import LARGEST, MethodSpec, Solve, holds_boolean, nowhere, seeded, split
 from .target import Target
 
@@ -45,7 +45,7 @@ class MethodEntry(BaseModel):
     """The method, as `visibench methods` lists it, or `NAME@PRESET`."""
     path: str | None = None
     """The Python file that holds the method, where it is not registered."""
-    label: str | None = None
+    label: Label | None = None
     """How tables call it; its text with all options otherwise."""
     seeds: Seeds | None = None
     """Instead of the sweep's."""
@@ -182,10 +182,17 @@ def expand(written: str | MethodEntry, config: Config) -> Iterator[MethodSpec]:
                 label += " " + ",".join(f"{key}={value}" for key, value in point.items())
             yield replace(
                 targeted,
-                label=f"{label} {target}" if target else label,
+                label=_shown(f"{label} {target}" if target else label),
                 control=entry.control or (config.control and spec.name not in UNCONTROLLED),
                 seeds=tuple(_seeds(spec, entry.seeds, config.seeds)),
             )
+
+
+def _shown(label: str) -> str:
+    try:
+        return as_shown(label)
+    except PydanticCustomError as error:
+        raise OptionError(f"label {label!r}: {error.message()}") from error
 
 
 def _targets(entry: MethodEntry, spec: MethodSpec, config: Config) -> list[Target | None]:

@@ -18,6 +18,8 @@ from ...errors import DataError, OptionError, suggest
 from . import method_spec, yaml_files
 
 PACKAGED = Path(__file__).parents[2] / "configs"
+DEEPEST = 50
+"""Files of which each includes the next at most."""
 # Keys that stand for each other: the later one replaces the earlier one.
 _INSTEAD = {"model": "models", "models": "model"}
 
@@ -65,6 +67,8 @@ def _find(name: str, folder: Path, asking: str = "") -> Path:
 
 def _load(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     """The content of a file over all that it includes; ``above``: the files that led to it."""
+    if len(above) > DEEPEST:
+        raise OptionError(f"{above[0]} includes files over more than {DEEPEST} steps: include them directly")
     if path.resolve() in above:
         chain = " includes ".join(map(str, (*above, path.resolve())))
         raise OptionError(f"a configuration cannot include itself, but {chain}: remove one of these includes")

@@ -9,6 +9,9 @@ import yaml
 
 from ...errors import DataError, OptionError
 
+LARGEST = 100_000
+"""Values in a document at most."""
+
 
 class _Loader(yaml.SafeLoader):
     """YAML without two values for one key, of which the first would be lost."""
@@ -24,8 +27,30 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse(text: str) -> Any:
-    """What a text says; raises :class:`yaml.YAMLError`, also for a key that stands twice."""
-    return yaml.load(text, _Loader)
+    """What a text says; raises :class:`yaml.YAMLError`, also for a key that stands twice, and for what is too large."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > LARGEST:
+            raise yaml.YAMLError(f"more than {LARGEST:,} values, aliases written out")
+        return loader.construct_document(node)
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply, or in itself") from None
+    except (ValueError, OverflowError) as error:  # of a date or number that is none
+        raise yaml.YAMLError(str(error)) from error
+    finally:
+        loader.dispose()
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values in a node, aliases written out, which the largest of these documents hold in a few lines."""
+    if id(node) not in known:
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = [part for one in inner for part in (one if isinstance(one, tuple) else (one,))]
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 def mapping(path: Path, expected: str) -> dict[str, Any]:
@@ -35,6 +60,8 @@ def mapping(path: Path, expected: str) -> dict[str, Any]:
     """
     try:
         content = parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read {path} ({error.strerror or error}): mend that, or give another file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

@@ -49,6 +49,8 @@ def sweep(
     if config.weights == "meta":
         raise OptionError("weights: meta has nothing that could answer: add --dry-run, or take weights: pretrained")
     store, models, clock = Store(out), config.by_model(), Stopwatch()
+    for one in models:
+        _check_apart(out, one.model)
     for later in models[1:]:
         geometry = load_model(later.model, weights="meta").geometry
         for method in settled(later):
@@ -65,6 +67,15 @@ def sweep(
     if failed:
         raise IncompleteError(_summary(failed, len(cells)), cells)
     return cells
+
+
+def _check_apart(out: Path, model: str) -> None:
+    folder = Path(model).resolve()
+    if folder.is_dir() and out.resolve().is_relative_to(folder):
+        raise OptionError(
+            f"the run folder {out} lies in that of model {model}, whose files say which weights these are: "
+            "choose another --out"
+        )
 
 
 def _summary(failed: list[str], done: int) -> str:

@@ -121,13 +121,15 @@ def decoded(task: str, doc_id: int, look: Callable[[], list[Image]]) -> list[Ima
 
     Raises :class:`DataError` where they cannot be decoded and :class:`InputError` where there are none.
     """
+    from PIL.Image import DecompressionBombError
+
     try:
         images = look()
     except DataError:
         raise
     except AttributeError:  # the stock code calls a method of an image that is None
         images = []
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
+    except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:  # what Pillow raises on damaged files
         raise DataError(
             f"{task}: the image of question {doc_id} cannot be decoded ({error}): repair or remove it"
         ) from error

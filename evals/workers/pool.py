@@ -13,11 +13,15 @@ from functools import partial
 from typing import Any
 
 from ...errors import FOREIGN
+from ...utils.interrupt import end_with
 from ..sweeps.events import Reporter
 from ..sweeps.executor import Job, Prepared
 from .devices import environments
 from .driver import SHARD, LostError, TaskError, drive
 from .worker import Worker
+
+DRIVER = "VISIBENCH_DRIVER"
+"""Variable that tells a process which one it works for."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ class _Process:
 
     def __init__(self, free: list[dict[str, str]], *arguments: str) -> None:
         self.free, self.variables, self.thread = free, free.pop(), ThreadPoolExecutor(1)
-        environment = os.environ | self.variables | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        ours = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), DRIVER: str(os.getpid())}
+        environment = os.environ | self.variables | ours
         command = [sys.executable, "-c", "from visibench.evals.workers.pool import serve; serve()", *arguments]
         # Of its own session: a terminal's Ctrl-C reaches this process alone.
         self.process: Any = subprocess.Popen(command, stdin=-1, stdout=-1, env=environment, start_new_session=True)
@@ -68,7 +73,8 @@ class _Process:
 
 
 def serve() -> None:
-    """The process: a worker that reads what it is asked, and writes what it answers."""
+    """The process: a worker that reads what it is asked, and writes what it answers, as long as its driver lives."""
+    end_with(int(os.environ[DRIVER]))
     requests, answers, worker = sys.stdin.buffer, os.fdopen(os.dup(1), "wb"), Worker(*sys.argv[1:])
     os.dup2(2, 1)  # what libraries print must not come among the answers
     with suppress(EOFError, BrokenPipeError):

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from ...errors import OptionError, suggest
+from ..tables.render import unformulated
 from . import Figure, in_order, vocabulary
 
 SECTIONS = {"benchmarks": {"benchmark"}, "summaries and cost": {"summary", "cost"}}
@@ -163,7 +164,7 @@ def _csv(records: list[dict[str, Any]]) -> str:
     writer = csv.DictWriter(stream, fields, lineterminator="\n")
     writer.writeheader()
     for line in records:
-        writer.writerow({key: _flat(value) for key, value in line.items()})
+        writer.writerow({key: unformulated(_flat(value)) for key, value in line.items()})
     return stream.getvalue().rstrip("\n")
 
 

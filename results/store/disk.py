@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,6 +13,9 @@ from pathlib import Path
 from ...errors import StorageError
 
 PARTIAL = ".partial"
+_MEND = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room")
+_MEND |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "have yourself allowed to write there")
+_MEND |= {errno.ENAMETOOLONG: "use shorter names"}
 
 
 @contextmanager
@@ -21,8 +26,9 @@ def writing(path: Path) -> Iterator[None]:
     except StorageError:
         raise
     except OSError as error:
+        mend = _MEND.get(error.errno or 0, "mend that")
         raise StorageError(
-            f"cannot write to {path} ({error.strerror or error}): make room, or choose another --out; what is finished "
+            f"cannot write to {path} ({error.strerror or error}): {mend}, or choose another --out; what is finished "
             "is kept"
         ) from error
 
@@ -30,7 +36,7 @@ def writing(path: Path) -> Iterator[None]:
 @contextmanager
 def whole(file: Path) -> Iterator[Path]:
     """Yield a name to write to; afterwards that file stands in the place of ``file``, or nothing has changed."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}{PARTIAL}")
+    partial = file.with_name(f"{file.name}.{secrets.token_hex(6)}{PARTIAL}")  # processes of several machines write
     try:
         yield partial
         with partial.open("rb+") as stream:
@@ -47,6 +53,24 @@ def write(file: Path, text: str) -> None:
     """Write a text file as a whole."""
     with whole(file) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def read(file: Path) -> bytes:
+    """The content of a file; :class:`OSError` for what is none, such as a pipe, which could be read for ever."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise OSError(errno.EINVAL, "no regular file")
+    return file.read_bytes()
+
+
+def sweep_up(folder: Path, now: float) -> None:
+    """Remove what crashed writers have left in a folder that several processes may write to.
+
+    ``now``: when a file was written there just now, by the clock of the file system; what is older than a day goes.
+    """
+    for partial in folder.glob(f"*{PARTIAL}"):
+        with suppress(OSError):
+            if partial.stat().st_mtime < now - 24 * 3600:
+                partial.unlink()
 
 
 def append(file: Path, line: bytes) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic_core import PydanticCustomError
 
 from ...utils import machine
 
@@ -22,6 +23,7 @@ CODE = ("method_file", "method_hash", "code", "sources")
 """What of a cell's configuration is about code."""
 LATER_ON = (*CODE, "protocol", "control")
 """What is left out where it is empty, as in cells of early versions, so that their hashes stay."""
+LONGEST_NAME = 500
 METRICS_SCHEMA: Literal[2] = 2
 PACKAGES = ("visibench", "torch", "torchvision", "transformers", "lmms-eval", "datasets", "pillow", "numpy")
 
@@ -34,6 +36,19 @@ class Record(BaseModel):
     def hashed(self, *, without: str) -> str:
         """Hash of all but one key as they stand in the file, so that a file can be checked without knowing its keys."""
         return digest(json.loads(self.model_dump_json(exclude={without})))
+
+
+def as_shown(text: str) -> str:
+    """The name, if it can be shown; :class:`PydanticCustomError` otherwise."""
+    if not text.strip() or not text.isprintable() or len(text) > LONGEST_NAME:
+        raise PydanticCustomError(
+            "name", f"Expected a name of 1 to {LONGEST_NAME} characters, none of which controls a terminal"
+        )
+    return text
+
+
+Label = Annotated[str, AfterValidator(as_shown)]
+"""A name that tables, pages and pictures show."""
 
 
 class TimingConfig(Record):
@@ -79,7 +94,7 @@ class CellConfig(Record):
     attention: str = "sdpa"
     method: str
     options: dict[str, Any]
-    label: str
+    label: Label
     seed: int = 0
     task: str
     origin: str = "embedded"

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -25,10 +26,10 @@ from typing import Any, TypeVar
 
 import pandas as pd
 import pyarrow as pa
-from filelock import FileLock, Timeout
+from filelock import SoftFileLease, Timeout
 from pydantic import ValidationError
 
-from ...errors import DataError
+from ...errors import DataError, StorageError
 from ...utils.bounded_cache import BoundedCache
 from . import code, disk
 from .records import UNHASHED, CellConfig, CellMetrics, Failure, Record, digest
@@ -36,6 +37,8 @@ from .records import UNHASHED, CellConfig, CellMetrics, Failure, Record, digest
 CONFIG, SAMPLES, METRICS = "config.json", "samples.parquet", "metrics.json"
 ANSWERS, FAILURES, LOCK = "answers", "failures.jsonl", "lock"
 DONE = CONFIG, SAMPLES, METRICS
+LEASE = 60.0
+"""Seconds without a sign of life after which a claim of another machine is taken over."""
 # Columns that statistics need and the kinds of NumPy that they may have; None: text, or nothing at all.
 KINDS = {
     "doc_id": "iu",
@@ -91,7 +94,7 @@ class Cell:
 def _samples(file: Path, metrics: CellMetrics) -> pd.DataFrame:
     remedy = _remedy(file)
     try:
-        content = file.read_bytes()
+        content = disk.read(file)
     except OSError as error:
         raise _unreadable(file, error) from error
     if metrics.samples_hash and metrics.samples_hash != _hash(content):
@@ -119,6 +122,7 @@ class Store:
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
+        self._leases: dict[Path, SoftFileLease] = {}  # they remember how long others' claims have been untouched
 
     def path(self, config: CellConfig) -> Path:
         """Where the cell lies or will lie."""
@@ -131,9 +135,10 @@ class Store:
         """
         cell = self.find(config)
         if cell:
-            self._relabel(config)
-            with disk.writing(cell.path):
-                self.tidy(config, f"{ANSWERS}*.jsonl", FAILURES, LOCK)
+            with _where_allowed():
+                self._relabel(config)
+                with disk.writing(cell.path):
+                    self.tidy(config, f"{ANSWERS}*.jsonl", FAILURES)
         return cell
 
     def _relabel(self, config: CellConfig) -> None:
@@ -200,7 +205,7 @@ class Store:
         """What went wrong in a cell, unless that is the attempt ``but`` (see :meth:`attempt`)."""
         file = self.path(config) / FAILURES
         try:
-            found = [Failure.model_validate_json(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            found = [Failure.model_validate_json(line) for line in disk.read(file).decode().splitlines()]
         except (OSError, ValueError):
             return []
         return [failure for failure in found if failure.attempt != but]
@@ -220,14 +225,14 @@ class Store:
     def claim(self, config: CellConfig, *, wait: float = 0) -> Iterator[bool]:
         """Within: whether this process alone works on the cell; if not, another one has for ``wait`` seconds.
 
-        The lock is the operating system's (``flock``) and ends with its process, however that ends. Processes on
-        several machines see each other's where the file system carries locks over, as NFS from version 4 does; where
-        it does not, two may do the same cell, with the same outcome.
+        The claim is a file that is there or not, so it holds on every file system that several machines share. Its
+        process touches it now and then; it ends with that process, at once for others of the same machine. On other
+        machines it ends where nobody has touched it for :data:`LEASE` seconds by the clock of who waits.
         """
         path = self.path(config)
         with disk.writing(path), ExitStack() as held:
             disk.make(path)
-            lock, mine = FileLock(path / LOCK), False
+            lock, mine = self._leases.setdefault(path, SoftFileLease(path / LOCK, lease_duration=LEASE)), False
             with suppress(Timeout):
                 held.enter_context(lock.acquire(timeout=wait))
                 mine = True
@@ -236,10 +241,15 @@ class Store:
             yield mine
 
     def save(self, name: str, text: str) -> None:
-        """Write a file of the run as a whole, such as its configuration or a table."""
+        """Write a file of the run as a whole, such as its configuration or a table, unless it says the same already."""
+        file = self.root / name
+        with suppress(OSError):
+            if disk.read(file) == text.encode():
+                return
         with disk.writing(self.root):
             disk.make(self.root)
-            disk.write(self.root / name, text)
+            disk.write(file, text)
+            disk.sweep_up(self.root, file.stat().st_mtime)
 
     def cells(self) -> list[Cell]:
         """All finished cells. Raises :class:`DataError` if there are none, or one is damaged."""
@@ -303,14 +313,24 @@ def _asked(folder: Path) -> str:
         return ""
 
 
+@contextmanager
+def _where_allowed() -> Iterator[None]:
+    """Within: what may not be written, as on a mount for reading alone, stays as it is."""
+    try:
+        yield
+    except StorageError as error:
+        if getattr(error.__cause__, "errno", None) not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+
+
 def _open(path: Path) -> Cell:
     config, config_facts = _read(path / CONFIG, CellConfig)
     metrics, metrics_facts = _read(path / METRICS, CellMetrics)
-    checksum = metrics_facts.pop("checksum", "")
+    checksum = metrics_facts.pop("checksum", None)
     counted = {key: value for key, value in config_facts.items() if key not in UNHASHED}
     if metrics.config_hash != digest(counted):
         raise DataError(f"{path / CONFIG} was changed after its run: restore it, or delete {path} and run again")
-    if checksum and checksum != digest(metrics_facts):
+    if checksum is not None and checksum != digest(metrics_facts):
         raise DataError(f"{path / METRICS} was changed after its run: restore it, or delete {path} and run again")
     return Cell(path, config, metrics)
 
@@ -329,11 +349,11 @@ def _read(file: Path, kind: type[AnyRecord]) -> tuple[AnyRecord, dict[str, Any]]
     """A record, and the JSON object that it was read from."""
     remedy = _remedy(file)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = disk.read(file).decode()
         content = json.loads(text)
     except OSError as error:
         raise _unreadable(file, error) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is damaged (no whole JSON file): {remedy}") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version not in kind.schemas:

@@ -154,8 +154,13 @@ def _csv(tables: list[ResultTable], chosen: Chosen) -> str:
     stream = io.StringIO()
     writer = csv.DictWriter(stream, fields, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: unformulated(value) for key, value in row.items()} for row in rows)
     return stream.getvalue().rstrip("\n")
+
+
+def unformulated(value: Any) -> Any:
+    """A value that a spreadsheet takes for text, not for a formula, if it is text."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def _json(tables: list[ResultTable], _: Chosen) -> str:
