@@ -35,7 +35,6 @@ from ..engine.trace import Trace
 from ..engine.views import AttentionView, LayerView
 from ..errors import InputError, OptionError, VisibenchError
 from ..methods import Method, load_method
-from ..methods.fitprune import received
 from ..methods.registry import get
 from ..models.adapters import Adapter, Geometry
 
@@ -169,7 +168,8 @@ def spared(mass: Tensor, least: Tensor) -> Tensor:
 def masses(view: AttentionView) -> Tensor:
     """(2, B, V), fp64: attention to each visual token, mean over visual queries and over text behind the image."""
     queries = (view.layout.visual, view.layout.text)
-    means = [received(view, rows).double() / rows.device_counts.clamp(min=1)[:, None] for rows in queries]
+    sums = zip(view.received(), queries, strict=True)
+    means = [received.double() / rows.device_counts.clamp(min=1)[:, None] for received, rows in sums]
     return torch.stack(means) * view.present
 
 

@@ -130,7 +130,7 @@ def concentration(view: AttentionView) -> dict[str, Tensor]:
     ``cosine``: the least cos(a - c_j, a). ``largest``: the largest |c_j|. ``carrying``: how many tokens, largest first,
     make up 90 % of the sum of all |c_j|. ``above_t``: how many |c_j| exceed t. Each (B,).
     """
-    effect, norm = contributions(view, view.layout.visual)
+    effect, norm = contributions(view)
     norm = norm * view.present
     ordered = norm.sort(dim=1, descending=True).values.cumsum(1)
     numbers = {

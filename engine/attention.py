@@ -23,7 +23,8 @@ from ..errors import UnsupportedModelError
 from ..models.adapters import Adapter
 from .layout import TokenSet
 
-BLOCK = 128
+# Rows of weights that are in memory at one time.
+BLOCK = 256
 PREFIX = "visibench_"
 
 Kernel = Callable[..., tuple[Tensor, Tensor | None]]
@@ -172,6 +173,11 @@ class Logits:
     cap: float | None = None
     mask: Tensor | None = None
 
+    @property
+    def by_place(self) -> bool:
+        """Whether they are scaled products, and who sees whom is a matter of places."""
+        return self.mask is None and self.cap is None
+
     def of(self, products: Tensor) -> Tensor:
         """Logits, without the mask."""
         logits = products * self.scaling
@@ -227,15 +233,33 @@ def cap_of(module: Any, given: Mapping[str, Any]) -> float | None:
     return None if implementation_of(module.config) == "sdpa" else given.get("softcap")
 
 
-def row_weights(query: Tensor, key: Tensor, columns: Tensor, valid: Tensor, logits: Logits) -> Tensor:
-    """Post-softmax weights (B, H, R, L), fp32, of ``query`` rows (B, H, R, d) standing at ``columns`` (B, R)."""
-    products = (query @ repeat_heads(key, query.shape[1]).transpose(-1, -2)).float()
-    column = torch.arange(key.shape[2], device=key.device)
-    visible = logits.seen(columns)
+def row_weights(query: Tensor, key: Tensor, columns: Tensor | None, valid: Tensor | None, logits: Logits) -> Tensor:
+    """Post-softmax weights (B, H, R, L), fp32, of ``query`` rows (B, H, R, d) on ``key`` (B, kv heads, L, d).
+
+    ``columns``: int (B, R), where the rows stand; None: they are the last R. ``valid``: bool (B, L); None: all count.
+    """
+    (batch, heads, rows, size), (kv_heads, length) = query.shape, key.shape[1:3]
+    # Query heads that share keys stand one below the other, so that no key is repeated.
+    q, k = query.reshape(batch * kv_heads, -1, size), key.flatten(0, 1).transpose(1, 2)
+    plain = logits.by_place and columns is None and valid is None
+    if plain and (rows == 1 or heads == kv_heads):
+        rule = query.new_empty(()) if rows == 1 else _later(rows, length, query)
+        products = torch.baddbmm(rule, q, k, beta=int(rows > 1), alpha=logits.scaling)
+        return fine(products).softmax(-1).view(batch, heads, rows, length)
+    products = fine(torch.bmm(q, k)).view(batch, heads, rows, length)
+    column = torch.arange(length, device=key.device)
+    own = column[-rows:].expand(batch, -1) if columns is None else columns
+    visible = logits.seen(own)
     if visible is None:
-        visible = (column <= columns[:, :, None]) & valid[:, None, :]
-    visible = visible | (column == columns[:, :, None])
+        visible = column <= own[:, :, None]
+        visible = visible if valid is None else visible & valid[:, None, :]
+    visible = visible | (column == own[:, :, None])
     return logits.of(products).masked_fill(~visible[:, None], float("-inf")).softmax(-1)
+
+
+def _later(rows: int, length: int, like: Tensor) -> Tensor:
+    """(R, L): minus infinity where one of the last R of L tokens would see a later one, 0 elsewhere."""
+    return like.new_full((rows, length), float("-inf")).triu(length - rows + 1)
 
 
 def received(query: Tensor, key: Tensor, scaling: float) -> Tensor:
@@ -267,36 +291,34 @@ def subset_attention(
     heads = query.shape[1]
     q = queries.pick(query, 2)
     k, v = keys.pick(key, 2), keys.pick(value, 2)
-    even = cached is None and queries is keys and min(keys.counts) == max(keys.counts)
-    if even and logits.mask is None and logits.cap is None:
+    if cached is None and queries is keys and keys.is_even and logits.by_place:
         k, v = repeat_heads(k, heads), repeat_heads(v, heads)
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=logits.scaling)
-    visible = _visible(queries, keys, logits, cached)
+    rule = _rule(queries, keys, logits, cached, query.dtype)
     if cached is not None:
         k, v = torch.cat([cached[0], k], dim=2), torch.cat([cached[1], v], dim=2)
     k, v = repeat_heads(k, heads), repeat_heads(v, heads)
     if logits.cap is None:
-        return scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], scale=logits.scaling)
-    capped = logits.of(q @ k.transpose(-1, -2)).masked_fill(~visible[:, None], float("-inf"))
-    return capped.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+        return scaled_dot_product_attention(q, k, v, attn_mask=rule, scale=logits.scaling)
+    return (logits.of(q @ k.transpose(-1, -2)) + rule).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
 
 
-def _visible(queries: TokenSet, keys: TokenSet, logits: Logits, cached: Any) -> Tensor:
-    """Bool (B, n, p + k): what compact queries see of what was cached and of compact keys."""
+def _rule(queries: TokenSet, keys: TokenSet, logits: Logits, cached: Any, dtype: torch.dtype) -> Tensor:
+    """(B, 1, n, p + k): 0 for what compact queries see of what was cached and of compact keys, else minus infinity."""
     before = 0 if cached is None else cached[0].shape[2]
     shown = logits.seen(queries.index + before)
     if shown is None:
-        visible = keys.index[:, None, :] <= queries.index[:, :, None]
-    else:
-        visible = shown.gather(2, (keys.index + before)[:, None, :].expand(-1, shown.shape[1], -1))
-    visible = visible & keys.present[:, None, :]
-    if cached is not None:
-        if shown is None:
-            seen = visible.new_ones(visible.shape[0], before) if cached[2] is None else cached[2]
-            shown = seen[:, None].expand(-1, visible.shape[1], -1)
-        visible = torch.cat([shown[..., :before], visible], dim=2)
+        rule = queries.sees(keys, dtype)
+        if cached is None:
+            return rule
+        seen = rule.new_zeros(len(rule), before)
+        seen = seen if cached[2] is None else seen.masked_fill(~cached[2], float("-inf"))
+        return torch.cat([seen[:, None, None].expand(-1, -1, rule.shape[2], -1), rule], dim=3)
+    visible = shown.gather(2, (keys.index + before)[:, None, :].expand(-1, shown.shape[1], -1))
+    visible = torch.cat([shown[..., :before], visible & keys.present[:, None, :]], dim=2)
     # Places past a row's count see something, so that no row of the softmax is empty; they are thrown away later.
-    return visible | ~queries.present[:, :, None]
+    hidden = ~(visible | ~queries.present[:, :, None])[:, None]
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
 
 
 class _Reached(Exception):

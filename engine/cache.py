@@ -47,6 +47,8 @@ class Held:
         self, fed: int, length: int, columns: Tensor | None, valid: Tensor | None, positions: Tensor | None
     ) -> Held:
         """With ``length`` more places, in the same terms; ``columns`` (B, length) count from column ``fed`` on."""
+        if not fed:
+            return Held(length, length if columns is None else 0, columns, valid, positions)
         if self.columns is None and columns is None:
             dense, all_columns = self.length + length, None
         elif columns is None:

@@ -4,7 +4,8 @@ A method is a frozen dataclass of hyperparameters. For each prefill the engine c
 :class:`Forward`, which holds the state of that one forward pass and answers at up to three places: behind the
 projector, at the input of every decoder layer, and inside its attention, or reads what its attention and MLP make of
 their inputs; :meth:`Method.vision` answers in front of the projector. Methods never touch the model: they read the
-views that the engine hands them and return :class:`Keep`, :class:`Merge`, :class:`Join` or a replaced attention output.
+views that the engine hands them and return :class:`Keep`, :class:`Ranking`, :class:`Merge`, :class:`Join` or a
+replaced attention output.
 
 Shapes: B rows of the batch, V visual tokens present (the most over the rows; shorter rows are padded at the end and
 ``view.present`` says where), H heads, L tokens, D hidden size.
@@ -21,12 +22,13 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError, suggest
-from .decisions import BlockCut, BlockMerge, Join, Keep, Merge
+from .decisions import BlockCut, BlockMerge, Join, Keep, Merge, Ranking
 
 if TYPE_CHECKING:
     from ..models.adapters import Geometry, VisionGeometry
+    from .encoding import BlockView, VisionView
     from .layout import TokenLayout, TokenSet
-    from .views import AttentionView, BlockView, LayerView, SublayerView, VisionView
+    from .views import AttentionView, LayerView, SublayerView
 
 __all__ = [
     "AttentionView",
@@ -43,6 +45,7 @@ __all__ = [
     "Merge",
     "Method",
     "Positions",
+    "Ranking",
     "SublayerView",
     "TokenLayout",
     "TokenSet",
@@ -62,7 +65,7 @@ class Forward:
         """Once, behind the projector; B counts images, contents are projected features."""
         return None
 
-    def layer_input(self, layer: int, view: LayerView) -> Keep | Merge | Join | None:
+    def layer_input(self, layer: int, view: LayerView) -> Keep | Ranking | Merge | Join | None:
         """Before decoder layer ``layer``."""
         return None
 
@@ -196,7 +199,9 @@ class Method:
         self.require(differ, f"{meant} names a layer twice in a model of {depth} layers: {remedy}{otherwise}")
 
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor] | None:
-        """Visual tokens left in each row, int (B,), by the decoder layer from whose input on; None: the inputs decide.
+        """Visual tokens left in each row, int (B,) on the host, by the decoder layer from whose input on.
+
+        None: the inputs decide.
 
         Follows from the options and the prompt's ``layout`` alone, before anything runs. No host sync.
         """
@@ -204,7 +209,7 @@ class Method:
 
     def visual_counts(self, layout: TokenLayout, geometry: Geometry) -> Tensor | None:
         """Int (B, layers): visual tokens at each layer's input, as the trace will find them; None: inputs decide."""
-        left, counts = self.left(layout, geometry), [layout.visual.device_counts]
+        left, counts = self.left(layout, geometry), [layout.visual.host_counts]
         if left is None:
             return None
         for layer in range(geometry.layers):

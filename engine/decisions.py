@@ -5,13 +5,16 @@ Shapes as in :mod:`visibench.engine.contract`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import VisibenchError
+from .layout import Cut, TokenLayout, TokenSet, cut_run, cut_to
 
 
 @dataclass(frozen=True)
@@ -20,12 +23,56 @@ class Keep:
 
     ``order``: int (B, V) or None; the tokens that stay go on in ascending order of these numbers, in place of their
     own, by methods that say so (``reorders``). Equal ones keep their order. On the vision side B counts images, which
-    never mix. ``aside``: in the decoder, the others are held aside as they are, until a :class:`Join`.
+    never mix. ``aside``: in the decoder, the others are held aside as they are, until a :class:`Join`. ``counts``: how
+    many stay in each row, from methods that have read it; the cut then need not.
     """
 
     mask: Tensor
     order: Tensor | None = None
     aside: bool = False
+    counts: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Keep the visual tokens of highest score in each row, of equal ones the earlier, and drop the others.
+
+    ``scores``: (B, V) of the ``tokens``. ``counts``: how many stay in each row, on the host, so that no cut has to
+    wait for its own numbers.
+    """
+
+    scores: Tensor
+    counts: tuple[int, ...]
+    tokens: TokenSet
+
+    @classmethod
+    def of(cls, scores: Tensor, counts: Sequence[int], tokens: TokenSet) -> Ranking:
+        """Of ``counts`` of which more than there are mean all."""
+        asked = zip(counts, tokens.counts, strict=True)
+        return cls(scores, tuple(min(count, there) for count, there in asked), tokens)
+
+    def cut(self, layout: TokenLayout) -> Cut | None:
+        """Carried out on ``layout``, whose visual tokens these are; None if all stay. No host sync."""
+        if layout.span is None or min(self.counts) != max(self.counts) or self.counts == layout.visual_counts:
+            return cut_to(layout, self.mask, self.counts)
+        best = self.scores.argsort(dim=1, descending=True, stable=True)[:, : self.counts[0]]
+        return cut_run(layout, best.sort(dim=1)[0], self.counts)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """Bool (B, V): which stay."""
+        counts = torch.tensor(self.counts).to(self.scores.device, non_blocking=True)
+        return top(self.scores, counts, self.tokens.present)
+
+
+def top(scores: Tensor, count: Tensor, present: Tensor) -> Tensor:
+    """Mask of the ``count`` highest scores of each row; ties go to the earlier token.
+
+    ``scores``: (B, V), ``count``: int (B,), ``present``: bool (B, V). Returns bool (B, V). No host sync.
+    """
+    ordered = scores.masked_fill(~present, float("-inf")).argsort(dim=1, descending=True, stable=True)
+    place = torch.arange(scores.shape[1], device=scores.device).expand_as(ordered)
+    return (torch.empty_like(ordered).scatter_(1, ordered, place) < count[:, None]) & present
 
 
 @dataclass(frozen=True)
@@ -89,9 +136,11 @@ class BlockMerge:
     bias: Tensor | None = None
 
 
-def as_merge(decision: Keep | Merge) -> Merge:
-    """A Keep as the Merge that only keeps."""
-    return decision if isinstance(decision, Merge) else Merge(decision.mask, order=decision.order)
+def as_merge(decision: Keep | Ranking | Merge) -> Merge:
+    """A decision that only keeps as the Merge that does."""
+    if isinstance(decision, Merge):
+        return decision
+    return Merge(decision.mask, order=decision.order if isinstance(decision, Keep) else None)
 
 
 def on_images(decision: Keep | Merge) -> Merge:
@@ -101,15 +150,19 @@ def on_images(decision: Keep | Merge) -> Merge:
     return as_merge(decision)
 
 
-def checked(decision: object, method: str, hook: str, present: Tensor) -> Any:
-    """What a method answered at a hook, if it can be that; ``present``: bool (B, V), of the view it was asked about.
+def checked(decision: object, method: str, hook: str, sizes: tuple[int, ...]) -> Any:
+    """What a method answered at a hook, if it can be that; ``sizes``: (B, V), of the view it was asked about.
 
     Raises :class:`VisibenchError` that names the hook, what it wants and what it got.
     """
     if decision is None:
         return None
-    shape, sizes = ("(N, P)" if hook in ("vision", "projected") else "(B, V)"), tuple(present.shape)
+    shape = "(N, P)" if hook in ("vision", "projected") else "(B, V)"
     where = f"{method}.{hook}"
+    if isinstance(decision, Ranking):
+        if tuple(decision.scores.shape) != sizes:
+            raise VisibenchError(f"{where}: Ranking wants scores {shape} = {sizes}, got {_spelled(decision.scores)}")
+        return decision
     if not isinstance(decision, Keep | Merge | Join):
         got = f"a tensor {_spelled(decision)}" if isinstance(decision, Tensor) else f"a {type(decision).__name__}"
         raise VisibenchError(f"{where}: answer with Keep(mask), mask bool {shape} = {sizes}, Merge or None, not {got}")

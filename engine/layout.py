@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,24 +18,46 @@ from ..errors import InputError
 
 PAD, PREFIX, VISUAL, TEXT = range(4)
 ADDED = -2
+Facts = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
 class TokenSet:
-    """Some tokens of each row: bool ``mask`` (B, L), and how many there are in each row, on the host."""
+    """Some tokens of each row: bool ``mask`` (B, L), or a function that makes it, and ``counts``, on the host.
 
-    mask: Tensor
-    counts: tuple[int, ...]
+    ``span``: the first place and the one behind the last, where all rows have these tokens in the same run of places;
+    then they are reached as a slice, and no index is made.
+    """
+
+    def __init__(
+        self, mask: Tensor | Callable[[], Tensor], counts: tuple[int, ...], span: tuple[int, int] | None = None
+    ) -> None:
+        self._mask, self.counts, self.span = mask, counts, span
+        self.sizes = len(counts), max(counts)  # (B, n)
+        self._sees: dict[int, tuple[TokenSet, Tensor]] = {}
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """Bool (B, L)."""
+        return self._mask if isinstance(self._mask, Tensor) else self._mask()
+
+    @property
+    def is_even(self) -> bool:
+        """Whether every row has as many."""
+        return min(self.counts) == max(self.counts)
 
     @cached_property
     def index(self) -> Tensor:
         """Int (B, n): columns of the tokens in order, n the most over the rows; meaningless past a row's count."""
-        return self.mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : max(self.counts)]
+        if self.span is not None:
+            return torch.arange(*self.span, device=self.mask.device).expand(len(self.counts), -1)
+        return self.mask.sort(dim=1, descending=True, stable=True)[1][:, : max(self.counts)]
 
     @cached_property
     def present(self) -> Tensor:
         """Bool (B, n): which entries of :attr:`index` count."""
-        return torch.arange(max(self.counts), device=self.mask.device) < self.device_counts[:, None]
+        if self.is_even:
+            return torch.ones(self.sizes, dtype=torch.bool, device=self.mask.device)
+        return torch.arange(self.sizes[1], device=self.mask.device) < self.device_counts[:, None]
 
     @cached_property
     def host_counts(self) -> Tensor:
@@ -48,8 +71,10 @@ class TokenSet:
 
     def pick(self, tokens: Tensor, dim: int) -> Tensor:
         """The entries of this set along ``dim`` (length L) of a tensor whose first dimension is the batch."""
-        if min(self.counts) == self.mask.shape[1]:
+        if min(self.counts) == tokens.shape[dim]:
             return tokens
+        if self.span is not None:
+            return tokens.narrow(dim, self.span[0], self.counts[0])
         shape = [1] * tokens.ndim
         shape[0], shape[dim] = self.index.shape
         size = list(tokens.shape)
@@ -58,15 +83,32 @@ class TokenSet:
 
     def place(self, new: Tensor, onto: Tensor, dim: int) -> Tensor:
         """A copy of ``onto`` with the entries of this set along ``dim`` taken from ``new`` (length n there)."""
+        if self.span is not None:
+            return onto.slice_scatter(new.to(onto.dtype), dim, *self.span)
         width = onto.shape[dim]
         shape = [1] * onto.ndim
         shape[0], shape[dim] = self.index.shape
-        if min(self.counts) == max(self.counts):
+        if self.is_even:
             return onto.scatter(dim, self.index.view(shape).expand_as(new), new.to(onto.dtype))
         # Entries past a row's count land in one surplus column.
         index = self.index.masked_fill(~self.present, width)
         surplus = torch.cat([onto, onto.narrow(dim, 0, 1)], dim=dim)
         return surplus.scatter(dim, index.view(shape).expand_as(new), new.to(onto.dtype)).narrow(dim, 0, width)
+
+    def sees(self, keys: TokenSet, dtype: torch.dtype) -> Tensor:
+        """(B, 1, n, k): 0 where a token of this set sees one of ``keys`` causally, minus infinity elsewhere. Made once.
+
+        Places past a row's count see something, so that no row of a softmax is empty.
+        """
+        if id(keys) not in self._sees:
+            hidden = keys.index[:, None, :] > self.index[:, :, None]
+            if not keys.is_even:
+                hidden = hidden | ~keys.present[:, None, :]
+            if not self.is_even:
+                hidden = hidden & self.present[:, :, None]
+            rule = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+            self._sees[id(keys)] = keys, rule[:, None]
+        return self._sees[id(keys)][1]
 
     def union(self, mask: Tensor, added: Sequence[int]) -> TokenSet:
         """This set and the tokens of ``mask`` (B, L), of which ``added`` in each row are not in it yet."""
@@ -75,19 +117,21 @@ class TokenSet:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """What each token of a batch is.
+    """What each token of a batch of ``rows`` × ``width`` is.
 
-    ``roles``: int (B, L) of PAD, PREFIX (text before the row's first visual token, or all text of a row without
-    image), VISUAL, TEXT (text after the first visual token). ``visual_id``: int (B, L), the index of a visual token
-    among those of the prompt, -2 for one that a merge added, -1 elsewhere. ``lengths``, ``visual_counts``,
-    ``text_counts``: valid, visual and TEXT tokens of each row, on the host.
+    ``facts`` makes :attr:`roles` and :attr:`visual_id` when they are first asked for: many layouts of a prefill are
+    never looked at. ``lengths``, ``visual_counts``, ``text_counts``: valid, visual and TEXT tokens of each row, on the
+    host. ``span``: the places of the visual tokens where no row is padded and all rows have them in the same run;
+    None otherwise.
     """
 
-    roles: Tensor
-    visual_id: Tensor
+    facts: Callable[[], Facts]
+    width: int
+    device: torch.device
     lengths: tuple[int, ...]
     visual_counts: tuple[int, ...]
     text_counts: tuple[int, ...]
+    span: tuple[int, int] | None = None
     hash_inputs: Callable[[], Tensor] | None = None
 
     @classmethod
@@ -108,18 +152,18 @@ class TokenLayout:
     @classmethod
     def from_masks(cls, is_visual: Tensor, valid: Tensor) -> TokenLayout:
         """Layout from bool masks (B, L) of visual and of valid (not padded) tokens; rows must be left padded."""
-        is_visual, valid = is_visual.cpu().bool(), valid.cpu().bool()
-        if (valid[:, :-1] & ~valid[:, 1:]).any():
+        there = valid.cpu().numpy().astype(bool)
+        if (there[:, :-1] & ~there[:, 1:]).any():
             raise InputError("rows must be left padded without gaps: set the tokenizer's padding_side to 'left'")
-        is_visual = is_visual & valid
-        seen = is_visual.cumsum(1) > 0
-        roles = torch.full(valid.shape, PREFIX, dtype=torch.int8)
-        roles[seen] = TEXT
-        roles[is_visual] = VISUAL
-        roles[~valid] = PAD
-        visual_id = torch.where(is_visual, is_visual.cumsum(1) - 1, -1)
-        count = lambda mask: tuple(mask.sum(1).tolist())  # noqa: E731
-        return cls(roles, visual_id, count(valid), count(is_visual), count(roles == TEXT))
+        visual = is_visual.cpu().numpy().astype(bool) & there
+        roles = np.full(there.shape, PREFIX, dtype=np.int8)
+        roles[visual.cumsum(1) > 0] = TEXT
+        roles[visual] = VISUAL
+        roles[~there] = PAD
+        facts = torch.from_numpy(roles), torch.from_numpy(np.where(visual, visual.cumsum(1) - 1, -1))
+        lengths, images, text = (tuple(mask.sum(1).tolist()) for mask in (there, visual, roles == TEXT))
+        span = _run(visual) if there.all() else None
+        return cls(lambda: facts, there.shape[1], torch.device("cpu"), lengths, images, text, span)
 
     @classmethod
     def batch(cls, rows: Sequence[TokenLayout]) -> TokenLayout:
@@ -137,8 +181,7 @@ class TokenLayout:
             raise InputError(f"the layout has {self.rows} rows, the batch {rows}")
         return replace(
             self,
-            roles=self.roles.expand(rows, -1),
-            visual_id=self.visual_id.expand(rows, -1),
+            facts=lambda: (self.roles.expand(rows, -1), self.visual_id.expand(rows, -1)),
             lengths=self.lengths * rows,
             visual_counts=self.visual_counts * rows,
             text_counts=self.text_counts * rows,
@@ -146,19 +189,30 @@ class TokenLayout:
 
     def to(self, device: torch.device) -> TokenLayout:
         """The same layout with its tensors on ``device``."""
-        return replace(self, roles=self.roles.to(device), visual_id=self.visual_id.to(device))
+        if device == self.device:
+            return self
+        return replace(self, facts=lambda: (self.roles.to(device), self.visual_id.to(device)), device=device)
+
+    @cached_property
+    def _facts(self) -> Facts:
+        return self.facts()
+
+    @property
+    def roles(self) -> Tensor:
+        """Int (B, L) of PAD, PREFIX, VISUAL, TEXT.
+
+        PREFIX is text before the row's first visual token, or all text of a row without image, TEXT that behind it.
+        """
+        return self._facts[0]
+
+    @property
+    def visual_id(self) -> Tensor:
+        """Int (B, L): the index of a visual token among those of the prompt, -2 for an added one, -1 elsewhere."""
+        return self._facts[1]
 
     @property
     def rows(self) -> int:
-        return self.roles.shape[0]
-
-    @property
-    def width(self) -> int:
-        return self.roles.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.roles.device
+        return len(self.lengths)
 
     @property
     def is_full(self) -> bool:
@@ -180,30 +234,43 @@ class TokenLayout:
     @cached_property
     def visual(self) -> TokenSet:
         """The visual tokens."""
-        return TokenSet(self.roles == VISUAL, self.visual_counts)
+        return TokenSet(lambda: self.roles == VISUAL, self.visual_counts, self.span)
 
     @cached_property
     def text(self) -> TokenSet:
         """The text after the row's first visual token."""
-        return TokenSet(self.roles == TEXT, self.text_counts)
+        behind = self.span and (self.span[1], self.width)
+        return TokenSet(lambda: self.roles == TEXT, self.text_counts, behind)
 
     @cached_property
     def nonvisual(self) -> TokenSet:
         """All text."""
         counts = tuple(n - v for n, v in zip(self.lengths, self.visual_counts, strict=True))
-        return TokenSet(self.valid & (self.roles != VISUAL), counts)
+        return TokenSet(lambda: self.valid & (self.roles != VISUAL), counts)
 
     @cached_property
     def everything(self) -> TokenSet:
         """All valid tokens."""
-        return TokenSet(self.valid, self.lengths)
+        return TokenSet(lambda: self.valid, self.lengths, (0, self.width) if self.is_full else None)
 
     @cached_property
     def last(self) -> TokenSet:
         """The last token of each row."""
-        is_last = torch.zeros_like(self.valid)
-        is_last[:, -1] = True
-        return TokenSet(is_last, (1,) * self.rows)
+        last = self.width - 1
+        return TokenSet(lambda: self.counted[:, : self.width] == last, (1,) * self.rows, (last, self.width))
+
+    @cached_property
+    def counted(self) -> Tensor:
+        """Int (B, n): 0, 1, 2, … in each row, n >= L. Layouts that follow by a cut share it."""
+        return torch.arange(self.width, device=self.device).expand(self.rows, -1)
+
+
+def _run(visual: np.ndarray) -> tuple[int, int] | None:
+    """The places of tokens (B, L) of which all rows have the same unbroken run."""
+    places = visual[0].nonzero()[0]
+    if not len(places) or len(places) != places[-1] - places[0] + 1 or (visual != visual[:1]).any():
+        return None
+    return int(places[0]), int(places[-1]) + 1
 
 
 @dataclass(frozen=True)
@@ -219,8 +286,15 @@ class Cut:
     def gather(self, old: Tensor, added: Tensor | None = None) -> Tensor:
         """Pick from (B, L, …) and added (B, M, …) what fills the new places."""
         source = old if added is None else torch.cat([old, added.to(old.dtype)], dim=1)
+        if len(source) == 1:
+            return source.index_select(1, self._only)
         index = self.index.view(*self.index.shape, *[1] * (source.ndim - 2)).expand(-1, -1, *source.shape[2:])
         return source.gather(1, index)
+
+    @cached_property
+    def _only(self) -> Tensor:
+        """Int (n,): the index where there is one row."""
+        return self.index[0]
 
 
 def cut(
@@ -229,15 +303,18 @@ def cut(
     added: Tensor | None = None,
     anchor: Tensor | None = None,
     order: Tensor | None = None,
+    counts: tuple[int, ...] | None = None,
 ) -> Cut | None:
-    """Drop visual tokens and add others; None if nothing changes. One host sync: the counts.
+    """Drop visual tokens and add others; None if nothing changes. One host sync: the counts, unless they are given.
 
     ``keep``: bool (B, V). ``added``: bool (B, M), the new tokens that exist; each stands right behind the token at
     ``anchor``, int (B, M) in old columns. ``order``: int (B, V), tokens that stay take each other's columns so that
     these numbers rise. Sorting by column with dropped tokens first pads on the left by itself.
     """
-    keep = keep & layout.visual.present
-    column = torch.arange(layout.width, device=layout.device).expand(layout.rows, -1) * 2
+    keep = keep if layout.visual.is_even else keep & layout.visual.present
+    if added is None and order is None:
+        return cut_to(layout, keep, tuple(keep.sum(1).tolist()) if counts is None else counts)
+    column = layout.counted[:, : layout.width] * 2
     if added is None or anchor is None:
         added, anchor = keep[:, :0], column[:, :0]
     column, moved = _in_order(layout, column, keep, order)
@@ -248,6 +325,35 @@ def cut(
     column = torch.cat([column, anchor * 2 + 1], dim=1)
     ids = torch.full_like(added, ADDED, dtype=layout.visual_id.dtype)
     return _arranged(layout, column, stays, ids, tuple(map(sum, zip(kept, new, strict=True))))
+
+
+def cut_to(layout: TokenLayout, keep: Tensor, counts: tuple[int, ...]) -> Cut | None:
+    """Drop all visual tokens but ``keep``, bool (B, V), of which there are ``counts``; None if nothing changes."""
+    if counts == layout.visual_counts:
+        return None
+    if layout.span is not None and min(counts) == max(counts):
+        return cut_run(layout, keep.sort(dim=1, descending=True, stable=True)[1][:, : counts[0]], counts)
+    stays = layout.visual.place(keep, layout.nonvisual.mask, dim=1)
+    return _arranged(layout, layout.counted[:, : layout.width], stays, layout.visual_id[:, :0], counts)
+
+
+def cut_run(layout: TokenLayout, kept: Tensor, counts: tuple[int, ...]) -> Cut:
+    """Keep of the one run of visual tokens, alike in all rows, those at ``kept``, int (B, k), ascending."""
+    assert layout.span is not None
+    first, behind = layout.span
+    places = layout.counted
+    index = torch.cat([places[:, :first], kept + first, places[:, behind : layout.width]], dim=1)
+    gone = behind - first - counts[0]
+    left = replace(
+        layout,
+        facts=lambda: (layout.roles.gather(1, index), layout.visual_id.gather(1, index)),
+        width=layout.width - gone,
+        lengths=tuple(length - gone for length in layout.lengths),
+        visual_counts=counts,
+        span=(first, behind - gone) if counts[0] else None,
+    )
+    vars(left)["counted"] = places
+    return Cut(left, index)
 
 
 def join(layout: TokenLayout, column: Tensor, others: TokenSet, other_column: Tensor, other_id: Tensor) -> Cut:
@@ -263,19 +369,23 @@ def join(layout: TokenLayout, column: Tensor, others: TokenSet, other_column: Te
 def _arranged(layout: TokenLayout, column: Tensor, stays: Tensor, other_id: Tensor, counts: tuple[int, ...]) -> Cut:
     """Those of L tokens and M visual others that stay, bool (B, L + M), by ``column``, ``counts`` of them visual."""
     lengths = tuple(n - old + now for n, old, now in zip(layout.lengths, layout.visual_counts, counts, strict=True))
-    roles = torch.cat([layout.roles, torch.full_like(other_id, VISUAL, dtype=layout.roles.dtype)], dim=1)
-    visual_id = torch.cat([layout.visual_id, other_id], dim=1)
     index = column.masked_fill(~stays, -1).argsort(dim=1, stable=True)[:, -max(lengths) :]
-    is_there = stays.gather(1, index)
-    left = TokenLayout(
-        roles.gather(1, index).masked_fill(~is_there, PAD),
-        visual_id.gather(1, index).masked_fill(~is_there, -1),
-        lengths,
-        counts,
-        layout.text_counts,
-        layout.hash_inputs,
-    )
+
+    def facts() -> Facts:
+        padded = ~stays.gather(1, index)
+        roles = torch.cat([layout.roles, torch.full_like(other_id, VISUAL, dtype=layout.roles.dtype)], dim=1)
+        ids = torch.cat([layout.visual_id, other_id], dim=1)
+        return roles.gather(1, index).masked_fill(padded, PAD), ids.gather(1, index).masked_fill(padded, -1)
+
+    span = layout.span and _span_left(layout.span[0], lengths, counts)
+    left = replace(layout, facts=facts, width=max(lengths), lengths=lengths, visual_counts=counts, span=span)
     return Cut(left, index)
+
+
+def _span_left(first: int, lengths: tuple[int, ...], counts: tuple[int, ...]) -> tuple[int, int] | None:
+    """What a cut left of a run of visual tokens from ``first`` on, where all rows have as many."""
+    even = min(counts) == max(counts) > 0 and min(lengths) == max(lengths)
+    return (first, first + counts[0]) if even else None
 
 
 def _in_order(layout: TokenLayout, column: Tensor, keep: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:

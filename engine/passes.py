@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -19,7 +20,7 @@ from ..models.adapters import Adapter
 from .attention import Logits, Parts, cap_of
 from .cache import Held, PrunedCache, adopt
 from .contract import Forward, Method
-from .decisions import Join, Keep, Merge, as_merge, checked
+from .decisions import Join, Keep, Merge, Ranking, as_merge, checked
 from .inputs import Inputs
 from .layout import TokenLayout, cut
 from .segment import Aside, Segment, at, joined, parted
@@ -64,7 +65,7 @@ class Pass:
     sublayers: int = 0
     aside: list[Aside] = field(default_factory=list)
     deepstack: list[Tensor] = field(default_factory=list)
-    _before: dict[int, Tensor] = field(default_factory=dict)
+    _before: dict[int, np.ndarray] = field(default_factory=dict)
     _hashes: RowHashes | None = None
 
     @property
@@ -149,11 +150,11 @@ class Pass:
         """How many places of each row count in what the layers hold, on the host, in one transfer."""
         padded = {id(held): held.valid.sum(1) for held in cache.held if held.valid is not None}
         if padded:
-            self._before = dict(zip(padded, torch.stack([*padded.values()]).cpu(), strict=True))
+            self._before = dict(zip(padded, torch.stack([*padded.values()]).cpu().numpy(), strict=True))
 
-    def _cached(self, held: Held) -> Tensor:
+    def _cached(self, held: Held) -> np.ndarray:
         if id(held) not in self._before:
-            self._before[id(held)] = torch.full((self.inputs.given.shape[0],), held.length)
+            self._before[id(held)] = np.full(self.inputs.given.shape[0], held.length)
         return self._before[id(held)]
 
     def _first(self, held: Held, hidden: Tensor) -> Segment:
@@ -188,7 +189,7 @@ class Pass:
         if type(prompt.forward).layer_input is not Forward.layer_input:
             view = self._layer_view(prompt, layer, module, segment, hidden, given)
             answer = prompt.forward.layer_input(layer, view)
-            decision = checked(answer, self.method.name, "layer_input", view.present)
+            decision = checked(answer, self.method.name, "layer_input", view.layout.visual.sizes)
             segment, hidden = self._apply(decision, prompt.trace, segment, hidden)
         return segment, hidden
 
@@ -241,7 +242,7 @@ class Pass:
         return Before(keys, values, segment.held.valid, self._cached(segment.held))
 
     def _apply(
-        self, decision: Keep | Merge | Join | None, trace: Trace, segment: Segment, hidden: Tensor
+        self, decision: Keep | Ranking | Merge | Join | None, trace: Trace, segment: Segment, hidden: Tensor
     ) -> tuple[Segment, Tensor]:
         """Carry out a decision: gather hidden states and make the segment that follows."""
         layout = self._layout(segment)
@@ -249,6 +250,12 @@ class Pass:
             return segment, hidden
         if isinstance(decision, Join):
             return self._join(segment, hidden)
+        if isinstance(decision, Ranking):
+            best = decision.cut(layout)
+            if best is None:
+                return segment, hidden
+            prompt, behind = parted(hidden, layout.width)
+            return self._numbered(segment.cut(best, None, None)), joined(best.gather(prompt), behind)
         visual, merge = layout.visual, as_merge(decision)
         prompt, behind = parted(hidden, layout.width)
         if merge.replaced is not None:
@@ -261,10 +268,11 @@ class Pass:
             anchor = visual.index.gather(1, token.expand(added.shape)) - (anchor < 0).long()
             if merge.added_positions is None and self.method.positions != "renumber":
                 raise VisibenchError(f"{self.method.name}: new tokens need added_positions, or positions='renumber'")
-        trace.host_syncs += 1
+        counts = decision.counts if isinstance(decision, Keep) and decision.order is None else None
+        trace.host_syncs += counts is None
         if merge.order is not None and not self.method.reorders:
             raise VisibenchError(f"{self.method.name} changes the order of tokens and does not say so: set reorders")
-        change = cut(layout, merge.mask, added, anchor, merge.order)
+        change = cut(layout, merge.mask, added, anchor, merge.order, counts)
         if change is None:
             return segment, joined(prompt, behind)
         if isinstance(decision, Keep) and decision.aside:

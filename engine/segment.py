@@ -133,9 +133,10 @@ class Segment:
         """With the places of ``change``; ``positions`` and ``columns`` (B, M) of those that come from elsewhere."""
         assert self.layout is not None
         width, behind, before = self.layout.width, self.places - self.layout.width, self.every_column
-        positions = change.gather(self.positions[:, :width], positions)
-        left = change.gather(before[:, :width], columns).masked_fill(~change.layout.valid, -1)
+        here, there = (part if not behind else part[:, :width] for part in (self.positions, before))
+        positions, left = change.gather(here, positions), change.gather(there, columns)
         valid = None if change.layout.is_full else change.layout.valid
+        left = left if valid is None else left.masked_fill(~valid, -1)
         if behind:
             positions = torch.cat([positions, self.positions[:, width:]], dim=1)
             left = torch.cat([left, before[:, width:]], dim=1)
@@ -191,6 +192,8 @@ def on_every_axis(places: Tensor, positions: Tensor) -> Tensor:
 
 def _along(table: Tensor, columns: Tensor) -> Tensor:
     """(…, B, n, d): a rotary table (…, B or 1, L, d) at ``columns``, int (B, n)."""
+    if len(columns) == 1 and columns.shape[1]:
+        return table.index_select(-2, columns[0].clamp(min=0))
     index = columns.clamp(min=0)[..., None].expand(*table.shape[:-3], -1, -1, table.shape[-1])
     return table.expand(*index.shape[:-2], *table.shape[-2:]).gather(-2, index)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     from ..utils.overlay import Overlay
 
+# Work of each row, int (B,), on the host.
+Work = np.ndarray | Tensor
 # Entered around work of the method and what carries it out, and inside that around work that the model does anyway.
 Watch = Callable[[Literal["method", "model"]], AbstractContextManager[None]]
 _nobody: AbstractContextManager[None] = nullcontext()
@@ -53,36 +56,39 @@ class Trace:
         # Where the tokens of an image lie in it (:mod:`visibench.utils.token_grids`): by the model's image processor,
         # inputs of the batch, the image's number there and its size (width, height); None where that is not known.
         self.views: Callable[[Any, Mapping[str, Any], int, tuple[int, int]], list[list[int]]] | None = None
-        self._pairs: dict[int, Tensor] = {}
+        # Sums on the host are numpy's: torch would dispatch them like work of the model.
+        self._pairs: dict[int, np.ndarray] = {}
         # Entries that each layer's KV cache held before, int (B,), and the places they take.
-        self._cached: list[Tensor] = []
+        self._cached: list[np.ndarray] = []
         self._cached_places: list[int] = []
-        self._scoring: dict[int, Tensor] = {}
+        self._scoring: dict[int, np.ndarray] = {}
         self._batch_pairs: dict[int, int] = {}
         self._batch_scoring: dict[int, int] = {}
 
     # ---- written by the engine -------------------------------------------------------------------------------
 
-    def enter(self, layout: TokenLayout, cached: Tensor | None = None, places: int = 0) -> None:
+    def enter(self, layout: TokenLayout, cached: np.ndarray | None = None, places: int = 0) -> None:
         """The next decoder layer starts with this layout, and will attend fully unless it says otherwise.
 
         ``cached``: int (B,), what its KV cache holds already, in so many ``places``; None: nothing.
         """
         self.layouts.append(layout)
-        self._cached.append(torch.zeros(layout.rows, dtype=torch.int64) if cached is None else cached)
+        self._cached.append(np.zeros(layout.rows, dtype=np.int64) if cached is None else cached)
         self._cached_places.append(places)
 
-    def attended(self, layer: int, pairs: Tensor, batch: int | None = None, *, instead: bool = False) -> None:
+    def attended(self, layer: int, pairs: Work, batch: int | None = None, *, instead: bool = False) -> None:
         """Attention over ``pairs`` int (B,) ran in ``layer``, in addition to or instead of the full one.
 
         ``batch``: pairs that the whole batch ran, by default as if every row were the one with the most.
         """
+        pairs = np.asarray(pairs)
         batch = _padded(pairs) if batch is None else batch
         self._batch_pairs[layer] = batch if instead else self._batch_attention(layer) + batch
         self._pairs[layer] = pairs if instead else self._attention(layer) + pairs
 
-    def scored(self, layer: int, macs: Tensor, batch: int | None = None) -> None:
+    def scored(self, layer: int, macs: Work, batch: int | None = None) -> None:
         """Scoring work, int (B,) MACs, was done for ``layer``; ``batch``: MACs of the whole batch, as above."""
+        macs = np.asarray(macs)
         self._batch_scoring[layer] = self._batch_scoring.get(layer, 0) + (_padded(macs) if batch is None else batch)
         self._scoring[layer] = self._scored(layer) + macs
 
@@ -129,22 +135,22 @@ class Trace:
 
     def kv_lengths(self) -> Tensor:
         """Int (B, layers): entries of each layer's KV cache right after prefill."""
-        return torch.tensor([layout.lengths for layout in self.layouts]).T + torch.stack(self._cached).T
+        return torch.tensor([layout.lengths for layout in self.layouts]).T + torch.from_numpy(np.stack(self._cached, 1))
 
     def attention_pairs(self) -> Tensor:
         """Int (B, layers): query-key pairs a head that attention really computed."""
-        return torch.stack([self._attention(layer) for layer in range(len(self.layouts))]).T
+        return torch.from_numpy(np.stack([self._attention(layer) for layer in range(len(self.layouts))], 1))
 
-    def _attention(self, layer: int) -> Tensor:
-        tokens = self.layouts[layer].everything.host_counts
+    def _attention(self, layer: int) -> np.ndarray:
+        tokens = np.array(self.layouts[layer].lengths)
         return self._pairs.get(layer, tokens * (tokens + self._cached[layer]))
 
     def scoring_macs(self) -> Tensor:
         """Int (B, layers): matrix multiply-adds spent on scoring tokens."""
-        return torch.stack([self._scored(layer) for layer in range(len(self.layouts))]).T
+        return torch.from_numpy(np.stack([self._scored(layer) for layer in range(len(self.layouts))], 1))
 
-    def _scored(self, layer: int) -> Tensor:
-        return self._scoring.get(layer, torch.zeros(self.prompt.rows, dtype=torch.int64))
+    def _scored(self, layer: int) -> np.ndarray:
+        return self._scoring.get(layer, np.zeros(self.prompt.rows, dtype=np.int64))
 
     # ---- of the whole batch, padding included -----------------------------------------------------------------
 
@@ -166,5 +172,5 @@ class Trace:
         return [self._batch_scoring.get(layer, 0) for layer in range(len(self.layouts))]
 
 
-def _padded(work: Tensor) -> int:
+def _padded(work: np.ndarray) -> int:
     return len(work) * int(work.max())

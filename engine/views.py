@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.adapters import VisionGeometry
 from . import attention
-from .encoding import Encoding
-from .layout import TokenLayout, TokenSet
+from .layout import TEXT, VISUAL, TokenLayout, TokenSet
 from .trace import Trace
 
 Edit = Callable[[Tensor], Tensor]
@@ -25,14 +24,13 @@ Sublayer = Literal["attention", "mlp"]
 class Before:
     """What a layer's KV cache held before this prefill: text that every query reads and no method sees.
 
-    ``keys``, ``values``: (B, kv heads, p, d). ``valid``: bool (B, p), None if all count. ``counts``: int (B,), how many
-    do, on the host.
+    ``keys``, ``values``: (B, kv heads, p, d). ``valid``: bool (B, p), None if all count. ``counts``: how many do, (B,).
     """
 
     keys: Tensor
     values: Tensor
     valid: Tensor | None
-    counts: Tensor
+    counts: np.ndarray
 
     def seen(self, behind: Tensor) -> Tensor:
         """Bool (B, p + L): which keys count, with those ``behind``, bool (B, L)."""
@@ -79,7 +77,7 @@ class LayerView:
 
     def scored(self, macs: Tensor) -> None:
         """Count int (B,) multiply-adds that the method itself spends on matrix products for each row."""
-        self._trace.scored(self.layer, _with_images(self.layout, macs.cpu()))
+        self._trace.scored(self.layer, _with_images(self.layout, macs.cpu().numpy()))
 
     def preview(self, rows: TokenSet | None = None) -> Tensor:
         """Attention weights (B, H, R, L), fp32, that the layer would compute for ``rows`` (default: the last token)."""
@@ -91,16 +89,12 @@ class LayerView:
         everything, before = self.layout.everything, self._before
         projected = attention.captured(self._module, self.tokens, self._told())
         query, key = rows.pick(projected.query, 2), projected.key
-        token = sum(part.shape[1] * part.shape[3] for part in projected[:3]) * self.tokens.shape[2]
-        pair, width = query.shape[1] * query.shape[3], self.layout.width
-        macs = token * everything.host_counts + pair * _pairs(rows, everything, before)
+        token = sum(_size(part) for part in projected[:3]) * int(self.tokens.shape[2])
+        pair, width = _size(query), self.layout.width
+        macs = token * np.array(everything.counts) + pair * _pairs(rows, everything, before)
         batch = self.layout.rows * (width * token + pair * max(rows.counts) * (width + _places(before)))
         self._trace.scored(self.layer, _with_images(self.layout, macs), batch)
-        logits = replace(projected.logits, mask=self._mask())
-        for first in range(0, max(rows.counts), attention.BLOCK):
-            block = slice(first, first + attention.BLOCK)
-            index = rows.index[:, block]
-            yield _weights(query[:, :, block], key, index, self.layout, before, logits), rows.present[:, block]
+        yield from _blocks(query, key, rows, self.layout, before, replace(projected.logits, mask=self._mask()))
 
 
 class AttentionView:
@@ -153,14 +147,88 @@ class AttentionView:
         """Post-softmax attention weights (B, H, R, L), fp32, of the asked ``rows`` (default: the last token) alone."""
         rows = rows or self.layout.last
         self._scored(rows)
-        return self._weights(rows.index)
+        return self._weights(rows)
 
     def scan(self, rows: TokenSet) -> Iterator[tuple[Tensor, Tensor]]:
         """Attention weights of many ``rows`` in blocks: (B, H, r, L), fp32, and which of the r rows count (B, r)."""
         self._scored(rows)
-        blocks = (t.split(attention.BLOCK, dim=1) for t in (rows.index, rows.present))
-        for index, present in zip(*blocks, strict=True):
-            yield self._weights(index), present
+        yield from _blocks(rows.pick(self._query, 2), self._key, rows, self.layout, self._before, self._logits)
+
+    def received(self) -> tuple[Tensor, Tensor]:
+        """Attention (B, V), fp32, that each visual token gets from visual tokens and from the text behind the image.
+
+        The largest weight over heads, summed over queries. These stand at the end of each row; they are taken in blocks
+        from there, with the keys up to the block's last row.
+        """
+        layout, before = self.layout, self._before
+        cached = _places(before)
+        key = self._key if before is None else torch.cat([before.keys, self._key], dim=2)
+        valid = None if layout.is_full and before is None else _valid(layout, before)
+        self._scored_behind()
+        sums: list[Tensor] = []
+        for first, end, seen in self._behind():
+            query, keys = self._query[:, :, first:end], key if seen == layout.width else key[:, :, : cached + seen]
+            counts = None if valid is None else valid[:, : cached + seen]
+            rows = None if seen == end else layout.counted[:, first:end] + cached
+            weights = attention.row_weights(query, keys, rows, counts, self._logits)
+            most = weights.amax(1)
+            block = _summed(most[..., cached:] if cached else most, layout, first)
+            # The last block, which comes first, has all columns.
+            for total, more in zip(sums, block, strict=False):
+                total.narrow(1, 0, more.shape[1]).add_(more)
+            sums = sums or [*block]
+        own, cross = sums
+        if layout.span is None:
+            return layout.visual.pick(own, 1), layout.visual.pick(cross, 1)
+        return own, cross
+
+    def contributions(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What each visual token contributes to the last token, fp32: a · c_j (B, V), |c_j| (B, V) and |a| (B, 1).
+
+        a is the last token's attention output with its heads side by side, c_j the part of it that comes from token j:
+        its weight times its value. One product with the values, of which no copy in fp32 is made.
+        """
+        last = self.layout.last
+        self._scored(last)
+        self._scored(last)  # once with the keys, once with the values
+        batch, heads, size = self._query.shape[0], self._query.shape[1], self._query.shape[3]
+        output, value = self.output[:, -1:], self._value.flatten(0, 1).transpose(1, 2)
+        # Heads that share values stand one below the other.
+        weights = self._weights(last).reshape(len(value), -1, self.layout.width)
+        along = torch.bmm(output.reshape(len(value), -1, size), value)
+        exact = torch.float64 if value.dtype == torch.float64 else torch.float32
+        length = weights * torch.linalg.vector_norm(value, dim=1, keepdim=True, dtype=exact)
+        dot, norm = (weights * along).view(batch, heads, -1).sum(1), length.view(batch, heads, -1)
+        dot, norm = (self.layout.visual.pick(part, 1) for part in (dot, torch.linalg.vector_norm(norm, dim=1)))
+        return dot, norm, torch.linalg.vector_norm(output, dim=(2, 3), dtype=exact)
+
+    def on_host(self, numbers: Tensor) -> list[list[float]]:
+        """Numbers (n, B) on the host. Waits for the device: once a layer at most, to decide what to cut."""
+        self._trace.host_syncs += 1
+        return numbers.tolist()
+
+    def _behind(self) -> list[tuple[int, int, int]]:
+        """Blocks of the rows from the first visual token on, the last first: their columns, and how many keys they see.
+
+        All keys where who sees whom is not a matter of places.
+        """
+        counts = zip(self.layout.visual_counts, self.layout.text_counts, strict=True)
+        width, most = self.layout.width, max(map(sum, counts))
+        ends = range(width, width - most, -attention.BLOCK)
+        causal = self._logits.mask is None
+        return [(max(end - attention.BLOCK, width - most), end, end if causal else width) for end in ends]
+
+    def _scored_behind(self) -> None:
+        """Weights of those rows are computed, block by block, over the keys that the block sees."""
+        layout, before, size = self.layout, self._before, _size(self._query)
+        there = np.array(layout.lengths) + (0 if before is None else before.counts)
+        rows = np.array(layout.visual_counts) + np.array(layout.text_counts)
+        pairs, batch = np.zeros_like(rows), 0
+        for first, end, seen in self._behind():
+            of_block = (rows - (layout.width - end)).clip(0, attention.BLOCK)
+            pairs += of_block * (there - (layout.width - seen))
+            batch += layout.rows * (end - first) * (_places(before) + seen)
+        self._trace.scored(self.layer, _with_images(layout, pairs * size), batch * size)
 
     def reread(self, edit: Edit, rows: TokenSet | None = None, onto: Tensor | None = None) -> Tensor:
         """Attention output (B, L, H, d) whose ``rows`` (default: all) read other values with the weights they have.
@@ -191,7 +259,7 @@ class AttentionView:
         """
         batch, heads, width, size = self._query.shape
         out = self._query.new_zeros(batch, width, heads, size) if onto is None else onto
-        pairs, batch_pairs = torch.zeros(batch, dtype=torch.int64), 0
+        pairs, batch_pairs = np.zeros(self.layout.rows, dtype=np.int64), 0
         for queries, keys in parts:
             if max(queries.counts) == 0:
                 continue
@@ -207,14 +275,13 @@ class AttentionView:
 
     def _scored(self, rows: TokenSet) -> None:
         """Weights of ``rows`` are computed, over all columns."""
-        size, width = self._query.shape[1] * self._query.shape[3], self.layout.width + _places(self._before)
+        size, width = _size(self._query), self.layout.width + _places(self._before)
         macs = _with_images(self.layout, _pairs(rows, self.layout.everything, self._before) * size)
         self._trace.scored(self.layer, macs, self.layout.rows * max(rows.counts) * width * size)
 
-    def _weights(self, index: Tensor) -> Tensor:
-        wide = index[:, None, :, None].expand(-1, self._query.shape[1], -1, self._query.shape[3])
-        query = self._query.gather(2, wide)
-        return _weights(query, self._key, index, self.layout, self._before, self._logits)
+    def _weights(self, rows: TokenSet) -> Tensor:
+        query = rows.pick(self._query, 2)
+        return _weights(query, self._key, rows, self.layout, self._before, self._logits)
 
     def _subset(self, values: Tensor, queries: TokenSet, keys: TokenSet) -> Tensor:
         before = self._before
@@ -238,148 +305,67 @@ class SublayerView:
         return self.layout.visual.present
 
 
-class VisionView:
-    """The output of the vision tower: N images (of all rows, in order), P patches each."""
-
-    def __init__(self, encoding: Encoding) -> None:
-        self._encoding = encoding
-
-    @property
-    def features(self) -> Tensor:
-        """(N, P, Dv): what enters the projector."""
-        assert self._encoding.features is not None
-        return self._encoding.features
-
-    @property
-    def projected(self) -> Tensor:
-        """(N, P, D): what leaves the projector; only in :meth:`~visibench.methods.Forward.projected`."""
-        assert self._encoding.projected is not None
-        return self._encoding.projected
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side of the image."""
-        return self._encoding.vision.grid
-
-    @property
-    def vision(self) -> VisionGeometry:
-        """Sizes of the vision side."""
-        return self._encoding.vision
-
-    @property
-    def cls(self) -> Tensor:
-        """The feature (N, Dv) of the CLS token, for methods with ``vision_cls``."""
-        assert self._encoding.cls is not None
-        return self._encoding.cls
-
-    @property
-    def present(self) -> Tensor:
-        """Bool (N, P): all true, images have no padding."""
-        return torch.ones(self.features.shape[:2], dtype=torch.bool, device=self.features.device)
-
-    def cls_weights(self, block: int = -1, *, single_head: bool = False) -> Tensor:
-        """Attention weights (N, heads, P), fp32, from CLS to the patches in a vision block.
-
-        ``block`` counts back from the block whose output the model uses as features (-1: that block itself, 0: the
-        one after it). ``single_head``: weights (N, 1, P) as if the block had one head of the full width.
-        """
-        query, key, scaling = self._encoding.blocks[block]
-        self._encoding.scored(key.shape[1] * key.shape[2] * key.shape[3])
-        query = query[:, :, :1]
-        if single_head:
-            query, key = (t.transpose(1, 2).flatten(2)[:, None] for t in (query, key))
-            scaling = query.shape[3] ** -0.5
-        logits = attention.fine(query @ key.transpose(-1, -2)).squeeze(2)
-        return (logits * scaling).softmax(-1)[:, :, 1:]
-
-    def received(self, block: int = -1) -> Tensor:
-        """Attention (N, P), fp32, that each patch receives in a vision block: mean over heads and all queries.
-
-        CLS is one of the queries. For blocks that the method names in ``blocks_received``; rows are taken in blocks.
-        """
-        encoding = self._encoding
-        got = encoding.received.get(block)
-        got = attention.received(*encoding.blocks[block]) if got is None else got
-        encoding.scored(encoding.vision.hidden * got.shape[1] ** 2)
-        return got[:, int(encoding.vision.has_cls) :]
-
-    def keys(self, block: int = -1) -> Tensor:
-        """Keys (N, heads, P, d) of the patches in a vision block."""
-        return self._encoding.blocks[block][1][:, :, 1:]
-
-    def scored(self, macs: int) -> None:
-        """Count ``macs`` multiply-adds an image that the method itself spent on matrix products."""
-        self._encoding.scored(macs)
-
-
-class BlockView:
-    """A block of the vision tower, behind its attention or its MLP as the method says: N images, P patches each.
-
-    ``block``: its number. ``tokens``: hidden states (N, t, Dv) of all tokens, CLS first where there is one. ``vision``:
-    sizes of the tower. ``counts``: the patches of each image, on the host.
-    """
-
-    def __init__(self, block: int, tokens: Tensor, encoding: Encoding) -> None:
-        assert encoding.inside.attended is not None
-        self._query, self.keys, self.values, self._scaling = encoding.inside.attended
-        self.block, self.tokens, self.vision = block, tokens, encoding.vision
-        self.counts = tuple(count - int(self.vision.has_cls) for count in encoding.inside.counts)
-        self._encoding, self._inside = encoding, encoding.inside
-
-    @property
-    def size(self) -> Tensor:
-        """(N, t), fp32: how many of the image's tokens each token stands for."""
-        size = self._inside.size
-        return self.tokens.new_ones(self.tokens.shape[:2], dtype=torch.float32) if size is None else size
-
-    @property
-    def memory(self) -> Tensor | None:
-        """(N, P): what the method set here in an earlier block, of the patches that are left; None if nothing."""
-        return self._inside.memory
-
-    @memory.setter
-    def memory(self, values: Tensor) -> None:
-        self._inside.memory = values
-
-    def cls_logits(self, of: Literal["keys", "values"] = "keys") -> Tensor:
-        """Logits (N, heads, t), fp32, of CLS's attention; with ``of="values"`` products of its value and each token's.
-
-        Minus infinity where there is no token, so that a softmax over all is one over those that are there.
-        """
-        if of == "keys":
-            logits = attention.fine(self._query @ self.keys.transpose(-1, -2)) * self._scaling
-        else:
-            logits = attention.fine(self.values[:, :, :1] @ self.values.transpose(-1, -2))
-        width = self.keys.shape[1] * self.keys.shape[3]
-        self.scored(tuple((count + 1) * width for count in self.counts))
-        if self._inside.present is not None:
-            logits = logits.masked_fill(~self._inside.present[:, None, None], float("-inf"))
-        return logits.squeeze(2)
-
-    def scored(self, macs: int | tuple[int, ...]) -> None:
-        """Count ``macs`` multiply-adds that the method itself spent on matrix products: an int, or one of each image.
-
-        Where images differ each is taken to be padded to the largest.
-        """
-        self._encoding.scored(macs)
-
-
 def _weights(
+    query: Tensor, key: Tensor, rows: TokenSet, layout: TokenLayout, before: Before | None, logits: attention.Logits
+) -> Tensor:
+    """Weights (B, H, R, L) of the ``query`` of ``rows``; what was cached before takes its share."""
+    if before is None and layout.is_full and rows.span is not None and rows.span[1] == layout.width and logits.by_place:
+        return attention.row_weights(query, key, None, None, logits)
+    return _at(query, key, rows.index, layout, before, logits)
+
+
+def _blocks(
+    query: Tensor, key: Tensor, rows: TokenSet, layout: TokenLayout, before: Before | None, logits: attention.Logits
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same in blocks, and which of their rows count."""
+    if rows.span is not None and rows.counts[0] <= attention.BLOCK:
+        yield _weights(query, key, rows, layout, before, logits), rows.present
+        return
+    for first in range(0, max(rows.counts), attention.BLOCK):
+        block = slice(first, first + attention.BLOCK)
+        index, present = rows.index[:, block], rows.present[:, block]
+        yield _at(query[:, :, block], key, index, layout, before, logits), present
+
+
+def _at(
     query: Tensor, key: Tensor, index: Tensor, layout: TokenLayout, before: Before | None, logits: attention.Logits
 ) -> Tensor:
-    """Weights (B, H, R, L) of query rows standing at ``index``, int (B, R); what was cached before takes its share."""
-    if before is None:
-        return attention.row_weights(query, key, index, layout.valid, logits)
-    cached, keys = _places(before), torch.cat([before.keys, key], dim=2)
-    return attention.row_weights(query, keys, index + cached, before.seen(layout.valid), logits)[..., cached:]
+    """The same of query rows standing at ``index``, int (B, R)."""
+    cached = _places(before)
+    keys = key if before is None else torch.cat([before.keys, key], dim=2)
+    return attention.row_weights(query, keys, index + cached, _valid(layout, before), logits)[..., cached:]
+
+
+def _valid(layout: TokenLayout, before: Before | None) -> Tensor:
+    """Bool (B, p + L): which keys count."""
+    return layout.valid if before is None else before.seen(layout.valid)
+
+
+def _summed(most: Tensor, layout: TokenLayout, first: int) -> tuple[Tensor, Tensor]:
+    """Sums of weights (B, R, n) over visual and over text rows, which stand from column ``first`` on.
+
+    Of the visual columns where those are one run in all rows, else of all n.
+    """
+    rows = most.shape[1]
+    if layout.span is None:
+        roles = layout.roles[:, first : first + rows, None]
+        return (most * (roles == VISUAL)).sum(1), (most * (roles == TEXT)).sum(1)
+    most, border = most[..., slice(*layout.span)], min(max(layout.span[1] - first, 0), rows)
+    visual, text = most.split([border, rows - border], dim=1)
+    return visual.sum(1), text.sum(1)
+
+
+def _size(part: Tensor) -> int:
+    """Heads times head size, a number of Python's also while the model is traced."""
+    return int(part.shape[1]) * int(part.shape[3])
 
 
 def _places(before: Before | None) -> int:
-    return 0 if before is None else before.keys.shape[2]
+    return 0 if before is None else int(before.keys.shape[2])
 
 
-def _pairs(queries: TokenSet, keys: TokenSet, before: Before | None) -> Tensor:
-    return queries.host_counts * (keys.host_counts if before is None else keys.host_counts + before.counts)
+def _pairs(queries: TokenSet, keys: TokenSet, before: Before | None) -> np.ndarray:
+    return np.array(queries.counts) * (np.array(keys.counts) + (0 if before is None else before.counts))
 
 
 def _batch_pairs(queries: TokenSet, keys: TokenSet, before: Before | None) -> int:
@@ -387,6 +373,6 @@ def _batch_pairs(queries: TokenSet, keys: TokenSet, before: Before | None) -> in
     return len(queries.counts) * max(queries.counts) * (max(keys.counts) + _places(before))
 
 
-def _with_images(layout: TokenLayout, work: Tensor) -> Tensor:
+def _with_images(layout: TokenLayout, work: np.ndarray) -> np.ndarray:
     """Work on rows that have no visual tokens (left) is the batch's doing; alone they would not be asked."""
-    return work * (layout.visual.host_counts > 0)
+    return work * (np.array(layout.visual_counts) > 0)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..engine.contract import Forward, HookPoint, Keep, Knob, Method
+from ..engine.contract import Forward, HookPoint, Keep, Knob, Method, Ranking
+from ..engine.decisions import top
 from ..errors import VisibenchError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Budgeted(Method):
         """The budget of each image, spent in front of the decoder; a method that acts inside it says so itself."""
         assert geometry.vision is not None
         patches = geometry.vision.tokens
-        return {0: layout.visual.device_counts // patches * self.budget(torch.tensor(patches))}
+        return {0: layout.visual.host_counts // patches * self.budget(torch.tensor(patches))}
 
 
 @dataclass(frozen=True)
@@ -79,22 +80,26 @@ class Ranked(Method):
         """Scores (B, V) of the visual tokens of ``view``; higher ones stay, of equal ones the earlier."""
         raise NotImplementedError
 
-    def choose(self, scores: Tensor, view: Any, count: Tensor) -> Keep:
-        """Which tokens of ``view`` stay, ``count`` of each row, int (B,): by default those of highest score."""
-        if scores.shape != view.present.shape:
+    def choose(self, scores: Tensor, view: LayerView, count: Tensor) -> Keep | Ranking:
+        """Which tokens stay, ``count`` of each row, int (B,) on the host: by default those of highest score."""
+        tokens = view.layout.visual
+        self.check_scores(scores, tokens.sizes)
+        return Ranking.of(scores, count.tolist(), tokens)
+
+    def check_scores(self, scores: Tensor, shape: tuple[int, ...]) -> None:
+        """Raise :class:`VisibenchError` unless there is one score a token: ``shape``."""
+        if scores.shape != shape:
             wanted = "(N, P)" if self.scored_at in ("vision", "projector") else "(B, V)"
             raise VisibenchError(
-                f"{self.name}.score: wants one score a token, {wanted} = {tuple(view.present.shape)}, "
-                f"got {tuple(scores.shape)}"
+                f"{self.name}.score: wants one score a token, {wanted} = {tuple(shape)}, got {tuple(scores.shape)}"
             )
-        return Keep(top(scores, count, view.present))
 
     def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
         return RankedForward(self, self.left(layout, geometry) or {})
 
 
 class RankedForward(Forward):
-    """State of one prefill: visual tokens ``left``, int (B,), by the layer where others leave, and waiting scores."""
+    """State of one prefill: visual tokens ``left``, as in the method, where others leave, and waiting scores."""
 
     def __init__(self, method: Ranked, left: dict[int, Tensor]) -> None:
         self.method, self.left = method, left
@@ -104,7 +109,7 @@ class RankedForward(Forward):
         if self.method.scored_at == "attention" and layer + 1 in self.left:
             self.scores = self.method.score(view)
 
-    def layer_input(self, layer: int, view: LayerView) -> Keep | None:
+    def layer_input(self, layer: int, view: LayerView) -> Keep | Ranking | None:
         if layer not in self.left:
             return None
         decision = self.method.choose(self.scored(layer, view), view, self.left[layer])
@@ -148,7 +153,7 @@ class Scored(Ranked, Budgeted):
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor] | None:
         if self.on_images:
             return super().left(layout, geometry)
-        return {self.at(self.layer, geometry): self.budget(layout.visual.device_counts)}
+        return {self.at(self.layer, geometry): self.budget(layout.visual.host_counts)}
 
     def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
         return ScoredImages(self) if self.on_images else super().begin(layout, geometry)
@@ -158,7 +163,9 @@ class Scored(Ranked, Budgeted):
 
     def image_tokens(self, view: VisionView) -> Keep:
         """The tokens of each image that stay."""
-        return self.choose(self.score(view), view, self.budget(view.present.sum(1)))
+        scores = self.score(view)
+        self.check_scores(scores, view.present.shape)
+        return Keep(top(scores, self.budget(view.present.sum(1)), view.present))
 
 
 class ScoredImages(Forward):
@@ -214,19 +221,7 @@ class Layered(Method):
         )
 
 
-def floored(count: Tensor, fraction: float) -> Tensor:
-    """``fraction`` of int ``count`` (any shape), floored."""
+def floored(count: Tensor, fraction: float | Tensor) -> Tensor:
+    """``fraction`` of int ``count`` (any shapes, fp64), floored."""
     # The small term undoes binary fractions just below an integer (0.29 of 100 is 28.999…).
     return (count.double() * fraction + 1e-9).floor().long()
-
-
-def top(scores: Tensor, count: Tensor, present: Tensor) -> Tensor:
-    """Mask of the ``count`` highest scores of each row; ties go to the earlier token.
-
-    ``scores``: (B, V), ``count``: int (B,), ``present``: bool (B, V). Returns bool (B, V). No host sync.
-    """
-    ordered = scores.masked_fill(~present, float("-inf")).argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(ordered).scatter_(
-        1, ordered, torch.arange(scores.shape[1], device=scores.device).expand_as(ordered)
-    )
-    return (rank < count[:, None]) & present

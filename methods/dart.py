@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..engine.contract import Keep
-from .base import Layered, Scored, top
+from .base import Layered, Scored
 from .pieces import cosine, pick
 from .registry import register
 
@@ -57,7 +57,7 @@ class DART(Scored, Layered):
         self.require(self.order in ("position", "norm"), f"order must be 'position' or 'norm', not {self.order!r}")
 
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor]:
-        total, text = layout.visual.device_counts, layout.text.device_counts
+        total, text = layout.visual.host_counts, layout.text.host_counts
         visual = total.clamp(max=self.visual_pivots)
         picks = self.share(total) * (visual + text.clamp(max=self.text_pivots))
         return {self.at(self.layer, geometry): visual + picks.minimum(total - visual)}
@@ -80,12 +80,15 @@ class DART(Scored, Layered):
         pairs = [v * (min(v, self.visual_pivots) + min(t, self.text_pivots)) for v, t in counts]
         view.scored(torch.tensor(pairs) * view.hidden.shape[2])
 
-        share = self.share(visual.device_counts)
+        most = int(self.share(visual.host_counts).max())
+        share = self.share(visual.device_counts)[:, None] * there
+        picks = (torch.arange(most, device=share.device) < share[..., None]).to(torch.int8)  # (B, pivots, most)
         is_pivot = (visual.index[:, :, None] == column.masked_fill(~there, -1)[:, None]).any(2)
-        keep = is_pivot & view.present
+        taken = (is_pivot | ~view.present).to(torch.int8)
         for pivot in range(column.shape[1]):
-            keep = keep | top(-likeness[:, pivot], share * there[:, pivot], view.present & ~keep)
-        return Keep(keep)
+            lowest = likeness[:, pivot].masked_fill(taken > 0, torch.inf).argsort(dim=1, stable=True)[:, :most]
+            taken = taken.scatter_add(1, lowest, picks[:, pivot])
+        return Keep((taken > 0) & view.present, counts=tuple(count.tolist()))
 
 
 def pivots(norms: Tensor, layout: TokenLayout, visual: int, text: int) -> tuple[Tensor, Tensor]:

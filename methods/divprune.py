@@ -48,11 +48,12 @@ def farthest(distance: Tensor, count: int) -> Tensor:
     """
     itself = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device)
     nearest = distance.masked_fill(itself, torch.inf).amin(2)
+    # A token that is picked is at no distance of itself: less than none, so that it is not picked again.
+    distance, image = distance.masked_fill(itself, -torch.inf), torch.arange(len(distance), device=distance.device)
     picked = []
     for step in range(count):
-        token = nearest.argmax(1, keepdim=True)
+        token = nearest.argmax(1)
         picked.append(token)
-        row = distance.gather(1, token[..., None].expand(-1, -1, distance.shape[1])).squeeze(1)
-        nearest = row if step == 0 else torch.minimum(nearest, row)
-        nearest = nearest.scatter(1, token, -torch.inf)  # stays so in every later minimum
-    return torch.cat(picked, dim=1) if picked else itself.new_empty(len(distance), 0, dtype=torch.int64)
+        row = distance[image, token]
+        nearest = torch.minimum(nearest, row) if step else row
+    return torch.stack(picked, dim=1) if picked else itself.new_empty(len(distance), 0, dtype=torch.int64)

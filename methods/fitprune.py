@@ -28,7 +28,7 @@ from .pieces import interpolated, share
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.contract import AttentionView, Geometry, TokenLayout, TokenSet
+    from ..engine.contract import AttentionView, Geometry, TokenLayout
 
 # Visual tokens deleted in layers 0, 1, 2, …
 SCHEDULES: dict[int, tuple[int, ...]] = {
@@ -105,16 +105,12 @@ class FitPrune(Layered, Ranked):
         number: Counter[int] = Counter()
         for layer, count in enumerate(self.schedule):
             number[self.at(layer, geometry)] += count
-        gone = accumulate(number[layer] for layer in range(geometry.layers - 1))
-        total = layout.visual.device_counts
-        left = {layer + 1: (total - share(n, self.out_of, total)).clamp(min=0) for layer, n in enumerate(gone)}
-        return {layer: left[layer] for layer in left if number[layer - 1]}
+        layers = [layer for layer in range(geometry.layers - 1) if number[layer]]
+        gone = torch.tensor([*accumulate(number[layer] for layer in layers)])[:, None]
+        total = layout.visual.host_counts
+        left = (total - share(gone, self.out_of, total)).clamp(min=0) if layers else gone
+        return {layer + 1: counts for layer, counts in zip(layers, left, strict=True)}
 
     def score(self, view: AttentionView) -> Tensor:
-        return received(view, view.layout.visual) * received(view, view.layout.text)
-
-
-def received(view: AttentionView, rows: TokenSet) -> Tensor:
-    """(B, V): attention that each visual token gets from ``rows``, the largest weight over heads, summed."""
-    blocks = [view.layout.visual.pick(weights.amax(1), 2) * present[..., None] for weights, present in view.scan(rows)]
-    return torch.stack([block.sum(1) for block in blocks]).sum(0)
+        own, cross = view.received()
+        return own * cross

@@ -51,4 +51,4 @@ class Gridded(Budgeted):
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor]:
         assert geometry.vision is not None
         rows, columns = self.grid(geometry.vision.grid)
-        return {0: layout.visual.device_counts // geometry.vision.tokens * (rows * columns)}
+        return {0: layout.visual.host_counts // geometry.vision.tokens * (rows * columns)}

@@ -80,8 +80,8 @@ def added_need_renumbering(method: Method, remedy: str = "use positions='renumbe
     method.require(method.positions == "renumber", f"its new tokens have no old position to keep: {remedy}")
 
 
-def share(number: int, out_of: int | None, total: Any) -> Any:
-    """``number``, or, ``out_of`` so many, the same share of ``total`` (an int or ints in a tensor), floored."""
+def share(number: Any, out_of: int | None, total: Any) -> Any:
+    """``number``, or, ``out_of`` so many, the same share of ``total`` (ints, or ints in tensors), floored."""
     return number if out_of is None else total * number // out_of
 
 

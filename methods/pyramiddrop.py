@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
 from ..engine.contract import HookPoint, Knob
@@ -70,8 +71,9 @@ class PyramidDrop(Layered, Ranked):
         self.check_layers("cuts", self.cuts, geometry)
 
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor]:
-        cuts, total = [self.at(layer, geometry) for layer in self.cuts], layout.visual.device_counts
-        return {cut: floored(total, ratio) for cut, ratio in zip(cuts, self.ratios, strict=True)}
+        cuts = [self.at(layer, geometry) for layer in self.cuts]
+        left = floored(layout.visual.host_counts, torch.tensor(self.ratios, dtype=torch.float64)[:, None])
+        return dict(zip(cuts, left, strict=True))
 
     @property
     def scored_at(self) -> HookPoint:

@@ -114,9 +114,9 @@ class SparseVLM(Layered):
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor] | None:
         if self.rank:
             return None
-        now, left = layout.visual.device_counts, {}
+        now, left = layout.visual.host_counts, {}
         for cut, layer in enumerate(self.after):
-            kept = self.kept(cut, layout.visual.device_counts, now)
+            kept = self.kept(cut, layout.visual.host_counts, now)
             now = kept + self.recycled(now - kept)[1] if self.recycle else kept
             left[self.at(layer, geometry) + 1] = now
         return left

@@ -64,9 +64,9 @@ class Staged(Method):
         self.require(fits, f"exit={self.exit}, but the model has {geometry.layers} layers: choose at most as many")
 
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor]:
-        left = {0: self.sinks(layout).sum(1)} if self.enter else {}
-        left[self.enter or 0] = layout.visual.device_counts
-        return left if self.exit is None else left | {self.exit: torch.zeros_like(layout.visual.device_counts)}
+        left = {0: self.sinks(layout).sum(1).cpu()} if self.enter else {}
+        left[self.enter or 0] = layout.visual.host_counts
+        return left if self.exit is None else left | {self.exit: torch.zeros_like(layout.visual.host_counts)}
 
     def sinks(self, layout: TokenLayout) -> Tensor:
         """Bool (B, L): the visual tokens that are there before ``enter``, of each image the first or none."""

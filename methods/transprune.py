@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..engine.contract import Forward, Keep, Knob
+from ..engine.contract import Forward, Keep, Knob, Ranking
 from .base import MAGNITUDES, Layered, Ranked, RankedForward, floored
 from .pieces import columns, precise
 from .registry import register
@@ -88,7 +88,7 @@ class TransPrune(Layered, Ranked):
         )
 
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor]:
-        cuts, total = [self.at(layer, geometry) for layer in self.cuts], layout.visual.device_counts
+        cuts, total = [self.at(layer, geometry) for layer in self.cuts], layout.visual.host_counts
         return {cut: floored(total, ratio) for cut, ratio in zip(cuts, self.ratios, strict=True)}
 
     def score(self, view: LayerView) -> Tensor:
@@ -116,7 +116,7 @@ class TransPruneForward(RankedForward):
             x, y = precise(view.inputs), precise(view.outputs)
             self.seen.append((x.norm(dim=2), y.norm(dim=2), (x * y).sum(2)))
 
-    def layer_input(self, layer: int, view: LayerView) -> Keep | None:
+    def layer_input(self, layer: int, view: LayerView) -> Keep | Ranking | None:
         decision = super().layer_input(layer, view)
         self.stayed = self.stayed if decision is None else decision.mask
         return decision

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..engine.contract import Forward, Keep, Knob
+from ..engine.contract import Forward, Keep, Knob, Ranking
 from .base import Layered, Ranked, RankedForward, floored
 from .pieces import columns, pick, precise
 from .registry import register
@@ -66,7 +66,7 @@ class V2Drop(Layered, Ranked):
         self.check_layers("cuts", self.cuts, geometry)
 
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor]:
-        left, now = {}, layout.visual.device_counts
+        left, now = {}, layout.visual.host_counts
         for cut, ratio in zip(self.cuts, self.ratios, strict=True):
             now = floored(now, ratio).clamp(min=1).minimum(now)
             left[self.at(cut, geometry)] = now
@@ -81,7 +81,7 @@ class V2DropForward(RankedForward):
 
     before: tuple[Tensor, Tensor]
 
-    def layer_input(self, layer: int, view: LayerView) -> Keep | None:
+    def layer_input(self, layer: int, view: LayerView) -> Keep | Ranking | None:
         decision = super().layer_input(layer, view)
         if layer + 1 in self.left:
             self.before = view.hidden, view.present if decision is None else decision.mask

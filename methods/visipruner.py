@@ -26,18 +26,18 @@ first). ``layer0`` chooses between the code's two rules for layer 0, by model si
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
-from ..engine.contract import Forward, Keep, Knob
+from ..engine.contract import Forward, Keep, Knob, Ranking
 from .base import MAGNITUDES, REFERENCE_DEPTH, Layered
 
 if TYPE_CHECKING:
-    from ..engine.contract import AttentionView, Geometry, LayerView, TokenLayout, TokenSet
+    from ..engine.contract import AttentionView, Geometry, LayerView, TokenLayout
 
 PHASES = ("shallow", "middle", "deep")
 
@@ -125,10 +125,11 @@ class VisiPrunerForward(Forward):
     def __init__(self, method: VisiPruner, layout: TokenLayout, geometry: Geometry) -> None:
         self.method = method
         self.shallow_layers = method.at(method.shallow_layers, geometry)
-        self.total = layout.visual.device_counts
-        self.filtered = torch.zeros_like(self.total, dtype=torch.bool)
-        self.idle_layers = torch.zeros_like(self.total)
-        self.keep: Tensor | None = None
+        self.total = layout.visual_counts
+        self.filtered = [False] * layout.rows
+        self.idle_layers = [0] * layout.rows
+        self.keep: Keep | Ranking | None = None
+        self.others: Tensor | None = None
 
     def attention(self, layer: int, view: AttentionView) -> Tensor | None:
         if layer < self.shallow_layers:
@@ -137,9 +138,9 @@ class VisiPrunerForward(Forward):
             self.middle(layer, view)
         return None
 
-    def layer_input(self, layer: int, view: LayerView) -> Keep | None:
+    def layer_input(self, layer: int, view: LayerView) -> Keep | Ranking | None:
         keep, self.keep = self.keep, None
-        return None if keep is None else Keep(keep)
+        return keep
 
     # ---- shallow ----------------------------------------------------------------------------------------------
 
@@ -147,18 +148,24 @@ class VisiPrunerForward(Forward):
         """The attention output of a shallow layer."""
         if self.method.skip:
             return self.skip(layer, view)
-        layout, first = view.layout, layer == 0
-        visual = layout.visual.mask[:, None, :, None]
-        half, sink = self._first_half(layout)[:, None, :, None], self._sink(layout)[:, None, :, None]
+        if self.others is None:
+            self.others = ~view.layout.visual.mask[:, None, :, None]
+        others, first = self.others, layer == 0
+
+        def without(values: Tensor) -> Tensor:
+            return values * others
 
         def text_reads(values: Tensor) -> Tensor:
-            if first and self.method.layer0 == "13b":
-                return values * ~half
-            return torch.where(visual, (values * sink).sum(2, keepdim=True) * first, values)
+            if not first:
+                return without(values)
+            if self.method.layer0 == "13b":
+                return values * ~self._first_half(view.layout)[:, None, :, None]
+            sink = self._sink(view.layout)[:, None, :, None]
+            return torch.where(others, values, (values * sink).sum(2, keepdim=True))
 
         blind = first or not self.method.visual_self_attention
-        out = view.reread(lambda values: values * ~visual) if blind else view.output
-        return view.reread(text_reads, layout.text, onto=out)
+        out = view.reread(without) if blind else view.output
+        return view.reread(text_reads, view.layout.text, onto=out)
 
     def skip(self, layer: int, view: AttentionView) -> Tensor:
         """The same with masks before the softmax. The sink competes as a key."""
@@ -174,45 +181,57 @@ class VisiPrunerForward(Forward):
         return view.attend((layout.nonvisual, text_keys), (layout.visual, layout.nonvisual))
 
     def _sink(self, layout: TokenLayout) -> Tensor:
-        index = torch.full_like(self.total, self.method.sink).clamp(max=self.total - 1)
+        index = layout.visual.device_counts.sub(1).clamp(max=self.method.sink)
         return layout.visual.mask & (layout.visual_id == index[:, None])
 
     def _first_half(self, layout: TokenLayout) -> Tensor:
-        return layout.visual.mask & (layout.visual_id < (self.total // 2)[:, None])
+        return layout.visual.mask & (layout.visual_id < layout.visual.device_counts[:, None] // 2)
 
     # ---- middle and deep --------------------------------------------------------------------------------------
 
     def middle(self, layer: int, view: AttentionView) -> None:
         """Measure what each visual token contributes to the last token, and decide for the next layer."""
-        effect, norm = contributions(view, view.layout.visual)
-        self.keep = self.rule(view, effect, norm)
+        self.keep = self.rule(view, *contributions(view))
 
-    def rule(self, view: AttentionView, effect: Tensor, norm: Tensor) -> Tensor:
-        """The visual tokens that stay by the thresholds, bool (B, V)."""
-        visual = view.layout.visual
-        weak = torch.where(view.present, effect, torch.inf).amin(1)
-        chosen = (norm > self.method.token_threshold) & view.present
-        trigger = ~self.filtered & (weak < self.method.layer_threshold)
-        keep = torch.where(trigger[:, None], chosen, view.present)
-        if "deep" in self.method.stages:
+    def rule(self, view: AttentionView, effect: Tensor, norm: Tensor) -> Keep | Ranking | None:
+        """What stays by the thresholds, None for everything. Two numbers a row are read, in one transfer."""
+        method, visual = self.method, view.layout.visual
+        chosen = norm > method.token_threshold
+        if not visual.is_even:
+            effect, chosen = effect.masked_fill(~view.present, torch.inf), chosen & view.present
+        weakest, number = view.on_host(torch.stack([effect.amin(1), chosen.sum(1)]))
+        rows = range(len(weakest))
+        filters = [not self.filtered[row] and weakest[row] < method.layer_threshold for row in rows]
+        exits = self._exits(visual.counts, weakest)
+        self.filtered = [self.filtered[row] or filters[row] for row in rows]
+        if not any(filters) and not any(exits):
+            return None
+        stay = torch.tensor([[not now for now in filters], [not now for now in exits]])
+        others, any_of = stay.to(norm.device, non_blocking=True)[..., None]
+        left = [int(number[row]) if filters[row] else visual.counts[row] for row in rows]
+        counts = tuple(0 if exits[row] else left[row] for row in rows)
+        return Keep((chosen | others) & any_of & view.present, counts=counts)
+
+    def _exits(self, there: Sequence[int], weakest: list[float]) -> list[bool]:
+        """Which rows lose all visual tokens that are ``there``, after too many layers without effect."""
+        method = self.method
+        if "deep" not in method.stages:
+            return [False] * len(there)
+        for row, weak in enumerate(weakest):
             # A row that kept everything still has its full length, and the authors' exit waits for a shorter one.
-            shortened = self.filtered & (visual.device_counts < self.total)
-            idle = shortened & ~(weak < self.method.exit_threshold)
-            if self.method.consecutive_exit:
-                self.idle_layers = self.idle_layers.masked_fill(shortened & ~idle, 0)
-            self.idle_layers = self.idle_layers + idle
-            keep = keep & (self.idle_layers < self.method.exit_layers)[:, None]
-        self.filtered = self.filtered | trigger
-        return keep
+            if self.filtered[row] and there[row] < self.total[row]:
+                idle = not weak < method.exit_threshold
+                kept = 0 if method.consecutive_exit else self.idle_layers[row]
+                self.idle_layers[row] = self.idle_layers[row] + 1 if idle else kept
+        return [idle >= method.exit_layers for idle in self.idle_layers]
 
 
-def contributions(view: AttentionView, visual: TokenSet) -> tuple[Tensor, Tensor]:
+def contributions(view: AttentionView) -> tuple[Tensor, Tensor]:
     """How much each visual token matters to the last token: cos(a - c_j, a) and |c_j|, both (B, V), fp32.
 
-    a is the last token's attention output with its heads side by side, c_j the part of it that comes from token j.
+    |a - c_j|² = |a|² - 2 a·c_j + |c_j|²; what rounding leaves of it where c_j is nearly all of a counts as 0.
     """
-    weights = visual.pick(view.weights(), 3).squeeze(2)
-    part = weights[..., None] * visual.pick(view.values, 2).float()
-    part = part.transpose(1, 2).flatten(2)
-    output = view.output[:, -1].float().flatten(1)[:, None]
-    return cosine_similarity(output - part, output, dim=-1), part.norm(dim=-1)
+    dot, norm, length = view.contributions()
+    share, part = dot / length.square(), norm / length
+    rest = 1 - share
+    return rest * torch.addcmul(rest - share, part, part).clamp(min=1e-6).rsqrt(), norm

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..engine.contract import Knob
-from .base import top
+from ..engine.contract import Keep, Knob, Ranking
 from .registry import register
 from .visipruner import VisiPruner, VisiPrunerForward
 
@@ -75,7 +74,7 @@ class ForcedVisiPruner(VisiPruner):
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor] | None:
         if not self.forced:
             return super().left(layout, geometry)
-        total, (cut, leave) = layout.visual.device_counts, self.planned(geometry)
+        total, (cut, leave) = layout.visual.host_counts, self.planned(geometry)
         return {cut: total.clamp(max=self.filter_tokens), leave: torch.zeros_like(total)}
 
     def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
@@ -89,8 +88,10 @@ class PlannedForward(VisiPrunerForward):
         super().__init__(method, layout, geometry)
         self.tokens, (self.filter_layer, self.exit_layer) = method.filter_tokens, method.planned(geometry)
 
-    def rule(self, view: AttentionView, effect: Tensor, norm: Tensor) -> Tensor:
-        """The visual tokens that stay from the next layer on, bool (B, V)."""
+    def rule(self, view: AttentionView, effect: Tensor, norm: Tensor) -> Keep | Ranking | None:
+        """What stays from the next layer on, None for everything."""
         if view.layer + 1 == self.filter_layer:
-            return top(norm, torch.full_like(self.total, self.tokens), view.present)
-        return view.present if view.layer + 1 < self.exit_layer else torch.zeros_like(view.present)
+            return Ranking.of(norm, [self.tokens] * view.layout.rows, view.layout.visual)
+        if view.layer + 1 >= self.exit_layer:
+            return Ranking.of(norm, [0] * view.layout.rows, view.layout.visual)
+        return None

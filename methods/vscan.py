@@ -91,7 +91,7 @@ class VScan(Layered, Ranked, Budgeted):
         left = {0: chosen}
         for cut, count in zip(self.cuts, counts, strict=True):
             left[self.at(cut, geometry)] = min(count, *left.values())
-        return {layer: layout.visual.device_counts // vision.tokens * count for layer, count in left.items()}
+        return {layer: layout.visual.host_counts // vision.tokens * count for layer, count in left.items()}
 
     def blocks_read(self, vision: VisionGeometry) -> tuple[int, ...]:
         return self.block_at(self.early, vision), -1

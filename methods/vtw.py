@@ -42,7 +42,7 @@ class VTW(Layered, Ranked):
         self.check_layers("layer", (self.layer,), geometry)
 
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor]:
-        return {self.at(self.layer, geometry): torch.zeros_like(layout.visual.device_counts)}
+        return {self.at(self.layer, geometry): torch.zeros_like(layout.visual.host_counts)}
 
     def score(self, view: LayerView) -> Tensor:
         return torch.zeros_like(view.present, dtype=torch.float32)  # all alike, since none stays

@@ -17,11 +17,10 @@ from ...models.adapters import Adapter
 from ..attention import Interception, received
 from ..contract import Forward, Method
 from ..decisions import Keep, Merge, as_merge, checked, on_images
-from ..encoding import Encoding
+from ..encoding import Encoding, VisionView
 from ..features import Entry, FeatureStore, SharedTower
 from ..layout import TokenLayout, TokenSet
 from ..trace import Trace, Watch
-from ..views import VisionView
 from .rows import ImageRows
 from .tower import UNSEEN, Tower
 
@@ -197,7 +196,7 @@ class VisionTap:
             encoding.projected_tokens = kept.host_counts + new
             return None
         view = VisionView(encoding)
-        encoding.decision = checked(self.method.vision(view), self.method.name, "vision", view.present)
+        encoding.decision = checked(self.method.vision(view), self.method.name, "vision", tuple(view.present.shape))
         if encoding.decision is None:
             return None
         merge = on_images(encoding.decision)
@@ -239,7 +238,9 @@ class VisionTap:
             raise InputError(f"{self.method.name} needs the images: pass pixel_values inside the `with` block")
         if encoding.decision is None:
             view = VisionView(encoding)
-            encoding.decision = checked(forward.projected(view), self.method.name, "projected", view.present)
+            encoding.decision = checked(
+                forward.projected(view), self.method.name, "projected", tuple(view.present.shape)
+            )
         if encoding.decision is None:
             return None
         rows = ImageRows(layout, encoding.vision.tokens, encoding.features.shape[0])

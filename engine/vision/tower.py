@@ -15,10 +15,9 @@ from ...models.adapters import Adapter
 from ..attention import Interception
 from ..contract import Method
 from ..decisions import BlockCut, BlockMerge
-from ..encoding import Encoding, Inside
+from ..encoding import BlockView, Encoding, Inside
 from ..segment import at
 from ..trace import Watch
-from ..views import BlockView
 
 UNSEEN = (
     "{} reads the vision tower, and the tower ran without it: set the attention implementation and compile before the "

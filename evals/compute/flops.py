@@ -183,6 +183,7 @@ def counted(model: nn.Module, inputs: dict[str, Any]) -> tuple[float, dict[str, 
     names, tensors = zip(*inputs.items(), strict=True)
     analysis = FlopCountAnalysis(_Everything(model, names), tensors)
     analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
+    analysis.set_op_handle("aten::baddbmm", lambda inputs, outputs: prod(_sizes(inputs[1])) * _sizes(inputs[2])[-1])
     analysis.set_op_handle(**dict.fromkeys(_NORMS, lambda inputs, outputs: 0))
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     return float(analysis.total()), dict(analysis.unsupported_ops())
@@ -211,6 +212,10 @@ class _Everything(nn.Module):
 
 
 def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
-    query, key, value = (tuple(v.type().sizes()) for v in inputs[:3])
+    query, key, value = map(_sizes, inputs[:3])
     pairs = prod(query[:-1]) * key[-2]
     return pairs * (query[-1] + value[-1])
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    return tuple(value.type().sizes())

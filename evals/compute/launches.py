@@ -75,8 +75,8 @@ class Reads(TorchFunctionMode):
         if counts and not free and (func in READS or masked):
             self.found.append(func.__name__)
         result = func(*args, **kwargs)
-        if free and "device" not in kwargs and isinstance(result, Tensor):
-            self._host[result] = True
+        if free and "device" not in kwargs:
+            self._host.update({leaf: True for leaf in tree_leaves(result) if isinstance(leaf, Tensor)})
         return result
 
 

@@ -16,7 +16,7 @@ from visibench.methods import Forward, Keep, Method
 
 if TYPE_CHECKING:
     from visibench.engine import TokenLayout
-    from visibench.engine.views import VisionView
+    from visibench.engine.contract import VisionView
     from visibench.models.adapters import Geometry
 
 
@@ -40,7 +40,7 @@ class Stride(Method):
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor]:
         assert geometry.vision is not None
         patches = geometry.vision.tokens
-        return {0: layout.visual.device_counts // patches * -(-patches // self.n)}
+        return {0: layout.visual.host_counts // patches * -(-patches // self.n)}
 
     def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
         return Forward()
