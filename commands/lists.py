@@ -52,8 +52,16 @@ def _explain(name: str, *, as_json: bool) -> None:
     print_list([], ["option", "default", "type", "meaning"], rows, f"\n{how(cls)}", as_json=False)
 
 
-def models(as_json: AsJson = False) -> None:
+def models(
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="Which methods run on which model family, and why others do not.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """List the models that need no download. Any supported hub name or local folder works as well."""
+    if matrix:
+        _matrix(as_json=as_json)
+        return
     from ..models import list_models
     from ..models.support import DECODERS
 
@@ -63,6 +71,23 @@ def models(as_json: AsJson = False) -> None:
         f"Tested text decoders: {', '.join(sorted(DECODERS))}."
     )
     print_list(described, ["model", "about"], [[m["name"], m["about"]] for m in described], also, as_json=as_json)
+
+
+def _matrix(*, as_json: bool) -> None:
+    """Families by methods; holes with the reason that pruning gives."""
+    from ..evals.invariants.families import families, reasons
+    from ..models.adapters import UNFIT
+
+    found = {kind: reasons(kind) for kind in families()}
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for kind, methods in found.items():
+        print(f"{kind}\n  runs    {', '.join(name for name, reason in methods.items() if not reason)}")
+        for why in dict.fromkeys(reason for reason in methods.values() if reason):
+            print(f"  refused {', '.join(name for name, reason in methods.items() if reason == why)}: {why}")
+    for kind, why in UNFIT.items():
+        print(f"{kind}\n  refused all methods: {why}")
 
 
 def tasks(as_json: AsJson = False) -> None:

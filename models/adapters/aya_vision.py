@@ -22,4 +22,8 @@ FAMILY = Family(
     vision=_shuffled,
     images=whole_images,
     towers={"siglip_vision_model": "full"},
+    example={
+        "vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False},
+        "vision_feature_select_strategy": "full",
+    },
 )

@@ -119,3 +119,5 @@ class Family:
     views: Views | None = None
     images: RandomImages | None = None
     towers: Towers = field(default_factory=dict)
+    # What a configuration needs besides transformers' defaults to be one of the family.
+    example: Mapping[str, Any] = field(default_factory=dict)

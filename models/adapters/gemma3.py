@@ -50,4 +50,5 @@ FAMILY = Family(
     views=_square,
     images=whole_images,
     towers={"siglip_vision_model": None},
+    example={"vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False}},
 )

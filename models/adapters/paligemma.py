@@ -25,4 +25,5 @@ FAMILY = Family(
     views=LLAVA.views,
     images=LLAVA.images,
     towers={"siglip_vision_model": None},
+    example={"vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False}},
 )

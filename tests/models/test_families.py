@@ -1,0 +1,45 @@
+"""What `visibench models --matrix` says of each family, and that it says what pruning does."""
+
+import json
+
+import pytest
+import visibench
+from decoders import CONFIGS, decoder_model
+from visibench.errors import VisibenchError
+from visibench.evals.invariants.families import families, reasons
+from visibench.models.adapters import FAMILIES
+
+DECODER = ["none", "random", "fastv", "pyramiddrop", "sparsevlm", "dart", "vtw", "staged", "visipruner"]
+
+
+def test_every_family_of_images_has_its_line_of_test():
+    own = {"llava_onevision", "qwen2_vl", "smolvlm", "idefics3", "vipllava"}  # tests/helpers/units.py
+    assert set(families()) - own == set(CONFIGS)
+    assert all(FAMILIES[kind].images is not None for kind in families())
+
+
+@pytest.mark.parametrize(
+    "kind", ["qwen3_vl", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llava", "gemma3"))]
+)
+def test_holes_are_what_pruning_refuses(kind):
+    found = reasons(kind)
+    assert set(found) == set(visibench.list_methods())
+    assert {found[name] for name in DECODER} == {""}
+    for name, reason in found.items():
+        if "acts on the vision side" in reason:
+            with pytest.raises(VisibenchError, match="acts on the vision side"):
+                visibench.prune(decoder_model(kind), visibench.load_method(name, tokens=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", families())
+def test_methods_of_the_decoder_run_on_every_family(kind):
+    assert {name: reasons(kind)[name] for name in DECODER} == dict.fromkeys(DECODER, "")
+
+
+@pytest.mark.slow
+def test_the_command_prints_the_matrix(cli):
+    code, out, _ = cli("models", "--matrix", "--json")
+    assert code == 0
+    assert set(json.loads(out)) == {*families()}
+    assert "llama4" in cli("models", "--matrix")[1]
