@@ -26,8 +26,8 @@ def families() -> list[str]:
 def example(kind: str) -> Any:
     """A model of a family without weights: transformers' default sizes, and what the family says besides."""
     given = FAMILIES[kind].example
-    default = AutoConfig.for_model(kind, **given)
-    text = type(default.get_text_config())(**given.get("text_config", {}), num_hidden_layers=DEPTH)
+    sizes: Any = type(AutoConfig.for_model(kind, **given).get_text_config())
+    text = sizes(**given.get("text_config", {}), num_hidden_layers=DEPTH)
     config = AutoConfig.for_model(kind, **{**given, "text_config": text})
     return build(config, "meta", None, torch.device("cpu"), "auto", "sdpa")
 
