@@ -101,7 +101,7 @@ def synthetic_inputs(adapter: Adapter, batch: int, prompt: int, visual_tokens: i
     assert adapter.image_token is not None
     generator = torch.Generator().manual_seed(seed)
     # Special tokens stand at both ends of a vocabulary.
-    text = torch.randint(3, min(adapter.image_token, 30_000), (batch, prompt), generator=generator)
+    text = torch.randint(3, min(*adapter.visual_tokens, 30_000), (batch, prompt), generator=generator)
     image = torch.full((batch, visual_tokens), adapter.image_token)
     ids = torch.cat([text[:, : prompt // 2], image, text[:, prompt // 2 :]], dim=1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
