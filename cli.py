@@ -39,8 +39,8 @@ from .utils import interrupt, machine, output
 app = typer.Typer(
     name="visibench",
     help="Compare visual-token pruning methods for multimodal LLMs: accuracy against compute.",
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 # Click's class or typer's own copy of it, depending on typer's version.
 _UsageProblem: Any = typer.BadParameter.__mro__[2]

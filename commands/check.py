@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .shared import AsJson, finished, width
+from .shared import AsJson, finished, spelled_p, width
 
 if TYPE_CHECKING:
     from ..results.gate.gate import CellChange, MetricChange, Report
@@ -92,8 +92,8 @@ def _whole(change: MetricChange) -> str:
     sees = "it can show no drop" if known is None else f"a drop of {100 * known:.2f} in all cells at once is detectable"
     return (
         f"{'FAIL' if change.verdict.dropped else '  ok'} the run as a whole: {change.title} {before} %, now {now}, "
-        f"change {difference} [{low}, {high}],\n     p {change.verdict.p_holm:.4f}, {c.questions} questions about "
-        f"{c.images} images; {sees}."
+        f"change {difference} [{low}, {high}],\n     p {spelled_p(change.verdict.p_holm)}, {c.questions} questions "
+        f"about {c.images} images; {sees}."
     )
 
 
@@ -106,7 +106,7 @@ def _line(cell: CellChange, metric: MetricChange) -> list[str]:
     floor = "–" if metric.verdict.detectable is None else f"{metric.verdict.detectable * scale:.2f}"
     span = f"{change} [{low}, {high}]"
     counts = [str(cell.questions), str(cell.answers)]
-    return [cell.name, metric.title + unit, before, now, span, f"{metric.verdict.p_holm:.4f}", floor, *counts]
+    return [cell.name, metric.title + unit, before, now, span, spelled_p(metric.verdict.p_holm), floor, *counts]
 
 
 def _changes(cell: CellChange) -> list[str]:
@@ -118,7 +118,7 @@ def _changes(cell: CellChange) -> list[str]:
     ]
     lines += [
         f"FAIL {cell.name}: {metric.title} dropped from {metric.before:.4g} to {metric.now:.4g} "
-        f"(p {metric.verdict.p_holm:.4f}, {cell.questions} questions, {cell.images} images)"
+        f"(p {spelled_p(metric.verdict.p_holm)}, {cell.questions} questions, {cell.images} images)"
         for metric in cell.metrics
         if metric.verdict.dropped
     ]

@@ -10,12 +10,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..errors import DataError, OptionError, UnknownNameError, suggest
-from .shared import AsJson, Margin, share, width
+from .shared import AsJson, Margin, share, spelled_p, width, wrapped
 
 if TYPE_CHECKING:
     from ..results.statistics.paired import PairedMetric, Pairing
     from ..results.store.store import Cell
 
+WIDE = 140
+"""Columns that the table of metrics needs with a line for each."""
 _SIDE = "A cell's folder, or DIR#LABEL:TASK of a run folder (all seeds)."
 
 
@@ -80,27 +82,30 @@ def _print(result: Pairing, show: int) -> None:
     print(f"{result.task}: {result.asked} questions of {result.total}, {scores.images} images.{subset}")
     for name, (one, two) in result.differs.items():
         print(f"Beside the method, {name} differs: A {one}, B {two}.")
+    titles = ("metric", "A", "B", "A − B", "p", "p, Holm", "test", "detectable")
+    lines = [list(titles), *map(_line, result.metrics)]
+    if width() < WIDE:  # a column for each metric, so that no number is cut
+        lines = [list(row) for row in zip(*lines, strict=True)]
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    grid.add_column("metric")
-    for title in ("A", "B", "A − B", "p", "p, Holm", "test", "detectable"):
-        grid.add_column(title, justify="right")
-    for metric in result.metrics:
-        grid.add_row(*_line(metric))
-    Console(width=width(), highlight=False).print(grid)
-    print(
-        "In brackets: 95 % interval, clustered by image. Detectable: the smallest true difference that these\n"
-        "questions show with about 80 % power, one test at α = 0.05; – where they can show none."
+    for place, title in enumerate(lines[0]):
+        grid.add_column(title, justify="right" if place else "left", no_wrap=True)
+    for line in lines[1:]:
+        grid.add_row(*line)
+    Console(width=max(width(), WIDE), highlight=False).print(grid)
+    wrapped(
+        "In brackets: 95 % interval, clustered by image. Detectable: the smallest true difference that these questions "
+        "show with about 80 % power, one test at α = 0.05; – where they can show none."
     )
     for metric in result.metrics:
         if result.margin is not None:
-            print(_equivalence(metric, result.margin))
+            wrapped(_equivalence(metric, result.margin))
     if result.agreement:
         print(f"Both answer alike on {100 * result.agreement.value:.1f} % of questions.")
     apart = f"{scores.better + scores.worse} questions tell them apart: A scores higher on {scores.better}, "
     apart += f"B on {scores.worse}."
     if scores.mcnemar_p is not None:
-        apart += f" McNemar's exact p, which takes questions as independent: {scores.mcnemar_p:.4f}."
-    print(apart)
+        apart += f" McNemar's exact p, which takes questions as independent: {spelled_p(scores.mcnemar_p)}."
+    wrapped(apart)
     for row in result.discordant[:show]:
         question, target = row["question"].splitlines()[0], row["target"].splitlines()[0]
         said = [f"{name} {', '.join(row[side]['answers'])!r}" for name, side in (("A", "first"), ("B", "second"))]
@@ -114,7 +119,8 @@ def _equivalence(metric: PairedMetric, margin: float) -> str:
     within = f"{metric.title}: a difference of less than {100 * margin:g} % of the best score"
     if metric.p_equivalent is None:
         return f"{within} cannot be tested: too few images, or no best score."
-    return f"{within} is {'' if metric.equivalent else 'not '}shown (two one-sided tests, p {metric.p_equivalent:.4f})."
+    verdict = "is shown" if metric.equivalent else "is not shown"
+    return f"{within} {verdict} (two one-sided tests, p {spelled_p(metric.p_equivalent)})."
 
 
 def _line(metric: PairedMetric) -> list[str]:
@@ -123,4 +129,4 @@ def _line(metric: PairedMetric) -> list[str]:
     spans = [(e.value, e.low, e.high) for e in (metric.first, metric.second)] + [(c.difference, c.low, c.high)]
     numbers = [f"{value * scale:.2f} [{low * scale:.2f}, {high * scale:.2f}]" for value, low, high in spans]
     floor = "–" if c.detectable is None else f"{c.detectable * scale:.2f}"
-    return [metric.title + unit, *map(escape, numbers), f"{c.p:.4f}", f"{metric.p_holm:.4f}", c.test, floor]
+    return [metric.title + unit, *map(escape, numbers), spelled_p(c.p), spelled_p(metric.p_holm), c.test, floor]

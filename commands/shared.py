@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,6 +120,16 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=total)
         yield lambda done: bar.advance(task, done)
+
+
+def wrapped(text: str) -> None:
+    """Print prose, its lines broken between words."""
+    print(textwrap.fill(text, min(terminal() or 110, 110)))
+
+
+def spelled_p(p: float) -> str:
+    """A p-value in four decimals; none is 0."""
+    return "< 0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
 def integers(text: str, separator: str, option: str) -> list[int]:

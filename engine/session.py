@@ -38,6 +38,9 @@ _active: WeakSet[nn.Module] = WeakSet()
 class PruningSession:
     """A model under a pruning method; use :func:`prune`. ``trace`` is the record of the latest prefill."""
 
+    def __repr__(self) -> str:
+        return f"PruningSession({self.method} on {type(self.model).__name__})"
+
     def __init__(
         self,
         model: PreTrainedModel,

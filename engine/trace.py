@@ -38,6 +38,13 @@ class Trace:
     besides, since its rows are padded to the longest, is kept for the batch as a whole.
     """
 
+    def __repr__(self) -> str:
+        before = self.prompt.visual_counts
+        after = self.layouts[-1].visual_counts if self.layouts else before
+        shown = "; ".join(f"{one} to {two}" for one, two in zip(before[:4], after, strict=False))
+        more = f"; and {len(before) - 4} rows more" if len(before) > 4 else ""
+        return f"Trace({len(before)} rows, {self.layers} layers, visual tokens {shown}{more})"
+
     def __init__(self, prompt: TokenLayout, layers: int, watch: Watch = unwatched) -> None:
         self.prompt, self.watch = prompt, watch
         self.layers = layers

@@ -30,7 +30,7 @@ EMBEDDED = {"tiny": Path(__file__).parent / "tiny" / "checkpoint"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass
+@dataclass(repr=False)
 class LoadedModel:
     """A vision-language model ready to answer questions: ``model`` and ``processor`` are plain transformers objects.
 
@@ -42,6 +42,12 @@ class LoadedModel:
     processor: Any
     weights: Weights = "pretrained"
     protocol: Protocol = HF
+
+    def __repr__(self) -> str:
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        weights = "" if self.weights == "pretrained" else f", weights {self.weights}"
+        size = f"{self.model.num_parameters() / 1e6:.4g} M parameters"
+        return f"LoadedModel({self.name!r}, {type(self.model).__name__}, {size}, {dtype}, {self.model.device}{weights})"
 
     @cached_property
     def adapter(self) -> Adapter:

@@ -82,6 +82,7 @@ class _Layout:
     def width(self, table: ResultTable, column: Column) -> int:
         """Of a column, with what stands between two of them."""
         entries = [self.spell(column.show(row)) for row in table.rows]
+        entries += [title for title, _ in table.grouped()] if column.words else []  # they stand in its place
         longest = max(len(line) for text in (column.title, *entries) for line in text.split("\n"))
         return (min(longest, self.label) if column.words else longest) + 3
 

@@ -58,7 +58,9 @@ def test_method_list_spells_defaults_as_the_command_line_reads_them(cli):
     _, out, _ = cli("methods")
     assert "stages=shallow+middle+deep" in out
     (fastv,) = (entry for entry in json.loads(cli("methods", "--json")[1]) if entry["name"] == "fastv")
-    assert fastv["options"]["layer"] == {"type": "int", "default": 2}
+    layer = fastv["options"]["layer"]
+    assert (layer["type"], layer["default"]) == ("int", 2)
+    assert "decoder layer" in layer["meaning"]
     assert fastv["paper"] == "2403.06764"
 
 

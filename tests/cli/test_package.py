@@ -29,6 +29,29 @@ def test_import_is_light_and_names_are_there():
         _ = visibench.prunes
 
 
+def test_pruning_a_model_of_ones_own_imports_no_harness():
+    """Neither lmms-eval nor what only tables, pictures and sinks need."""
+    code = """
+import sys, torch, visibench
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+                          image_size=16, patch_size=4)
+text = LlamaConfig(hidden_size=48, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, vocab_size=64)
+model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=5)).eval()
+ids = torch.tensor([[1, 2] + [5] * 16 + [3, 4]])
+with visibench.prune(model, visibench.load_method("fastv", layer=2, keep=0.5)) as session:
+    model(input_ids=ids, pixel_values=torch.randn(1, 3, 16, 16), attention_mask=torch.ones_like(ids))
+print(session)
+print(session.trace)
+print(sorted({"lmms_eval", "wandb", "matplotlib", "pandas", "datasets", "pyarrow", "ray"} & set(sys.modules)))
+"""
+    assert python(code).splitlines() == [
+        "PruningSession(fastv:keep=0.5 on LlavaForConditionalGeneration)",
+        "Trace(1 rows, 4 layers, visual tokens 16 to 8)",
+        "[]",
+    ]
+
+
 def test_versions_agree():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert visibench.__version__ == declared == version("visibench")
