@@ -24,6 +24,7 @@ from .geometry import Weights, about, build, check_weights, configuration, nbyte
 from .inputs import as_text, prepared, special_tokens
 from .protocols import HF, Protocol, find
 from .support import check_configuration
+from .weights import Quantization, placement
 from .weights import read as read_weights
 
 EMBEDDED = {"tiny": Path(__file__).parent / "tiny" / "checkpoint"}
@@ -96,9 +97,10 @@ class LoadedModel:
         plain = [as_text(question, self.processor) for question in questions]
         texts = [self.protocol.prompt(self.processor, *row) for row in zip(plain, map(len, rows), strict=True)]
         options = special_tokens(texts, self.processor.tokenizer)
-        flat = self.protocol.shaped(self.processor, [picture for pictures in rows for picture in pictures])
+        # By row: processors that cut a lone image into tiles, and none of several, cannot tell otherwise.
+        nested = [self.protocol.shaped(self.processor, pictures) for pictures in rows] if any(rows) else None
         inputs = self.processor(
-            text=texts, images=flat or None, padding=True, padding_side="left", return_tensors="pt", **options
+            text=texts, images=nested, padding=True, padding_side="left", return_tensors="pt", **options
         )
         length, text = inputs["input_ids"].shape[1], self.model.config.get_text_config()
         most = getattr(text, "max_position_embeddings", None) or length
@@ -117,6 +119,14 @@ class LoadedModel:
         """Text of generated token ids (B, n), without special tokens."""
         return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
 
+    def _placed(self) -> dict[str, Any]:
+        """How weights are packed and where they lie, where that is not the plain way."""
+        packed = getattr(self.model.config, "quantization_config", None)
+        spread = getattr(self.model, "hf_device_map", None)
+        return ({"quantization": packed if isinstance(packed, dict) else packed.to_dict()} if packed else {}) | (
+            {"device_map": {part: str(place) for part, place in spread.items()}} if spread else {}
+        )
+
     def describe(self) -> dict[str, Any]:
         """Facts that every result must carry: name, dtype, device, attention, image processor, versions."""
         device = self.model.device
@@ -132,6 +142,7 @@ class LoadedModel:
             "image_processor": self.processor and type(self.processor.image_processor).__name__,
             "image_backend": self.processor and getattr(self.processor.image_processor, "backend", None),
             "weights": self.weights,
+            **self._placed(),
             "template": self.processor and self.protocol.template_of(self.processor),
             "versions": {name: version(name) for name in ("torch", "transformers", "visibench")},
         }
@@ -153,6 +164,8 @@ def load_model(
     weights: Weights = "pretrained",
     layers: int | None = None,
     protocol: str | Mapping[str, Any] | Protocol = HF,
+    device_map: Any = None,
+    quantization: Quantization | None = None,
 ) -> LoadedModel:
     """Load a model by name (``tiny``), local folder or hub id such as ``llava-hf/llava-1.5-7b-hf``.
 
@@ -160,10 +173,13 @@ def load_model(
     the checkpoint's own on GPU), ``float32``, ``bfloat16``, ``float16``. Weights are read from safetensors only.
     ``weights``: ``random`` needs no download for the names in ``geometry.yaml``, ``meta`` no memory either, for sizes
     and compute alone; both take ``layers``, to keep only that many decoder layers. ``protocol``: how it is asked, see
-    :func:`~visibench.models.protocols.find`.
+    :func:`~visibench.models.protocols.find`. ``device_map``: as transformers takes it, in place of ``device``; the
+    decoder must lie on one device. ``quantization``: ``4bit`` or ``8bit``, by bitsandbytes while weights are read.
     Raises UnknownNameError, UnsupportedModelError, OptionError or DataError.
     """
     check_weights(name_or_path, weights, layers)
+    if weights != "pretrained" and (device_map is not None or quantization is not None):
+        raise OptionError("device_map and quantization are about weights that are read: leave weights out")
     asked = protocol if isinstance(protocol, Protocol) else find(protocol)
     source, place = _source(name_or_path), _device(device)
     precision = _precision(dtype, place)
@@ -178,8 +194,10 @@ def load_model(
         model: Any
         if weights == "pretrained":
             options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+            options |= placement(device_map, quantization, place, precision)
             model = read_weights(name_or_path, source, config, dtype=precision, **options)
-            model.to(place)
+            if "device_map" not in options:
+                model.to(place)
         else:
             model = build(config, weights, layers, place, precision, attn_implementation)
         loaded = LoadedModel(name_or_path, model.eval(), processor, weights, asked)

@@ -11,15 +11,16 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
-from ..errors import DataError
+from ..errors import DataError, OptionError, suggest
 from ..utils.memory import check_room
 from .geometry import build, nbytes
 
@@ -36,7 +37,7 @@ def read(name: str, source: str, config: Any, **options: Any) -> Any:
     a model that is larger than the host's memory. Of a checkpoint on this disk numbers are counted first, so that one
     that holds less than half of what ``config`` asks for does not fill it.
     """
-    if not hasattr(config, "quantization_config"):
+    if not hasattr(config, "quantization_config") and "quantization_config" not in options:
         _check_size(name, source, build(config, "meta", None, torch.device("cpu"), options["dtype"], "sdpa"))
     with _unreported(bar=not Path(source).is_dir()):
         read_with_report: Any = partial(AutoModelForImageTextToText.from_pretrained, output_loading_info=True)
@@ -95,3 +96,22 @@ def _unreported(*, bar: bool) -> Iterator[None]:
         logger.removeFilter(silent)
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+Quantization = Literal["4bit", "8bit"]
+
+
+def placement(device_map: Any, quantization: str | None, device: torch.device, dtype: Any) -> dict[str, Any]:
+    """Options of ``from_pretrained`` that spread or pack weights. Raises :class:`OptionError` for what is missing."""
+    options: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
+    if quantization is None:
+        return options
+    if quantization not in get_args(Quantization):
+        raise OptionError(f"unknown quantization {quantization!r}; {suggest(quantization, get_args(Quantization))}")
+    if find_spec("bitsandbytes") is None:
+        raise OptionError(f"quantization {quantization} needs bitsandbytes: pip install bitsandbytes")
+    compute = torch.bfloat16 if dtype == "auto" else dtype
+    four = {"load_in_4bit": True, "bnb_4bit_compute_dtype": compute}
+    packed = BitsAndBytesConfig(**(four if quantization == "4bit" else {"load_in_8bit": True}))
+    # Packed weights are made where they stay.
+    return {"device_map": {"": str(device)}} | options | {"quantization_config": packed}

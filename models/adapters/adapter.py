@@ -57,6 +57,7 @@ class Adapter:
         names = (self.family.image_token, self.family.video_token)
         found = [getattr(model.config, name, None) for name in names if name is not None]
         self.visual_tokens: tuple[int, ...] = tuple(token for token in found if token is not None)
+        self._check_devices()
         self._check_sizes()
 
     def _part(self, path: str | None) -> Any:
@@ -69,6 +70,14 @@ class Adapter:
                 f"cannot prune {type(self.model).__name__}: it has no {path!r}; "
                 "pass the full model with its language-model head (…ForConditionalGeneration or …ForCausalLM)"
             ) from None
+
+    def _check_devices(self) -> None:
+        places = {str(weights.device) for weights in self.decoder.parameters()}
+        if len(places) > 1:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} cannot be pruned: its decoder lies on {', '.join(sorted(places))}, and "
+                "cuts are made on one device: load it with a device_map that keeps the decoder together"
+            )
 
     def _check_sizes(self) -> None:
         """Compute is counted by the configuration: what is there must be what it says."""

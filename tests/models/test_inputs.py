@@ -1,6 +1,7 @@
 """Images and questions as users hand them over: the same as Pillow and transformers make of them, or one clear line."""
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from transformers import (
     GotOcr2ImageProcessor,
     InternVLProcessor,
     InternVLVideoProcessor,
+    LlamaConfig,
     LlavaProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLProcessor,
@@ -190,7 +192,7 @@ def asked(request):
     """A processor without a model: 16 tokens for a square image."""
     processor, image = request.param()
     processor.chat_template = TURNS.replace("IMAGE", repr(image))
-    return LoadedModel("processor", None, processor)
+    return LoadedModel("processor", SimpleNamespace(config=LlamaConfig()), processor)
 
 
 @pytest.mark.parametrize("images", [0, 1, 2])

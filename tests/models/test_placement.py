@@ -1,0 +1,63 @@
+"""Images by row, and weights that are spread over devices or packed."""
+
+import pytest
+import torch
+import visibench
+from PIL import Image
+from support import make_llava
+from visibench.errors import OptionError, UnsupportedModelError
+from visibench.models import weights
+
+
+def test_images_come_to_the_processor_by_row(monkeypatch):
+    """SmolVLM and Gemma 3 refuse a flat list; OneVision takes every image for a lone one, and cuts it into tiles."""
+    tiny, seen = visibench.load_model("tiny", device="cpu"), []
+    call = type(tiny.processor).__call__
+
+    def spy(processor, **kwargs):
+        seen.append(kwargs["images"])
+        return call(processor, **kwargs)
+
+    monkeypatch.setattr(type(tiny.processor), "__call__", spy)
+    picture = Image.new("RGB", (96, 96))
+    inputs = tiny.encoded(["Which two?", "No picture?", "One?"], [[picture, picture], [], [picture]])
+    tiny.encoded(["No picture?"], [[]])
+    assert [len(row) for row in seen[0]] == [2, 0, 1]
+    assert seen[1] is None
+    assert inputs["pixel_values"].shape[0] == 3
+
+
+def test_where_parts_lie_is_recorded():
+    tiny = visibench.load_model("tiny", device_map="cpu")
+    assert tiny.model.device.type == "cpu"
+    assert "device_map" not in tiny.describe()  # all of it in one place
+    tiny.model.hf_device_map = {"model.vision_tower": 1, "model.language_model": 0}
+    assert tiny.describe()["device_map"] == {"model.vision_tower": "1", "model.language_model": "0"}
+
+
+def test_a_decoder_on_several_devices_is_refused():
+    model = make_llava()
+    model.model.language_model.layers[1].to("meta")
+    with pytest.raises(UnsupportedModelError, match=r"its decoder lies on cpu, meta.*keeps the decoder together"):
+        visibench.prune(model, visibench.load_method("none"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantization": "4bit"}, "needs bitsandbytes"),
+        ({"quantization": "2bit"}, "unknown quantization '2bit'"),
+        ({"quantization": "8bit", "weights": "meta"}, "leave weights out"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused(options, message, monkeypatch):
+    monkeypatch.setattr(weights, "find_spec", lambda name: None)
+    with pytest.raises(OptionError, match=message):
+        visibench.load_model("tiny", device="cpu", **options)
+
+
+def test_packing_is_made_where_weights_stay(monkeypatch):
+    monkeypatch.setattr(weights, "find_spec", lambda name: object())
+    options = weights.placement(None, "8bit", torch.device("cpu"), torch.float32)
+    assert options["device_map"] == {"": "cpu"}
+    assert options["quantization_config"].load_in_8bit
