@@ -158,9 +158,8 @@ class Segment:
             return told
         positions = self.positions if self.renumbered is None else self.renumbered
         if self.renumbered is None and not self.added:
-            told["position_embeddings"] = tuple(
-                _along(part, self.every_column) for part in given["position_embeddings"]
-            )
+            columns = self.every_column if self.valid is None else self.every_column.clamp(min=0)
+            told["position_embeddings"] = tuple(_along(part, columns) for part in given["position_embeddings"])
         else:
             told["position_embeddings"] = adapter.rotary(hidden, positions, kind)
         # Layers take positions of one axis alone, to tell packed sequences apart.
@@ -192,9 +191,9 @@ def on_every_axis(places: Tensor, positions: Tensor) -> Tensor:
 
 def _along(table: Tensor, columns: Tensor) -> Tensor:
     """(…, B, n, d): a rotary table (…, B or 1, L, d) at ``columns``, int (B, n)."""
-    if len(columns) == 1 and columns.shape[1]:
-        return table.index_select(-2, columns[0].clamp(min=0))
-    index = columns.clamp(min=0)[..., None].expand(*table.shape[:-3], -1, -1, table.shape[-1])
+    if len(columns) == 1:
+        return table.index_select(-2, columns[0])
+    index = columns[..., None].expand(*table.shape[:-3], -1, -1, table.shape[-1])
     return table.expand(*index.shape[:-2], *table.shape[-2:]).gather(-2, index)
 
 

@@ -1,0 +1,60 @@
+"""Operations that torch dispatches under a method against those of the dense model: exact, on any machine.
+
+Of a LLaVA-1.5-7B in small, with all its layers and tokens. A later change may lower a bound; one that has to raise it
+should say why.
+"""
+
+import pytest
+import torch
+from visibench.evals.compute.launches import PHASES, Launched, count_launches, narrow
+from visibench.evals.settings.method_spec import parse
+
+# By method: operations of a prefill over those of the dense one, behind the projector and with the vision side, and
+# how often more than the dense model it waits for a value. The engine's own reads of the prompt's masks are three.
+BOUNDS = {
+    "none": (1.01, 1.01, 3),
+    "vtw": (1.03, 1.03, 3),
+    "fastv:keep=0.5": (1.03, 1.03, 3),
+    "dart:keep=0.5": (1.10, 1.10, 3),
+    "divprune:tokens=64": (1.13, 1.10, 4),
+    "visionzip:tokens=64": (1.10, 1.10, 5),
+    "pyramiddrop": (1.12, 1.10, 3),
+    "sparsevlm:tokens=192": (1.36, 1.26, 6),
+    "visipruner:forced=true": (1.30, 1.21, 3),
+    "fitprune:ratio=80": (1.32, 1.23, 3),
+}
+STEP = 1.02
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return narrow("llava-1.5-7b")
+
+
+@pytest.fixture(scope="module")
+def dense(loaded):
+    return count_launches(loaded, None, loaded.synthetic_inputs(1, 64, 576))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", BOUNDS)
+def test_operations_stay_within_their_bound(loaded, dense, method):
+    counts = count_launches(loaded, parse(method), loaded.synthetic_inputs(1, 64, 576))
+    decoder, whole, reads = BOUNDS[method]
+    operations = {phase: (counts[phase].operations, dense[phase].operations) for phase in PHASES}
+    assert operations["prefill"][0] <= decoder * operations["prefill"][1]
+    assert sum(operations[phase][0] - whole * operations[phase][1] for phase in ("vision", "prefill")) <= 0
+    assert operations["decode"][0] <= STEP * operations["decode"][1]
+    more = sum(counts[phase].reads - dense[phase].reads for phase in ("vision", "prefill"))
+    assert more <= reads
+
+
+def test_what_is_counted():
+    with Launched() as launched:
+        numbers = torch.ones(4, 8)
+        view = numbers.view(8, 4).T[1:]
+        view.mul_(2)
+        torch.empty(100)
+        numbers + 1
+    assert (launched.operations, launched.kernels) == (7, 3), "ones, mul_ and add work on memory"
+    assert launched.written == 4 * 8 * 4 + 100 * 4 + 4 * 8 * 4
