@@ -52,7 +52,7 @@ class Encoding:
     ``kept``: the features that were projected where others were dropped before; ``projected_tokens``: their number, int
     (N,), new ones included. ``projector_input``: tokens that entered the projector, images padded to the one with the
     most. ``block_tokens``: where a method acts inside the tower, tokens of each image (N,) at the attention and at the
-    MLP of each block; ``block_widths``: places that they took.
+    MLP of each block; ``block_widths``: places that they took. ``host_syncs``: how often the method read numbers there.
     """
 
     vision: VisionGeometry
@@ -65,6 +65,7 @@ class Encoding:
     projected: Tensor | None = None
     macs: list[int] = field(default_factory=lambda: [0])
     padded_macs: int = 0
+    host_syncs: int = 0
     decision: Keep | Merge | None = None
     kept: TokenSet | None = None
     projected_tokens: Tensor | None = None
@@ -199,6 +200,11 @@ class BlockView:
         if self._inside.present is not None:
             logits = logits.masked_fill(~self._inside.present[:, None, None], float("-inf"))
         return logits.squeeze(2)
+
+    def read(self, values: Tensor) -> list[float]:
+        """One number of each image (N,) on the host, which waits for the device; counted like the reads of cuts."""
+        self._encoding.host_syncs += 1
+        return values.tolist()
 
     def scored(self, macs: int | tuple[int, ...]) -> None:
         """Count ``macs`` multiply-adds that the method itself spent on matrix products: an int, or one of each image.

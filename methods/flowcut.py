@@ -57,7 +57,7 @@ class FlowCut(Budgeted):
         score = view.memory = score if view.memory is None else view.memory.lerp(score, 0.5)
         if to_go % 2:
             return None
-        entropies = torch.special.entr(attention).sum(1).tolist() if to_go else [0.0] * len(score)
+        entropies = view.read(torch.special.entr(attention).sum(1)) if to_go else [0.0] * len(score)
         counts = (left(*one, budget, to_go) for one in zip(view.counts, entropies, strict=True))
         return BlockCut(score, tuple(counts))
 

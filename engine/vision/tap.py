@@ -247,6 +247,7 @@ class VisionTap:
         images = encoding.features.shape[0]
         macs = rows.group(torch.tensor(encoding.macs).expand(images)[:, None]).sum(1)
         trace.scored(0, macs, sum(rows.counts) * encoding.padded_macs)
+        trace.host_syncs += encoding.host_syncs
         ran = self._tower_tokens(encoding)
         if ran is not None:
             trace.tower, trace.batch_tower = (rows.group(tokens.expand(images, 1, -1, 2)) for tokens in ran)

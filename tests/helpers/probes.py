@@ -75,9 +75,10 @@ class TowerProbe(Probe):
     vision_blocks = ()
 
     def block(self, view):
-        patches = view.tokens[:, 1:]
-        many = (patches.sum((1, 2)) > 0).tolist()
-        return BlockCut(patches.sum(2), tuple(9 if one else 5 for one in many)) if view.block == 0 else None
+        if view.block > 0:
+            return None
+        scores = view.tokens[:, 1:].sum(2)
+        return BlockCut(scores, tuple(9 if total > 0 else 5 for total in view.read(scores.sum(1))))
 
     def begin(self, layout, geometry):
         return Forward()
