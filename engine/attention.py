@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -60,9 +61,14 @@ def implementation_of(config: Any) -> str:
     return implementation
 
 
-def check_implementation(adapter: Adapter) -> None:
-    """Raise :class:`UnsupportedModelError` unless the decoder's layers can be told who sees whom."""
+def check_implementation(adapter: Adapter, method: Any) -> None:
+    """Raise :class:`UnsupportedModelError` unless the decoder's layers can be told who sees whom, and how much."""
     implementation = implementation_of(adapter.decoder.config)
+    if "flash" in implementation and method.biases_keys:
+        raise UnsupportedModelError(
+            f"{method.name} adds to the attention logits of keys, and {implementation} cannot: load the model with "
+            "attn_implementation='sdpa'"
+        )
     if "flash" in implementation and adapter.carried_types & {*adapter.layer_types}:
         raise UnsupportedModelError(
             f"{type(adapter.model).__name__} has layers that attend within a window, or in both directions, and "
@@ -166,30 +172,59 @@ def repeat_heads(tensor: Tensor, heads: int) -> Tensor:
 class Logits:
     """How a kernel makes logits of products of queries and keys: times ``scaling``, then capped at ``cap``.
 
-    ``mask``: bool or added (B or 1, 1, L, keys), the layer's own, of all its queries; None: causal by place.
+    ``mask``: bool or added (B or 1, 1, L, keys), the layer's own, of all its queries; None: causal by place. ``bias``:
+    (B, keys), added to the logits of all queries; None: nothing.
     """
 
     scaling: float
     cap: float | None = None
     mask: Tensor | None = None
+    bias: Tensor | None = None
 
     @property
     def by_place(self) -> bool:
         """Whether they are scaled products, and who sees whom is a matter of places."""
-        return self.mask is None and self.cap is None
+        return self.mask is None and self.cap is None and self.bias is None
 
     def of(self, products: Tensor) -> Tensor:
-        """Logits, without the mask."""
+        """Logits, without the mask and the bias."""
         logits = products * self.scaling
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    def biased(self, rule: Tensor, keys: TokenSet, before: int) -> Tensor:
+        """A ``rule`` (B, 1, n, ``before`` + k) for compact ``keys`` behind cached places, with their bias in it."""
+        if self.bias is None:
+            return rule
+        bias = torch.cat([self.bias[:, :before], keys.pick(self.bias[:, before:], 1)], dim=1)
+        return rule + bias[:, None, None].to(rule.dtype)
 
     def seen(self, queries: Tensor) -> Tensor | None:
         """Bool (B, R, keys): what new tokens see that stand at ``queries``, int (B, R), among all keys."""
         if self.mask is None:
             return None
-        shown = (self.mask if self.mask.dtype == torch.bool else self.mask == 0)[:, 0].expand(len(queries), -1, -1)
+        mask = self.mask
+        mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2  # a bias may be in it
+        shown = mask[:, 0].expand(len(queries), -1, -1)
         rows = queries - (shown.shape[2] - shown.shape[1])
         return shown.gather(1, rows[:, :, None].expand(-1, -1, shown.shape[2]))
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a layer's KV cache held before this prefill: text that every query reads and no method sees.
+
+    ``keys``, ``values``: (B, kv heads, p, d). ``valid``: bool (B, p), None if all count. ``counts``: how many do, (B,).
+    """
+
+    keys: Tensor
+    values: Tensor
+    valid: Tensor | None
+    counts: np.ndarray
+
+    def seen(self, behind: Tensor) -> Tensor:
+        """Bool (B, p + L): which keys count, with those ``behind``, bool (B, L)."""
+        valid = behind.new_ones(behind.shape[0], self.keys.shape[2]) if self.valid is None else self.valid
+        return torch.cat([valid, behind], dim=1)
 
 
 @dataclass(frozen=True)
@@ -254,7 +289,8 @@ def row_weights(query: Tensor, key: Tensor, columns: Tensor | None, valid: Tenso
         visible = column <= own[:, :, None]
         visible = visible if valid is None else visible & valid[:, None, :]
     visible = visible | (column == own[:, :, None])
-    return logits.of(products).masked_fill(~visible[:, None], float("-inf")).softmax(-1)
+    products = logits.of(products) if logits.bias is None else logits.of(products) + logits.bias[:, None, None, :length]
+    return products.masked_fill(~visible[:, None], float("-inf")).softmax(-1)
 
 
 def _later(rows: int, length: int, like: Tensor) -> Tensor:
@@ -295,6 +331,7 @@ def subset_attention(
         k, v = repeat_heads(k, heads), repeat_heads(v, heads)
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=logits.scaling)
     rule = _rule(queries, keys, logits, cached, query.dtype)
+    rule = logits.biased(rule, keys, 0 if cached is None else cached[0].shape[2])
     if cached is not None:
         k, v = torch.cat([cached[0], k], dim=2), torch.cat([cached[1], v], dim=2)
     k, v = repeat_heads(k, heads), repeat_heads(v, heads)

@@ -34,7 +34,8 @@ class Held:
     ``length``: places in their tensors. ``dense``: so many places at the left are columns 0, 1, 2, … in every row.
     ``columns``: int (B, n), the column at each of the first n places, -1 for none; places behind them hold the latest
     columns, one each; None: every column has its place. ``valid``: bool (B, length), the places that count; None: all.
-    ``positions``: int (B, length, …) where the engine numbers places anew, None where the model does.
+    ``positions``: int (B, length, …) where the engine numbers places anew, None where the model does. ``bias``: (B,
+    length), added to the logits of these keys, None: nothing.
     """
 
     length: int = 0
@@ -42,13 +43,20 @@ class Held:
     columns: Tensor | None = None
     valid: Tensor | None = None
     positions: Tensor | None = None
+    bias: Tensor | None = None
 
     def append(
-        self, fed: int, length: int, columns: Tensor | None, valid: Tensor | None, positions: Tensor | None
+        self,
+        fed: int,
+        length: int,
+        columns: Tensor | None,
+        valid: Tensor | None,
+        positions: Tensor | None,
+        bias: Tensor | None,
     ) -> Held:
         """With ``length`` more places, in the same terms; ``columns`` (B, length) count from column ``fed`` on."""
         if not fed:
-            return Held(length, length if columns is None else 0, columns, valid, positions)
+            return Held(length, length if columns is None else 0, columns, valid, positions, bias)
         if self.columns is None and columns is None:
             dense, all_columns = self.length + length, None
         elif columns is None:
@@ -62,7 +70,8 @@ class Held:
             if before is None:
                 before = (positions[:, :1] - 1).expand(-1, self.length, *positions.shape[2:])
             positions = torch.cat([before, positions], dim=1)
-        return Held(self.length + length, dense, all_columns, self.with_valid(length, valid), positions)
+        valid, bias = self.with_valid(length, valid), self.with_bias(length, bias)
+        return Held(self.length + length, dense, all_columns, valid, positions, bias)
 
     def with_valid(self, length: int, valid: Tensor | None) -> Tensor | None:
         """Bool (B, self.length + length), with ``valid`` of the places behind those held; None if all count."""
@@ -74,6 +83,15 @@ class Held:
         behind = self.valid.new_ones(self.valid.shape[0], length) if valid is None else valid
         return torch.cat([self.valid, behind], dim=1)
 
+    def with_bias(self, length: int, bias: Tensor | None) -> Tensor | None:
+        """(B, self.length + length), with the ``bias`` on places behind those held; None if there is none on any."""
+        if not self.length or (self.bias is None and bias is None):
+            return bias
+        known = self.bias if bias is None else bias
+        assert known is not None
+        parts = ((self.bias, self.length), (bias, length))
+        return torch.cat([known.new_zeros(len(known), n) if part is None else part for part, n in parts], dim=1)
+
     def every_column(self, fed: int, like: Tensor) -> Tensor:
         """Int (B, length): the columns of all places; B and the device are those of ``like``."""
         known = like[:, :0].long() if self.columns is None else self.columns
@@ -84,11 +102,11 @@ class Held:
         """Without columns from ``limit`` on, and which places those are that stay: a slice, or int (B, n)."""
         tail = self.length - (0 if self.columns is None else self.columns.shape[1])
         if limit <= self.dense:
-            return Held(limit, limit, valid=_cut(self.valid, limit)), slice(limit)
+            return Held(limit, limit, valid=_cut(self.valid, limit), bias=_cut(self.bias, limit)), slice(limit)
         if fed - limit <= tail:
             length = self.length - (fed - limit)
-            kept = replace(self, valid=_cut(self.valid, length), positions=_cut(self.positions, length))
-            return replace(kept, length=length, dense=min(self.dense, length)), slice(length)
+            left = [_cut(part, length) for part in (self.valid, self.positions, self.bias)]
+            return Held(length, min(self.dense, length), self.columns, *left), slice(length)
         assert self.columns is not None
         columns = self.every_column(fed, self.columns)
         stays = (columns >= 0) & (columns < limit)
@@ -98,7 +116,8 @@ class Held:
         index = stays.to(torch.int8).argsort(dim=1, stable=True)[:, columns.shape[1] - length :]
         stays, columns = stays.gather(1, index), columns.gather(1, index)
         positions = None if self.positions is None else _gather(self.positions, index)
-        return Held(length, 0, columns.masked_fill(~stays, -1), stays, positions), index
+        bias = None if self.bias is None else self.bias.gather(1, index)
+        return Held(length, 0, columns.masked_fill(~stays, -1), stays, positions, bias), index
 
     def hide(self, fed: int, counts: Tensor) -> Held:
         """With only those columns counting that do in ``counts``, bool (B, fed)."""
@@ -113,8 +132,8 @@ class Held:
 
     def rows(self, change: Callable[[Tensor], Tensor]) -> Held:
         """The same with ``change`` made to the rows of every tensor."""
-        changed = [None if part is None else change(part) for part in (self.columns, self.valid, self.positions)]
-        return Held(self.length, self.dense, *changed)
+        parts = (self.columns, self.valid, self.positions, self.bias)
+        return Held(self.length, self.dense, *(None if part is None else change(part) for part in parts))
 
 
 class PrunedCache(DynamicCache):

@@ -179,6 +179,11 @@ class Method:
         """Vision blocks of which it reads the attention that each patch receives, counted back likewise."""
         return ()
 
+    @property
+    def biases_keys(self) -> bool:
+        """Whether it puts a lasting bias on keys, which flash attention cannot take."""
+        return False
+
     def check(self, geometry: Geometry) -> None:
         """Raise :class:`OptionError` if these hyperparameters cannot act on a model of this geometry."""
 

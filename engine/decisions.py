@@ -93,6 +93,11 @@ class Merge:
     positions of the new tokens, needed under the ``keep`` policy only. ``anchors``: int (B, M), for each new token the
     visual token (it need not stay) by which it goes: j for behind token j, -1 - j for in front of it; None: behind the
     last one. ``order``: as in :class:`Keep`; where tokens change places, anchors name the places.
+
+    ``bias``: (B, V) or None, a lasting bias on tokens that stay, in place of the one they had: added to the attention
+    logits of each as a key, in this layer and all behind it, in later turns and in decoding too. log(n) lets a token
+    that stands for n count as often. For methods that say so (``biases_keys``). ``positions``: int (B, V) or (B, V, 3),
+    other positions of the tokens that stay, under the ``keep`` policy; None: their own.
     """
 
     mask: Tensor
@@ -102,6 +107,8 @@ class Merge:
     added_positions: Tensor | None = None
     anchors: Tensor | None = None
     order: Tensor | None = None
+    bias: Tensor | None = None
+    positions: Tensor | None = None
 
     def added_mask(self) -> Tensor:
         """Bool (B, M): the new tokens that exist."""
@@ -141,6 +148,16 @@ def as_merge(decision: Keep | Ranking | Merge) -> Merge:
     if isinstance(decision, Merge):
         return decision
     return Merge(decision.mask, order=decision.order if isinstance(decision, Keep) else None)
+
+
+def check_declared(merge: Merge, method: Any, *, aside: bool) -> None:
+    """Raise :class:`VisibenchError` for what a method may do only if it says so."""
+    if merge.order is not None and not method.reorders:
+        raise VisibenchError(f"{method.name} changes the order of tokens and does not say so: set reorders")
+    if merge.bias is not None and not method.biases_keys:
+        raise VisibenchError(f"{method.name} puts a bias on keys and does not say so: set biases_keys")
+    if aside and method.reorders:
+        raise VisibenchError(f"{method.name} changes the order of tokens, so that none can be held aside")
 
 
 def on_images(decision: Keep | Merge) -> Merge:

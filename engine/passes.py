@@ -17,15 +17,15 @@ from transformers import DynamicCache
 
 from ..errors import InputError, UnsupportedModelError, VisibenchError
 from ..models.adapters import Adapter
-from .attention import Logits, Parts, cap_of
+from .attention import Before, Logits, Parts, cap_of
 from .cache import Held, PrunedCache, adopt
 from .contract import Forward, Method
-from .decisions import Join, Keep, Merge, Ranking, as_merge, checked
+from .decisions import Join, Keep, Merge, Ranking, as_merge, check_declared, checked
 from .inputs import Inputs
 from .layout import TokenLayout, cut
 from .segment import Aside, Segment, at, joined, parted
 from .trace import Trace
-from .views import AttentionView, Before, LayerView, Sublayer, SublayerView
+from .views import AttentionView, LayerView, Sublayer, SublayerView
 from .vision.rows import RowHashes
 from .vision.tap import VisionTap
 
@@ -225,10 +225,12 @@ class Pass:
             module,
             layout,
             parted(hidden, width)[0],
+            positions=segment.positions[:, :width],
             final_norm=self.adapter.decoder.norm,
             read=self.adapter.read,
             told=told,
             mask=mask,
+            bias=segment.prompt_bias,
             before=before,
             trace=prompt.trace,
         )
@@ -270,14 +272,13 @@ class Pass:
                 raise VisibenchError(f"{self.method.name}: new tokens need added_positions, or positions='renumber'")
         counts = decision.counts if isinstance(decision, Keep) and decision.order is None else None
         trace.host_syncs += counts is None
-        if merge.order is not None and not self.method.reorders:
-            raise VisibenchError(f"{self.method.name} changes the order of tokens and does not say so: set reorders")
+        check_declared(merge, self.method, aside=isinstance(decision, Keep) and decision.aside)
+        segment = segment if merge.bias is None else segment.biased(merge.bias)
+        segment = segment if merge.positions is None else segment.moved(merge.positions)
         change = cut(layout, merge.mask, added, anchor, merge.order, counts)
         if change is None:
             return segment, joined(prompt, behind)
         if isinstance(decision, Keep) and decision.aside:
-            if self.method.reorders:
-                raise VisibenchError(f"{self.method.name} changes the order of tokens, so that none can be held aside")
             self.aside.append(segment.without(merge.mask, change, prompt))
         left = change.gather(prompt, merge.added)
         return self._numbered(segment.cut(change, merge.added_positions, anchor)), joined(left, behind)
@@ -328,16 +329,13 @@ class Pass:
             with prompt.trace.watch("model"):
                 return kernel(module, *parts.reading(values), **kwargs)[0]
 
+        carried = self._carried(layer, mask, layout.width, first + layout.width)
         before = self._seen_before(segment, k[:, :, :first], v[:, :, :first]) if first else None
         view = AttentionView(
             layer,
             layout,
             parts.seen,
-            logits=Logits(
-                kwargs["scaling"],
-                cap_of(module, kwargs),
-                self._carried(layer, mask, layout.width, first + layout.width),
-            ),
+            logits=Logits(kwargs["scaling"], cap_of(module, kwargs), carried, segment.prompt_bias),
             dense=dense,
             project=module.o_proj,
             read=self.adapter.read,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import VisibenchError
 from ..models.adapters import Adapter
 from .attention import attention_mask, carried, implementation_of
 from .cache import Held
@@ -42,7 +43,8 @@ class Segment:
     what the caches of these layers held before. ``columns``: int (B, places), each token's column counted from the
     first new one, -1 for none; None while every column is there. ``positions``: as the model gave them, (B, places) or
     (B, places, 3). ``valid``: bool (B, places), None: all. ``added``: whether some tokens share the column, and not the
-    position, of another. ``renumbered``: in the form of ``positions``, where the engine counts them anew.
+    position, of another, or have moved. ``renumbered``: in the form of ``positions``, where the engine counts anew.
+    ``bias``: (B, places), added to the logits of these tokens as keys, None: nothing.
     """
 
     held: Held
@@ -53,12 +55,39 @@ class Segment:
     columns: Tensor | None = None
     added: bool = False
     renumbered: Tensor | None = None
+    bias: Tensor | None = None
     _told: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def is_whole(self) -> bool:
         """Whether every column fed so far has its place: the model's own mask is right."""
         return self.columns is None and self.held.columns is None
+
+    @property
+    def key_bias(self) -> Tensor | None:
+        """(B, held and new places): what is added to the logits of all keys, None: nothing."""
+        return self.held.with_bias(self.places, self.bias)
+
+    @property
+    def prompt_bias(self) -> Tensor | None:
+        """The same of the places held and those of the prompt."""
+        bias, layout = self.key_bias, self.layout
+        return bias if bias is None or layout is None else bias[:, : self.held.length + layout.width]
+
+    def biased(self, bias: Tensor) -> Segment:
+        """With another ``bias`` (B, V) on the visual tokens, as keys."""
+        assert self.layout is not None
+        old = bias.new_zeros(len(bias), self.places) if self.bias is None else self.bias
+        width = self.layout.width
+        placed = self.layout.visual.place(bias, old[:, :width], dim=1)
+        return replace(self, bias=torch.cat([placed, old[:, width:]], dim=1), _told={})
+
+    def moved(self, positions: Tensor) -> Segment:
+        """With other ``positions`` of the visual tokens, in the form of those of all."""
+        assert self.layout is not None
+        width = self.layout.width
+        placed = self.layout.visual.place(positions, self.positions[:, :width], dim=1)
+        return replace(self, positions=torch.cat([placed, self.positions[:, width:]], dim=1), added=True, _told={})
 
     def on(self, held: Held) -> Segment:
         """The same tokens in front of layers whose caches held something else."""
@@ -116,6 +145,8 @@ class Segment:
     def without(self, keep: Tensor, change: Cut, prompt: Tensor) -> Aside:
         """What the cut ``change``, which keeps visual tokens by ``keep`` (B, V) alone, takes out of ``prompt``."""
         assert self.layout is not None
+        if self.bias is not None:
+            raise VisibenchError("tokens cannot be held aside where others have a lasting bias as keys")
         visual, left = self.layout.visual, change.layout.visual_counts
         leaves = visual.place(~keep & visual.present, torch.zeros_like(visual.mask), dim=1)
         gone = TokenSet(leaves, tuple(n - m for n, m in zip(visual.counts, left, strict=True)))
@@ -125,6 +156,8 @@ class Segment:
     def join(self, aside: Aside, prompt: Tensor) -> tuple[Segment, Tensor]:
         """The segment in which tokens held aside are back, and its prompt."""
         assert self.layout is not None
+        if self.bias is not None:
+            raise VisibenchError("tokens held aside cannot join where others have a lasting bias as keys")
         here = self.every_column[:, : self.layout.width]
         change = join(self.layout, here, aside.tokens, aside.columns, aside.visual_id)
         return self._changed(change, aside.positions, aside.columns), change.gather(prompt, aside.hidden)
@@ -137,15 +170,20 @@ class Segment:
         positions, left = change.gather(here, positions), change.gather(there, columns)
         valid = None if change.layout.is_full else change.layout.valid
         left = left if valid is None else left.masked_fill(~valid, -1)
+        bias = self.bias
+        if bias is not None:
+            other = None if columns is None else bias.new_zeros(columns.shape)
+            bias = torch.cat([change.gather(bias[:, :width], other), bias[:, width:]], dim=1)
         if behind:
             positions = torch.cat([positions, self.positions[:, width:]], dim=1)
             left = torch.cat([left, before[:, width:]], dim=1)
             valid = None if valid is None else torch.cat([valid, valid.new_ones(valid.shape[0], behind)], dim=1)
-        return Segment(self.held, change.layout, change.layout.width + behind, positions, valid, left, self.added)
+        places = change.layout.width + behind
+        return Segment(self.held, change.layout, places, positions, valid, left, self.added, bias=bias)
 
     def told(self, adapter: Adapter, layer: int, hidden: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
         """What a layer is told in place of what the model has ``given`` it; ``hidden``: (B, places, D)."""
-        if self.is_whole:
+        if self.is_whole and self.bias is None and self.held.bias is None:
             return {}
         kind = adapter.layer_types[layer]
         if kind not in self._told:
@@ -167,9 +205,23 @@ class Segment:
 
     def _mask(self, adapter: Adapter, kind: str, hidden: Tensor, model: Tensor | None) -> Tensor | None:
         """``model``: the mask that the model made, of all columns; None where it needs none."""
+        bias = self.key_bias
+        mask = self._visible(adapter, kind, hidden, model, written=bias is not None)
+        if bias is None or mask is None:
+            return mask
+        if mask.dtype == torch.bool:
+            lowest = torch.finfo(hidden.dtype).min
+            mask = mask.new_zeros(mask.shape, dtype=hidden.dtype).masked_fill(~mask, lowest)
+        return mask + bias[:, None, None].to(mask.dtype)
+
+    def _visible(
+        self, adapter: Adapter, kind: str, hidden: Tensor, model: Tensor | None, *, written: bool
+    ) -> Tensor | None:
+        """The mask without a bias; ``written``: in any case, and not None where a kernel needs none."""
         valid, length = self.held.with_valid(self.places, self.valid), self.held.length + self.places
         if model is None or kind not in adapter.carried_types:
-            return attention_mask(implementation_of(adapter.decoder.config), valid, self.places, length, hidden)
+            form = "eager" if written else implementation_of(adapter.decoder.config)
+            return attention_mask(form, valid, self.places, length, hidden)
         new = self.every_column
         if self.layout is not None:  # tokens in another order take each other's places, and see what those see
             new = new.sort(dim=1).values
@@ -181,7 +233,7 @@ class Segment:
 
     def after(self, fed: int) -> Held:
         """What the caches of its layers hold when they have run."""
-        return self.held.append(fed, self.places, self.columns, self.valid, self.renumbered)
+        return self.held.append(fed, self.places, self.columns, self.valid, self.renumbered, self.bias)
 
 
 def on_every_axis(places: Tensor, positions: Tensor) -> Tensor:

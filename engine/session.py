@@ -56,7 +56,7 @@ class PruningSession:
         self.model, self.method, self.layout, self.watch = model, method, layout, watch
         self.features = features
         self.adapter = Adapter(model)
-        check_implementation(self.adapter)
+        check_implementation(self.adapter, method)
         self.geometry = self.adapter.geometry
         self._tap = VisionTap(self.adapter, method, watch, features)
         method.check(self.geometry)

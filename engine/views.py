@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import attention
+from .attention import Before
 from .layout import TEXT, VISUAL, TokenLayout, TokenSet
 from .trace import Trace
 
@@ -20,31 +21,13 @@ Norm = Callable[[Tensor], Tensor]
 Sublayer = Literal["attention", "mlp"]
 
 
-@dataclass(frozen=True)
-class Before:
-    """What a layer's KV cache held before this prefill: text that every query reads and no method sees.
-
-    ``keys``, ``values``: (B, kv heads, p, d). ``valid``: bool (B, p), None if all count. ``counts``: how many do, (B,).
-    """
-
-    keys: Tensor
-    values: Tensor
-    valid: Tensor | None
-    counts: np.ndarray
-
-    def seen(self, behind: Tensor) -> Tensor:
-        """Bool (B, p + L): which keys count, with those ``behind``, bool (B, L)."""
-        valid = behind.new_ones(behind.shape[0], self.keys.shape[2]) if self.valid is None else self.valid
-        return torch.cat([valid, behind], dim=1)
-
-
 class LayerView:
     """The input of a decoder layer: B rows, L tokens, V visual tokens.
 
     ``tokens``: hidden states of all tokens (B, L, D). ``layout``: their roles. ``final_norm``: the decoder's last norm,
     as a function. ``read``: logits (B, n, vocabulary) of hidden states (B, n, D), by that norm and the LM head.
     ``told``: the layer's keyword arguments for these tokens; ``mask``: who sees whom in it, None: causal by place.
-    ``before``: what its cache held.
+    ``bias``: what is added to the logits of all keys. ``before``: what its cache held.
     """
 
     def __init__(
@@ -54,16 +37,19 @@ class LayerView:
         layout: TokenLayout,
         hidden: Tensor,
         *,
+        positions: Tensor,
         final_norm: Norm,
         read: Norm,
         told: Callable[[], dict[str, Any]],
         mask: Callable[[], Tensor | None],
+        bias: Tensor | None,
         before: Before | None,
         trace: Trace,
     ) -> None:
         self.layer, self.layout, self.tokens, self.final_norm = layer, layout, hidden, final_norm
         self.read = read
         self._module, self._told, self._mask, self._before, self._trace = module, told, mask, before, trace
+        self._bias, self._positions = bias, positions
 
     @property
     def present(self) -> Tensor:
@@ -75,9 +61,37 @@ class LayerView:
         """Hidden states of the visual tokens (B, V, D)."""
         return self.layout.visual.pick(self.tokens, 1)
 
+    @property
+    def positions(self) -> Tensor:
+        """Int (B, V), or (B, V, 3) where the model has three axes: positions of the visual tokens, as it gave them."""
+        return self.layout.visual.pick(self._positions, 1)
+
+    def ask(self, answer: Tensor) -> bool:
+        """Read the one ``answer`` back to the host, which waits for the device; counted like the reads of cuts."""
+        self._trace.host_syncs += 1
+        return bool(answer)
+
     def scored(self, macs: Tensor) -> None:
         """Count int (B,) multiply-adds that the method itself spends on matrix products for each row."""
         self._trace.scored(self.layer, _with_images(self.layout, macs.cpu().numpy()))
+
+    def projected(self, *, rotated: bool = True) -> tuple[Tensor, Tensor, float]:
+        """Queries (B, H, L, d) and keys (B, kv heads, L, d) that the layer would compute, and the scaling of products.
+
+        With ``rotated=False`` as they are in front of the rotary embedding.
+        """
+        told = self._told()
+        if not rotated:
+            cosine, sine = told["position_embeddings"]
+            told["position_embeddings"] = torch.ones_like(cosine), torch.zeros_like(sine)
+        projected = attention.captured(self._module, self.tokens, told)
+        token, layout = self._token_macs(projected), self.layout
+        macs = _with_images(layout, token * np.array(layout.everything.counts))
+        self._trace.scored(self.layer, macs, layout.rows * layout.width * token)
+        return projected.query, projected.key, projected.logits.scaling
+
+    def _token_macs(self, projected: attention.Projected) -> int:
+        return sum(_size(part) for part in projected[:3]) * int(self.tokens.shape[2])
 
     def preview(self, rows: TokenSet | None = None) -> Tensor:
         """Attention weights (B, H, R, L), fp32, that the layer would compute for ``rows`` (default: the last token)."""
@@ -89,12 +103,14 @@ class LayerView:
         everything, before = self.layout.everything, self._before
         projected = attention.captured(self._module, self.tokens, self._told())
         query, key = rows.pick(projected.query, 2), projected.key
-        token = sum(_size(part) for part in projected[:3]) * int(self.tokens.shape[2])
+        token = self._token_macs(projected)
         pair, width = _size(query), self.layout.width
         macs = token * np.array(everything.counts) + pair * _pairs(rows, everything, before)
         batch = self.layout.rows * (width * token + pair * max(rows.counts) * (width + _places(before)))
         self._trace.scored(self.layer, _with_images(self.layout, macs), batch)
-        yield from _blocks(query, key, rows, self.layout, before, replace(projected.logits, mask=self._mask()))
+        yield from _blocks(
+            query, key, rows, self.layout, before, replace(projected.logits, mask=self._mask(), bias=self._bias)
+        )
 
 
 class AttentionView:

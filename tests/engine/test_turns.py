@@ -7,8 +7,8 @@ import torch
 import visibench
 from support import IMAGE
 from turns import (
-    DRAWN,
     LAYERS,
+    TOGETHER,
     TURNS,
     batch_of,
     close,
@@ -41,7 +41,7 @@ def test_an_image_behind_a_cached_text_is_pruned_as_in_one_prompt(llava, method)
     assert cache.get_seq_length() == ids.shape[1]
     lengths = [layer.keys.shape[2] for layer in cache.layers]
     assert lengths == later.kv_lengths()[0].tolist()
-    if method.name in DRAWN:
+    if method.name in TOGETHER:
         return
     assert lengths == [layer.keys.shape[2] for layer in whole.past_key_values.layers]
     for layer in range(LAYERS):

@@ -60,8 +60,8 @@ PLAINEST = [parse(spell(cls, cls.examples[0])) for cls in METHODS.values()]
 REST = [pytest.param(method, marks=pytest.mark.slow) for method in REGISTERED if method not in PLAINEST]
 every_method = pytest.mark.parametrize("method", [*PLAINEST, *REST], ids=str)
 VISION = {"image", "tower", "vision", "projector"}
-# Their choice depends on a hash of what is fed together with the image.
-DRAWN = {"random"}
+# Their choice depends on what is fed together with the image: a hash of it, or the queries of the text in front of it.
+TOGETHER = {"random", "pact"}
 # Text, images: of the first and of the second turn of each row. Rows are padded in the middle.
 TURNS = [((5, 1), (6, 0)), ((3, 2), (2, 1)), ((4, 0), (3, 2)), ((9, 0), (7, 0))]
 
@@ -74,7 +74,7 @@ def only_drops(method, traces):
     """Whether all that the method does is to drop tokens, so that the dense model with a mask is the same."""
     merged = any((layout.visual_id == -2).any() for trace in traces for layout in trace.layouts)
     replaced = any(trace.batch_attention_pairs() != _full(trace) for trace in traces)
-    elsewhere = method.name in ("visipruner", "forced", "tome", "downsample", "pooling", "vscan")
+    elsewhere = method.name in ("visipruner", "forced", "tome", "downsample", "pooling", "vscan", "pact", "flowcut")
     return not (merged or replaced or elsewhere or method.reorders)
 
 

@@ -7,7 +7,8 @@ import visibench
 from golden_support import MANIFEST, cases, check
 from support import GOLDEN
 from visibench.engine.layout import TokenSet
-from visibench.methods import dart, sparsevlm, transprune, v2drop
+from visibench.engine.segment import Segment
+from visibench.methods import dart, pact, sparsevlm, transprune, v2drop
 
 STAGE_ARRAYS = ("keep_mask", "score", "noise", "merge_in", "merged")
 
@@ -165,3 +166,72 @@ def test_transprune(golden_llama, golden_inputs, monkeypatch, config, case, entr
         np.testing.assert_allclose(score[0], expected[f"{prefix}.score_{layer}"], rtol=1e-3, atol=1e-6)
         if f"{prefix}.transition_{layer}" in expected:
             np.testing.assert_allclose(transitions[0], expected[f"{prefix}.transition_{layer}"], rtol=1e-3, atol=1e-6)
+
+
+def pact_options(entry):
+    clustered, kept = entry["use_DBDPC"], entry["pruning_tokeep_percentage_value"] if entry["token_pruning"] else 1
+    return {
+        "layer": entry["layer_for_reduction"],
+        "keep": kept,
+        "cutoff": entry["cutoff"],
+        "retrieve": entry["coef_pruned"] if entry["include_pruned_in_mean"] else 0,
+        "cluster": clustered,
+        "proportional": not entry["no_proportional_attention"],
+        "mean_positions": entry["get_mean_position_id"],
+        "positions": "renumber" if entry["change_position_ids"] else "keep",
+    }
+
+
+@pytest.mark.parametrize(("config", "case", "entry"), cases("pact"))
+def test_pact(golden_llama, golden_inputs, monkeypatch, config, case, entry):
+    """Also what was pruned, which tokens went to which centre, and what came of them."""
+    vectors, prefix = np.load(GOLDEN / "pact.npz"), f"{config}.{case}"
+    layer, decisions = entry["layer_for_reduction"], {}
+    method = visibench.load_method("pact", **pact_options(entry))
+
+    class Recording(pact.PACTForward):
+        def layer_input(self, layer, view):
+            decisions[layer] = super().layer_input(layer, view)
+            return decisions[layer]
+
+        def importance(self, view):
+            importance = super().importance(view)
+            np.testing.assert_allclose(importance[0], vectors[f"{prefix}.importance"], rtol=1e-4)
+            kept = importance[0].argsort(descending=True)[: int(vectors[f"{prefix}.after_pruning"].sum())]
+            np.testing.assert_array_equal(kept.sort().values, vectors[f"{prefix}.after_pruning"].nonzero()[0])
+            return importance
+
+        def means(self, view, kept, centre, cluster):
+            of = torch.nn.functional.pad(kept, (0, 1), value=-1).gather(1, cluster)
+            np.testing.assert_array_equal(of[0], vectors[f"{prefix}.cluster_of"])
+            return super().means(view, kept, centre, cluster)
+
+    monkeypatch.setattr(pact, "PACTForward", Recording)
+    if method.positions == "renumber":  # there the authors go on at the prompt's length
+        monkeypatch.setattr(Segment, "after", at_the_prompts_length(Segment.after, 611 + int(case[1:])))
+    check(golden_llama, golden_inputs, method, vectors, prefix, case, vectors[f"{prefix}.seq_len"])
+    merge = decisions[layer]
+    if not entry["use_DBDPC"]:
+        return
+    kept = vectors[f"{prefix}.kept"][layer]
+    behind = slice(35, 35 + kept.sum())
+    if f"{prefix}.merged" in vectors:
+        np.testing.assert_allclose(merge.replaced[0, kept], vectors[f"{prefix}.merged"], atol=1e-4)
+    if entry["no_proportional_attention"]:
+        assert merge.bias is None
+    else:
+        np.testing.assert_array_equal(merge.bias[0, kept], vectors[f"{prefix}.log_size_bias"][behind])
+    if merge.positions is not None:
+        np.testing.assert_array_equal(merge.positions[0, kept], vectors[f"{prefix}.positions_after"][behind])
+
+
+def at_the_prompts_length(after, length):
+    """Positions of new tokens go on from there, not from the last one that was numbered anew."""
+
+    def moved(self, fed):
+        held = after(self, fed)
+        if fed == 0 and held.positions is not None:
+            held.positions[:, -1] = length - 1
+        return held
+
+    return moved

@@ -8,7 +8,7 @@ import torch
 import visibench
 from visibench.engine.trace import Trace
 from visibench.errors import OptionError
-from visibench.methods import dart, pieces, sparsevlm
+from visibench.methods import dart, pact, pieces, sparsevlm, transprune
 from visibench.models.adapters import Geometry
 
 GEOMETRY = Geometry(layers=10, hidden=48, heads=4, kv_heads=2, head_size=12, intermediate=64, vocabulary=64)
@@ -261,3 +261,45 @@ def test_scaled_layers():
     assert [method.at(layer, GEOMETRY) for layer in (0, 1, 2, 8, 16, 24, 31, 32)] == [0, 1, 1, 3, 5, 8, 9, 10]
     with pytest.raises(OptionError, match=r"scaled to 1\+1\+2 names a layer twice"):
         visibench.load_method("pyramiddrop", cuts=(2, 3, 6), layers="scaled").check(GEOMETRY)
+
+
+# ---- PACT ---------------------------------------------------------------------------------------------------------
+
+
+def centres_by_hand(distance, cutoff):
+    """From dense to thin, each token that is farther than the cutoff from all centres so far."""
+    density = [sum(math.exp(-((d / 2) ** 2)) for d in row) for row in distance]
+    found = []
+    for i in sorted(range(len(distance)), key=lambda i: -density[i]):
+        if all(distance[i][j] > cutoff for j in found):
+            found.append(i)
+    return sorted(found)
+
+
+@pytest.mark.parametrize("cutoff", [0, 0.3, 0.8, 1.2, 2])
+def test_centres_are_those_of_one_token_after_the_other(cutoff):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(3, 40, 4, generator=generator, dtype=torch.float64)
+    distance = (1 - pieces.cosine(tokens)).clamp(min=0)
+    counts = (40, 25, 0)
+    there = torch.arange(40) < torch.tensor(counts)[:, None]
+    found = pact.centres(distance, there, cutoff)
+    for row, count in enumerate(counts):
+        expected = centres_by_hand(distance[row, :count, :count].tolist(), cutoff)
+        assert found[row].nonzero().flatten().tolist() == expected
+
+
+def test_tokens_up_to_the_last_visual_one():
+    one = visibench.TokenLayout.from_spans(9, visual=[(2, 4), (6, 7)])
+    layout = visibench.TokenLayout.batch([one, visibench.TokenLayout.from_spans(5, visual=[(1, 2)])])
+    assert pact.up_to_visual(layout).tolist() == [[True] * 7 + [False] * 2, [False] * 4 + [True] * 2 + [False] * 3]
+
+
+# ---- TransPrune ---------------------------------------------------------------------------------------------------
+
+
+def test_transprune_ratios_follow_the_authors():
+    assert transprune.by_power(1, 3) == transprune.RATIOS
+    assert transprune.by_power(0, 4) == (1, 1, 1, 1)
+    assert transprune.by_power(2, 3) == (0.765625, 0.390625, 0.015625)
+    assert list(transprune.by_power(1, 6)) == sorted(transprune.by_power(1, 6), reverse=True)
