@@ -204,6 +204,11 @@ def table(
         ),
     ] = None,
     margin: Margin = None,
+    style: Annotated[
+        str | None, typer.Option(metavar="paper", help="With --format latex: booktabs, display names, values alone.")
+    ] = None,
+    caption: Annotated[str | None, typer.Option(help="With --style paper.")] = None,
+    label: Annotated[str | None, typer.Option(help="With --style paper: of the table, such as tab:main.")] = None,
     against: Annotated[
         str | None,
         typer.Option(metavar="published", help="Compare with published figures instead of printing the table."),
@@ -228,7 +233,25 @@ def table(
         print_list([], ["column", "what it shows"], [[*one] for one in listing(tables)], as_json=False)
         return
     names = [name.strip() for name in columns.split(",")] if columns is not None else None
+    if style or caption or label:
+        print(_paper(tables, names, form, style, caption or "", label or ""))
+        return
     print(fitted(tables, names, terminal()) if form == "text" else render(tables, form, names))
+
+
+def _paper(
+    tables: list[ResultTable], names: list[str] | None, form: str, style: str | None, caption: str, label: str
+) -> str:
+    """The tables for a paper."""
+    from ..results.tables.columns import choose
+    from ..results.tables.paper import default, paper
+
+    if style != "paper" or form != "latex":
+        raise OptionError("--style paper, with --caption and --label, belongs to --format latex: give both")
+    chosen = choose(tables, names)
+    if names is None:
+        chosen = [default(table, columns) for table, columns in zip(tables, chosen, strict=True)]
+    return paper(tables, chosen, caption=caption, label=label)
 
 
 def _against(name: str, folder: Path, form: str) -> str:

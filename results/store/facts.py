@@ -14,9 +14,13 @@ _QUESTIONS = ("limit", "origin")
 
 def facts_of(cell: Cell) -> dict[str, Any]:
     """All that two cells must have in common to be compared, whatever their tasks."""
+    other = cell.other_code
     apart = {"method", "options", "label", "seed", "task", "control", *CODE, *_QUESTIONS}
     config = cell.config.model_dump(mode="json", exclude=apart)
-    code = {part: hashed for part, hashed in cell.config.code.items() if part in ("engine", *cell.other_code)}
+    kept = {"engine", *({"task"} & {*other})}
+    code = {part: hashed for part, hashed in cell.config.code.items() if part in kept}
+    if other and "engine" not in other:  # methods of one changed package are still of one kind
+        code["changed"] = " and ".join(other)
     asked = cell.config.protocol
     config["protocol"] = f"{asked['name']} ({digest(asked)[:8]})" if asked else "hf"
     if code:

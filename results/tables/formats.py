@@ -64,7 +64,7 @@ def _latex_table(table: ResultTable, chosen: Sequence[Column], place: int, table
     for title, rows in table.grouped():
         body += [r"\midrule"]
         if title:
-            body += [rf"\multicolumn{{{len(chosen)}}}{{l}}{{\emph{{{_escape(title)}}}}} \\"]
+            body += [rf"\multicolumn{{{len(chosen)}}}{{l}}{{\emph{{{escaped(title)}}}}} \\"]
         body += [" & ".join(_latex_entry(column.show(row)) for column in chosen) + r" \\" for row in rows]
     titles = zip_longest(*(column.title.split("\n") for column in chosen), fillvalue="")
     lines = [*(f"{line}." for line in heading(table, place, tables)), *notes(table, chosen, "Bold")]
@@ -72,18 +72,18 @@ def _latex_table(table: ResultTable, chosen: Sequence[Column], place: int, table
         [
             r"\begin{table*}",
             r"\centering",
-            rf"\caption{{{_escape(_caption(table))}}}",
+            rf"\caption{{{escaped(_caption(table))}}}",
             rf"\label{{tab:visibench{f'-{place}' if tables > 1 else ''}}}",
             r"\smallskip\setlength{\tabcolsep}{4pt}\renewcommand{\arraystretch}{1.2}",
             r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
             rf"\begin{{tabular}}{{{''.join('l' if column.words else 'r' for column in chosen)}}}",
             r"\toprule",
-            *(" & ".join(map(_escape, line)) + r" \\" for line in titles),
+            *(" & ".join(map(escaped, line)) + r" \\" for line in titles),
             *body,
             r"\bottomrule",
             r"\end{tabular}}",
             r"\begin{flushleft}\footnotesize",
-            _escape(" ".join(lines)),
+            escaped(" ".join(lines)),
             r"\end{flushleft}",
             r"\end{table*}",
         ]
@@ -92,8 +92,8 @@ def _latex_table(table: ResultTable, chosen: Sequence[Column], place: int, table
 
 def _latex_entry(entry: TableEntry) -> str:
     """The marks stand above what follows the value, so that columns stay narrow."""
-    value = _escape(entry.value)
-    above = r"\,".join(rf"{{{_ARROWS[mark.arrow]}}}\mathrm{{{_escape(mark.reference[0])}}}" for mark in entry.marks)
+    value = escaped(entry.value)
+    above = r"\,".join(rf"{{{_ARROWS[mark.arrow]}}}\mathrm{{{escaped(mark.reference[0])}}}" for mark in entry.marks)
     spread = entry.spread.replace("± ", r"\pm ").replace(" −", r"\,-")
     below = spread + rf"\,(\mathrm{{sd}}\,{entry.sd})" * bool(entry.sd)
     behind = "".join([f"^{{{above}}}"] * bool(above) + [f"_{{{below}}}"] * bool(below))
@@ -104,7 +104,7 @@ def _caption(table: ResultTable) -> str:
     return f"Visual-token pruning on {table.facts['model']}: scores, visual tokens and executed compute."
 
 
-def _escape(text: str) -> str:
+def escaped(text: str) -> str:
     return text.translate(_LATEX)
 
 

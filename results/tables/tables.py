@@ -228,7 +228,8 @@ def _commits(cells: list[Cell]) -> list[str]:
 
 def _method_key(cell: Cell) -> str:
     options = {key: value for key, value in cell.config.options.items() if key != "seed"}
-    return json.dumps([cell.config.label, cell.config.role, options], sort_keys=True)
+    code = cell.config.code.get("method")
+    return json.dumps([cell.config.label, cell.config.role, options, code], sort_keys=True)
 
 
 def _row(cells: list[Cell], dense: dict[str, float], evidence: Evidence) -> MethodRow:

@@ -152,3 +152,14 @@ def test_methods_of_files_stand_beside_the_others(mine, tmp_path):
     put(store, made_up("mine", **changes))
     (table,) = build(store.cells())
     assert [row.method for row in table.rows] == ["none", "mine"]
+
+
+def test_cells_of_an_older_version_of_the_package_stay_in_one_table(tmp_path, monkeypatch):
+    """All its methods have changed, each in its own way; they were run by the same code."""
+    store = Store(tmp_path)
+    for method in ("none", "fastv", "vtw"):
+        hashes = {"method": f"old {method}", "engine": code.engine()}
+        put(store, made_up(method, code=hashes, sources={"method": f"visibench.methods.{method}"}))
+    (table,) = build(store.cells())
+    assert len(table.rows) == 3
+    assert "OF OTHER CODE" in render([table], "text")
