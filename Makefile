@@ -1,4 +1,4 @@
-.PHONY: install test lint quick bench-sweep bench-none bench-attainable bench-launches
+.PHONY: install test lint quick bench-sweep bench-none bench-attainable bench-launches bench-memory
 
 install:
 	pip install -c constraints.txt -e ".[dev]"
@@ -26,3 +26,6 @@ bench-attainable:
 
 bench-launches:
 	python benchmarks/launches.py
+
+bench-memory:
+	python benchmarks/memory.py --set feature_cache_gb=0

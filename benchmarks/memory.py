@@ -2,9 +2,10 @@
 
     python benchmarks/memory.py [--questions 100,700] [--most 1.1] [--set KEY=VALUE …]
 
-Peak resident memory (RSS) of one process that sweeps methods on `tiny`, in a temporary folder; all that is kept between
-batches and cells counts: images, inputs, vision features, answers. Exit code 1 if the last is more than `--most` times
-the first.
+Peak resident memory (RSS) of one process that sweeps methods on `tiny`, in a temporary folder. `make bench-memory` sets
+`feature_cache_gb=0`, so that nothing is kept between batches but answers; by default images, inputs and vision features
+that fit into the bounds of docs/scale.md stay in memory, and more of them do with more questions. Exit code 1 if the
+last is more than `--most` times the first.
 """
 
 import argparse

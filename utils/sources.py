@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import packages_distributions
@@ -33,8 +33,8 @@ def of_module(name: str, inside: str = "") -> str:
     ``inside``: only of this package. Empty if the module is not there.
     """
     top = name.partition(".")[0]
-    distributions = [top] if inside else packages_distributions().get(top, [])
-    own = {top} if inside else {key for key, value in packages_distributions().items() if {*value} & {*distributions}}
+    distributions = [top] if inside else _distributions().get(top, [])
+    own = {top} if inside else {key for key, value in _distributions().items() if {*value} & {*distributions}}
 
     def find(dotted: str) -> Path | None:
         counts = dotted.startswith(f"{inside}.") if inside else dotted.partition(".")[0] in own
@@ -45,6 +45,12 @@ def of_module(name: str, inside: str = "") -> str:
         return ""
     named = [f"{one} {version(one)}" for one in distributions[:1] if version(one)]
     return " · ".join([*named, _hashed(_closure(file, name, find))])
+
+
+@lru_cache(maxsize=1)
+def _distributions() -> Mapping[str, list[str]]:
+    """Installed distributions by the names of what they let import; they do not change while a process runs."""
+    return packages_distributions()
 
 
 def of_file(file: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -114,7 +114,8 @@ class Prepared:
         config = self.config
         missing = [entry for entry in config.tasks if called(entry) in names and called(entry) not in self._tasks]
         loaded = load_tasks(missing, config.data, config.include_path, find(config.protocol)) if missing else []
-        self._tasks |= {task.name: task for task in loaded}
+        kept = {} if config.feature_cache_gb else {"kept": 0}  # who shares nothing means images, too
+        self._tasks |= {task.name: replace(task, **kept) for task in loaded}
         return {name: self._tasks[name] for name in names}
 
     def sizes(self, names: Collection[str]) -> dict[str, int]:

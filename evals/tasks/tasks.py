@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import FOREIGN, DataError, InputError, OptionError, StorageError, disk_full, reason
 from ...models.protocols import HF, Protocol
-from ...utils.bounded_cache import BoundedCache
+from ...utils.bounded_cache import GIB, BoundedCache
 from .definitions import Definition, find
 from .hub import hub_or_cache
 from .known import TASKS, TaskInfo, TaskMetric
@@ -39,6 +39,7 @@ class Task:
     """A loaded task. ``origin``: ``embedded``, ``hub`` or the local file or folder. ``harness``: lmms-eval's object.
 
     ``own``: facts about questions of one's own. ``lenient``: an answer in which a reference stands counts as that one.
+    ``kept``: bytes of decoded images that stay in memory at most.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Task:
     harness: Any
     own: TaskInfo | None = None
     lenient: bool = False
+    kept: int = GIB
 
     @property
     def info(self) -> TaskInfo:
@@ -88,7 +90,7 @@ class Task:
 
     @cached_property
     def _album(self) -> BoundedCache[list[Image]]:
-        return BoundedCache(_bytes)
+        return BoundedCache(_bytes, self.kept)
 
     def images(self, doc_id: int) -> list[Image]:
         """The decoded images of a question, not to be changed; see :func:`decoded`."""

@@ -9,42 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from odd_method import PLACES, written
 from refusals import assert_refused
 from storing import full
 from visibench.cli import main
 from visibench.results.store.store import Store
 from visibench.utils import output
 
-SOURCE = """
-import sys
-from visibench.methods import Keep, Method, register
-from visibench.engine.contract import Forward
-{module}
-@register("odd", "Odd")
-class Odd(Method):
-    hook_points = ("decoder",)
-    def __post_init__(self):
-        {post_init}
-        super().__post_init__()
-    def check(self, geometry):
-        {check}
-    def begin(self, layout, geometry):
-        {begin}
-        return InUse()
-class InUse(Forward):
-    def layer_input(self, layer, view):
-        {layer_input}
-        return None
-"""
 ODD = ["EOFError", "KeyError('a\\nb')", "SystemExit", "MemoryError", "RecursionError"]
 METHODS = "visibench.evals.settings.method_spec.describe_methods"
-PLACES = {"module": 2, "post_init": 2, "check": 2, "begin": 3, "layer_input": 3}
-"""Where others' code runs, and how a run ends whose method fails there."""
-
-
-def written(place, does):
-    lines = dict.fromkeys(PLACES, "pass") | {place: does}
-    Path("odd.py").write_text(SOURCE.format(**lines))
 
 
 @pytest.mark.parametrize("place", PLACES)
