@@ -54,7 +54,10 @@ class Found:
         if self.begin == 0 and self.end == self.depth:
             return "fusion begins in layer 0 and goes on to the last layer"
         if self.begin >= self.end:
-            return f"fusion would begin at layer {self.begin} and end before layer {self.end}"
+            return (
+                f"the first {self.begin} layers can do without the image, and so can all from layer {self.end} on: "
+                "what one part does not read the other does"
+            )
         return ""
 
 

@@ -39,12 +39,23 @@ def vtw(bench: SettingBench, depth: int, inputs: Inputs) -> None:
     last_that(lambda layer: bench.passes(load_method("vtw", layer=layer)), range(depth - 1, -1, -1))
 
 
+def further(passes: Callable[[Value], bool], values: Sequence[Value], step: int) -> int:
+    """How many of ``values`` pass, ``step`` of them known to; where the next one does not, it is the only one asked."""
+    if step == len(values) or not passes(values[step]):
+        return step
+    low, high = step + 1, len(values)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if passes(values[middle - 1]) else (low, middle - 1)
+    return low
+
+
 def fastv(bench: SettingBench, depth: int, inputs: Inputs) -> None:
     """Layer and share: at each later layer as few tokens as can be, and at least one step fewer than before."""
     step = 0
     for layer in range(1, depth):
-        while step < len(KEEPS) and bench.passes(load_method("fastv", layer=layer, keep=KEEPS[step])):
-            step += 1
+        methods = [load_method("fastv", layer=layer, keep=keep) for keep in KEEPS]
+        step = further(bench.passes, methods, step)
 
 
 def pyramiddrop(bench: SettingBench, depth: int, inputs: Inputs) -> None:
@@ -88,8 +99,7 @@ def visipruner(bench: SettingBench, depth: int, inputs: Inputs) -> None:
         """The number of token thresholds that pass, from ``step`` on; the last of them is found."""
         options = {"stages": stages, "shallow_layers": layers, "layer_threshold": threshold}
         methods = [load_method("visipruner", **options, token_threshold=value) for value in MAGNITUDES]
-        while step < len(methods) and bench.passes(methods[step]):
-            step += 1
+        step = further(bench.passes, methods, step)
         if step and bench.passes(methods[step - 1]):
             found.append(methods[step - 1])
         return step

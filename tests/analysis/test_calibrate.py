@@ -44,6 +44,19 @@ def test_bisection_finds_the_last_that_passes(many):
     assert len(asked) == len({*asked}) <= 4
 
 
+@pytest.mark.parametrize("many", range(7))
+@pytest.mark.parametrize("known", [0, 2, 6])
+def test_a_staircase_goes_on_where_it_stands(many, known):
+    asked = []
+
+    def passes(value):
+        asked.append(value)
+        return value < many
+
+    assert searches.further(passes, range(6), known) == max(many, known)
+    assert len(asked) == len({*asked}) <= (1 if many <= known else 4)
+
+
 def test_withdrawal_is_as_early_as_nothing_is_lost(blind_from_5, tasks):
     record = calibrate(blind_from_5, tasks, ["vtw"], target=1.0, limit=4, confirm=4, batch_size=4)
     (chosen,) = record.chosen
