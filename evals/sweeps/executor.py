@@ -114,8 +114,9 @@ class Prepared:
         config = self.config
         missing = [entry for entry in config.tasks if called(entry) in names and called(entry) not in self._tasks]
         loaded = load_tasks(missing, config.data, config.include_path, find(config.protocol)) if missing else []
-        kept = {} if config.feature_cache_gb else {"kept": 0}  # who shares nothing means images, too
-        self._tasks |= {task.name: replace(task, **kept) for task in loaded}
+        if not config.feature_cache_gb:  # who shares nothing means images, too
+            loaded = [replace(task, kept=0) for task in loaded]
+        self._tasks |= {task.name: task for task in loaded}
         return {name: self._tasks[name] for name in names}
 
     def sizes(self, names: Collection[str]) -> dict[str, int]:
