@@ -33,12 +33,12 @@ Interceptor = Callable[..., tuple[Tensor, Tensor | None]]
 _interceptors: WeakKeyDictionary[nn.Module, Interceptor] = WeakKeyDictionary()
 
 
-def _dispatch(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+def _dispatch(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
     kernel = kernel_of(module, implementation_of(module.config))
     interceptor = _interceptors.get(module)
     if interceptor is None:
-        return kernel(module, query, key, value, mask, **kwargs)
-    return interceptor(kernel, module, query, key, value, mask, **kwargs)
+        return kernel(module, query, key, value, attention_mask, **kwargs)
+    return interceptor(kernel, module, query, key, value, attention_mask, **kwargs)
 
 
 for _name in ("eager", "sdpa", "flash_attention_2", "flash_attention_3"):

@@ -16,19 +16,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
 from ..errors import OptionError, suggest
 from .decisions import BlockCut, BlockMerge, Join, Keep, Merge, Ranking
+from .vision.units import ImageShape
 
 if TYPE_CHECKING:
     from ..models.adapters import Geometry, VisionGeometry
-    from .encoding import BlockView, VisionView
+    from .encoding import BlockView
     from .layout import TokenLayout, TokenSet
     from .views import AttentionView, LayerView, SublayerView
+    from .vision.view import ImageView, VisionView
 
 __all__ = [
     "AttentionView",
@@ -38,6 +40,8 @@ __all__ = [
     "Forward",
     "Geometry",
     "HookPoint",
+    "ImageShape",
+    "ImageView",
     "Join",
     "Keep",
     "Knob",
@@ -61,8 +65,12 @@ HookPoint = Literal["image", "tower", "vision", "projector", "decoder", "attenti
 class Forward:
     """What a method does in one prefill. Every hook may return None: leave things as they are."""
 
-    def projected(self, view: VisionView) -> Keep | Merge | None:
-        """Once, behind the projector; B counts images, contents are projected features."""
+    def projected(self, view: Any) -> Keep | Merge | None:
+        """Behind the projector; contents are projected features.
+
+        ``view``: an :class:`ImageView` of images that enter the decoder with as many tokens, once for each number; B
+        counts them. For methods that act ``by_unit`` a :class:`VisionView`, once for each shape.
+        """
         return None
 
     def layer_input(self, layer: int, view: LayerView) -> Keep | Ranking | Merge | Join | None:
@@ -119,7 +127,12 @@ class Method:
     ``block_part``: behind which part of a vision block :meth:`block` is asked.
 
     ``reorders``: whether tokens that stay may go on in another order than they had. ``holds_aside``: whether tokens
-    that left may join a later layer.
+    that left may join a later layer. ``by_unit``: whether behind the projector, too, it is shown units, and not whole
+    images as they enter the decoder.
+
+    ``newlines`` and ``unpad``, options of methods of the vision side: whether tokens that are no feature, such as
+    newlines behind rows of tiles, ``keep`` their places, ``drop`` out or ``compete`` with the others; and whether
+    features of padding, which the model leaves out of the prompt, are left out of the choice as well.
     """
 
     name: ClassVar[str]
@@ -133,18 +146,29 @@ class Method:
     vision_blocks: ClassVar[tuple[int, ...]] = (-1,)
     vision_cls: ClassVar[bool] = False
     block_part: ClassVar[Literal["attention", "mlp"]] = "attention"
+    by_unit: ClassVar[bool] = False
     examples: ClassVar[tuple[str, ...]] = ("",)
     everything: ClassVar[str | None] = None
     knobs: ClassVar[tuple[Knob, ...]] = ()
 
+    newlines = "keep"
+    unpad = True
+
     positions: Positions = dataclasses.field(default="keep", kw_only=True)
 
     def __init_subclass__(cls) -> None:
+        """A bare value in a class changes the default of an option that it inherits."""
         super().__init_subclass__()
-        default = vars(cls).get("positions")
-        if isinstance(default, str):  # the field keeps its place; only its default is another
-            cls.__annotations__ = {**vars(cls).get("__annotations__", {}), "positions": Positions}
-            setattr(cls, "positions", dataclasses.field(default=default, kw_only=True))  # noqa: B010
+        own = vars(cls).get("__annotations__", {})
+        for base in [base for base in cls.__mro__[:0:-1] if dataclasses.is_dataclass(base)]:
+            for option in dataclasses.fields(base):
+                if option.name in vars(cls) and option.name not in own:
+                    cls.__annotations__ = {**own, option.name: get_type_hints(base)[option.name]}
+                    changed: Any = dataclasses.field(
+                        default=vars(cls)[option.name], kw_only=bool(option.kw_only), metadata=option.metadata
+                    )
+                    setattr(cls, option.name, changed)
+                    own = cls.__annotations__
 
     def __post_init__(self) -> None:
         self.require(self.positions in get_args(Positions), "positions must be 'keep' or 'renumber'")
@@ -154,7 +178,7 @@ class Method:
         return Forward()
 
     def vision(self, view: VisionView) -> Keep | Merge | None:
-        """Once for each batch of images, between vision tower and projector; contents are features, B counts images.
+        """Between vision tower and projector, once for each shape; contents are features, B counts units.
 
         A method of its own and not of :class:`Forward`, because images may be encoded before the prompt is known.
         """
@@ -227,8 +251,15 @@ class Method:
             raise OptionError(f"{self.name}: {message}")
 
     def hyperparameters(self) -> dict[str, Any]:
-        """All hyperparameters with their values, JSON-ready."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        """All hyperparameters with their values, JSON-ready.
+
+        Options that came ``later`` are left out where they have their defaults: what was stored before is found again.
+        """
+        return {
+            f.name: _plain(getattr(self, f.name))
+            for f in dataclasses.fields(self)
+            if not (f.metadata.get("later") and getattr(self, f.name) == f.default)
+        }
 
     @classmethod
     def from_options(cls, **options: Any) -> Method:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..models.adapters import VisionGeometry
 from . import attention
-from .decisions import Keep, Merge
-from .layout import TokenSet
+from .decisions import Merge
+from .layout import TokenLayout, TokenSet
+from .vision.rows import ImageRows
+from .vision.units import Grid, Units, of_units
 
 Attended = tuple[Tensor, Tensor, Tensor, float]
 """Query of the first token (N, heads, 1, d), keys and values (N, heads, t, d) of a block, and its scaling."""
@@ -42,119 +48,99 @@ class Inside:
 
 @dataclass
 class Encoding:
-    """What the vision side computed of one batch of N images, and what the method decided about them.
+    """What the vision side computed of one batch of images, and what the method decided about them.
 
-    ``pixels``: what entered the tower; ``grids``: frames and patches (N, 3) where images differ in shape. ``cls``: the
-    CLS feature (N, Dv). ``blocks``: query, key and scaling of the tower blocks that the method reads, by its names of
-    them. ``received``: attention (N, patches and CLS) that the tokens of blocks receive, where it is shared.
-    ``features`` (N, P, Dv) enter the projector, ``projected`` (N, P, D) leave it. ``macs``: multiply-adds that were
-    spent on scoring each image, N or one for all; ``padded_macs``: on each as if all were as the largest.
-    ``kept``: the features that were projected where others were dropped before; ``projected_tokens``: their number, int
-    (N,), new ones included. ``projector_input``: tokens that entered the projector, images padded to the one with the
-    most. ``block_tokens``: where a method acts inside the tower, tokens of each image (N,) at the attention and at the
-    MLP of each block; ``block_widths``: places that they took. ``host_syncs``: how often the method read numbers there.
+    ``units``: what the tower encoded by itself, N of them with up to W tokens each. ``pixels``: what entered the tower,
+    where images are of one size; ``grids``: frames and patches (N, 3) where they differ in shape, those of a run before
+    included if this one ``is_joined`` to it. ``cls``: the CLS feature (N, Dv), and ``cls_of`` the blocks whose outputs
+    are used. ``blocks``: query, key and scaling of the tower blocks that the method reads, by its names of them;
+    ``chunks``: the same in a tower that has all units in one sequence, piece by piece. ``received``: attention (N,
+    patches and CLS) that the tokens of blocks receive, where it is shared. ``features`` (N, W, Dv) enter the projector,
+    ``projected`` (N, W, D) leave it. ``macs``: multiply-adds that were spent on scoring each unit, int (N,);
+    ``padding_macs``: on what they were padded with. ``kept``: the features that were projected where others were
+    dropped before, ``new``: those that were added to them; ``projected_tokens``: their number, int (N,).
+    ``projector_input``: tokens that entered the projector in all. ``block_tokens``: where a method acts inside the
+    tower, tokens of each unit (N,) at the attention and at the MLP of each block; ``block_widths``: places that they
+    took. ``host_syncs``: how often the method read numbers there.
     """
 
     vision: VisionGeometry
+    units: Units
     pixels: Tensor | None = None
     grids: Tensor | None = None
+    is_joined: bool = False
     cls: Tensor | None = None
+    cls_of: dict[int, Tensor] = field(default_factory=dict)
     blocks: dict[int, tuple[Tensor, Tensor, float]] = field(default_factory=dict)
+    chunks: dict[int, list[tuple[Tensor, Tensor, float]]] = field(default_factory=dict)
     received: dict[int, Tensor] = field(default_factory=dict)
     features: Tensor | None = None
     projected: Tensor | None = None
-    macs: list[int] = field(default_factory=lambda: [0])
-    padded_macs: int = 0
     host_syncs: int = 0
-    decision: Keep | Merge | None = None
+    decision: Merge | None = None
     kept: TokenSet | None = None
+    new: TokenSet | None = None
     projected_tokens: Tensor | None = None
     projector_input: int = 0
     block_tokens: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
     block_widths: list[tuple[int, int]] = field(default_factory=list)
     inside: Inside = field(default_factory=Inside)
+    padding_macs: int = 0
+    macs: NDArray[np.int64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.macs = np.zeros(len(self.units.grids), np.int64)
+
+    @property
+    def is_shrunk(self) -> bool:
+        """Whether the tower put out fewer features than the prompt has tokens."""
+        return self.features is not None and int(self.features.shape[1]) < self.units.width
+
+    @property
+    def has_new(self) -> bool:
+        """Whether those that it put out stand for no patch in particular."""
+        return self.is_shrunk and self.inside.patches is None
+
+    def rows(self, layout: TokenLayout) -> ImageRows:
+        """Where the units stand in the rows of a prompt."""
+        return ImageRows(layout, self.units.images, self.units.width)
 
     def scored(self, macs: int | tuple[int, ...]) -> None:
-        """Multiply-adds were spent on scoring each image: an int, or N of them where images differ."""
-        more = [int(work) for work in (macs if isinstance(macs, tuple) else (macs,))]  # a tracer's sizes are tensors
-        images = max(len(self.macs), len(more))
-        before, more = (one * (images // len(one)) for one in (self.macs, more))
-        self.macs = [sum(both) for both in zip(before, more, strict=True)]
-        self.padded_macs += max(more)
+        """Multiply-adds were spent on scoring each unit: an int, or N of them where units differ."""
+        # A tracer's sizes are tensors.
+        more = np.array([int(work) for work in (macs if isinstance(macs, tuple) else (macs,))])
+        self.macs = self.macs + more
+        self.padding_macs += int(more.max() * len(more) - more.sum())
 
+    def observe(self, name: int, query: Tensor, key: Tensor, scaling: float) -> None:
+        """A block of the tower attends; where all units are in one sequence, it may do so in pieces."""
+        if self.units.order is None:
+            self.blocks[name] = (query, key, scaling)
+        else:
+            self.chunks.setdefault(name, []).append((query, key, scaling))
 
-class VisionView:
-    """The output of the vision tower: N images (of all rows, in order), P patches each."""
+    def attended(self, name: int, units: Sequence[int]) -> tuple[Tensor, Tensor, float]:
+        """Query and key (n, heads, patches, d) of a block in some ``units`` of one size, and its scaling."""
+        if self.units.order is None:
+            query, key, scaling = self.blocks[name]
+            return of_units(query, units), of_units(key, units), scaling
+        sizes = [prod(grid) * self.vision.merged for grid in self.units.grids]
+        queries, keys, scalings = zip(*self.chunks[name], strict=True)
+        whole = (torch.cat(parts, dim=2).split(sizes, dim=2) for parts in (queries, keys))
+        query, key = (torch.cat([part[unit] for unit in units]) for part in whole)
+        return query, key, scalings[0]
 
-    def __init__(self, encoding: Encoding) -> None:
-        self._encoding = encoding
+    def patches(self, unit: int) -> NDArray[np.int64] | None:
+        """Int (P, merged): which patches of a ``unit``, as the tower has them, each token is made of.
 
-    @property
-    def features(self) -> Tensor:
-        """(N, P, Dv): what enters the projector."""
-        assert self._encoding.features is not None
-        return self._encoding.features
-
-    @property
-    def projected(self) -> Tensor:
-        """(N, P, D): what leaves the projector; only in :meth:`~visibench.methods.Forward.projected`."""
-        assert self._encoding.projected is not None
-        return self._encoding.projected
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side of the image."""
-        return self._encoding.vision.grid
-
-    @property
-    def vision(self) -> VisionGeometry:
-        """Sizes of the vision side."""
-        return self._encoding.vision
-
-    @property
-    def cls(self) -> Tensor:
-        """The feature (N, Dv) of the CLS token, for methods with ``vision_cls``."""
-        assert self._encoding.cls is not None
-        return self._encoding.cls
-
-    @property
-    def present(self) -> Tensor:
-        """Bool (N, P): all true, images have no padding."""
-        return torch.ones(self.features.shape[:2], dtype=torch.bool, device=self.features.device)
-
-    def cls_weights(self, block: int = -1, *, single_head: bool = False) -> Tensor:
-        """Attention weights (N, heads, P), fp32, from CLS to the patches in a vision block.
-
-        ``block`` counts back from the block whose output the model uses as features (-1: that block itself, 0: the
-        one after it). ``single_head``: weights (N, 1, P) as if the block had one head of the full width.
+        None: each of one, in order.
         """
-        query, key, scaling = self._encoding.blocks[block]
-        self._encoding.scored(key.shape[1] * key.shape[2] * key.shape[3])
-        query = query[:, :, :1]
-        if single_head:
-            query, key = (t.transpose(1, 2).flatten(2)[:, None] for t in (query, key))
-            scaling = query.shape[3] ** -0.5
-        logits = attention.fine(query @ key.transpose(-1, -2)).squeeze(2)
-        return (logits * scaling).softmax(-1)[:, :, 1:]
-
-    def received(self, block: int = -1) -> Tensor:
-        """Attention (N, P), fp32, that each patch receives in a vision block: mean over heads and all queries.
-
-        CLS is one of the queries. For blocks that the method names in ``blocks_received``; rows are taken in blocks.
-        """
-        encoding = self._encoding
-        got = encoding.received.get(block)
-        got = attention.received(*encoding.blocks[block]) if got is None else got
-        encoding.scored(encoding.vision.hidden * got.shape[1] ** 2)
-        return got[:, int(encoding.vision.has_cls) :]
-
-    def keys(self, block: int = -1) -> Tensor:
-        """Keys (N, heads, P, d) of the patches in a vision block."""
-        return self._encoding.blocks[block][1][:, :, 1:]
-
-    def scored(self, macs: int) -> None:
-        """Count ``macs`` multiply-adds an image that the method itself spent on matrix products."""
-        self._encoding.scored(macs)
+        grid, merged, order = self.units.grids[unit], self.vision.merged, self.units.order
+        if order is None:
+            return None if merged == 1 else _squares(grid, round(merged**0.5))
+        first = sum(map(prod, self.units.grids[:unit]))
+        places = order[first : first + prod(grid)] - first
+        return places[:, None] * merged + np.arange(merged)
 
 
 class BlockView:
@@ -212,3 +198,10 @@ class BlockView:
         Where images differ each is taken to be padded to the largest.
         """
         self._encoding.scored(macs)
+
+
+def _squares(grid: Grid, side: int) -> NDArray[np.int64]:
+    """Patches, row by row, that squares of ``side`` make one of each token of a ``grid``."""
+    frames, rows, columns = grid
+    patches = np.arange(prod(grid) * side**2).reshape(frames, rows, side, columns, side)
+    return patches.transpose(0, 1, 3, 2, 4).reshape(-1, side**2)

@@ -86,7 +86,8 @@ def check_videos(inputs: Inputs, method: Method, model: Any, *, supported: bool)
     """Raise :class:`UnsupportedModelError` for videos where the family does not have them run as images do."""
     if inputs.videos and not supported:
         raise UnsupportedModelError(VIDEO.format(type(model).__name__))
-    if inputs.videos and {"image", "tower", "vision"} & set(method.hook_points):
+    points, reads = {*method.hook_points}, bool(method.vision_blocks) or method.by_unit
+    if inputs.videos and ({"image", "tower", "vision"} & points or ("projector" in points and reads)):
         raise UnsupportedModelError(
             f"{method.name} acts on the vision side, where frames of a video are no images: choose a method that acts "
             "in the decoder"

@@ -1,7 +1,7 @@
 """Roles and positions of the tokens in a batch, and what a cut does to them.
 
-Rows are left padded: valid tokens stand at the right, so the last column is every row's last token and stays so
-through every cut. How many tokens a row holds is known on the host; which ones, only on the device.
+Rows are left padded: the last column is every row's last token through every cut. How many tokens a row holds is known
+on the host; which ones, only on the device.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +17,7 @@ from torch import Tensor
 
 from ..errors import InputError
 
-PAD, PREFIX, VISUAL, TEXT = range(4)
-ADDED = -2
+PAD, PREFIX, VISUAL, TEXT, ADDED = 0, 1, 2, 3, -2
 Facts = tuple[Tensor, Tensor]
 
 
@@ -122,7 +122,7 @@ class TokenLayout:
     ``facts`` makes :attr:`roles` and :attr:`visual_id` when they are first asked for: many layouts of a prefill are
     never looked at. ``lengths``, ``visual_counts``, ``text_counts``: valid, visual and TEXT tokens of each row, on the
     host. ``span``: the places of the visual tokens where no row is padded and all rows have them in the same run;
-    None otherwise.
+    None otherwise. ``images``: an ``ImageShape`` for each of each row, where known.
     """
 
     facts: Callable[[], Facts]
@@ -133,6 +133,7 @@ class TokenLayout:
     text_counts: tuple[int, ...]
     span: tuple[int, int] | None = None
     hash_inputs: Callable[[], Tensor] | None = None
+    images: tuple[tuple[Any, ...], ...] | None = None
 
     @classmethod
     def from_spans(cls, length: int, visual: Sequence[tuple[int, int]] = ()) -> TokenLayout:
@@ -185,6 +186,7 @@ class TokenLayout:
             lengths=self.lengths * rows,
             visual_counts=self.visual_counts * rows,
             text_counts=self.text_counts * rows,
+            images=None if self.images is None else self.images * rows,
         )
 
     def to(self, device: torch.device) -> TokenLayout:
@@ -222,9 +224,8 @@ class TokenLayout:
     @cached_property
     def fingerprint(self) -> Tensor:
         """Int (B,): a hash of each row's inputs, which does not depend on the rest of the batch."""
-        if self.hash_inputs is None:
-            return torch.zeros(self.rows, dtype=torch.int64, device=self.device)
-        return self.hash_inputs()
+        none = torch.zeros(self.rows, dtype=torch.int64, device=self.device)
+        return none if self.hash_inputs is None else self.hash_inputs()
 
     @cached_property
     def valid(self) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -140,11 +141,13 @@ class Pass:
             return
         if self.cache is not None:
             self._count(self.cache)
-        encoding, vision = self.tap.encoding, self.adapter.geometry.vision
-        self.prompt.trace.grids = None if encoding is None else encoding.grids
-        pixels, patches = None if encoding is None else encoding.pixels, vision.tokens if vision else 1
-        self._hashes = RowHashes(self.prompt.layout, self.inputs.ids, self.inputs.embeddings, pixels, patches)
-        self.prompt = replace(self.prompt, layout=replace(self.prompt.layout, hash_inputs=self._hashes))
+        layout = self.prompt.layout
+        self.tap.record(layout, self.prompt.trace)
+        encoding, pixels = self.tap.encoding, None
+        if encoding is not None and encoding.pixels is not None:
+            pixels = encoding.pixels, partial(encoding.rows, layout)
+        self._hashes = RowHashes(layout, self.inputs.ids, self.inputs.embeddings, pixels)
+        self.prompt = replace(self.prompt, layout=replace(layout, hash_inputs=self._hashes))
 
     def _count(self, cache: PrunedCache) -> None:
         """How many places of each row count in what the layers hold, on the host, in one transfer."""
@@ -183,7 +186,9 @@ class Pass:
         if not self._has_visual(segment):
             return segment, hidden
         if layer == 0:
-            on_images = self.tap.decide(prompt.forward, prompt.layout, prompt.trace)
+            on_images = self.tap.decide(
+                prompt.forward, prompt.layout, prompt.trace, parted(hidden, prompt.layout.width)[0]
+            )
             segment, hidden = self._apply(on_images, prompt.trace, segment, hidden)
             self.tap.used(self.inputs.encoded, again=self.cache is None)
         if type(prompt.forward).layer_input is not Forward.layer_input:

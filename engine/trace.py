@@ -52,7 +52,7 @@ class Trace:
         self.host_syncs = 0
         # Visual tokens that went through the projector, int (B,).
         self.projected = torch.tensor(prompt.visual_counts)
-        # The same for the whole batch, images padded to the one with the most; None: the sum of the above.
+        # The same for the whole batch; None: the sum of the above.
         self.batch_projected: int | None = None
         # Of the images of each row, int (B, M, blocks, 2): tokens at the attention and at the MLP of each vision block,
         # zeros for images that a row does not have; and the places that they took. None: all tokens in every block.
@@ -63,6 +63,8 @@ class Trace:
         # Where the tokens of an image lie in it (:mod:`visibench.utils.token_grids`): by the model's image processor,
         # inputs of the batch, the image's number there and its size (width, height); None where that is not known.
         self.views: Callable[[Any, Mapping[str, Any], int, tuple[int, int]], list[list[int]]] | None = None
+        # The images or tiles of each row, by number; None where that is not known, or there is one row.
+        self.units_of_row: list[list[int]] | None = None
         # Sums on the host are numpy's: torch would dispatch them like work of the model.
         self._pairs: dict[int, np.ndarray] = {}
         # Entries that each layer's KV cache held before, int (B,), and the places they take.

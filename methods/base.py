@@ -5,19 +5,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..engine.contract import Forward, HookPoint, Keep, Knob, Method, Ranking
+from ..engine.contract import Forward, HookPoint, ImageShape, Keep, Knob, Method, Ranking
 from ..engine.decisions import top
 from ..errors import VisibenchError
 
 if TYPE_CHECKING:
-    from ..engine.contract import AttentionView, Geometry, LayerView, TokenLayout, VisionGeometry, VisionView
+    from ..engine.contract import AttentionView, Geometry, ImageView, LayerView, TokenLayout, VisionGeometry, VisionView
 
 Layers = Literal["given", "scaled"]
+Newlines = Literal["keep", "drop", "compete"]
+Salience = Literal["cls", "received"]
+LATER = {"later": True}
 REFERENCE_DEPTH = 32
 REFERENCE_BLOCKS = 24
 # Values of an option without a scale of its own: 0, and six decades in steps of 2.3 %.
@@ -57,10 +61,37 @@ class Budgeted(Method):
         return floored(visual_tokens, self.keep)
 
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor] | None:
-        """The budget of each image, spent in front of the decoder; a method that acts inside it says so itself."""
-        assert geometry.vision is not None
-        patches = geometry.vision.tokens
-        return {0: layout.visual.host_counts // patches * self.budget(torch.tensor(patches))}
+        """The budget of each image, spent in front of the decoder; a method that acts inside it says so itself.
+
+        None where images differ in size and the ``layout`` does not say how.
+        """
+        vision = geometry.vision
+        assert vision is not None
+        if layout.images is not None:
+            rows = [sum(self.image_left(image) for image in images) for images in layout.images]
+            return {0: torch.tensor(rows)}
+        if vision.tiled or not vision.tokens:
+            return None
+        one = ImageShape((vision.shape,))
+        return {0: layout.visual.host_counts // vision.tokens * self.image_left(one)}
+
+    def image_left(self, image: ImageShape) -> int:
+        """Tokens of an image that enter the decoder."""
+        loose = image.loose if self.newlines == "keep" else 0
+        if "projector" in self.hook_points and not self.by_unit:
+            competing = image.loose if self.newlines == "compete" else 0
+            return self.unit_left((1, 1, sum(map(prod, image.units)) + competing)) + loose
+        shown = image.units if self.unpad and not self.changes_tower else image.padded or image.units
+        return sum(map(self.unit_left, shown)) + loose
+
+    @property
+    def changes_tower(self) -> bool:
+        """Whether the tower itself makes fewer tokens, of whole units."""
+        return bool({"image", "tower"} & set(self.hook_points))
+
+    def unit_left(self, grid: tuple[int, int, int]) -> int:
+        """Tokens that stay of those on a ``grid`` of frames, rows and columns, which are shown together."""
+        return int(self.budget(torch.tensor(prod(grid))))
 
 
 @dataclass(frozen=True)
@@ -176,6 +207,74 @@ class ScoredImages(Forward):
 
     def projected(self, view: VisionView) -> Keep | None:
         return self.method.image_tokens(view) if self.method.scored_at == "projector" else None
+
+
+@dataclass(frozen=True)
+class OnImages(Method):
+    """A method of the vision side.
+
+    ``newlines``: whether tokens that are no patch, such as newlines behind rows of tiles, ``keep`` their places or
+    ``drop`` out; behind the projector they may also ``compete`` with the others.
+    """
+
+    newlines: Newlines = dataclasses.field(default="keep", kw_only=True, metadata=LATER)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        images = "projector" in self.hook_points and not self.by_unit
+        known = get_args(Newlines) if images else get_args(Newlines)[:2]
+        self.require(self.newlines in known, f"newlines must be {' or '.join(map(repr, known))}")
+
+
+@dataclass(frozen=True)
+class OnPatches(OnImages):
+    """A method that chooses among the patches of a unit.
+
+    ``unpad=false``: those of padding, which some models leave out of the prompt, are chosen from as well, and enter the
+    prompt where they are chosen.
+    """
+
+    unpad: bool = dataclasses.field(default=True, kw_only=True, metadata=LATER)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(
+            self.unpad or self.positions == "renumber",
+            "patches of padding have no position in the prompt to keep: use positions='renumber'",
+        )
+
+
+@dataclass(frozen=True)
+class Salient(Method):
+    """A method that reads how much attention each patch gets.
+
+    ``attention``: that of the ``cls`` token, or, in towers without one, what a patch has ``received`` from all of them,
+    mean over heads and queries, in the last block in which they all see one another.
+    """
+
+    attention: Salience = dataclasses.field(default="cls", kw_only=True, metadata=LATER)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.attention in get_args(Salience), "attention must be 'cls' or 'received'")
+
+    def check(self, geometry: Geometry) -> None:
+        super().check(geometry)
+        self.require(
+            geometry.vision is None or geometry.vision.has_cls or self.attention == "received",
+            "scores patches by the attention of the CLS token, and this model's vision tower has none: "
+            "use attention='received', or a method without it, such as divprune or pooling",
+        )
+
+    def blocks_read(self, vision: VisionGeometry) -> tuple[int, ...]:
+        return super().blocks_read(vision) if self.attention == "cls" else ()
+
+    def blocks_received(self, vision: VisionGeometry) -> tuple[int, ...]:
+        return (vision.last_full,) if self.attention == "received" else super().blocks_received(vision)
+
+    def salience(self, view: VisionView | ImageView) -> Tensor:
+        """(N, P): the attention that each patch gets, mean over heads."""
+        return view.cls_weights().mean(1) if self.attention == "cls" else view.received()
 
 
 @dataclass(frozen=True)

@@ -23,18 +23,18 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from .base import Scored
+from .base import OnImages, Scored
 from .pieces import by_place, cosine, per_image
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.contract import Geometry, VisionView
+    from ..engine.contract import Geometry, ImageView
 
 Condition = Literal["question", "none"]
 
 
 @register("cdpruner", "CDPruner", paper="2506.10967", source="Theia-4869/CDPruner@9541616")
-class CDPruner(Scored):
+class CDPruner(OnImages, Scored):
     """Keep the projected tokens that are most diverse and most relevant to the question."""
 
     hook_points = ("projector",)
@@ -50,13 +50,14 @@ class CDPruner(Scored):
         self.require(self.condition in get_args(Condition), "condition must be 'question' or 'none'")
 
     def check(self, geometry: Geometry) -> None:
+        super().check(geometry)
         self.require(
             self.condition == "none",
             "compares patches with the question in CLIP's embedding space, and this model has no CLIP text tower: "
             "use condition=none (diversity alone), divprune or a method that reads the prompt in the decoder",
         )
 
-    def score(self, view: VisionView) -> Tensor:
+    def score(self, view: ImageView) -> Tensor:
         patches, size = view.projected.shape[1:]
         count = per_image(self, patches)
         view.scored(patches * patches * size + patches * count * (count - 1) // 2)

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .base import Scored
+from .base import OnImages, Scored
 from .pieces import by_place, cosine, per_image
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.contract import VisionView
+    from ..engine.contract import ImageView
 
 
 @register("divprune", "DivPrune", paper="2503.02175", source="vbdi/divprune@799e2d9")
-class DivPrune(Scored):
+class DivPrune(OnImages, Scored):
     """Keep the projected tokens of each image that are farthest from one another."""
 
     hook_points = ("projector",)
@@ -35,7 +35,7 @@ class DivPrune(Scored):
     vision_blocks = ()
     examples = ("keep=0.5", "tokens=6,positions=keep")
 
-    def score(self, view: VisionView) -> Tensor:
+    def score(self, view: ImageView) -> Tensor:
         patches, size = view.projected.shape[1:]
         view.scored(patches * patches * size)
         return by_place(farthest(1 - cosine(view.projected), per_image(self, patches)), patches)

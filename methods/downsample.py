@@ -30,7 +30,7 @@ class Downsample(Gridded):
     hook_points = ("image",)
 
     def image(self, pixels: Tensor, vision: VisionGeometry) -> Tensor | None:
-        rows, columns = self.grid(vision.grid)
+        rows, columns = self.grid(vision.grid, vision.grid)
         if rows == columns == vision.grid:
             return None
         patch = pixels.shape[-1] // vision.grid

@@ -14,23 +14,19 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .base import Scored
-from .pieces import cls_attention, needs_cls
+from .base import OnPatches, Salient, Scored
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.contract import Geometry, VisionView
+    from ..engine.contract import VisionView
 
 
 @register("fastervlm", "FasterVLM", paper="2412.01818", source="Theia-4869/FasterVLM@f5d5f12")
-class FasterVLM(Scored):
+class FasterVLM(Salient, OnPatches, Scored):
     """Keep the patches of each image to which the CLS token attends most."""
 
     hook_points = ("vision",)
     positions = "renumber"
 
-    def check(self, geometry: Geometry) -> None:
-        needs_cls(self, geometry)
-
     def score(self, view: VisionView) -> Tensor:
-        return cls_attention(view)
+        return self.salience(view)

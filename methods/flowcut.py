@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from ..engine.contract import BlockCut
-from .base import Budgeted
-from .pieces import needs_cls, per_image, precise
+from .base import Budgeted, OnImages
+from .pieces import ONE_BLOCK, added_need_renumbering, needs_cls, per_image, precise
 from .registry import register
 
 if TYPE_CHECKING:
@@ -35,17 +35,22 @@ if TYPE_CHECKING:
 
 
 @register("flowcut", "FlowCut", paper="2505.19536", source="TungChintao/FlowCut@a2ecd24")
-class FlowCut(Budgeted):
+class FlowCut(OnImages, Budgeted):
     """Drop patches block by block inside the vision tower, by what CLS reads of them, faster where it is sure."""
 
     hook_points = ("tower",)
     block_part = "mlp"
     positions = "renumber"
+    unpad = False
     vision_blocks = ()
     examples = ("keep=0.5", "tokens=3,positions=keep")
 
     def check(self, geometry: Geometry) -> None:
+        super().check(geometry)
         needs_cls(self, geometry)
+        if geometry.vision is not None and geometry.vision.tiled:
+            added_need_renumbering(self)  # patches of padding may stay
+        self.require(geometry.vision is None or not geometry.vision.joined_blocks, ONE_BLOCK)
         last = geometry.vision is None or geometry.vision.feature_block >= 1
         self.require(last, "the features are those of the first vision block, and patches leave before it")
 

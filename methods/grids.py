@@ -5,27 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from .base import Budgeted
+from .base import Budgeted, OnImages
 from .pieces import added_need_renumbering, per_image
 
 if TYPE_CHECKING:
-    from ..engine.contract import Geometry, TokenLayout
+    from ..engine.contract import Geometry
 
 
-def grid_within(budget: int, side: int) -> tuple[int, int]:
-    """Rows and columns of the grid of most cells within the budget: no wider than twice its height, nor than ``side``.
+def grid_within(budget: int, rows: int, columns: int | None = None) -> tuple[int, int]:
+    """Rows and columns of the grid of most cells within the budget, for tokens of so many ``rows`` and ``columns``.
 
-    Of several the squarest.
+    Without ``columns`` there are as many as rows.
+    Cells are no wider than high, and no more than twice as high as wide. Of several grids the one of most rows.
     """
-    grids = [(h, min(budget // h, 2 * h, side)) for h in range(1, side + 1) if h * h <= budget]
+    columns = columns or rows
+    grids = [(1, 1)]
+    for h in range(1, rows + 1):
+        widest = min(budget // h, max(2 * h * columns // rows, 1), columns)
+        if widest and h * h * columns <= budget * rows:
+            grids.append((h, widest))
     return max(grids, key=lambda grid: (grid[0] * grid[1], grid[0]))
 
 
 @dataclass(frozen=True)
-class Gridded(Budgeted):
-    """A method that makes of the square grid of an image's patches the largest :meth:`grid` within its budget.
+class Gridded(OnImages, Budgeted):
+    """A method that makes of the grid of an image's patches the largest :meth:`grid` within its budget.
 
     The tokens get new positions.
     """
@@ -37,18 +41,20 @@ class Gridded(Budgeted):
         super().__post_init__()
         added_need_renumbering(self)
 
-    def grid(self, side: int) -> tuple[int, int]:
-        """Rows and columns that ``side`` × ``side`` patches become."""
-        return grid_within(per_image(self, side * side), side)
+    def grid(self, rows: int, columns: int) -> tuple[int, int]:
+        """Rows and columns that ``rows`` × ``columns`` patches become."""
+        budget = per_image(self, rows * columns)
+        self.require(budget >= 1, "the budget must be at least 1 token an image")
+        return grid_within(budget, rows, columns)
 
     def check(self, geometry: Geometry) -> None:
-        if geometry.vision is None:
+        super().check(geometry)
+        if geometry.vision is None or not geometry.vision.tokens:
             return
         tokens, side = geometry.vision.tokens, geometry.vision.grid
         self.require(side * side == tokens, f"needs a square grid of patches, and this model has {tokens} an image")
-        self.require(per_image(self, tokens) >= 1, "the budget must be at least 1 token an image")
+        self.grid(side, side)
 
-    def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor]:
-        assert geometry.vision is not None
-        rows, columns = self.grid(geometry.vision.grid)
-        return {0: layout.visual.host_counts // geometry.vision.tokens * (rows * columns)}
+    def unit_left(self, grid: tuple[int, int, int]) -> int:
+        rows, columns = self.grid(*grid[1:])
+        return grid[0] * rows * columns

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .base import Layered, Scored
+from .base import Layered, OnPatches, Scored
 from .pieces import marked, per_image
 from .registry import register
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @register("hiprune", "HiPrune", paper="2508.00553", source="Danielement321/HiPrune@6e83a12")
-class HiPrune(Scored, Layered):
+class HiPrune(OnPatches, Scored, Layered):
     """Keep patches that get much attention in a middle vision block, with their neighbours, or in a deep one."""
 
     hook_points = ("vision",)
@@ -56,14 +56,24 @@ class HiPrune(Scored, Layered):
         self.require(self.middle >= 0, "middle, a vision block, must be >= 0")
 
     def check(self, geometry: Geometry) -> None:
+        super().check(geometry)
         self.check_block("middle", self.middle, geometry)
+        vision = geometry.vision
+        if vision is not None and vision.window is not None:
+            block = self.block_at(self.middle, vision) + vision.feature_block + 1
+            self.require(
+                block in vision.full_blocks or not self.alpha,
+                f"middle={self.middle} names vision block {block}, in which patches attend within windows: choose one "
+                f"of {', '.join(map(str, vision.full_blocks))} with layers='given', or alpha=0",
+            )
 
     def anchors(self, patches: int) -> int:
         """How many anchors an image gets."""
         return round(per_image(self, patches) * self.alpha / 5)
 
     def blocks_received(self, vision: VisionGeometry) -> tuple[int, ...]:
-        return (self.block_at(self.middle, vision), -1) if self.anchors(vision.tokens) else (-1,)
+        anchors = self.alpha if vision.tokens == 0 else self.anchors(vision.tokens)
+        return (self.block_at(self.middle, vision), vision.last_full) if anchors else (vision.last_full,)
 
     def score(self, view: VisionView) -> Tensor:
         registers, anchors = view.received(), self.anchors(view.vision.tokens)
@@ -71,7 +81,7 @@ class HiPrune(Scored, Layered):
             return registers
         middle = view.received(self.block_at(self.middle, view.vision))
         # Both lie in [0, 1]: anchors and buffers come first.
-        return torch.where(around(middle, anchors, view.grid), 2 + middle, registers)
+        return torch.where(around(middle, anchors, view.grid[2]), 2 + middle, registers)
 
 
 def around(scores: Tensor, count: int, width: int) -> Tensor:

@@ -27,18 +27,18 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..engine.contract import Forward, Keep, Merge
-from .base import Budgeted, top
-from .pieces import added_need_renumbering, cls_attention, cosine, needs_cls, per_image, precise
+from .base import Budgeted, OnImages, Salient, top
+from .pieces import added_need_renumbering, cosine, per_image, precise
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.contract import Geometry, TokenLayout, VisionView
+    from ..engine.contract import Geometry, ImageView, TokenLayout
 
 Shortfall = Literal["attention", "zeros"]
 
 
 @register("holov", "HoloV", paper="2510.02912", source="obananas/HoloV@1d2e65e")
-class HoloV(Budgeted):
+class HoloV(Salient, OnImages, Budgeted):
     """Share the budget out among runs of tokens, and keep in each those to which the CLS token attends most."""
 
     hook_points = ("projector",)
@@ -57,8 +57,8 @@ class HoloV(Budgeted):
             added_need_renumbering(self, "use positions='renumber' or shortfall='attention'")
 
     def check(self, geometry: Geometry) -> None:
-        needs_cls(self, geometry)
-        patches = self.runs if geometry.vision is None else geometry.vision.tokens
+        super().check(geometry)
+        patches = self.runs if geometry.vision is None else geometry.vision.tokens or self.runs
         self.require(self.runs <= patches, f"{self.runs} runs of an image of {patches} tokens: lower runs")
 
     def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
@@ -71,10 +71,13 @@ class HoloVForward(Forward):
     def __init__(self, method: HoloV) -> None:
         self.method = method
 
-    def projected(self, view: VisionView) -> Keep | Merge:
-        tokens, attention, fill = view.projected, cls_attention(view), self.method.shortfall == "attention"
+    def projected(self, view: ImageView) -> Keep | Merge:
+        tokens, attention, fill = view.projected, self.method.salience(view), self.method.shortfall == "attention"
         images, patches, size = tokens.shape
-        budget, index = per_image(self.method, patches), runs_of(patches, self.method.runs).to(tokens.device)
+        budget, index = (
+            per_image(self.method, patches),
+            runs_of(patches, min(self.method.runs, patches)).to(tokens.device),
+        )
         view.scored(index.numel() * index.shape[1] * size)
         quota = allocated(run_scores(tokens, attention, index), budget)
         keep, order = taken(attention, quota, index, budget if fill else None)

@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
 from ..engine.contract import Merge
+from .base import OnPatches
 from .grids import Gridded
 from .pieces import precise
 from .registry import register
@@ -24,17 +25,18 @@ if TYPE_CHECKING:
 
 
 @register("pooling", "Average pooling")
-class Pooling(Gridded):
+class Pooling(OnPatches, Gridded):
     """Average the features over the cells of a coarser grid."""
 
     hook_points = ("vision",)
+    positions = "renumber"
 
     def vision(self, view: VisionView) -> Merge | None:
         images, _, size = view.features.shape
-        side = view.grid
-        grid = self.grid(side)
-        if grid == (side, side):
+        _, rows, columns = view.grid
+        grid = self.grid(rows, columns)
+        if grid == (rows, columns):
             return None
-        cells = precise(view.features).transpose(1, 2).reshape(images, size, side, side)
+        cells = precise(view.features).transpose(1, 2).reshape(images, size, rows, columns)
         means = adaptive_avg_pool2d(cells, grid).flatten(2).transpose(1, 2)
         return Merge(torch.zeros_like(view.present), added=means.to(view.features.dtype))

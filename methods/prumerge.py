@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..engine.contract import Merge
-from .base import Budgeted
+from .base import Budgeted, OnPatches
 from .pieces import added_need_renumbering, cosine, needs_cls, per_image, pick, precise
 from .registry import register
 
@@ -39,7 +39,7 @@ Weights = Literal["raw", "normalised"]
 
 
 @register("prumerge", "PruMerge", paper="2403.15388", source="42Shawn/LLaVA-PruMerge@097c041")
-class PruMerge(Budgeted):
+class PruMerge(OnPatches, Budgeted):
     """Keep the patches that stand out in CLS attention, and add to each what is like it."""
 
     hook_points = ("vision",)

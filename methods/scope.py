@@ -21,18 +21,18 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from .base import Scored
-from .pieces import by_place, cosine, needs_cls, per_image
+from .base import OnPatches, Salient, Scored
+from .pieces import by_place, cosine, per_image
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.contract import Geometry, VisionView
+    from ..engine.contract import VisionView
 
 Combination = Literal["multiply", "add"]
 
 
 @register("scope", "SCOPE", paper="2510.24214", source="kinredon/SCOPE@6bf7306")
-class SCOPE(Scored):
+class SCOPE(Salient, OnPatches, Scored):
     """Keep patches that together cover the others' features best, weighted by the attention of CLS."""
 
     hook_points = ("vision",)
@@ -47,13 +47,14 @@ class SCOPE(Scored):
         self.require(self.alpha >= 0, f"alpha must be >= 0, not {self.alpha}")
         self.require(self.combine in get_args(Combination), "combine must be 'multiply' or 'add'")
 
-    def check(self, geometry: Geometry) -> None:
-        needs_cls(self, geometry)
+    def weight(self, view: VisionView) -> Tensor:
+        """(N, P): attention that each patch gets, all heads together."""
+        return view.cls_weights().sum(1) if self.attention == "cls" else view.received() * view.vision.heads
 
     def score(self, view: VisionView) -> Tensor:
         patches, size = view.features.shape[1:]
         view.scored(patches * patches * size)
-        weight = view.cls_weights().sum(1) ** self.alpha
+        weight = self.weight(view) ** self.alpha
         picked = covering(cosine(view.features), weight, per_image(self, patches), add=self.combine == "add")
         return by_place(picked, patches)
 

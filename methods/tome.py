@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from ..engine.contract import BlockMerge
-from .base import Budgeted
-from .pieces import added_need_renumbering, cosine, per_image, precise
+from .base import Budgeted, OnImages
+from .pieces import ONE_BLOCK, added_need_renumbering, cosine, per_image, precise
 from .registry import register
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @register("tome", "ToMe", paper="2210.09461", source="facebookresearch/ToMe@af95e4b")
-class ToMe(Budgeted):
+class ToMe(OnImages, Budgeted):
     """Merge the most similar tokens in every block of the vision tower."""
 
     hook_points = ("tower",)
@@ -48,8 +48,10 @@ class ToMe(Budgeted):
         added_need_renumbering(self)
 
     def check(self, geometry: Geometry) -> None:
+        super().check(geometry)
         vision = geometry.vision
         if vision is not None:
+            self.require(not vision.joined_blocks, ONE_BLOCK)
             least, blocks = fewest(vision.tokens, vision.feature_block + 1), vision.feature_block + 1
             self.require(
                 per_image(self, vision.tokens) >= least,

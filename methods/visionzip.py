@@ -23,18 +23,18 @@ import torch
 from torch import Tensor
 
 from ..engine.contract import Merge
-from .base import Budgeted, top
-from .pieces import added_need_renumbering, cls_attention, columns, cosine, needs_cls, per_image, pick, precise
+from .base import Budgeted, OnPatches, Salient, top
+from .pieces import added_need_renumbering, columns, cosine, per_image, pick, precise
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.contract import Geometry, VisionView
+    from ..engine.contract import Geometry, VisionGeometry, VisionView
 
 ContextualMerge = Literal["sum", "mean"]
 
 
 @register("visionzip", "VisionZip", paper="2412.04467", source="dvlab-research/VisionZip@3151f6d")
-class VisionZip(Budgeted):
+class VisionZip(Salient, OnPatches, Budgeted):
     """Keep CLS and the patches it attends to most, and merge the others into a few contextual tokens."""
 
     hook_points = ("vision",)
@@ -53,34 +53,39 @@ class VisionZip(Budgeted):
         self.require(self.merge in get_args(ContextualMerge), "merge must be 'sum' or 'mean'")
 
     def check(self, geometry: Geometry) -> None:
-        needs_cls(self, geometry)
-        if geometry.vision is not None:
-            dominant, contextual = self.split(geometry.vision.tokens)
-            self.require(
-                dominant >= 1,
-                f"{dominant + contextual} tokens an image, {contextual} of them contextual, leave none for CLS: "
-                "raise tokens or keep, or lower contextual",
-            )
+        super().check(geometry)
+        if geometry.vision is not None and geometry.vision.tokens:
+            self.split(geometry.vision.tokens)
+
+    def blocks_read(self, vision: VisionGeometry) -> tuple[int, ...]:
+        return self.vision_blocks  # its keys, whatever attention is read
 
     def split(self, patches: int) -> tuple[int, int]:
         """Dominant (with CLS) and contextual tokens of an image."""
         budget = per_image(self, patches)
         contextual = budget * 10 // 64 if self.contextual is None else self.contextual
+        self.require(
+            budget - contextual >= 1,
+            f"{budget} tokens an image, {contextual} of them contextual, leave none for CLS: "
+            "raise tokens or keep, or lower contextual",
+        )
         return budget - contextual, contextual
 
     def vision(self, view: VisionView) -> Merge:
         images, patches, _ = view.features.shape
         dominant, contextual = self.split(patches)
-        count = torch.full((images,), dominant - 1, device=view.features.device)
-        kept = top(cls_attention(view), count, view.present)
-        rest = columns(~kept, patches - dominant + 1)
+        chosen = dominant - view.cls.shape[1]
+        count = torch.full((images,), chosen, device=view.features.device)
+        kept = top(self.salience(view), count, view.present)
+        rest = columns(~kept, patches - chosen)
         keys = pick(view.keys().mean(1), rest)
         merged = contextualise(pick(view.features, rest), keys, contextual, mean=self.merge == "mean")
         others = rest.shape[1] - contextual
         view.scored(contextual * others * (keys.shape[2] + merged.shape[2]))
-        anchors = torch.full((images, 1 + contextual), patches - 1, device=kept.device)
-        anchors[:, 0] = -1  # in front of the first patch
-        return Merge(kept, added=torch.cat([view.cls[:, None], merged], dim=1), anchors=anchors)
+        added = torch.cat([view.cls, merged], dim=1)
+        anchors = torch.full(added.shape[:2], patches - 1, device=kept.device)
+        anchors[:, : view.cls.shape[1]] = -1  # in front of the first patch
+        return Merge(kept, added=added, anchors=anchors)
 
 
 def contextualise(features: Tensor, keys: Tensor, count: int, *, mean: bool) -> Tensor:

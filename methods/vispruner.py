@@ -23,16 +23,16 @@ import torch
 from torch import Tensor
 
 from ..engine.contract import Keep
-from .base import Budgeted
-from .pieces import cls_attention, cosine, marked, needs_cls, per_image
+from .base import Budgeted, OnPatches, Salient
+from .pieces import cosine, marked, per_image
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.contract import Geometry, VisionView
+    from ..engine.contract import VisionView
 
 
 @register("vispruner", "VisPruner", paper="2412.01818", source="Theia-4869/VisPruner@aefa01a")
-class VisPruner(Budgeted):
+class VisPruner(Salient, OnPatches, Budgeted):
     """Keep the patches to which CLS attends most, and of the others the least redundant ones."""
 
     hook_points = ("vision",)
@@ -47,9 +47,6 @@ class VisPruner(Budgeted):
         self.require(0 <= self.important <= 1, f"important is a fraction of the budget in [0, 1], not {self.important}")
         self.require(self.drop >= 1, "drop, the patches that leave at a time, must be >= 1")
 
-    def check(self, geometry: Geometry) -> None:
-        needs_cls(self, geometry)
-
     def vision(self, view: VisionView) -> Keep:
         patches, size = view.features.shape[1:]
         budget = per_image(self, patches)
@@ -58,7 +55,7 @@ class VisPruner(Budgeted):
         if 0 < budget - important < patches - important:
             view.scored(patches * patches * size)
             similarity = cosine(view.features)
-        return Keep(select(cls_attention(view), similarity, important, budget - important, self.drop))
+        return Keep(select(self.salience(view), similarity, important, budget - important, self.drop))
 
 
 def select(attention: Tensor, similarity: Tensor | None, important: int, diverse: int, drop: int = 8) -> Tensor:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..engine.contract import Forward, HookPoint, Merge
-from .base import Budgeted, Layered, Ranked, RankedForward, top
+from .base import Budgeted, Layered, OnPatches, Ranked, RankedForward, top
 from .pieces import columns, cosine, last_token_attention, needs_cls, per_image, pick, pooled, precise
 from .registry import register
 
@@ -36,10 +36,11 @@ if TYPE_CHECKING:
 
 
 @register("vscan", "VScan", paper="2505.22654", source="Tencent/SelfEvolvingAgent@a82450e")
-class VScan(Layered, Ranked, Budgeted):
+class VScan(OnPatches, Layered, Ranked, Budgeted):
     """Keep what CLS attends to, in windows and globally, merge the rest into it, and cut again inside the decoder."""
 
     hook_points = ("projector", "decoder")
+    by_unit = True
     positions = "renumber"
     examples = (
         "keep=0.5,window=2,layers=scaled",
@@ -118,7 +119,7 @@ class VScanForward(RankedForward):
         if per_image(self.method, patches) == patches:
             return None
         local, spread = self.method.split(view.vision)
-        across = view.grid // self.method.window
+        across = view.grid[1] // self.method.window
         early, late = (view.cls_weights(block).mean(1) for block in self.method.blocks_read(view.vision))
         mask = in_windows(early, across, self.method.window, local)
         mask = mask | top(late, torch.full((images,), spread, device=late.device), ~mask)

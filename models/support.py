@@ -25,6 +25,7 @@ DECODERS = {
     "phi3": "Phi-3",
     "qwen2": "Qwen2 and 2.5",
     "qwen2_5_vl_text": "Qwen2.5-VL",
+    "qwen2_vl_text": "Qwen2-VL",
     "qwen3": "Qwen3",
     "qwen3_vl_text": "Qwen3-VL",
     "smollm3": "SmolLM3",
@@ -72,11 +73,6 @@ DECODER_LIMITS: tuple[tuple[Callable[[Any], Any], str], ...] = (
 )
 
 
-def _joined_layers(config: Any, towers: Towers) -> str:
-    layers = getattr(config, "vision_feature_layer", None)
-    return "" if layers is None or isinstance(layers, int) else " and ".join(map(str, layers))
-
-
 def _tower(config: Any, towers: Towers) -> str | None:
     tower = config.vision_config.model_type
     return None if tower in towers else f"{tower!r} has not been tested; tested: {', '.join(sorted(towers))}"
@@ -93,7 +89,6 @@ def _pooling_head(config: Any, towers: Towers) -> bool:
 
 
 VISION_LIMITS: tuple[tuple[Callable[[Any, Towers], Any], str], ...] = (
-    (_joined_layers, "features of vision layers {} are joined, and one layer is supported"),
     (_tower, "vision tower {}"),
     (_strategy, "vision_feature_select_strategy is {}"),
     (

@@ -1,2 +1,3 @@
-"""The vision side: merging inside the tower (tower), where images land in the rows (rows), and the hooks at tower and
-projector (tap)."""
+"""The vision side: what the tower encodes by itself (units), where it lands in the rows (rows), what methods see of it
+(view), merging inside the tower (tower), methods behind the projector (images), and the hooks at tower and projector
+(tap)."""

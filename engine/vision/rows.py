@@ -2,88 +2,183 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...errors import InputError, VisibenchError
 from ..decisions import Merge
 from ..layout import TokenLayout
+from .units import ANCHOR, Numbers, Packed, on_device
 
 
 class ImageRows:
-    """Where the ``images`` (N, in row-major order) stand in the rows (B, with up to M images each).
+    """Where ``images`` (in row-major order), of N units and W features in each, stand in the rows (B, V).
 
     In beam search each row of the prompt, with its images, is repeated after the images were encoded.
+    ``of_row``: for each row its units, by number. ``source``: int (B, V), for each visual token the feature, of all
+    N · W, that it is, :data:`ANCHOR` for none.
     """
 
-    def __init__(self, layout: TokenLayout, patches: int, images: int) -> None:
-        visual = layout.visual_counts
-        if any(count % patches for count in visual) or not images or sum(visual) // patches % images:
-            raise InputError(f"{images} images of {patches} patches do not fill rows of {visual} visual tokens")
-        self.counts = [count // patches for count in visual]
-        self.most, self.patches = max(self.counts), patches
-        beams = sum(self.counts) // images
-        if any(len(set(self.counts[row : row + beams])) > 1 for row in range(0, len(self.counts), beams)):
-            raise InputError(f"{images} images of {patches} patches do not fill rows of {visual} visual tokens")
-        sources: list[int] = []
-        places: list[int] = []
-        first = 0
-        for row, count in enumerate(self.counts):
-            sources += range(first, first + count)
-            places += range(row * self.most, row * self.most + count)
-            first += count if (row + 1) % beams == 0 else 0
-        self.sources = torch.tensor(sources, device=layout.device)
-        self.places = torch.tensor(places, device=layout.device)
+    def __init__(self, layout: TokenLayout, images: Sequence[Packed], width: int) -> None:
+        self.width, self._device, visual = width, layout.device, layout.visual_counts
+        self._anchored = not all(image.is_feature.all() for image in images)
+        lengths = [len(image.source) for image in images]
+        beams, rest = divmod(sum(visual), max(sum(lengths), 1))
+        self._wrong = InputError(f"images of {lengths} tokens do not fill rows of {[*visual]} visual tokens")
+        if rest or not beams:
+            raise self._wrong
+        self._source = np.full((len(visual), max(visual)), ANCHOR)
+        self._images: list[tuple[int, Packed]] = []
+        self.of_row: list[list[int]] = []
+        number = self.units = 0
+        for row in range(0, len(visual), beams):
+            filled, first = 0, self.units
+            while filled < visual[row]:
+                if number == len(images) or filled + lengths[number] > visual[row]:
+                    raise self._wrong
+                image, end = images[number], filled + lengths[number]
+                self._source[row : row + beams, filled:end] = image.moved(self.units * width)
+                self._images.append((self.units * width, image))
+                self.units, filled, number = self.units + image.units, end, number + 1
+            if {*visual[row : row + beams]} != {filled}:
+                raise self._wrong
+            self.of_row += [[*range(first, self.units)]] * beams
 
-    def group(self, images: Tensor) -> Tensor:
-        """(N, K, …) → (B, M·K, …), zero where a row has fewer than M images."""
-        rows = len(self.counts)
-        out = images.new_zeros(rows * self.most, *images.shape[1:])
-        out[self.places] = images[self.sources]
-        return out.reshape(rows, self.most * images.shape[1], *images.shape[2:])
+    @cached_property
+    def source(self) -> Tensor:
+        return on_device(self._source, self._device)
 
-    def translate(self, merge: Merge) -> Merge:
-        """A decision over images (N, P) as one over rows (B, V)."""
-        return Merge(
-            self.group(merge.mask),
-            None if merge.replaced is None else self.group(merge.replaced),
-            None if merge.added is None else self.group(merge.added),
-            None if merge.added is None else self.group(merge.added_mask()),
-            None if merge.added_positions is None else self.group(merge.added_positions),
-            None if merge.added is None else self._anchors(merge),
-            None if merge.order is None else self._order(merge.order),
-        )
+    @cached_property
+    def columns(self) -> Tensor:
+        """Int (N, W): where each feature stands among the visual tokens of its row; padding has the place before it."""
+        return on_device(self._columns, self._device)
 
-    def _order(self, order: Tensor) -> Tensor:
-        """Int (B, M·P): places among all images of the row, each of which comes as a whole, from those within each."""
+    @cached_property
+    def _columns(self) -> Numbers:
+        found = np.full(self.units * self.width, -1)
+        there = self._source != ANCHOR
+        found[self._source[there]] = np.broadcast_to(np.arange(self._source.shape[1]), there.shape)[there]
+        for first, image in self._images:
+            place = image.padded + first
+            found[place] = np.maximum.accumulate(found[place]).clip(min=0)
+        return found.reshape(self.units, self.width)
+
+    def sum(self, values: Numbers) -> Tensor:
+        """Sums (B,), on the host, of values (N,) over the units of each row."""
+        return torch.tensor([int(values[own].sum()) for own in self.of_row])
+
+    def group(self, values: Tensor) -> Tensor:
+        """(N, K, …) → (B, M·K, …), zero where a row has fewer units than that with the most, M."""
+        rows, most = len(self.of_row), max(map(len, self.of_row))
+        places = [row * most + place for row, own in enumerate(self.of_row) for place in range(len(own))]
+        sources = [unit for own in self.of_row for unit in own]
+        out = values.new_zeros(rows * most, *values.shape[1:])
+        out[torch.tensor(places, device=values.device)] = values[torch.tensor(sources, device=values.device)]
+        return out.reshape(rows, most * values.shape[1], *values.shape[2:])
+
+    def tokens(self, values: Tensor) -> Tensor:
+        """(N, W, …) → (B, V, …); of anchors and absent ones something or other."""
+        return values.flatten(0, 1)[self.source.clamp(min=0)]
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """(B, V, …) → (N, W, …), of the first row in beam search; of features that no token is something or other."""
+        rows = {unit: row for row in reversed(range(len(self.of_row))) for unit in self.of_row[row]}
+        row = on_device(np.array([[rows[unit]] for unit in range(self.units)]), self._device)
+        return tokens[row, self.columns]
+
+    def translate(
+        self, merge: Merge, contents: Tensor, *, anchors_stay: bool = True, padding: Tensor | None = None
+    ) -> Merge:
+        """A decision over units (N, W) as one over rows (B, V), whose visual tokens are ``contents`` (B, V, D).
+
+        ``padding``: contents (N, W, D) of all features, if those that no token is may become new ones.
+        """
+        mask, order = self.tokens(merge.mask), merge.order
+        replaced = None if merge.replaced is None else self.tokens(merge.replaced)
+        if self._anchored:
+            anchors = self.source == ANCHOR
+            mask = torch.where(anchors, anchors_stay, mask)
+            replaced = (
+                None if replaced is None else torch.where(anchors[..., None], contents.to(replaced.dtype), replaced)
+            )
+        if order is not None:
+            order = self._order(order, mask)
+        new = [] if padding is None else self._padding(merge.mask, padding)
+        if merge.added is not None:
+            new.append((self.group(merge.added), self.group(merge.added_mask()), self._anchors(merge)))
+        if not new:
+            return Merge(mask, replaced, order=order)
+        added, there, anchors = (torch.cat(parts, dim=1) for parts in zip(*new, strict=True))
+        places = None if merge.added_positions is None else self.group(merge.added_positions)
+        return Merge(mask, replaced, added, there, places, anchors, order)
+
+    def _padding(self, mask: Tensor, contents: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Features (B, K, D) that no token of the rows is, which of them ``mask`` (N, W) keeps, and where they go.
+
+        An empty list if there are none.
+        """
+        spare = {}
+        for first, image in self._images:
+            unused = np.setdiff1d(image.padded, image.source)
+            spare[first // self.width] = image.padded[np.isin(image.padded, unused)] + first
+        none = np.empty(0, np.int64)
+        rows = [np.concatenate([none, *(spare[unit] for unit in own if unit in spare)]) for own in self.of_row]
+        if not any(map(len, rows)):
+            return []
+        ids = np.full((len(rows), max(map(len, rows))), -1)
+        for row, own in enumerate(rows):
+            ids[row, : len(own)] = own
+        anchors = on_device(self._columns.flatten()[ids.clip(min=0)], self._device)
+        index = on_device(ids, self._device)
+        flat = index.clamp(min=0)
+        return [(contents.flatten(0, 1)[flat], mask.flatten()[flat] & (index >= 0), anchors)]
+
+    def _order(self, order: Tensor, mask: Tensor) -> Tensor:
+        """Int (B, V): places among all tokens of the row, from those in each unit, which comes as a whole."""
         within = order.argsort(dim=1, stable=True).argsort(dim=1)
-        first = torch.arange(self.most, device=order.device) * self.patches
-        return self.group(within) + first.repeat_interleave(self.patches)
+        order = self.tokens(within + torch.arange(self.units, device=order.device)[:, None] * self.width)
+        if not self._anchored:
+            return order
+        # Anchors keep their places.
+        anchors = self.source == ANCHOR
+        moves, column = mask & ~anchors, torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+        by_place = (~moves).to(torch.int8).argsort(dim=1, stable=True)
+        by_order = order.masked_fill(~moves, torch.iinfo(order.dtype).max).argsort(dim=1, stable=True)
+        return torch.where(anchors, column, torch.empty_like(order).scatter(1, by_order, by_place))
 
     def _anchors(self, merge: Merge) -> Tensor:
         """Int (B, M·added): for each added token the visual token of the row behind which it goes."""
         assert merge.added is not None
-        anchors = merge.anchors
-        if anchors is None:
-            anchors = torch.full(merge.added.shape[:2], self.patches - 1, device=self.places.device)
-        anchors = self.group(anchors)
-        first = (torch.arange(self.most, device=self.places.device) * self.patches).repeat_interleave(
-            merge.added.shape[1]
-        )
-        return torch.where(anchors < 0, anchors - first, anchors + first)
+        places = merge.anchors
+        if places is None:
+            places = torch.full(merge.added.shape[:2], self.width - 1, device=merge.added.device)
+        columns = self.columns.gather(1, torch.where(places < 0, -1 - places, places))
+        return self.group(torch.where(places < 0, -1 - columns, columns))
+
+
+Pixels = tuple[Tensor, Callable[[], ImageRows]]
 
 
 class RowHashes:
     """Hash, int (B,), of each row's raw inputs (ids and pixels, or embeddings), made when first asked for.
 
-    Integer sums, alike in any batch. :meth:`close` lets go of the inputs.
+    ``pixels``: those of all units, (N, …), and where these stand. Integer sums, alike in any batch. :meth:`close` lets
+    go of the inputs.
     """
 
     def __init__(
-        self, layout: TokenLayout, ids: Tensor | None, embeddings: Tensor | None, pixels: Tensor | None, patches: int
+        self,
+        layout: TokenLayout,
+        ids: Tensor | None,
+        embeddings: Tensor | None,
+        pixels: Pixels | None,
     ) -> None:
-        self._layout, self._patches = layout, patches
-        self._inputs: tuple[Tensor | None, Tensor | None, Tensor | None] | None = (ids, embeddings, pixels)
+        self._layout = layout
+        self._inputs: tuple[Tensor | None, Tensor | None, Pixels | None] | None = (ids, embeddings, pixels)
         self._hashes: Tensor | None = None
 
     def __call__(self) -> Tensor:
@@ -97,7 +192,7 @@ class RowHashes:
         """The prefill is over."""
         self._inputs = None
 
-    def _compute(self, ids: Tensor | None, embeddings: Tensor | None, pixels: Tensor | None) -> Tensor:
+    def _compute(self, ids: Tensor | None, embeddings: Tensor | None, pixels: Pixels | None) -> Tensor:
         layout = self._layout
         if ids is None:
             assert embeddings is not None
@@ -106,7 +201,8 @@ class RowHashes:
         hashes = (ids[:, : layout.width] * layout.valid).sum(1)
         if pixels is None or not any(layout.visual_counts):
             return hashes
-        return hashes + ImageRows(layout, self._patches, pixels.shape[0]).group(_hash(pixels)[:, None]).sum(1)
+        images, rows = pixels
+        return hashes + rows().group(_hash(images)[:, None]).sum(1)
 
 
 def _hash(values: Tensor) -> Tensor:

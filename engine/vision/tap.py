@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
+from inspect import signature
+from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...errors import InputError, UnsupportedModelError, VisibenchError
-from ...models.adapters import Adapter
+from ...models.adapters import Adapter, VisionGeometry
 from ..attention import Interception, received
 from ..contract import Forward, Method
-from ..decisions import Keep, Merge, as_merge, checked, on_images
-from ..encoding import Encoding, VisionView
+from ..decisions import Keep, Merge, checked, on_images
+from ..encoding import Encoding
 from ..features import Entry, FeatureStore, SharedTower
 from ..layout import TokenLayout, TokenSet
 from ..trace import Trace, Watch
+from .images import decided_on_images
 from .rows import ImageRows
 from .tower import UNSEEN, Tower
+from .units import Group, Numbers, Packed, Units, decided
+from .view import VisionView
 
 SIDE = {"image", "tower", "vision", "projector"}
 # At these points a method changes what the tower is given or computes, so that nobody else can use it.
@@ -42,10 +48,12 @@ class VisionTap:
         self.adapter, self.method, self.watch = adapter, method, watch
         self.features = None if CHANGING & set(method.hook_points) else features
         self.encoding: Encoding | None = None
+        self._arguments: Mapping[str, Any] = {}
         self._encoded: Callable[[], Any] | None = None
         self._exit = ExitStack()
         self._hooks_side = bool(SIDE & set(method.hook_points))
-        if SIDE & set(method.hook_points) - set(adapter.family.sides) and adapter.vision_tower is not None:
+        self._hooks_features = self._hooks_side and "vision" in adapter.family.sides
+        if self._needed(adapter) - set(adapter.family.sides) and adapter.vision_tower is not None:
             raise UnsupportedModelError(
                 f"{method.name} acts on the vision side, which cannot be pruned in architecture {adapter.kind!r}: "
                 "choose a method that acts in the decoder"
@@ -58,31 +66,63 @@ class VisionTap:
         self._read = method.blocks_read(vision) if vision else ()
         self._received = method.blocks_received(vision) if vision else ()
 
+    def _needed(self, adapter: Adapter) -> set[str]:
+        """Hook points that the model's family must have been tested at: that of features, where the tower is read."""
+        method, vision = self.method, adapter.geometry.vision
+        needed = SIDE & set(method.hook_points)
+        reads = bool(needed and vision and (method.blocks_read(vision) or method.blocks_received(vision)))
+        return needed | ({"vision"} if reads or (needed and method.by_unit) else set())
+
     def __enter__(self) -> VisionTap:
         tower = self.adapter.vision_tower
         if tower is None:
             return self
         with ExitStack() as stack:
+            self._wrap_encoder(stack)
             stack.callback(tower.register_forward_pre_hook(self._on_pixels, with_kwargs=True).remove)
-            if self._hooks_side:
+            if self._hooks_features:
                 self._hook_projector(stack)
             if self.features is not None:
                 stack.enter_context(SharedTower(tower, self.features, self._parts, self._seen, self._recall))
             self._exit = stack.pop_all()
         return self
 
+    def _wrap_encoder(self, stack: ExitStack) -> None:
+        """Sizes of images are given to what encodes them alone: ``generate`` does not pass them on."""
+        base: Any = self.adapter.model.base_model
+        own, before = base.get_image_features, vars(base).get("get_image_features")
+
+        @wraps(own)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            self._arguments = signature(own).bind_partial(*args, **kwargs).arguments
+            try:
+                return own(*args, **kwargs)
+            finally:
+                self._arguments = {}
+
+        def undo() -> None:
+            del base.get_image_features
+            if before is not None:
+                base.get_image_features = before
+
+        base.get_image_features = noted
+        stack.callback(undo)
+
     def _hook_projector(self, stack: ExitStack) -> None:
         vision, blocks = self.adapter.geometry.vision, self.adapter.vision_blocks
         assert vision is not None
         if self.method.vision_cls:
-            stack.callback(blocks[vision.feature_block].register_forward_hook(self._on_feature_block).remove)
+            for number in {*vision.joined_blocks, vision.feature_block}:
+                hook = partial(self._on_feature_block, number)
+                stack.callback(blocks[number].register_forward_hook(hook).remove)
         if "tower" in self.method.hook_points:
             stack.enter_context(Tower(self.adapter, self.method, self.watch, self._current))
         before, behind = self._watched(self._on_features), self._watched(self._on_projected)
-        stack.callback(self.adapter.projector.register_forward_pre_hook(before).remove)
+        stack.callback(self.adapter.features.register_forward_pre_hook(before).remove)
         stack.callback(self.adapter.projector.register_forward_hook(behind).remove)
         read = {name: blocks[vision.feature_block + 1 + name] for name in {*self._read, *self._received}}
-        observers = {block.self_attn: partial(self._observe, name) for name, block in read.items()}
+        attention = self.adapter.family.vision_attention
+        observers = {getattr(block, attention): partial(self._observe, name) for name, block in read.items()}
         stack.enter_context(Interception(observers))
 
     def __exit__(self, *error: Any) -> None:
@@ -123,14 +163,16 @@ class VisionTap:
     def _on_pixels(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         vision, self._encoded = self.adapter.geometry.vision, None
         assert vision is not None
-        before = None if self.encoding is None else self.encoding.grids
-        self.encoding = Encoding(vision)
-        if self.adapter.family.grids is not None:
-            # Images of several shapes: hashes of rows do without their pixels. Videos come behind them.
-            grids = self.adapter.family.grids(vision, args, kwargs)
-            self.encoding.grids = grids if before is None else torch.cat([before, grids])
+        pixels = args[0] if args else kwargs["pixel_values"]
+        grids = None if self.adapter.family.grids is None else self.adapter.family.grids(vision, args, kwargs)
+        units, before = self._units(vision, pixels, grids), None if self.encoding is None else self.encoding.grids
+        self.encoding = Encoding(vision, units, grids=grids)
+        if grids is not None and before is not None:  # videos behind images
+            self.encoding.grids, self.encoding.is_joined = torch.cat([before, grids]), True
+        if grids is not None and self.adapter.family.order is not None:
             return None
-        pixels = self.encoding.pixels = args[0] if args else kwargs["pixel_values"]
+        if grids is None:  # else images of several shapes: hashes of rows do without their pixels
+            self.encoding.pixels = pixels
         with self.watch("method"):
             smaller = self.method.image(pixels, vision) if "image" in self.method.hook_points else None
         if smaller is None:
@@ -138,13 +180,32 @@ class VisionTap:
         rest = {key: value for key, value in kwargs.items() if key != "pixel_values"}
         return (smaller, *args[1:]), rest | {"interpolate_pos_encoding": True}
 
-    def _on_feature_block(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        self._current().cls = output[:, 0]
+    def _units(self, vision: VisionGeometry, pixels: Tensor, grids: Tensor | None) -> Units:
+        family, model = self.adapter.family, self.adapter.model
+        side = round(vision.merged**0.5)
+        shapes = [(1, vision.grid * side, vision.grid * side)] * len(pixels) if grids is None else grids.tolist()
+        tokens = tuple((frames, rows // side, columns // side) for frames, rows, columns in shapes)
+        if family.packing is None:
+            images = tuple(Packed.whole(prod(grid)) for grid in tokens)
+        else:
+            packed = family.packing(model.base_model, vision, self._arguments)
+            images = tuple(Packed(source.numpy(), units, padded.numpy()) for source, units, padded in packed)
+        order = None if family.order is None or grids is None else family.order(model.config, grids).numpy()
+        return Units(tokens, images, order)
+
+    def _on_feature_block(self, number: int, module: nn.Module, args: tuple, output: Tensor) -> None:
+        encoding, vision = self._current(), self._current().vision
+        if not vision.has_cls or vision.merged > 1:
+            return
+        encoding.cls_of[number] = output[:, 0]
+        if number == vision.feature_block:
+            joined = vision.joined_blocks or (number,)
+            encoding.cls = torch.cat([encoding.cls_of[block] for block in joined], dim=-1)
 
     def _observe(
         self, name: int, kernel: Any, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any
     ) -> Any:
-        self._current().blocks[name] = (q, k, kwargs["scaling"])
+        self._current().observe(name, q, k, kwargs["scaling"])
         return kernel(module, q, k, v, mask, **kwargs)
 
     @property
@@ -186,92 +247,131 @@ class VisionTap:
     # ---- at the projector -----------------------------------------------------------------------------------------
 
     def _on_features(self, module: nn.Module, args: tuple[Tensor]) -> Tensor | None:
-        (features,), encoding = args, self._current()
-        encoding.features = features
+        encoding, units = self._current(), self._current().units
+        features = encoding.features = units.spread(args[0])
         self._check(encoding)
-        patches = encoding.vision.tokens
-        if features.shape[1] < patches:
+        if encoding.is_shrunk:
             kept = encoding.kept = _left_inside(encoding, features)
-            encoding.decision, new = Merge(kept.mask), features.shape[1] if encoding.inside.patches is None else 0
-            encoding.projected_tokens = kept.host_counts + new
+            encoding.decision = Merge(kept.mask)
+            encoding.projected_tokens = kept.host_counts + (features.shape[1] if encoding.has_new else 0)
             return None
-        view = VisionView(encoding)
-        encoding.decision = checked(self.method.vision(view), self.method.name, "vision", tuple(view.present.shape))
-        if encoding.decision is None:
+        merge, macs = self._by_unit(encoding, "vision", self.method.vision)
+        encoding.decision, encoding.macs = merge, encoding.macs + macs
+        if merge is None:
             return None
-        merge = on_images(encoding.decision)
-        kept = encoding.kept = TokenSet(merge.mask, tuple(merge.mask.sum(1).tolist()))
-        encoding.projected_tokens = kept.device_counts + (0 if merge.added is None else merge.added_mask().sum(1))
-        left = kept.pick(features if merge.replaced is None else merge.replaced, 1)
-        return left if merge.added is None else torch.cat([left, merge.added.to(left.dtype)], dim=1)
+        masks = [merge.mask] if merge.added is None else [merge.mask, merge.added_mask()]
+        numbers = torch.stack([mask.sum(1) for mask in masks])
+        kept, *new = (TokenSet(mask, tuple(counts)) for mask, counts in zip(masks, numbers.tolist(), strict=True))
+        encoding.kept, encoding.new, encoding.projected_tokens = kept, new[0] if new else None, numbers.sum(0)
+        return units.narrowed(features, merge, kept, encoding.new)
+
+    def _by_unit(
+        self, encoding: Encoding, hook: str, ask: Callable[[VisionView], Keep | Merge | None]
+    ) -> tuple[Merge | None, Numbers]:
+        """The method's decision about all units, asked of those of one shape together, and what it cost each, (N,)."""
+        units = encoding.units
+        macs = np.zeros(len(units.grids), np.int64)
+
+        def answer(group: Group) -> tuple[Tensor, Merge | None]:
+            view = VisionView(encoding, group)
+            decision = checked(ask(view), self.method.name, hook, tuple(view.present.shape))
+            macs[list(group.units)] += view.macs
+            return view.features, None if decision is None else on_images(decision)
+
+        return decided(len(units.grids), units.width, units.groups(unpad=self.method.unpad), answer), macs
 
     def _check(self, encoding: Encoding) -> None:
         """Raise unless all that the method reads of the tower was seen: nothing seen is never nothing to do."""
-        seen = encoding.blocks.keys() >= set(self.method.vision_blocks)
-        seen = seen and (encoding.cls is not None or not self.method.vision_cls)
+        vision, seen = encoding.vision, encoding.blocks.keys() | encoding.chunks.keys() | encoding.received.keys()
+        complete = seen >= {*self._read, *self._received}
+        if self.method.vision_cls and vision.has_cls and vision.merged == 1:
+            complete = complete and encoding.cls is not None
         if "tower" in self.method.hook_points:
-            seen = seen and len(encoding.block_tokens) == len(self.adapter.vision_blocks)
-        if not seen:
+            complete = complete and len(encoding.block_tokens) == len(self.adapter.vision_blocks)
+        if not complete:
             raise VisibenchError(UNSEEN.format(self.method.name))
 
     def _on_projected(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
-        encoding = self._current()
-        encoding.projector_input = output.shape[:2].numel()
+        encoding, units = self._current(), self._current().units
+        encoding.projector_input = output.shape[:-1].numel()
         if encoding.kept is None:
-            encoding.projected = output
+            encoding.projected = units.spread(output)
             return None
         assert encoding.decision is not None
-        count = encoding.kept.index.shape[1]
-        added = None if output.shape[1] == count else output[:, count:]
-        encoding.decision = replace(as_merge(encoding.decision), replaced=None, added=added)
-        places = output.new_zeros(output.shape[0], encoding.vision.tokens, output.shape[2])
-        return encoding.kept.place(output[:, :count], places, dim=1)
+        encoding.projected, added = units.widened(output, encoding.kept, encoding.new)
+        encoding.decision = replace(encoding.decision, replaced=None, added=added)
+        return units.gathered(encoding.projected)
 
     # ---- at decoder layer 0 ---------------------------------------------------------------------------------------
 
-    def decide(self, forward: Forward, layout: TokenLayout, trace: Trace) -> Keep | Merge | None:
-        """The method's decision about the images, translated from images (N, P) to the rows (B, V) of the batch."""
+    def record(self, layout: TokenLayout, trace: Trace) -> None:
+        """What ``trace`` keeps of the images of its prompt."""
+        encoding = self.encoding
+        if encoding is None or encoding.grids is None or not any(layout.visual_counts):
+            return
+        trace.grids = encoding.grids
+        counts = layout.visual.host_counts.double()
+        trace.projected = counts / counts.sum() * int(encoding.grids.prod(1).sum()) / encoding.vision.merged
+        with suppress(InputError):  # else, with images beside videos, it is not known who has which
+            rows = encoding.rows(layout)
+            trace.units_of_row = rows.of_row
+            trace.projected = rows.sum(np.array([*map(prod, encoding.units.grids)]))
+
+    def decide(self, forward: Forward, layout: TokenLayout, trace: Trace, hidden: Tensor) -> Merge | None:
+        """The method's decision about the images, as one about the rows of the batch, (B, V).
+
+        ``hidden``: (B, L, D), what enters decoder layer 0.
+        """
         if not self._hooks_side:
             return None
-        encoding = self.encoding
-        if encoding is None or encoding.features is None:
-            raise InputError(f"{self.method.name} needs the images: pass pixel_values inside the `with` block")
-        if encoding.decision is None:
-            view = VisionView(encoding)
-            encoding.decision = checked(
-                forward.projected(view), self.method.name, "projected", tuple(view.present.shape)
+        encoding, method = self.encoding, self.method
+        if encoding is None or (encoding.features is None and self._hooks_features):
+            raise InputError(f"{method.name} needs the images: pass pixel_values inside the `with` block")
+        if encoding.is_joined:
+            raise UnsupportedModelError(
+                f"{method.name} acts on images or on videos: give it prompts with one of both, or choose a method that "
+                "acts in the decoder"
             )
-        if encoding.decision is None:
-            return None
-        rows = ImageRows(layout, encoding.vision.tokens, encoding.features.shape[0])
-        images = encoding.features.shape[0]
-        macs = rows.group(torch.tensor(encoding.macs).expand(images)[:, None]).sum(1)
-        trace.scored(0, macs, sum(rows.counts) * encoding.padded_macs)
+        rows, visual = encoding.rows(layout), layout.visual.pick(hidden, 1)
+        merge, macs, projected = encoding.decision, encoding.macs, "projector" in method.hook_points
+        if merge is None and projected and not method.by_unit:
+            decision, work = decided_on_images(forward, method, layout, visual, encoding)
+        else:
+            if merge is None and projected:
+                merge, more = self._by_unit(encoding, "projected", forward.projected)
+                macs = macs + more
+            decision = None if merge is None else self._translated(rows, merge, visual, encoding)
+            work = rows.sum(macs)
+        trace.scored(0, work, int(work.sum()) + encoding.padding_macs)
         trace.host_syncs += encoding.host_syncs
-        ran = self._tower_tokens(encoding)
-        if ran is not None:
-            trace.tower, trace.batch_tower = (rows.group(tokens.expand(images, 1, -1, 2)) for tokens in ran)
+        if encoding.is_shrunk or "tower" in method.hook_points:
+            trace.tower, trace.batch_tower = (rows.group(tokens) for tokens in self._tower_tokens(encoding))
         if encoding.projected_tokens is not None:
             trace.projected = rows.group(encoding.projected_tokens[:, None]).sum(1).cpu()
             trace.batch_projected = encoding.projector_input
-        return rows.translate(on_images(encoding.decision))
+        return decision
 
-    def _tower_tokens(self, encoding: Encoding) -> tuple[Tensor, Tensor] | None:
-        """Int (N or 1, 1, blocks, 2): tokens of images at attention and MLP of each block, and places they took."""
+    def _translated(self, rows: ImageRows, merge: Merge, visual: Tensor, encoding: Encoding) -> Merge:
+        """A decision about units as one about rows; patches of padding that were chosen come in addition."""
+        new = None if self.method.unpad or encoding.has_new else encoding.projected
+        return rows.translate(merge, visual, anchors_stay=self.method.newlines != "drop", padding=new)
+
+    def _tower_tokens(self, encoding: Encoding) -> tuple[Tensor, Tensor]:
+        """Int (N, 1, blocks, 2): tokens of units at attention and MLP of each block, and places they took."""
         if "tower" in self.method.hook_points:
             tokens = torch.tensor(encoding.block_tokens).permute(2, 0, 1)[:, None]
-            return tokens, torch.tensor(encoding.block_widths)[None, None]
-        assert encoding.features is not None
-        vision, count = encoding.vision, int(encoding.features.shape[1])
-        if count == vision.tokens:
-            return None
-        tokens = torch.full((1, 1, vision.layers, 2), count + vision.has_cls)
-        return tokens, tokens
+            widths = torch.tensor(encoding.block_widths)[None, None]
+        else:
+            assert encoding.features is not None
+            vision, count = encoding.vision, int(encoding.features.shape[1])
+            tokens = widths = torch.full((1, 1, vision.layers, 2), count + vision.has_cls)
+        images = len(encoding.units.grids)
+        return tokens.expand(images, 1, -1, 2), widths.expand(images, 1, -1, 2)
 
 
 def _left_inside(encoding: Encoding, features: Tensor) -> TokenSet:
-    """Which patches are left of each image where the tower put out fewer; none where its tokens are new ones."""
-    images, patches, inside = features.shape[0], encoding.vision.tokens, encoding.inside
+    """Which patches are left of each unit where the tower put out fewer; none where its tokens are new ones."""
+    images, patches, inside = features.shape[0], encoding.units.width, encoding.inside
     left = features.new_zeros(images, patches + 1, dtype=torch.bool)
     if inside.patches is None:
         return TokenSet(left[:, :-1], (0,) * images)

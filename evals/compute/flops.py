@@ -59,8 +59,8 @@ def executed_by_batch(trace: Trace, geometry: Geometry, logits: int | None = 1) 
     """What one traced prefill computed for its whole batch, as arrays (1,).
 
     That is more than the sum of :func:`executed` where rows differ: in each decoder layer a row is as long as the
-    longest there, in attention and scoring too, and images of which fewer features are projected are padded to the one
-    with the most. What a method multiplies by itself (``view.scored``) counts as if every row were the largest.
+    longest there, in attention and scoring too. What a method multiplies by itself (``view.scored``) counts as if every
+    row were the largest.
     ``logits``: as there, of each row.
     """
     tower, projector = (np.array([macs.sum()]) for macs in _vision(trace, geometry.vision, trace.batch_tower))
@@ -94,26 +94,22 @@ def _prefill(
 
 
 def _vision(trace: Trace, vision: VisionGeometry | None, inside: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
-    """MACs of tower and projector for each row (B,); ``inside``: tokens in the tower, as a trace has them.
-
-    Images of several shapes are known for the batch: their work is shared out by visual tokens, which is exact for one
-    row and for rows alike.
-    """
-    counts = np.array(trace.prompt.visual_counts, dtype=float)
+    """MACs of tower and projector for each row (B,); ``inside``: tokens in the tower, as a trace has them."""
     if vision is None:
-        return np.zeros_like(counts), np.zeros_like(counts)
-    if vision.tokens and trace.grids is None:
-        macs = counts / vision.tokens * vision_tower_macs(vision)
-        if inside is not None:
-            macs = np.array(
-                [sum(vision_tower_macs(vision, image) for image in row if image[0][0]) for row in inside.tolist()]
-            )
-        return macs, trace.projected.double().numpy() * vision.projector_macs
-    grids = [] if trace.grids is None else trace.grids.tolist()
-    tower = sum(grid_macs(vision, grid) for grid in grids)
-    tokens = sum(prod(grid) for grid in grids) / vision.merged
-    share = counts / max(counts.sum(), 1)
-    return share * tower, share * tokens * vision.projector_macs
+        return (np.zeros(trace.prompt.rows),) * 2
+    projector = trace.projected.double().numpy() * vision.projector_macs
+    if inside is not None:
+        rows = [[vision_tower_macs(vision, unit) for unit in row if unit[0][0]] for row in inside.tolist()]
+    elif trace.grids is None:
+        images = np.array(trace.prompt.visual_counts, dtype=float) / (vision.tokens or 1)
+        return images * vision_tower_macs(vision), projector
+    else:
+        macs = [grid_macs(vision, grid) for grid in trace.grids.tolist()]
+        if trace.units_of_row is None:  # shared out by visual tokens, which is exact for one row and for rows alike
+            counts = np.array(trace.prompt.visual_counts, dtype=float)
+            return counts / max(counts.sum(), 1) * sum(macs), projector
+        rows = [[macs[unit] for unit in row] for row in trace.units_of_row]
+    return np.array([sum(row) for row in rows], dtype=float), projector
 
 
 def decode(trace: Trace, geometry: Geometry, steps: Any = 1) -> Flops:
@@ -162,7 +158,7 @@ def grid_macs(vision: VisionGeometry, grid: Sequence[int]) -> float:
     pairs = vision.layers * full
     if vision.window is not None:
         windows = frames * _squares(rows, vision.window) * _squares(columns, vision.window)
-        pairs = vision.full_blocks * full + (vision.layers - vision.full_blocks) * windows
+        pairs = len(vision.full_blocks) * full + (vision.layers - len(vision.full_blocks)) * windows
     return float(patches * vision.patch_inputs * d + vision.layers * tokens * linear + pairs * 2 * d)
 
 

@@ -34,6 +34,8 @@ def planned_prefill(loaded: LoadedModel, method: Method, text: int, visual_token
         raise OptionError(f"{method}: what it saves shows only when it runs: give --weights random")
     trace = planned(counts, visual_tokens, Work(), geometry, prefix=prefix, text=text - prefix)
     trace.grids = images
+    if images is not None and geometry.vision is not None:
+        trace.projected = images.prod(1).sum(0, keepdim=True) // geometry.vision.merged
     if "vision" in method.hook_points:
         trace.projected = counts[:, 0]
     return trace

@@ -16,9 +16,11 @@ class VisionGeometry:
     """Sizes of the vision tower and projector.
 
     ``tokens``: visual tokens of one image, or of one tile in a family that cuts images into tiles; 0 if they depend on
-    the image. ``patches``: those of which the tower makes them, without CLS. ``merged``: patches in one token.
-    ``projector_macs``: for one token. ``ffn_matrices``: 2, or 3 in a gated FFN. ``window``: patches along a side of the
-    windows in which blocks attend, all but ``full_blocks`` of them; None: every block attends to the whole image.
+    the image. ``tiled``: images are cut into tiles, of which not all tokens enter the prompt. ``patches``: those of
+    which the tower makes them, without CLS. ``merged``: patches in one token. ``projector_macs``: for one token.
+    ``ffn_matrices``: 2, or 3 in a gated FFN. ``window``: patches along a side of the windows in which blocks attend,
+    all but the ``full_blocks``; None: every block attends to the whole image. ``feature_block``: the block whose output
+    is used, the last of the ``joined_blocks`` where the outputs of several are used side by side.
     """
 
     layers: int
@@ -31,9 +33,11 @@ class VisionGeometry:
     feature_block: int
     projector_macs: int
     merged: int = 1
+    tiled: bool = False
     ffn_matrices: int = 2
     window: int | None = None
-    full_blocks: int = 0
+    full_blocks: tuple[int, ...] = ()
+    joined_blocks: tuple[int, ...] = ()
 
     @property
     def patches(self) -> int:
@@ -46,9 +50,22 @@ class VisionGeometry:
         return 4 * self.hidden**2 + self.ffn_matrices * self.hidden * self.intermediate
 
     @property
+    def last_full(self) -> int:
+        """The last block, up to the one whose output is used, that attends to the whole image; -1 is that one."""
+        last = self.feature_block
+        if self.window is not None:
+            last = max(block for block in self.full_blocks if block <= last)
+        return last - self.feature_block - 1
+
+    @property
     def grid(self) -> int:
         """Visual tokens along one side of the (square) image."""
         return round(self.tokens**0.5)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of the tokens of an image or tile, where all are of one size."""
+        return (1, self.grid, self.grid) if self.grid**2 == self.tokens else (1, 1, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -86,6 +103,11 @@ RandomImages = Callable[[VisionGeometry, Any, int, int], Images]
 """Images of so many visual tokens for each row of a batch. Arguments: sizes of the vision side, the model's
 configuration, visual tokens of a row, rows. Raises :class:`InputError` where no images have so many."""
 
+Packing = Callable[[Any, VisionGeometry, Mapping[str, Any]], list[tuple[Tensor, int, Tensor]]]
+"""For each image, which features of its tiles its tokens are (int (n,), -1 for none), how many tiles it has, and all
+features in order, those of padding too. Arguments: the model without its head, sizes of the vision side, and the
+arguments of ``get_image_features``."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -94,7 +116,11 @@ class Family:
     ``vision``: sizes of its vision side, from the configuration and the projector's MACs for a token. ``sides``: hook
     points of methods that may act on that side. ``grids``: frames and patches (N, 3) of each image or tile, from the
     arguments of the vision tower; None where every image has ``VisionGeometry.tokens``. ``views``: where the tokens of
-    an image lie in it. ``images``: random ones, of a family that ``profile`` can run without a processor.
+    an image lie in it. ``features``: the part of the projector that is given one vector a token, if not all of it.
+    ``packing``: what becomes of the features of tiles; None where an image is all its features in order.
+    ``order``: where the tokens of all images, each row by row, lie in the one sequence
+    that enters the projector, from configuration and ``grids``; None where images are not in one sequence.
+    ``images``: random ones, of a family that ``profile`` can run without a processor.
     """
 
     decoder: str
@@ -104,6 +130,7 @@ class Family:
     # Parts of a vision block: the norm in front of its MLP, and the MLP.
     vision_norm: str = "layer_norm2"
     vision_mlp: str = "mlp"
+    vision_attention: str = "self_attn"
     image_token: str = "image_token_id"
     vision: Callable[[Any, int], VisionGeometry] | None = None
     # Of videos, in a family where they go the way of images; None: videos are refused.
@@ -116,6 +143,9 @@ class Family:
     token_type: int | None = None
     sides: tuple[str, ...] = ()
     grids: Callable[[Any, tuple, Mapping[str, Any]], Tensor] | None = None
+    features: str | None = None
+    packing: Packing | None = None
+    order: Callable[[Any, Tensor], Tensor] | None = None
     views: Views | None = None
     images: RandomImages | None = None
     towers: Towers = field(default_factory=dict)

@@ -13,9 +13,10 @@ CLIP_OR_SIGLIP = {"clip_vision_model": "default", "siglip_vision_model": "full"}
 
 
 def clip(config: Any, projector_macs: int) -> VisionGeometry:
-    vision = config.vision_config
+    vision, layers = config.vision_config, config.vision_feature_layer
     # hidden_states[0] is the embedding: hidden_states[f] is the output of block f - 1, and from the end for f < 0.
-    feature = config.vision_feature_layer
+    numbers = [layers] if isinstance(layers, int) else layers
+    blocks = tuple(number - 1 if number >= 0 else vision.num_hidden_layers + number for number in numbers)
     return VisionGeometry(
         layers=vision.num_hidden_layers,
         hidden=vision.hidden_size,
@@ -23,8 +24,9 @@ def clip(config: Any, projector_macs: int) -> VisionGeometry:
         intermediate=vision.intermediate_size,
         tokens=(vision.image_size // vision.patch_size) ** 2,
         patch_inputs=vision.num_channels * vision.patch_size**2,
-        has_cls=config.vision_feature_select_strategy == "default",
-        feature_block=feature - 1 if feature >= 0 else vision.num_hidden_layers + feature,
+        has_cls=getattr(config, "vision_feature_select_strategy", "default") == "default",
+        feature_block=max(blocks),
+        joined_blocks=blocks if len(blocks) > 1 else (),
         projector_macs=projector_macs,
     )
 

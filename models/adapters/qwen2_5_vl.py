@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.vision_utils import get_vision_window_index
 
 from .base import Family, Images, VisionGeometry
 
@@ -27,12 +28,18 @@ def _qwen_vit(config: Any, projector_macs: int) -> VisionGeometry:
         ffn_matrices=3,
         # Windows hold whole tokens.
         window=vision.window_size // vision.spatial_merge_size // vision.patch_size * vision.spatial_merge_size,
-        full_blocks=len(vision.fullatt_block_indexes),
+        full_blocks=tuple(vision.fullatt_block_indexes),
     )
 
 
 def grids(vision: VisionGeometry, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
     return kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+
+
+def _windows(config: Any, grids: Tensor) -> Tensor:
+    vision = config.vision_config
+    taken, _ = get_vision_window_index(grids, vision.spatial_merge_size, vision.window_size, vision.patch_size)
+    return taken.argsort()
 
 
 def merged(config: Any, processor: Any, inputs: Mapping[str, Any], number: int, size: tuple[int, int]) -> list:
@@ -56,7 +63,11 @@ FAMILY = Family(
     vision_blocks="model.visual.blocks",
     projector="model.visual.merger",
     video_token="video_token_id",
+    features="model.visual.merger.mlp",
+    vision_attention="attn",
     vision=_qwen_vit,
+    sides=("vision", "projector"),
+    order=_windows,
     grids=grids,
     views=merged,
     images=grid_image,

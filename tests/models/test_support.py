@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 import visibench
-from families import FAMILIES, TEXT, VISION, collate
+from families import TEXT, VISION, collate
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText
+from units import CONFIGS
 from visibench.evals.compute import flops
 from visibench.methods import Forward, Method
 from visibench.models.adapters import Adapter
@@ -43,8 +44,9 @@ PROMPT, VISUAL, CUT = 9, 32, 2
 def model(request):
     """Eager attention, whose weights the model itself hands out. Norms and biases are random too."""
     torch.manual_seed(0)
-    if request.param == "qwen2_5_vl_text":
-        config = AutoConfig.for_model("qwen2_5_vl", **FAMILIES["qwen2_5_vl"])
+    if request.param in ("qwen2_vl_text", "qwen2_5_vl_text"):
+        kind = request.param.removesuffix("_text")
+        config = AutoConfig.for_model(kind, **CONFIGS[kind])
     else:
         text = TEXT | OWN.get(request.param, {}) | {"model_type": request.param.partition(",")[0]}
         vision = VISION | {"model_type": "clip_vision_model", "image_size": 24, "num_hidden_layers": 3}

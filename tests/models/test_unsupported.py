@@ -37,7 +37,6 @@ REFUSED = {
     "phi": (config(text("phi")), UNTESTED("phi")),
     "gpt_neox": (config(text("gpt_neox")), UNTESTED("gpt_neox")),
     "olmo2": (config(text("olmo2")), UNTESTED("olmo2")),
-    "several feature layers": (config(vision_feature_layer=[-2, -1]), "features of vision layers -2 and -1 are joined"),
     "CLS among the features": (
         config(vision_feature_select_strategy="full"),
         "vision_feature_select_strategy is 'full' for clip_vision_model, which was tested with 'default'",

@@ -1,0 +1,147 @@
+"""Methods of the vision side in families whose images are tiles, or of any shape."""
+
+import pytest
+import torch
+import visibench
+from support import state
+from torch.utils.flop_counter import FlopCounterMode
+from units import VISUAL, collate, model_of, samples_of
+from visibench.evals.compute import flops
+from visibench.evals.settings.method_spec import parse
+from visibench.models.adapters import Adapter
+
+CLS = [
+    "fastervlm:keep=0.5",
+    "visionzip:tokens=7,contextual=3",
+    "vispruner:tokens=6",
+    "scope:tokens=5",
+    "prumerge",
+    "prumerge_plus:tokens=9,order=spatial",
+]
+SHARED = [
+    "hiprune:keep=0.5,alpha=0.5,layers=scaled",
+    "pooling:tokens=5",
+    "divprune:keep=0.4",
+    "cdpruner:tokens=3,condition=none",
+]
+TOWER = ["tome:keep=0.5", "downsample:tokens=6", "flowcut:tokens=6"]
+HOLOV = ["holov:keep=0.5,runs=4", "holov:tokens=13,runs=5,shortfall=zeros"]
+RECEIVED = [f"{text},attention=received" for text in CLS[:4] + HOLOV]
+WINDOWS = ["hiprune:keep=0.5,alpha=0.5,middle=1", *SHARED[1:]]
+METHODS = {
+    "llava_next": CLS + SHARED + TOWER + HOLOV,
+    "vipllava": CLS[:4] + SHARED + TOWER[1:2] + HOLOV,
+    "internvl": CLS[:4] + SHARED + HOLOV,
+    "llava_onevision": RECEIVED + SHARED + TOWER[:2],
+    "qwen2_vl": RECEIVED + SHARED,
+    "qwen2_5_vl": RECEIVED + WINDOWS,
+    "smolvlm": RECEIVED[:5] + SHARED,
+    "idefics3": RECEIVED[:5] + SHARED,
+}
+ALL = ["fastervlm", "vispruner", "scope", "hiprune", "pooling", "divprune", "cdpruner", "holov"]
+CASES = [(kind, text) for kind, texts in METHODS.items() for text in texts]
+QUICK = ("fastervlm", "visionzip", "divprune")
+
+
+def some_quick(cases):
+    """Cases as parameters: a few of them in the fast suite."""
+    return [pytest.param(*case, marks=[] if case[1].startswith(QUICK) else pytest.mark.slow) for case in cases]
+
+
+every_case = pytest.mark.parametrize(("kind", "text"), some_quick(CASES))
+
+
+def last_logits(model, method, batch):
+    if "mm_token_type_ids" not in batch:
+        batch = batch | {"position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+    with torch.no_grad(), visibench.prune(model, method) as session:
+        return model(**batch).logits[:, -1], session.trace
+
+
+def everything(text):
+    """The same method with all that it may keep."""
+    name, options = text.split(":")
+    same = ("attention", "middle", "runs", "layers", "condition")
+    wanted = [option for option in options.split(",") if option.startswith(same)]
+    return parse(f"{name}:{','.join(['keep=1', 'newlines=keep', *wanted])}")
+
+
+@pytest.mark.parametrize(("kind", "text"), some_quick(case for case in CASES if case[1].split(":")[0] in ALL))
+def test_keeping_everything_is_dense_bit_for_bit(kind, text):
+    model, batch = model_of(kind), collate(samples_of(kind))
+    with torch.no_grad(), visibench.prune(model, everything(text)):
+        pruned = model(**batch).logits
+    with torch.no_grad():
+        assert torch.equal(pruned, model(**batch).logits)
+
+
+@every_case
+def test_row_of_a_batch_equals_the_row_alone(kind, text):
+    model, samples, method = model_of(kind), samples_of(kind), parse(text)
+    logits, trace = last_logits(model, method, collate(samples))
+    together = flops.executed(trace, Adapter(model).geometry).total()
+    for row, sample in enumerate(samples):
+        alone, own = last_logits(model, method, sample)
+        assert (logits[row] - alone[0]).abs().max() < 1e-5 * logits.abs().max()
+        assert torch.equal(trace.visual_counts()[row], own.visual_counts()[0])
+        assert torch.equal(trace.scoring_macs()[row], own.scoring_macs()[0])
+        assert flops.executed(own, Adapter(model).geometry).total() == [together[row]]
+        kept = own.kept(0)
+        assert torch.equal(trace.kept(0)[row, : kept.shape[1]], kept[0])
+
+
+@every_case
+def test_generation_with_a_cache_equals_generation_without_and_each_row_alone(kind, text):
+    model, samples, method = model_of(kind), samples_of(kind), parse(text)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "suppress_tokens": [VISUAL]}
+    before = state(model)
+    with visibench.prune(model, method):
+        together = model.generate(**collate(samples), **options)[:, -4:]
+        without = model.generate(**collate(samples), **options, use_cache=False)[:, -4:]
+        for row, sample in enumerate(samples):
+            assert together[row].tolist() == model.generate(**sample, **options)[0, -4:].tolist()
+    assert together.tolist() == without.tolist()
+    assert state(model) == before
+
+
+@every_case
+def test_compute_equals_that_of_torchs_counter(kind, text):
+    """Eager attention, whose products the counter sees."""
+    model, method = model_of(kind, "eager"), parse(text)
+    for sample in samples_of(kind):
+        with visibench.prune(model, method) as session, FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(**sample)
+        closed = flops.executed(session.trace, session.geometry, logits=None)
+        rotary = [sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.endswith("rotary_emb")]
+        assert closed.total()[0] == (counter.get_total_flops() - sum(rotary)) / 2
+
+
+KEEPING = [case for case in CASES if case[1].split(":")[0] in ALL and "pooling" not in case[1]]
+
+
+@pytest.mark.parametrize(("kind", "text"), some_quick(case for case in KEEPING if "zeros" not in case[1]))
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
+def test_kept_tokens_equal_the_models_own_decoder_on_them(kind, text, positions):
+    model, method = model_of(kind), parse(f"{text},positions={positions}")
+    decoder = Adapter(model).decoder
+    for sample in samples_of(kind):
+        seen = {}
+        hook = decoder.register_forward_pre_hook(lambda m, a, k, seen=seen: seen.update(k), with_kwargs=True)
+        with torch.no_grad():
+            model(**sample)
+        hook.remove()
+        pruned, trace = last_logits(model, method, sample)
+        is_visual = sample["input_ids"][0] == VISUAL
+        keep = ~is_visual
+        keep[is_visual] = trace.kept(0)[0]
+        order = keep.nonzero().flatten()
+        if method.reorders and is_visual.any():  # the order in which they entered
+            visual = trace.layouts[0].visual_id[0]
+            places = is_visual.nonzero().flatten()
+            order[is_visual[order]] = places[visual[visual >= 0]]
+        place = seen["position_ids"]
+        place = torch.arange(len(keep))[None] if place is None else place[-3:] if place.ndim == 3 else place
+        place = place[..., order] if positions == "keep" else torch.arange(len(order)).expand(*place.shape[:-1], -1)
+        with torch.no_grad():
+            dense = decoder(inputs_embeds=seen["inputs_embeds"][:, order], position_ids=place).last_hidden_state
+            torch.testing.assert_close(pruned, model.lm_head(dense)[:, -1], atol=1e-4, rtol=1e-5)

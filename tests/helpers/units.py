@@ -1,0 +1,171 @@
+"""Prompts with images of chosen shapes for the miniatures of families: token counts are those of the model itself."""
+
+import torch
+from families import FAMILIES, TEXT, VISION
+from torch.nn.functional import pad
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+VISUAL = 63
+TILE = 24
+TOWER = VISION | {"num_hidden_layers": 3, "num_attention_heads": 4, "image_size": TILE}
+SIGLIP = TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False}
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}
+SHUFFLED = {"image_token_id": VISUAL, "scale_factor": 2, "vision_config": TOWER}
+SHUFFLED |= {"text_config": TEXT | {"model_type": "llama"}}
+CONFIGS = FAMILIES | {
+    "llava_onevision": {
+        "image_token_id": VISUAL,
+        "video_token_id": 62,
+        "image_grid_pinpoints": [[24, 24], [24, 48], [48, 24], [48, 48]],
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        "vision_config": SIGLIP,
+        "text_config": TEXT | {"model_type": "qwen2"},
+    },
+    "qwen2_vl": {
+        "image_token_id": VISUAL,
+        "video_token_id": 62,
+        "vision_start_token_id": 61,
+        "vision_end_token_id": 60,
+        "vision_config": {
+            "depth": 3,
+            "embed_dim": 32,
+            "hidden_size": 48,
+            "num_heads": 4,
+            "mlp_ratio": 2,
+            "patch_size": 6,
+        },
+        "text_config": TEXT | {"rope_parameters": MROPE},
+    },
+    "smolvlm": SHUFFLED,
+    "idefics3": SHUFFLED,
+    "vipllava": {
+        "image_token_index": VISUAL,
+        "image_seq_length": 16,
+        "vision_feature_layers": [-2, -3],
+        "vision_config": TOWER | {"model_type": "clip_vision_model"},
+        "text_config": TEXT | {"model_type": "llama"},
+    },
+}
+_models = {}
+
+
+def model_of(kind, attention="sdpa"):
+    """Random weights, large enough on the vision side for images to differ."""
+    if (kind, attention) not in _models:
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, **CONFIGS[kind])
+        model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention).eval()
+        torch.manual_seed(1)
+        for name, weights in model.named_parameters():
+            if weights.ndim > 1 and not any(part in name for part in ("language_model", "text_model", "lm_head")):
+                torch.nn.init.normal_(weights, std=0.2)
+        _models[kind, attention] = model
+    return _models[kind, attention]
+
+
+def _tiled(sizes, generator):
+    """LLaVA-NeXT and OneVision: images of (height, width) pixels."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    def tiles(kind):
+        shapes = CONFIGS[kind]["image_grid_pinpoints"]
+        counts = [image_size_to_num_patches(list(size), shapes, TILE) for size in sizes]
+        if kind == "llava_onevision" and len(sizes) > 1:
+            counts = [1] * len(sizes)
+        pixels = torch.zeros(len(sizes), max(counts), 3, TILE, TILE)
+        for image, count in enumerate(counts):
+            pixels[image, :count] = torch.randn(count, 3, TILE, TILE, generator=generator)
+        more = {"batch_num_images": torch.tensor([len(sizes)])} if kind == "llava_onevision" else {}
+        return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes), **more}
+
+    return tiles
+
+
+def _whole(side):
+    def images(sizes, generator):
+        return lambda kind: {"pixel_values": torch.randn(len(sizes), 3, side, side, generator=generator)}
+
+    return images
+
+
+def _patches(sizes, generator):
+    """Qwen: images of (rows, columns) of tokens."""
+
+    def sequence(kind):
+        vision = CONFIGS[kind]["vision_config"]
+        merge, frames = vision.get("spatial_merge_size", 2), vision.get("temporal_patch_size", 2)
+        grids = torch.tensor([[1, rows * merge, columns * merge] for rows, columns in sizes])
+        size = 3 * frames * vision["patch_size"] ** 2
+        pixels = torch.randn(int(grids.prod(1).sum()), size, generator=generator)
+        return {"pixel_values": pixels, "image_grid_thw": grids}
+
+    return sequence
+
+
+def _nested(sizes, generator):
+    """SmolVLM and Idefics3: tiles of a row."""
+    return lambda kind: {"pixel_values": torch.randn(1, len(sizes), 3, TILE, TILE, generator=generator)}
+
+
+# (text tokens, images) of each row.
+PIXELS = {
+    "llava_next": _tiled,
+    "llava_onevision": _tiled,
+    "qwen2_vl": _patches,
+    "qwen2_5_vl": _patches,
+    "internvl": _whole(48),
+    "vipllava": _whole(TILE),
+    "smolvlm": _nested,
+    "idefics3": _nested,
+}
+_TILED = [(9, [(24, 48)]), (6, [(40, 30), (20, 44)]), (5, []), (12, [(60, 24)])]
+_WHOLE = [(9, [()]), (6, [(), ()]), (5, []), (12, [(), (), ()])]
+_GRIDS = [(9, [(4, 5)]), (6, [(3, 6), (2, 2)]), (5, []), (12, [(7, 1)])]
+SHAPES = {
+    # Without padding, padded above and below, and at the sides; and rows of two and of no images.
+    "llava_next": _TILED,
+    "llava_onevision": _TILED,
+    "qwen2_vl": _GRIDS,
+    "qwen2_5_vl": _GRIDS,
+} | dict.fromkeys(("internvl", "vipllava", "smolvlm", "idefics3"), _WHOLE)
+
+
+def sample_of(kind, text, images, seed=0):
+    """One row: text, its images in the middle with a word between two of them."""
+    model, generator = model_of(kind), torch.Generator().manual_seed(seed)
+    more, lengths = {}, []
+    if images:
+        more = PIXELS[kind](images, generator)(kind)
+        with torch.no_grad():
+            lengths = [len(image) for image in model.model.get_image_features(**more).pooler_output]
+        if len(lengths) == 1 < len(images):  # all tiles of the row together
+            lengths = [lengths[0] // len(images)] * len(images)
+    words = torch.randint(3, 50, (text + len(lengths),), generator=generator).tolist()
+    ids = words[: text // 2]
+    for place, length in enumerate(lengths):
+        ids += [VISUAL] * length + words[text + place : text + place + 1]
+    ids = torch.tensor([ids + words[text // 2 : text]])
+    sample = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **more}
+    if "qwen" in kind:
+        sample["mm_token_type_ids"] = (ids == VISUAL).int()
+    return sample
+
+
+def samples_of(kind, shapes=None):
+    return [sample_of(kind, *row, seed=seed) for seed, row in enumerate(shapes or SHAPES[kind])]
+
+
+def collate(samples):
+    """Left pad tokens; images one behind the other, with as many tiles as the largest has."""
+    width = max(sample["input_ids"].shape[1] for sample in samples)
+    batch = {}
+    for key in {key for sample in samples for key in sample}:
+        parts = [sample[key] for sample in samples if key in sample]
+        if key in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            parts = [pad(part, (width - part.shape[1], 0)) for part in parts]
+        elif parts[0].ndim == 5:
+            tiles = max(part.shape[1] for part in parts)
+            parts = [pad(part, (0, 0) * 3 + (0, tiles - part.shape[1])) for part in parts]
+        batch[key] = torch.cat(parts)
+    return batch
