@@ -36,6 +36,7 @@ FAMILY = Family(
     vision_tower="model.visual",
     vision_blocks="model.visual.blocks",
     projector="model.visual.merger",
+    video_token="video_token_id",
     features="model.visual.merger.mlp",
     vision_attention="attn",
     vision=_vit,

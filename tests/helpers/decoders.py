@@ -24,7 +24,32 @@ GLM = IDS | dict.fromkeys(("image_start_token_id", "video_start_token_id"), 61)
 GLM |= dict.fromkeys(("image_end_token_id", "video_end_token_id"), 60)
 PINPOINTS = {"image_grid_pinpoints": [[24, 48], [48, 24], [48, 48]]}
 
+ONEVISION = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+ONEVISION |= {"image_grid_pinpoints": [[24, 24], [24, 48], [48, 24], [48, 48]]}
+TILES = TOWER | {"image_size": 24}
+
 CONFIGS = {
+    "vipllava": {
+        "image_token_id": IMAGE,
+        "vision_config": CLIP,
+        "text_config": LLAMA,
+        "vision_feature_layers": [-2, -3],
+    },
+    "llava_onevision": IDS | ONEVISION | {"vision_config": SIGLIP, "text_config": TEXT | {"model_type": "qwen2"}},
+    "qwen2_vl": QWEN
+    | {
+        "vision_config": {
+            "depth": 3,
+            "embed_dim": 32,
+            "hidden_size": 48,
+            "num_heads": 4,
+            "mlp_ratio": 2,
+            "patch_size": 6,
+        },
+        "text_config": TEXT | MROPE,
+    },
+    "smolvlm": {"image_token_id": IMAGE, "scale_factor": 2, "vision_config": TILES, "text_config": LLAMA},
+    "idefics3": {"image_token_id": IMAGE, "scale_factor": 2, "vision_config": TILES, "text_config": LLAMA},
     "llava": {"image_token_id": IMAGE, "vision_config": CLIP, "text_config": LLAMA},
     "llava_next": {
         "image_token_id": IMAGE,
@@ -83,8 +108,10 @@ ROWS = {
     "aya_vision": [(9, 4), (6, 8), (5, 0), (12, 12)],
     "ragged": [(9, 20), (6, 36), (5, 0), (12, 7)],
 }
-ROWS |= dict.fromkeys(("video_llava", "internvl", "paligemma"), ROWS["llava"])
-ROWS |= dict.fromkeys(("qwen2_5_vl", "qwen3_vl", "glm4v", "mistral3"), ROWS["ragged"])
+ROWS |= dict.fromkeys(("smolvlm", "idefics3"), ROWS["gemma3"])
+ROWS["llava_onevision"] = ROWS["llava_next"]
+ROWS |= dict.fromkeys(("vipllava", "video_llava", "internvl", "paligemma"), ROWS["llava"])
+ROWS |= dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "mistral3"), ROWS["ragged"])
 
 _models = {}
 
@@ -96,7 +123,7 @@ def decoder_model(kind, attention="eager"):
         config = AutoConfig.for_model(kind, **CONFIGS[kind])
         model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention).eval()
         for name, weights in model.named_parameters():
-            if weights.ndim > 1 and "language_model" not in name and "lm_head" not in name:
+            if weights.ndim > 1 and "language_model" not in name and "text_model" not in name and "lm_head" not in name:
                 torch.nn.init.normal_(weights, std=0.2)  # or images hardly matter
         _models[kind, attention] = model
     return _models[kind, attention]
