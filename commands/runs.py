@@ -244,13 +244,13 @@ def _paper(
 ) -> str:
     """The tables for a paper."""
     from ..results.tables.columns import choose
-    from ..results.tables.paper import default, paper
+    from ..results.tables.paper import paper, paper_columns
 
     if style != "paper" or form != "latex":
         raise OptionError("--style paper, with --caption and --label, belongs to --format latex: give both")
     chosen = choose(tables, names)
     if names is None:
-        chosen = [default(table, columns) for table, columns in zip(tables, chosen, strict=True)]
+        chosen = [paper_columns(table, columns) for table, columns in zip(tables, chosen, strict=True)]
     return paper(tables, chosen, caption=caption, label=label)
 
 

@@ -26,7 +26,7 @@ def paper(
     return "\n\n".join([r"% \usepackage{booktabs,graphicx}", *parts])
 
 
-def default(table: ResultTable, columns: Sequence[Column]) -> list[Column]:
+def paper_columns(table: ResultTable, columns: Sequence[Column]) -> list[Column]:
     """Of the columns of a table those that a paper shows: method, one score a task, retained, compute."""
     heads = {f"{task}:{scores[0].key}" for task, scores in table.metrics.items()}
     return [column for column in columns if column.name in {*heads, *table.metrics, *KEPT}]
