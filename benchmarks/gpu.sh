@@ -33,13 +33,15 @@ mkdir -p "$OUT/path" && ln -sfn "$PWD" "$OUT/path/visibench"
 HARDWARE=$(python -c 'import re, sys, torch
 name = torch.cuda.get_device_name() if sys.argv[1] == "cuda" else "cpu"
 print(re.sub(r"\W+", "-", name.lower()) + "_torch" + torch.__version__.split("+")[0])' "$DEVICE") || exit 1
-measured() { echo "results/measured/$1_$HARDWARE"; }
+RESULTS=results/measured
+[ "$DEVICE" = cpu ] && RESULTS=$OUT # a rehearsal is no result
+measured() { echo "$RESULTS/$1_$HARDWARE"; }
 
 if [ "$DEVICE" = cuda ]; then
     profile=(profile_7b --repeats 10) flash=(profile_7b --batch-sizes 1 --repeats 10 --attention flash_attention_2)
 else
-    small=(profile_7b --device cpu --model llava-cpu --layers 2 --repeats 2 --lengths 8/576/2)
-    small+=(--method none --method fastv:keep=0.5,layer=1 --method divprune:tokens=64)
+    small=(profile_7b --device cpu --model llava-cpu --layers 2 --repeats 1 --warmup 0 --lengths 8/576/2)
+    small+=(--method fastv:keep=0.5,layer=1)
     profile=("${small[@]}" --batch-sizes 1,2) flash=("${small[@]}" --batch-sizes 1 --attention eager)
 fi
 
