@@ -2,7 +2,7 @@
 
     visibench sweep stages --set 'models=[PLAIN, STAGED]' --out RUN
     python -m visibench.training.compare RUN --csv FIGURES.csv
-    python -m visibench.training.compare FIGURES.csv
+    python -m visibench.training.compare FIGURES.csv --plot PICTURE.png
 
 Rows of a method stand together, one for each checkpoint, so that it shows who loses by what. Intervals are those of
 :mod:`visibench.results.tables`; marks of single tests are left out, since they compare within one checkpoint alone.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
@@ -19,9 +20,11 @@ from typing import Any
 
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
 from ..errors import DataError, VisibenchError
 from ..models import load_model
+from ..results.figures.style import COLOURS, save, styled
 from ..results.store.records import ScoreRecord
 from ..results.store.store import Store
 from ..results.tables.tables import MethodRow, ResultTable, build
@@ -51,7 +54,7 @@ def figures_of(run: Path) -> pd.DataFrame:
             )
     costs = {id(table): entry_bytes(str(table.facts["model"]), _precision(table)) for table in tables}
     rows = [
-        [row.label, str(table.facts["model"]), *figure]
+        [row.label, _name(table), *figure]
         for label in dict.fromkeys(row.label for table in tables for row in table.rows)
         for table in tables
         for row in table.rows
@@ -83,6 +86,11 @@ def _score(row: MethodRow, task: str, score: ScoreRecord) -> list[float | None]:
     return [mean.mean * unit, *((None, None) if estimate is None else (estimate.low * unit, estimate.high * unit))]
 
 
+def _name(table: ResultTable) -> str:
+    """The checkpoint as a reader would call it: by the folder of its run."""
+    return str(table.facts["model"]).removesuffix("/export").rpartition("/")[2]
+
+
 def _precision(table: ResultTable) -> str:
     return str(table.rows[0].cells[0].metrics.environment.model["dtype"])
 
@@ -112,11 +120,34 @@ def _entry(row: Any) -> str:
     return text if math.isnan(row.low) else f"{text} [{row.low:.1f}, {row.high:.1f}]"
 
 
+def drawn(figures: pd.DataFrame) -> Figure:
+    """A panel for each score: methods from left to right, checkpoints beside each other, with their intervals."""
+    scores = figures.dropna(subset="n")
+    methods, checkpoints = [*scores.method.unique()], [*scores.checkpoint.unique()]
+    titles = [*scores.figure.unique()]
+    with styled():
+        picture = Figure(figsize=(7.2, 1.9 * len(titles) + 1.1), layout="constrained")
+        for axes, title in zip(picture.subplots(len(titles), sharex=True, squeeze=False)[:, 0], titles, strict=True):
+            for number, checkpoint in enumerate(checkpoints):
+                rows = scores[(scores.figure == title) & (scores.checkpoint == checkpoint)].set_index("method")
+                rows = rows.loc[[method for method in methods if method in rows.index]]
+                places = [methods.index(method) + 0.12 * (number - (len(checkpoints) - 1) / 2) for method in rows.index]
+                ends = [rows.value - rows.low, rows.high - rows.value]
+                style = {"color": COLOURS[number % len(COLOURS)], "fmt": "osD^vP"[number % 6], "markersize": 4}
+                axes.errorbar(places, rows.value, ends, label=checkpoint, **style)
+            axes.set_ylabel(textwrap.fill(title, 18))
+        axes.set_xticks(range(len(methods)), [textwrap.fill(method.replace(",", ", "), 14) for method in methods])
+        axes.set_xlabel("inference")
+        picture.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, title="training")
+    return picture
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("source", type=Path, help="folder of the sweep, or figures written by --csv")
     parser.add_argument("--csv", type=Path, help="write the figures here")
+    parser.add_argument("--plot", type=Path, help="draw the scores here, PNG or SVG")
     arguments = parser.parse_args()
     try:
         figures = figures_of(arguments.source) if arguments.source.is_dir() else pd.read_csv(arguments.source)
@@ -124,6 +155,8 @@ def main() -> None:
         parser.error(str(error))
     if arguments.csv:
         figures.to_csv(arguments.csv, index=False, float_format="%.6g")
+    if arguments.plot:
+        save(drawn(figures), arguments.plot)
     print(table_of(figures))
 
 

@@ -43,10 +43,10 @@ def test_a_method_stands_beside_itself_for_each_checkpoint(store, tmp_path):
     ]  # fmt: skip
     read = [(row[0].strip("| "), row[1], row[2].split()[0], *row[3:7]) for row in rows]
     assert read == [
-        ("none", "plain/export", "100.0", "4.0", "2.500", "7.0", "1"),
-        ("none", "staged/export", "50.0", "4.0", "2.500", "7.0", "1"),
-        ("staged", "plain/export", "25.0", "3.0", "2.500", "6.0", "1"),
-        ("staged", "staged/export", "87.5", "3.0", "2.500", "6.0", "1"),
+        ("none", "plain", "100.0", "4.0", "2.500", "7.0", "1"),
+        ("none", "staged", "50.0", "4.0", "2.500", "7.0", "1"),
+        ("staged", "plain", "25.0", "3.0", "2.500", "6.0", "1"),
+        ("staged", "staged", "87.5", "3.0", "2.500", "6.0", "1"),
     ]
     low, high = map(float, rows[3][2].partition("[")[2].rstrip("]").split(", "))
     assert 0 <= low < 87.5 < high <= 100
@@ -56,12 +56,14 @@ def test_the_table_is_made_anew_from_shipped_figures(store, tmp_path, capsys, mo
     answered(store, "plain", "none", 8, (4, 4))
     answered(store, "plain", "staged", 3)
     shown = []
-    for arguments in ([str(tmp_path), "--csv", str(tmp_path / "figures.csv")], [str(tmp_path / "figures.csv")]):
+    kept = str(tmp_path / "figures.csv")
+    for arguments in ([str(tmp_path), "--csv", kept], [kept, "--plot", str(tmp_path / "figures.png")]):
         monkeypatch.setattr("sys.argv", ["compare", *arguments])
         compare.main()
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1]
     assert "| staged | plain | 37.5 [" in shown[0]
+    assert (tmp_path / "figures.png").stat().st_size
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
