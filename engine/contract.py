@@ -23,14 +23,14 @@ from torch import Tensor
 
 from ..errors import OptionError, suggest
 from .decisions import BlockCut, BlockMerge, Join, Keep, Merge, Ranking
-from .vision.units import ImageShape
+from .units.shapes import ImageShape
 
 if TYPE_CHECKING:
     from ..models.adapters import Geometry, VisionGeometry
-    from .encoding import BlockView
     from .layout import TokenLayout, TokenSet
+    from .units.encoding import BlockView
+    from .units.view import ImageView, VisionView
     from .views import AttentionView, LayerView, SublayerView
-    from .vision.view import ImageView, VisionView
 
 __all__ = [
     "AttentionView",

@@ -26,8 +26,8 @@ from .inputs import Inputs
 from .layout import TokenLayout, cut
 from .segment import Aside, Segment, at, joined, parted
 from .trace import Trace
+from .units.rows import RowHashes
 from .views import AttentionView, LayerView, Sublayer, SublayerView
-from .vision.rows import RowHashes
 from .vision.tap import VisionTap
 
 

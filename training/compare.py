@@ -47,7 +47,11 @@ def figures_of(run: Path) -> pd.DataFrame:
     """
     tables = build(Store(run).cells())
     for table in tables:
-        apart = [fact for fact in table.differs if fact != "model" and not fact.startswith("environment.model.")]
+        apart = [
+            fact
+            for fact in table.differs
+            if fact not in ("model", "checkpoint") and not fact.startswith("environment.model.")
+        ]
         if apart or table.questions != tables[0].questions:
             raise DataError(
                 f"cells in {run} differ in {', '.join(apart) or 'their questions'}: run all checkpoints alike"

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..contract import Forward, Method
 from ..decisions import Merge, checked, on_images
-from ..encoding import Encoding
 from ..layout import TokenLayout
-from .rows import ImageRows
-from .units import ANCHOR, Group, Packed, decided
-from .view import ImageView
+from ..units.encoding import Encoding
+from ..units.rows import ImageRows
+from ..units.shapes import ANCHOR, Group, Packed, decided
+from ..units.view import ImageView
 
 
 def decided_on_images(

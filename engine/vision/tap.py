@@ -20,15 +20,15 @@ from ...models.adapters import Adapter, VisionGeometry
 from ..attention import Interception, received
 from ..contract import Forward, Method
 from ..decisions import Keep, Merge, checked, on_images
-from ..encoding import Encoding
 from ..features import Entry, FeatureStore, SharedTower
 from ..layout import TokenLayout, TokenSet
 from ..trace import Trace, Watch
+from ..units.encoding import Encoding
+from ..units.rows import ImageRows
+from ..units.shapes import Group, Numbers, Packed, Units, decided
+from ..units.view import VisionView
 from .images import decided_on_images
-from .rows import ImageRows
 from .tower import UNSEEN, Tower
-from .units import Group, Numbers, Packed, Units, decided
-from .view import VisionView
 
 SIDE = {"image", "tower", "vision", "projector"}
 # At these points a method changes what the tower is given or computes, so that nobody else can use it.

@@ -15,9 +15,9 @@ from ...models.adapters import Adapter
 from ..attention import Interception
 from ..contract import Method
 from ..decisions import BlockCut, BlockMerge
-from ..encoding import BlockView, Encoding, Inside
 from ..segment import at
 from ..trace import Watch
+from ..units.encoding import BlockView, Encoding, Inside
 
 UNSEEN = (
     "{} reads the vision tower, and the tower ran without it: set the attention implementation and compile before the "

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...errors import InputError, VisibenchError
 from ..decisions import Merge
 from ..layout import TokenLayout
-from .units import ANCHOR, Numbers, Packed, on_device
+from .shapes import ANCHOR, Numbers, Packed, on_device
 
 
 class ImageRows:

@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..models.adapters import VisionGeometry
-from . import attention
-from .decisions import Merge
-from .layout import TokenLayout, TokenSet
-from .vision.rows import ImageRows
-from .vision.units import Grid, Units, of_units
+from ...models.adapters import VisionGeometry
+from .. import attention
+from ..decisions import Merge
+from ..layout import TokenLayout, TokenSet
+from .rows import ImageRows
+from .shapes import Grid, Units, of_units
 
 Attended = tuple[Tensor, Tensor, Tensor, float]
 """Query of the first token (N, heads, 1, d), keys and values (N, heads, t, d) of a block, and its scaling."""

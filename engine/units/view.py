@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ...models.adapters import VisionGeometry
 from .. import attention
-from .units import ANCHOR, Grid, Group, Numbers, of_units, on_device
+from .shapes import ANCHOR, Grid, Group, Numbers, of_units, on_device
 
 if TYPE_CHECKING:
-    from ..encoding import Encoding
+    from .encoding import Encoding
 
 
 class VisionView:
