@@ -20,13 +20,14 @@ from visibench.evals.answers.lmms_model import Visibench
 from visibench.evals.answers.score import evaluate
 from visibench.evals.settings.method_spec import parse
 from visibench.evals.tasks import lmms_eval
-from visibench.evals.tasks.tasks import definition, load_tasks
+from visibench.evals.tasks.definitions import find
+from visibench.evals.tasks.tasks import load_tasks
 from visibench.models import load_model
 from visibench.models.load import EMBEDDED
 from visibench.utils.token_grids import read
 
 FOLDERS = {"pope": "POPE", "mme": "MME", "textvqa_val": "textvqa"}
-METHODS = ("none", "visipruner", "random:keep=0.25,seed=3")
+RANDOM = "random:keep=0.25,seed=3"
 ROOT = Path(visibench.__file__).parent
 GROUP = "lmms_eval.models"
 ENTRY_POINTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][GROUP]
@@ -37,7 +38,7 @@ def definitions(hub_data, tmp_path_factory) -> Path:
     """lmms-eval's own tasks, reading from a folder: what a user passes as ``--include_path``."""
     folder = tmp_path_factory.mktemp("definitions")
     for name, data in FOLDERS.items():
-        lines = f"include: {definition(name)}", f"task: local_{name}", f"dataset_path: {hub_data / data}"
+        lines = f"include: {find(name).file}", f"task: local_{name}", f"dataset_path: {hub_data / data}"
         (folder / f"local_{name}.yaml").write_text("\n".join((*lines, "dataset_kwargs: {}\n")))
     return folder
 
@@ -77,7 +78,9 @@ def same(results, samples, result):
     return True
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", ["visipruner", *(pytest.param(method, marks=pytest.mark.slow) for method in ("none", RANDOM))]
+)
 def test_scores_and_records_are_those_of_visibench_run(method, tiny, definitions, hub_data, tmp_path):
     name, _, options = method.partition(":")
     record = tmp_path / "new" / "record.json"
@@ -111,7 +114,7 @@ def test_tasks_of_the_hub_by_their_own_names(checkpoint, hub_data, tmp_path, mon
         return load(str(hub_data / path.split("/")[-1]), *args, **options)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    found = ask(f"pretrained={checkpoint},method=fastv:keep=0.5", ["pope"], definition("pope").parent, tmp_path)
+    found = ask(f"pretrained={checkpoint},method=fastv:keep=0.5", ["pope"], find("pope").file.parent, tmp_path)
     result = expected(load_model(str(checkpoint)), "fastv:keep=0.5", "pope", "hub")
     assert same(found["results"]["pope"], found["samples"]["pope"], result)
 
@@ -258,7 +261,7 @@ def test_command_line(site, without_torchvision, definitions, hub_data, tmp_path
 @pytest.mark.slow
 def test_two_ranks_give_what_one_gives(site, without_torchvision, definitions, hub_data, tmp_path):
     """Seven questions on two ranks: one of them asks its last question again, which must not count."""
-    method, record = METHODS[-1], tmp_path / "record.json"
+    method, record = RANDOM, tmp_path / "record.json"
     model = f"pretrained=tiny,method={method.replace(',', ';')},record={record}"
     ranks = (*RANKS, sys.executable, "-S", "-m", "lmms_eval")
     arguments = "--tasks", "local_pope", "--limit", 7, "--model_args", model
