@@ -67,6 +67,7 @@ class VScan(OnPatches, Layered, Ranked, Budgeted):
 
     def check(self, geometry: Geometry) -> None:
         needs_cls(self, geometry)
+        self.check_images(geometry)
         self.check_block("early", self.early, geometry)
         self.check_layers("cuts", self.cuts, geometry)
         if geometry.vision is None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...errors import InputError, UnsupportedModelError, VisibenchError
 from ...models.adapters import Adapter, VisionGeometry
 from ..attention import Interception, received
-from ..contract import Forward, Method
+from ..contract import VISION_SIDE, Forward, Method
 from ..decisions import Keep, Merge, checked, on_images
 from ..features import Entry, FeatureStore, SharedTower
 from ..layout import TokenLayout, TokenSet
@@ -30,7 +30,6 @@ from ..units.view import VisionView
 from .images import decided_on_images
 from .tower import UNSEEN, Tower
 
-SIDE = {"image", "tower", "vision", "projector"}
 # At these points a method changes what the tower is given or computes, so that nobody else can use it.
 CHANGING = {"image", "tower"}
 
@@ -51,7 +50,7 @@ class VisionTap:
         self._arguments: Mapping[str, Any] = {}
         self._encoded: Callable[[], Any] | None = None
         self._exit = ExitStack()
-        self._hooks_side = bool(SIDE & set(method.hook_points))
+        self._hooks_side = bool(VISION_SIDE & set(method.hook_points))
         self._hooks_features = self._hooks_side and "vision" in adapter.family.sides
         if self._needed(adapter) - set(adapter.family.sides) and adapter.vision_tower is not None:
             raise UnsupportedModelError(
@@ -69,7 +68,7 @@ class VisionTap:
     def _needed(self, adapter: Adapter) -> set[str]:
         """Hook points that the model's family must have been tested at: that of features, where the tower is read."""
         method, vision = self.method, adapter.geometry.vision
-        needed = SIDE & set(method.hook_points)
+        needed = VISION_SIDE & set(method.hook_points)
         reads = bool(needed and vision and (method.blocks_read(vision) or method.blocks_received(vision)))
         return needed | ({"vision"} if reads or (needed and method.by_unit) else set())
 

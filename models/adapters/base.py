@@ -63,6 +63,11 @@ class VisionGeometry:
         return round(self.tokens**0.5)
 
     @property
+    def is_square(self) -> bool:
+        """Whether the tokens of every image are one square grid, of one size for all."""
+        return not self.tiled and 0 < self.tokens == self.grid**2
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Frames, rows and columns of the tokens of an image or tile, where all are of one size."""
         return (1, self.grid, self.grid) if self.grid**2 == self.tokens else (1, 1, self.tokens)

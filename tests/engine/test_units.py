@@ -6,8 +6,10 @@ import visibench
 from support import state
 from torch.utils.flop_counter import FlopCounterMode
 from units import VISUAL, collate, model_of, samples_of
+from visibench.errors import OptionError
 from visibench.evals.compute import flops
 from visibench.evals.settings.method_spec import parse
+from visibench.methods.base import Method
 from visibench.models.adapters import Adapter
 
 CLS = [
@@ -27,11 +29,12 @@ SHARED = [
 TOWER = ["tome:keep=0.5", "downsample:tokens=6", "flowcut:tokens=6"]
 HOLOV = ["holov:keep=0.5,runs=4", "holov:tokens=13,runs=5,shortfall=zeros"]
 RECEIVED = [f"{text},attention=received" for text in CLS[:4] + HOLOV]
+VSCAN = ["vscan:keep=0.5,window=2,layers=scaled", "vscan:keep=0.8,window=2,cuts=8+24,counts=7+3,layers=scaled"]
 WINDOWS = ["hiprune:keep=0.5,alpha=0.5,middle=1", *SHARED[1:]]
 METHODS = {
     "llava_next": CLS + SHARED + TOWER + HOLOV,
-    "vipllava": CLS[:4] + SHARED + TOWER[1:2] + HOLOV,
-    "internvl": CLS[:4] + SHARED + HOLOV,
+    "vipllava": CLS[:4] + SHARED + TOWER[1:2] + HOLOV + VSCAN,
+    "internvl": CLS[:4] + SHARED + HOLOV + VSCAN,
     "llava_onevision": RECEIVED + SHARED + TOWER[:2],
     "qwen2_vl": RECEIVED + SHARED,
     "qwen2_5_vl": RECEIVED + WINDOWS,
@@ -73,6 +76,21 @@ def test_keeping_everything_is_dense_bit_for_bit(kind, text):
         pruned = model(**batch).logits
     with torch.no_grad():
         assert torch.equal(pruned, model(**batch).logits)
+
+
+class Both(Method):
+    """A method of both sides."""
+
+    name, hook_points, vision_blocks = "both", ("vision", "decoder"), ()
+
+
+@pytest.mark.parametrize("method", ["both", "vscan"])
+@pytest.mark.parametrize("kind", ["llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl"])
+def test_methods_of_both_sides_are_refused_where_an_image_is_not_one_square_grid(kind, method):
+    model = model_of(kind)
+    wanted = "acts on the vision side and in the decoder.*choose a method that acts on one of both"
+    with pytest.raises(OptionError, match=f"{method}: {wanted}"):
+        visibench.prune(model, Both() if method == "both" else parse(VSCAN[0]))
 
 
 @every_case
