@@ -26,8 +26,8 @@ from visibench.results.store.store import Store
 from visibench.results.tables.tables import build
 
 QUIET = Console(quiet=True)
-HOLD = "import sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); "
-HOLD += "print('held', flush=True); sys.stdin.read()"
+HOLD = "import sys; from filelock import SoftFileLease; lock = SoftFileLease(sys.argv[1], lease_duration=60); "
+HOLD += "lock.acquire(); print('held', flush=True); sys.stdin.read()"
 
 
 @pytest.fixture
@@ -155,6 +155,7 @@ def test_while_dense_is_with_another_process_cells_without_it_come_first(tmp_pat
         said.append(text)
         came.append("waits")
         holder.kill()
+        holder.wait()
 
     for one in claimed(plans, store, say, lambda: None):
         came.append((one.config.method, one.config.task))
@@ -174,6 +175,7 @@ class Lets(Reporter):
         if event.event == "note" and "Waiting for" in event.text:
             self.began.append("waits")
             self.holder.kill()
+            self.holder.wait()
 
 
 def held_up(settings, tmp_path, hold, executor=None) -> tuple[list, list]:
