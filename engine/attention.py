@@ -298,14 +298,6 @@ def _later(rows: int, length: int, like: Tensor) -> Tensor:
     return like.new_full((rows, length), float("-inf")).triu(length - rows + 1)
 
 
-def received(query: Tensor, key: Tensor, scaling: float) -> Tensor:
-    """(N, P): attention that each key (N, H, P, d) gets, mean over heads and queries (N, H, Q, d); no causal mask."""
-    total = query.new_zeros(key.shape[0], key.shape[2], dtype=torch.float32)
-    for rows in query.split(BLOCK, dim=2):
-        total = total + fine(rows @ key.transpose(-1, -2)).mul(scaling).softmax(-1).sum((1, 2))
-    return total / query.shape[1:3].numel()
-
-
 def fine(logits: Tensor) -> Tensor:
     """The same in fp32, or in fp64 if they are: half precision is too coarse for a ranking."""
     return logits if logits.dtype == torch.float64 else logits.float()

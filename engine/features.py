@@ -196,16 +196,20 @@ class SharedTower:
     def _run(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or pixel_values.ndim != 4:  # patches of all images in one sequence
             return self._forward(pixel_values, *args, **kwargs)
-        options = repr(sorted(kwargs.items()))
+        tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}  # one entry an image
+        options = {name: value for name, value in kwargs.items() if name not in tensors}
+        about = repr(sorted(options.items()))
         fresh: dict[str, dict[str, Entry]] = {}
         images = []
-        for pixels in pixel_values.split(1):
-            name = self.store.key(options, f"{pixels.dtype}{tuple(pixels.shape)}", _raw(pixels))
+        for number, pixels in enumerate(pixel_values.split(1)):
+            own = {name: value[number : number + 1] for name, value in sorted(tensors.items())}
+            given = [part for tensor in (pixels, *own.values()) for part in (_form(tensor), _raw(tensor))]
+            name = self.store.key(about, *given)
             image = fresh.get(name)
             if image is None and (image := self._stored(name)) is not None:
                 self.store.reused += 1
             elif image is None:
-                image = self._compute(name, pixels, kwargs)
+                image = self._compute(name, pixels, options | own)
                 if self.store.limit:
                     fresh[name] = image
             images.append(image)
@@ -251,8 +255,12 @@ def _output(entry: Entry) -> BaseModelOutputWithPooling:
     return BaseModelOutputWithPooling(last_hidden_state=entry.get("last"), hidden_states=states)
 
 
-def _raw(pixels: Tensor) -> bytes:
-    return pixels.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+def _form(tensor: Tensor) -> str:
+    return f"{tensor.dtype}{tuple(tensor.shape)}"
+
+
+def _raw(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _bytes(entry: Entry) -> int:

@@ -16,6 +16,7 @@ from ...models.adapters import VisionGeometry
 from .. import attention
 from ..decisions import Merge
 from ..layout import TokenLayout, TokenSet
+from .bidirectional import real_patches, received
 from .rows import ImageRows
 from .shapes import Grid, Units, of_units
 
@@ -53,15 +54,16 @@ class Encoding:
     ``units``: what the tower encoded by itself, N of them with up to W tokens each. ``pixels``: what entered the tower,
     where images are of one size; ``grids``: frames and patches (N, 3) where they differ in shape, those of a run before
     included if this one ``is_joined`` to it. ``cls``: the CLS feature (N, Dv), and ``cls_of`` the blocks whose outputs
-    are used. ``blocks``: query, key and scaling of the tower blocks that the method reads, by its names of them;
-    ``chunks``: the same in a tower that has all units in one sequence, piece by piece. ``received``: attention (N,
-    patches and CLS) that the tokens of blocks receive, where it is shared. ``features`` (N, W, Dv) enter the projector,
-    ``projected`` (N, W, D) leave it. ``macs``: multiply-adds that were spent on scoring each unit, int (N,);
-    ``padding_macs``: on what they were padded with. ``kept``: the features that were projected where others were
-    dropped before, ``new``: those that were added to them; ``projected_tokens``: their number, int (N,).
-    ``projector_input``: tokens that entered the projector in all. ``block_tokens``: where a method acts inside the
-    tower, tokens of each unit (N,) at the attention and at the MLP of each block; ``block_widths``: places that they
-    took. ``host_syncs``: how often the method read numbers there.
+    are used. ``real``: bool (N, patches), which patches the tower does not take for padding; None: all. ``blocks``:
+    query, key and scaling of the tower blocks that the method reads, by its names of them; ``chunks``: the same in a
+    tower that has all units in one sequence, piece by piece. ``received``: attention (N, patches and CLS) that the
+    tokens of blocks receive, where it is shared. ``features`` (N, W, Dv) enter the projector, ``projected`` (N, W, D)
+    leave it. ``macs``: multiply-adds that were spent on scoring each unit, int (N,); ``padding_macs``: on what they
+    were padded with. ``kept``: the features that were projected where others were dropped before, ``new``: those that
+    were added to them; ``projected_tokens``: their number, int (N,). ``projector_input``: tokens that entered the
+    projector in all. ``block_tokens``: where a method acts inside the tower, tokens of each unit (N,) at the attention
+    and at the MLP of each block; ``block_widths``: places that they took. ``host_syncs``: how often the method read
+    numbers there.
     """
 
     vision: VisionGeometry
@@ -71,6 +73,7 @@ class Encoding:
     is_joined: bool = False
     cls: Tensor | None = None
     cls_of: dict[int, Tensor] = field(default_factory=dict)
+    real: Tensor | None = None
     blocks: dict[int, tuple[Tensor, Tensor, float]] = field(default_factory=dict)
     chunks: dict[int, list[tuple[Tensor, Tensor, float]]] = field(default_factory=dict)
     received: dict[int, Tensor] = field(default_factory=dict)
@@ -112,11 +115,12 @@ class Encoding:
         self.macs = self.macs + more
         self.padding_macs += int(more.max() * len(more) - more.sum())
 
-    def observe(self, name: int, query: Tensor, key: Tensor, scaling: float) -> None:
+    def observe(self, name: int, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> None:
         """A block of the tower attends; where all units are in one sequence, it may do so in pieces."""
         if self.units.order is None:
-            self.blocks[name] = (query, key, scaling)
+            self.blocks[name], self.real = (query, key, scaling), real_patches(mask, len(query))
         else:
+            assert mask is None
             self.chunks.setdefault(name, []).append((query, key, scaling))
 
     def attended(self, name: int, units: Sequence[int]) -> tuple[Tensor, Tensor, float]:
@@ -129,6 +133,12 @@ class Encoding:
         whole = (torch.cat(parts, dim=2).split(sizes, dim=2) for parts in (queries, keys))
         query, key = (torch.cat([part[unit] for unit in units]) for part in whole)
         return query, key, scalings[0]
+
+    def attention_received(self, name: int, units: Sequence[int]) -> Tensor:
+        """(n, patches): what the patches of some ``units`` of one size get in a block, as :func:`received`."""
+        if (shared := self.received.get(name)) is not None:
+            return of_units(shared, units)
+        return received(*self.attended(name, units), None if self.real is None else of_units(self.real, units))
 
     def patches(self, unit: int) -> NDArray[np.int64] | None:
         """Int (P, merged): which patches of a ``unit``, as the tower has them, each token is made of.

@@ -72,6 +72,7 @@ class VisionView:
         one after it). ``single_head``: weights (N, 1, P) as if the block had one head of the full width. A token of
         several patches has the sum of theirs.
         """
+        assert self._encoding.real is None, "no tower with a CLS token is given padding"
         query, key, scaling = self._encoding.attended(block, self._group.units)
         self.scored(key.shape[1] * key.shape[2] * key.shape[3])
         query = query[:, :, :1]
@@ -84,14 +85,13 @@ class VisionView:
     def received(self, block: int | None = None) -> Tensor:
         """Attention (N, P), fp32, that each patch receives in a vision block: mean over heads and all queries.
 
-        CLS is one of the queries. For blocks that the method names in ``blocks_received``; rows are taken in blocks.
-        None: the last one, up to the features', in which patches attend to the whole image. A token of several patches
-        has the sum of theirs.
+        CLS is one of the queries; what the tower takes for padding neither asks nor receives. For blocks that the
+        method names in ``blocks_received``; rows are taken in blocks. None: the last one, up to the features', in which
+        patches attend to the whole image. A token of several patches has the sum of theirs.
         """
         encoding, units = self._encoding, self._group.units
         block = encoding.vision.last_full if block is None else block
-        got = encoding.received.get(block)
-        got = attention.received(*encoding.attended(block, units)) if got is None else of_units(got, units)
+        got = encoding.attention_received(block, units)
         self.scored(encoding.vision.hidden * got.shape[1] ** 2)
         return self._tokens(got[:, None, int(encoding.vision.has_cls) :]).squeeze(1)
 

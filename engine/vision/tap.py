@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...errors import InputError, UnsupportedModelError, VisibenchError
 from ...models.adapters import Adapter, VisionGeometry
-from ..attention import Interception, received
+from ..attention import Interception
 from ..contract import VISION_SIDE, Forward, Method
 from ..decisions import Keep, Merge, checked, on_images
 from ..features import Entry, FeatureStore, SharedTower
@@ -204,7 +204,7 @@ class VisionTap:
     def _observe(
         self, name: int, kernel: Any, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any
     ) -> Any:
-        self._current().observe(name, q, k, kwargs["scaling"])
+        self._current().observe(name, q, k, kwargs["scaling"], mask)
         return kernel(module, q, k, v, mask, **kwargs)
 
     @property
@@ -228,7 +228,7 @@ class VisionTap:
             if name in self._read
         }
         for name in self._received:
-            parts[f"received{name}"] = {"received": received(*encoding.blocks[name])}
+            parts[f"received{name}"] = {"received": encoding.attention_received(name, (0,))}
         return parts if encoding.cls is None else parts | {"cls": {"cls": encoding.cls}}
 
     def _recall(self, parts: Mapping[str, Entry]) -> None:

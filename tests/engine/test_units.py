@@ -5,7 +5,8 @@ import torch
 import visibench
 from support import state
 from torch.utils.flop_counter import FlopCounterMode
-from units import VISUAL, collate, model_of, samples_of
+from units import TILE, VISUAL, collate, model_of, sample_of, samples_of
+from visibench.engine.features import FeatureStore
 from visibench.errors import OptionError
 from visibench.evals.compute import flops
 from visibench.evals.settings.method_spec import parse
@@ -163,3 +164,28 @@ def test_kept_tokens_equal_the_models_own_decoder_on_them(kind, text, positions)
         with torch.no_grad():
             dense = decoder(inputs_embeds=seen["inputs_embeds"][:, order], position_ids=place).last_hidden_state
             torch.testing.assert_close(pruned, model.lm_head(dense)[:, -1], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["smolvlm", "idefics3"])
+def test_padding_within_a_tile_asks_nothing_and_receives_nothing(kind, attention):
+    """By the weights that the model's own tower puts out; images shared or not."""
+    model = model_of(kind, attention)
+    sample = sample_of(kind, 9, [(), (), ()])
+    pixels, counts = sample["pixel_values"], torch.ones(1, 3, TILE, TILE, dtype=torch.bool)
+    counts[0, 1, :, 6:], counts[0, 2, 12:] = False, False  # of 4 × 4 patches one column, and two rows
+    sample["pixel_attention_mask"] = counts
+    pixels.masked_fill_(~counts[:, :, None], 0)
+    real = counts[0, :, ::6, ::6].contiguous()
+    with torch.no_grad():
+        eager = model_of(kind, "eager").model.vision_model
+        weights = eager(pixels[0], patch_attention_mask=real, output_attentions=True).attentions[-1].mean(1)
+    asked = real.flatten(1)
+    got = (weights * asked[:, :, None]).sum(1) / asked.sum(1, keepdim=True)
+    assert (got[~asked] == 0).all()
+    wanted = got.view(3, 2, 2, 2, 2).sum((2, 4)).flatten(1)  # 2 × 2 patches make a token
+    kept = torch.zeros(3, 4, dtype=torch.bool).scatter(1, wanted.topk(2).indices, value=True)
+    for store in (None, FeatureStore(2**20)):
+        with torch.no_grad(), visibench.prune(model, parse(RECEIVED[0]), features=store) as session:
+            model(**sample)
+        assert session.trace.kept(0)[0].tolist() == kept.flatten().tolist()
