@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .methods import list_methods, load_method
     from .models import load_model
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["TokenLayout", "__version__", "list_methods", "load_method", "load_model", "prune"]
 
 torchvision.install()
