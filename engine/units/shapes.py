@@ -22,6 +22,14 @@ from ..layout import TokenSet
 ANCHOR = -1
 """In place of a feature: a token that is none, such as a newline."""
 
+MIXED = -2
+"""In place of a feature: a token that is a mixture of several."""
+
+MIXTURE = (
+    "{} asks which feature of the vision tower each token is, and this model interpolates the features of an image of "
+    "so many tiles: give it smaller images, or choose divprune or a method that acts in the decoder"
+)
+
 Grid = tuple[int, int, int]
 """Frames, rows and columns of tokens."""
 
@@ -51,8 +59,9 @@ def on_device(numbers: Numbers, like: Tensor | torch.device) -> Tensor:
 class Packed:
     """One image as the prompt has it: for each of its tokens, int (n,), the feature that it is.
 
-    Features count through all ``units`` of the image, W of each; :data:`ANCHOR` is none of them. ``padded``: the same
-    without anchors, but with all features in their order that the model leaves out of the prompt.
+    Features count through all ``units`` of the image, W of each; :data:`ANCHOR` is none of them, :data:`MIXED` made of
+    several. ``padded``: the same without anchors, but with all features in their order that the model leaves out of the
+    prompt.
     """
 
     source: Numbers
@@ -66,12 +75,17 @@ class Packed:
 
     @property
     def is_feature(self) -> NDArray[np.bool_]:
-        """Bool (n,): which tokens are one."""
+        """Bool (n,): which tokens are one, or made of several."""
         return self.source != ANCHOR
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some tokens are made of several features."""
+        return bool((self.source == MIXED).any())
 
     def moved(self, first: int) -> Numbers:
         """``source`` where ``first`` features stand before those of the image."""
-        return np.where(self.is_feature, self.source + first, ANCHOR)
+        return np.where(self.source >= 0, self.source + first, self.source)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...errors import InputError
 from ...models.adapters import VisionGeometry
 from .. import attention
-from .shapes import ANCHOR, Grid, Group, Numbers, of_units, on_device
+from .shapes import ANCHOR, MIXED, MIXTURE, Grid, Group, Numbers, of_units, on_device
 
 if TYPE_CHECKING:
     from .encoding import Encoding
@@ -151,6 +152,8 @@ class ImageView:
 
     def _own(self, values: Tensor) -> Tensor:
         """Of values (units, W, …) those of the tokens (N, P, …)."""
+        if (self._source == MIXED).any():
+            raise InputError(MIXTURE.format("a method that reads features"))
         source = on_device(self._source, values)
         own = values.flatten(0, 1)[source.clamp(min=0)]
         return own.masked_fill((source == ANCHOR).view(*source.shape, *[1] * (own.ndim - 2)), 0)

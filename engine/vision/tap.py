@@ -25,7 +25,7 @@ from ..layout import TokenLayout, TokenSet
 from ..trace import Trace, Watch
 from ..units.encoding import Encoding
 from ..units.rows import ImageRows
-from ..units.shapes import Group, Numbers, Packed, Units, decided
+from ..units.shapes import MIXTURE, Group, Numbers, Packed, Units, decided
 from ..units.view import VisionView
 from .images import decided_on_images
 from .tower import UNSEEN, Tower
@@ -189,6 +189,8 @@ class VisionTap:
         else:
             packed = family.packing(model.base_model, vision, self._arguments)
             images = tuple(Packed(source.numpy(), units, padded.numpy()) for source, units, padded in packed)
+            if self._needed(self.adapter) - {"projector"} and any(image.is_mixed for image in images):
+                raise InputError(MIXTURE.format(self.method.name))
         order = None if family.order is None or grids is None else family.order(model.config, grids).numpy()
         return Units(tokens, images, order)
 

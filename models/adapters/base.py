@@ -109,9 +109,9 @@ RandomImages = Callable[[VisionGeometry, Any, int, int], Images]
 configuration, visual tokens of a row, rows. Raises :class:`InputError` where no images have so many."""
 
 Packing = Callable[[Any, VisionGeometry, Mapping[str, Any]], list[tuple[Tensor, int, Tensor]]]
-"""For each image, which features of its tiles its tokens are (int (n,), -1 for none), how many tiles it has, and all
-features in order, those of padding too. Arguments: the model without its head, sizes of the vision side, and the
-arguments of ``get_image_features``."""
+"""For each image, which features of its tiles its tokens are (int (n,), -1 for none, -2 for a mixture of several), how
+many tiles it has, and all features in order, those of padding too. Arguments: the model without its head, sizes of the
+vision side, and the arguments of ``get_image_features``."""
 
 
 @dataclass(frozen=True)

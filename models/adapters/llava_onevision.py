@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, cat
 
 from .base import Family, VisionGeometry
 from .llava import clip
 from .llava_next import base_and_tiles, packed, tiled_image, tiles
+
+UNLIMITED = "anyres_max_1000000"
+"""A limit of tiles that no image has."""
 
 
 def _siglip(config: Any, projector_macs: int) -> VisionGeometry:
@@ -22,7 +25,16 @@ def _packing(model: Any, vision: VisionGeometry, arguments: Mapping[str, Any]) -
     numbers = [1] * len(sizes) if several is None else [int(number) for number in several]
     cut = [number == 1 for number in numbers for _ in range(number)]
     ratio = arguments.get("vision_aspect_ratio") or model.config.vision_aspect_ratio
-    return packed(model, vision, sizes, cut, vision_aspect_ratio=ratio)
+    own, whole = (packed(model, vision, sizes, cut, vision_aspect_ratio=limit) for limit in (ratio, UNLIMITED))
+    return [_mixed(mine, *image, vision.tokens) for (mine, *_), image in zip(own, whole, strict=True)]
+
+
+def _mixed(own: Tensor, whole: Tensor, tiles: int, every: Tensor, base: int) -> tuple[Tensor, int, Tensor]:
+    """An image of too many tiles is made smaller behind the projector: all but its ``base`` tokens are mixtures."""
+    if len(own) == len(whole):
+        return whole, tiles, every
+    behind = own[base:]
+    return cat([own[:base], behind.where(behind < 0, -2)]), tiles, every
 
 
 FAMILY = Family(

@@ -6,8 +6,9 @@ import visibench
 from support import state
 from torch.utils.flop_counter import FlopCounterMode
 from units import TILE, VISUAL, collate, model_of, sample_of, samples_of
+from visibench.engine.contract import Forward, Keep
 from visibench.engine.features import FeatureStore
-from visibench.errors import OptionError
+from visibench.errors import InputError, OptionError
 from visibench.evals.compute import flops
 from visibench.evals.settings.method_spec import parse
 from visibench.methods.base import Method
@@ -138,32 +139,36 @@ def test_compute_equals_that_of_torchs_counter(kind, text):
 KEEPING = [case for case in CASES if case[1].split(":")[0] in ALL and "pooling" not in case[1]]
 
 
+def check_kept(model, method, sample):
+    """The pruned prefill against the model's own decoder on the tokens that stayed."""
+    decoder = Adapter(model).decoder
+    seen = {}
+    hook = decoder.register_forward_pre_hook(lambda m, a, k: seen.update(k), with_kwargs=True)
+    with torch.no_grad():
+        model(**sample)
+    hook.remove()
+    pruned, trace = last_logits(model, method, sample)
+    is_visual = sample["input_ids"][0] == VISUAL
+    keep = ~is_visual
+    keep[is_visual] = trace.kept(0)[0]
+    order = keep.nonzero().flatten()
+    if method.reorders and is_visual.any():  # the order in which they entered
+        visual = trace.layouts[0].visual_id[0]
+        places = is_visual.nonzero().flatten()
+        order[is_visual[order]] = places[visual[visual >= 0]]
+    place = seen["position_ids"]
+    place = torch.arange(len(keep))[None] if place is None else place[-3:] if place.ndim == 3 else place
+    place = place[..., order] if method.positions == "keep" else torch.arange(len(order)).expand(*place.shape[:-1], -1)
+    with torch.no_grad():
+        dense = decoder(inputs_embeds=seen["inputs_embeds"][:, order], position_ids=place).last_hidden_state
+        torch.testing.assert_close(pruned, model.lm_head(dense)[:, -1], atol=1e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("kind", "text"), some_quick(case for case in KEEPING if "zeros" not in case[1]))
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
 def test_kept_tokens_equal_the_models_own_decoder_on_them(kind, text, positions):
-    model, method = model_of(kind), parse(f"{text},positions={positions}")
-    decoder = Adapter(model).decoder
     for sample in samples_of(kind):
-        seen = {}
-        hook = decoder.register_forward_pre_hook(lambda m, a, k, seen=seen: seen.update(k), with_kwargs=True)
-        with torch.no_grad():
-            model(**sample)
-        hook.remove()
-        pruned, trace = last_logits(model, method, sample)
-        is_visual = sample["input_ids"][0] == VISUAL
-        keep = ~is_visual
-        keep[is_visual] = trace.kept(0)[0]
-        order = keep.nonzero().flatten()
-        if method.reorders and is_visual.any():  # the order in which they entered
-            visual = trace.layouts[0].visual_id[0]
-            places = is_visual.nonzero().flatten()
-            order[is_visual[order]] = places[visual[visual >= 0]]
-        place = seen["position_ids"]
-        place = torch.arange(len(keep))[None] if place is None else place[-3:] if place.ndim == 3 else place
-        place = place[..., order] if positions == "keep" else torch.arange(len(order)).expand(*place.shape[:-1], -1)
-        with torch.no_grad():
-            dense = decoder(inputs_embeds=seen["inputs_embeds"][:, order], position_ids=place).last_hidden_state
-            torch.testing.assert_close(pruned, model.lm_head(dense)[:, -1], atol=1e-4, rtol=1e-5)
+        check_kept(model_of(kind), parse(f"{text},positions={positions}"), sample)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -189,3 +194,51 @@ def test_padding_within_a_tile_asks_nothing_and_receives_nothing(kind, attention
         with torch.no_grad(), visibench.prune(model, parse(RECEIVED[0]), features=store) as session:
             model(**sample)
         assert session.trace.kept(0)[0].tolist() == kept.flatten().tolist()
+
+
+TOO_LARGE = "{}.*interpolates the features of an image of so many tiles: give it smaller images, or choose divprune"
+
+
+@pytest.fixture
+def interpolated(monkeypatch):
+    """A model that keeps the features of two tiles, and images of four, of one and of more with padding."""
+    model = model_of("llava_onevision")
+    monkeypatch.setattr(model.config, "vision_aspect_ratio", "anyres_max_2")
+    return model, samples_of("llava_onevision", [(9, [(48, 48)]), (5, []), (6, [(24, 24)]), (7, [(48, 44)])])
+
+
+@pytest.mark.parametrize("text", [RECEIVED[0], RECEIVED[1], RECEIVED[4], *SHARED[:2], *TOWER[:2]])
+def test_methods_that_ask_for_features_refuse_interpolated_images_before_anything_runs(interpolated, text):
+    model, samples = interpolated
+    ran, method = [], parse(text)
+    hook = Adapter(model).vision_blocks[0].register_forward_pre_hook(lambda *_: ran.append(1))
+    with pytest.raises(InputError, match=TOO_LARGE.format(method.name)):
+        last_logits(model, method, samples[0])
+    hook.remove()
+    assert not ran
+
+
+@pytest.mark.parametrize("text", [*SHARED[2:], "divprune:tokens=5,newlines=compete", "random:keep=0.5,layer=0"])
+def test_other_methods_act_on_interpolated_images_as_they_enter(interpolated, text):
+    model, samples = interpolated
+    method = parse(text)
+    logits, trace = last_logits(model, method, collate(samples))
+    for row, sample in enumerate(samples):
+        check_kept(model, method, sample)
+        alone, own = last_logits(model, method, sample)
+        assert (logits[row] - alone[0]).abs().max() < 1e-5 * logits.abs().max()
+        assert torch.equal(trace.visual_counts()[row], own.visual_counts()[0])
+
+
+def test_features_of_interpolated_images_are_not_made_up(interpolated):
+    class Reads(Method):
+        name, hook_points, vision_blocks = "reads", ("projector",), ()
+
+        def begin(self, layout, geometry):
+            forward = Forward()
+            forward.projected = lambda view: Keep(view.features.norm(dim=2) > 0)
+            return forward
+
+    model, samples = interpolated
+    with pytest.raises(InputError, match=TOO_LARGE.format("a method that reads features")):
+        last_logits(model, Reads(), samples[0])
