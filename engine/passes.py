@@ -230,7 +230,7 @@ class Pass:
             module,
             layout,
             parted(hidden, width)[0],
-            positions=segment.positions[:, :width],
+            positions=parted(segment.positions, width)[0],
             final_norm=self.adapter.decoder.norm,
             read=self.adapter.read,
             told=told,
