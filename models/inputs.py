@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import singledispatch
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..errors import DataError, InputError
+from ..errors import FOREIGN, DataError, InputError, reason
 
 _ORIENTATION = 0x112  # the EXIF tag
 
@@ -53,8 +53,9 @@ def as_rgb(picture: Any) -> Image.Image:
     image = upright(_opened(picture))
     if 0 in image.size:
         raise InputError(f"an image of {image.width} × {image.height} pixels")
+    narrow = _in_8_bits(image)
     try:
-        return _in_8_bits(image).convert("RGB")
+        return narrow.convert("RGB")
     except ValueError as error:
         raise InputError(f"an image of mode {image.mode} cannot be made RGB ({error}): convert it first") from error
 
@@ -64,6 +65,23 @@ def upright(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION, 1) != 1 else image
 
 
+def undecoded(error: BaseException) -> str:
+    """Why an image cannot be decoded, in one line. On damaged files, Pillow's decoders raise errors of any type."""
+    if isinstance(error, UnidentifiedImageError):  # its text names an object in memory
+        return "not an image"
+    return getattr(error, "strerror", None) or reason(error)
+
+
+def _loaded(look: Callable[[], Image.Image], name: str) -> Image.Image:
+    """What ``look`` finds, decoded: Pillow reads the pixels of a file when they are first needed."""
+    try:
+        image = look()
+        image.load()
+    except FOREIGN as error:
+        raise DataError(f"cannot read {name}: {undecoded(error)}") from error
+    return image
+
+
 @singledispatch
 def _opened(picture: Any) -> Image.Image:
     raise InputError(f"cannot use a {type(picture).__name__}: give a PIL image, a path or a uint8 array")
@@ -71,19 +89,13 @@ def _opened(picture: Any) -> Image.Image:
 
 @_opened.register
 def _(picture: Image.Image) -> Image.Image:
-    return picture
+    return _loaded(lambda: picture, "image")
 
 
 @_opened.register(str)
 @_opened.register(Path)
 def _(picture: str | Path) -> Image.Image:
-    try:
-        image = Image.open(picture)
-        image.load()
-    except OSError as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else error.strerror or error
-        raise DataError(f"cannot read image {str(picture)!r}: {reason}") from error
-    return image
+    return _loaded(lambda: Image.open(picture), f"image {str(picture)!r}")
 
 
 @_opened.register

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any
 import datasets
 import PIL.Image
 
-from ...errors import DataError, OptionError
+from ...errors import FOREIGN, DataError, InputError, OptionError, reason
+from ...models.inputs import as_rgb, undecoded
 from . import lmms_eval
 from .definitions import DATA, Definition
 from .scorers import LETTERS, SCORERS, Scorer, chosen, listed
@@ -55,7 +57,7 @@ def _config(
     name: str, scorer: Scorer, rows: list[dict[str, Any]], images: Mapping[str, list[bytes | Path]]
 ) -> dict[str, Any]:
     def doc_to_visual(doc: Mapping[str, Any]) -> list[PIL.Image.Image]:
-        return [_opened(source).convert("RGB") for source in images[doc["question_id"]]]
+        return [as_rgb(_opened(source)) for source in images[doc["question_id"]]]
 
     def doc_to_text(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, str]) -> str:
         return doc["question"] + listed(doc["choices"]) + lmms_eval_specific_kwargs["post_prompt"]
@@ -147,12 +149,12 @@ def _read(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is no UTF-8 text ({error.reason}): save it as such") from error
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # JSON may hold other ends of lines as they are
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
-                row = str(error)
+            except (ValueError, RecursionError) as error:
+                row = reason(error)
             yield f"line {number}", row
 
 
@@ -181,6 +183,10 @@ def _row(raw: Any, place: int, folder: Path) -> tuple[dict[str, Any], list[bytes
         "category": None if raw.get("category") is None else str(raw["category"]),
         "image": " ".join(_named(source, folder) for source in sources),
     }
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # "\ud800" is JSON, but no text
+        raise ValueError(f"half a surrogate pair, {error.object[error.start]!a}, in its text") from error
     return row, sources
 
 
@@ -211,16 +217,19 @@ def _named(source: bytes | Path, folder: Path) -> str:
 
 
 def _look(source: bytes | Path) -> None:
-    """Raise ``ValueError`` unless the image can be decoded; of a JPEG an eighth of its size is."""
+    """Raise ``ValueError`` unless the image can be used; of a JPEG an eighth of its size is decoded."""
     name = "image" if isinstance(source, bytes) else f"image {source.name}"
+    if isinstance(source, Path) and not os.path.isfile(source):  # nor a pipe, which might never end; False for any text
+        raise ValueError(f"no {name} in {source.parent}")
     try:
         with _opened(source) as image:
             image.draft("RGB", (1, 1))
             image.load()
-    except FileNotFoundError as error:
-        raise ValueError(f"no {name} in {source.parent if isinstance(source, Path) else ''}") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{name} cannot be decoded ({str(error).splitlines()[0]})") from error
+            as_rgb(image)
+    except InputError as error:
+        raise ValueError(f"{name}: {error}") from error
+    except FOREIGN as error:
+        raise ValueError(f"{name} cannot be decoded ({undecoded(error)})") from error
 
 
 def _opened(source: bytes | Path) -> PIL.Image.Image:

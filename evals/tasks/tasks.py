@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import FOREIGN, DataError, InputError, OptionError, StorageError, disk_full, reason
+from ...errors import FOREIGN, DataError, InputError, OptionError, StorageError, VisibenchError, disk_full, reason
 from ...models.protocols import HF, Protocol
 from ...utils.bounded_cache import GIB, BoundedCache
 from .definitions import Definition, find
@@ -123,17 +123,18 @@ def decoded(task: str, doc_id: int, look: Callable[[], list[Image]]) -> list[Ima
 
     Raises :class:`DataError` where they cannot be decoded and :class:`InputError` where there are none.
     """
-    from PIL.Image import DecompressionBombError
+    from ...models.inputs import undecoded
 
     try:
         images = look()
-    except DataError:
+    except (VisibenchError, MemoryError):
         raise
     except AttributeError:  # the stock code calls a method of an image that is None
         images = []
-    except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:  # what Pillow raises on damaged files
+    except FOREIGN as error:
+        why = undecoded(error)
         raise DataError(
-            f"{task}: the image of question {doc_id} cannot be decoded ({error}): repair or remove it"
+            f"{task}: the image of question {doc_id} cannot be decoded ({why}): repair or remove it"
         ) from error
     if not images:
         raise InputError(

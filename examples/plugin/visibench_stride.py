@@ -32,6 +32,7 @@ class Stride(Method):
     everything = "n=1"
 
     n: int = 2
+    """Of the patches of an image, in row-major order, the first of each ``n`` stays."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,11 +12,13 @@ from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from odd_method import PLACES, written
+from PIL import Image
 from storing import full
 from visibench.cli import main
 from visibench.results.store.store import Store
@@ -159,6 +161,44 @@ def test_bytes_of_checkpoints(checkpoint, disk_data, which, noise, place, how):
         before = contents(model)
         ended(*run, "--method", "none", "--out", Path(folder) / "out")
         assert contents(model) == before
+
+
+FORMATS = [("PNG", "RGB"), ("PNG", "P"), ("PNG", "I;16"), ("PNG", "LA"), ("JPEG", "RGB"), ("JPEG", "CMYK")]
+FORMATS += [("GIF", "P"), ("TIFF", "F"), ("TIFF", "RGB"), ("WEBP", "RGB"), ("BMP", "RGB"), ("DDS", "RGB")]
+
+
+def image(kind: str, mode: str) -> bytes:
+    values, stream = np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8), io.BytesIO()
+    made = Image.fromarray(values[..., 0].astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(values)
+    (made if made.mode == mode else made.convert(mode)).save(stream, kind)
+    return stream.getvalue()
+
+
+@asked(40)
+@given(st.sampled_from(FORMATS), st.integers(0), st.binary(min_size=1, max_size=9), st.integers(0, 200), HOW)
+def test_bytes_of_images(checkpoint, kind, which, noise, place, how):
+    with TemporaryDirectory() as folder, chdir(folder):
+        files = [Path("0.png"), Path("mine.jsonl")]
+        files[0].write_bytes(image(*kind))
+        files[1].write_text('{"image": "0.png", "question": "What?", "answers": "yes"}\n')
+        spoilt(files[which % 4 == 0], noise, place, how)
+        before = contents(Path(folder))
+        code, said = ended("run", "--model", checkpoint, "--tasks", "mine.jsonl", "--no-timing", "--method", "none")
+        assert code == 0 or (code == 2 and "mine.jsonl" in said and contents(Path(folder)) == before)
+
+
+ENTRIES = VALUES | st.sampled_from([*ODD, ["0.png", "0.png"], {"path": "0.png"}, {"bytes": "x"}, "/dev/stdin"])
+
+
+@asked(40)
+@given(st.sampled_from(["image", "question", "answers", "id", "category", "choices", "odd"]), ENTRIES)
+def test_entries_of_questions(checkpoint, key, value):
+    with TemporaryDirectory() as folder, chdir(folder):
+        Path("0.png").write_bytes(image("PNG", "RGB"))
+        row = {"image": "0.png", "question": "What?", "answers": "yes", key: value}
+        Path("mine.jsonl").write_text(json.dumps(row, default=str))
+        code, said = ended("run", "--model", checkpoint, "--tasks", "mine.jsonl", "--no-timing", "--method", "none")
+        assert code == 0 or (code == 2 and "mine.jsonl" in said)
 
 
 NUMBERS = st.integers(-2, 300) | st.none() | st.text(max_size=3) | st.floats(-1, 1) | st.just([]) | st.just({})
