@@ -174,7 +174,7 @@ def image(kind: str, mode: str) -> bytes:
     return stream.getvalue()
 
 
-@asked(40)
+@asked(25)
 @given(st.sampled_from(FORMATS), st.integers(0), st.binary(min_size=1, max_size=9), st.integers(0, 200), HOW)
 def test_bytes_of_images(checkpoint, kind, which, noise, place, how):
     with TemporaryDirectory() as folder, chdir(folder):
@@ -190,7 +190,7 @@ def test_bytes_of_images(checkpoint, kind, which, noise, place, how):
 ENTRIES = VALUES | st.sampled_from([*ODD, ["0.png", "0.png"], {"path": "0.png"}, {"bytes": "x"}, "/dev/stdin"])
 
 
-@asked(40)
+@asked(12)
 @given(st.sampled_from(["image", "question", "answers", "id", "category", "choices", "odd"]), ENTRIES)
 def test_entries_of_questions(checkpoint, key, value):
     with TemporaryDirectory() as folder, chdir(folder):

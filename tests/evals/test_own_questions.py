@@ -3,6 +3,7 @@
 import io
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
@@ -101,6 +102,9 @@ def test_vqa_accuracy_is_the_stock_scorers():
         ([ROWS[0], ROWS[0]], "id 'a' is there twice"),
         ([ROWS[0] | {"image": "none.png"}], "line 1: no image none.png in"),
         ([ROWS[0] | {"image": "mine.jsonl"}], "image mine.jsonl cannot be decoded"),
+        ([ROWS[0] | {"image": "/dev/stdin"}], "line 1: no image stdin in /dev"),
+        ([ROWS[0] | {"answers": "\ud800"}], r"line 1: half a surrogate pair, '\ud800', in its text"),
+        (["[" * 100_000], "line 1: no JSON object (RecursionError"),
         ([ROWS[0] | {"image": "http://x/y.png"}], "is a URL: download it"),
         ([ROWS[0] | {"choices": ["a", "b"]}], "answer 'red' is none of the choices"),
         ([ROWS[0] | {"answers": [None]}], "give a text, or a list of texts"),
@@ -112,6 +116,37 @@ def test_what_is_wrong_with_questions_is_said_in_one_line_before_anything_runs(r
         load_tasks([jsonl(tmp_path, rows)])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_images_of_16_bits_are_scaled_and_those_without_a_known_range_refused(tmp_path):
+    file = jsonl(tmp_path, ROWS[:1])
+    Image.fromarray(np.full((4, 5), 100 * 257, np.uint16)).save(tmp_path / "0.png")
+    (task,) = load_tasks([file])
+    assert task.images(0)[0].getpixel((0, 0)) == (100, 100, 100)
+    Image.new("F", (5, 4), 0.5).save(tmp_path / "0.png", "TIFF")
+    with pytest.raises(VisibenchError, match=r"line 1: image 0.png: an image of mode F with values from 0.5 to 0.5"):
+        load_tasks([file])
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("a\nb"), NotImplementedError(), TypeError("x"), Image.DecompressionBombError("x")]
+)
+def test_whatever_pillow_raises_on_a_damaged_image_names_it(error, tmp_path, monkeypatch):
+    def opened(*given):
+        raise error
+
+    file = jsonl(tmp_path, ROWS[:1])
+    monkeypatch.setattr(Image, "open", opened)
+    with pytest.raises(
+        VisibenchError, match=rf"line 1: image 0.png cannot be decoded \({type(error).__name__}"
+    ) as caught:
+        load_tasks([file])
+    assert "\n" not in str(caught.value)
+
+
+def test_separators_of_lines_may_stand_in_texts(tmp_path):
+    (task,) = load_tasks([jsonl(tmp_path, [json.dumps(ROWS[0] | {"question": "a\u2028b"}, ensure_ascii=False)])])
+    assert task.docs[0]["question"] == "a\u2028b"
 
 
 def test_many_mistakes_are_counted_and_files_that_are_not_there_named(tmp_path):
