@@ -120,7 +120,8 @@ class _Record(BaseModel):
 class Work(_Record):
     """What a method computes beyond a plain prefill of its tokens, as decoder layers (from 0) in which it does so.
 
-    ``last_row``: attention weights of the last token. ``text_rows``: of all text behind the image. ``ahead``: weights
+    ``last_row``: attention weights of the last token. ``contributions``: these, and its output times the value of every
+    token. ``text_rows``: weights of all text behind the image. ``ahead``: weights
     of the last token that the layer would compute on the tokens in front of its cut, all of which are projected to
     queries, keys and values for it. ``raters``: products of visual with text states. ``clusters``: (layer, tokens,
     clusters), distances among tokens and to the centres. ``text_edits``: attention of all text behind the image once
@@ -128,6 +129,7 @@ class Work(_Record):
     """
 
     last_row: tuple[int, ...] = ()
+    contributions: tuple[int, ...] = ()
     text_rows: tuple[int, ...] = ()
     ahead: tuple[int, ...] = ()
     raters: tuple[int, ...] = ()
@@ -149,6 +151,8 @@ def planned(tokens: Tensor, prompt: int, work: Work, g: Geometry, prefix: int = 
     heads, kv_heads = g.heads * g.head_size, g.kv_heads * g.head_size
     for layer in work.last_row:
         trace.scored(layer, length[:, layer] * heads)
+    for layer in work.contributions:
+        trace.scored(layer, 2 * length[:, layer] * heads)
     for layer in work.text_rows:
         trace.scored(layer, text * length[:, layer] * heads)
     for layer in work.ahead:

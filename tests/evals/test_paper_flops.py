@@ -204,14 +204,14 @@ def test_planned_compute_of_visipruner(deep_llava):
     shallow = parse("visipruner").shallow_layers
     measured = lambda counts: tuple(layer for layer in range(shallow + 1, 32) if counts[layer] > 0)  # noqa: E731
     found = [claim for claim in CLAIMS if claim.method == "visipruner"]
-    assert all(claim.executed.last_row == measured(claim.plan) for claim in found)
+    assert all(claim.executed.contributions == measured(claim.plan) for claim in found)
     (work,) = {claim.executed for claim in found}
     session = prefill(deep_llava, parse("visipruner:token_threshold=0.5"))
     counts = session.trace.visual_counts()[0].tolist()
     assert counts[shallow] == PATCHES
     assert any(0 < n < PATCHES for n in counts)
     assert counts[-1] == 0
-    assert_same_compute(session, torch.tensor([counts]), work.model_copy(update={"last_row": measured(counts)}))
+    assert_same_compute(session, torch.tensor([counts]), work.model_copy(update={"contributions": measured(counts)}))
 
 
 def test_fractions_of_tokens_are_shares_of_ten_prompts():
