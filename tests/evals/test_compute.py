@@ -48,21 +48,21 @@ def test_a_plan_needs_images_that_the_model_has(model, visual, message):
 
 
 def test_a_plan_is_made_for_nothing_that_cannot_run():
-    """The engine does not prune the vision side of LLaVA-NeXT."""
+    """Methods of both sides are not tested on tiles."""
     loaded = visibench.load_model("llava-next-7b", weights="meta", layers=2)
-    with pytest.raises(UnsupportedModelError, match="cannot be pruned in architecture 'llava_next'"):
-        prefills.planned(loaded, visibench.load_method("visionzip", tokens=64), 20, 2928)
+    with pytest.raises(OptionError, match="vscan: acts on the vision side and in the decoder"):
+        prefills.planned(loaded, visibench.load_method("vscan", tokens=96), 20, 2928)
 
 
 def test_a_budget_names_what_the_architecture_cannot_do(command):
-    """And solves the others: one method that acts on the vision side stops none of them."""
+    """And solves the others: one method that acts on both sides stops none of them."""
     ours = "budget --target tokens=1500 --model llava-next-7b --weights meta --layers 4 --lengths 20/2928".split()
     code, out, _ = command(*ours, "--json")
     found = json.loads(out)
     refused = {one["method"]: one["reason"] for one in found["refused"]}
     assert code == 0
     assert {"fastv", "random", "vtw"} <= {one["method"] for one in found["solved"]}
-    assert "architecture 'llava_next'" in refused[next(name for name in refused if name.startswith("visionzip"))]
+    assert "on this model" in refused[next(name for name in refused if name.startswith("vscan"))]
 
 
 @pytest.fixture

@@ -241,7 +241,7 @@ def test_files_are_valid_and_the_same_each_time(kind, table, tmp_path):
         assert image.width > 1000
 
 
-@pytest.mark.parametrize("label", ["$x_{", "_hidden", "<b>&amp;\n\\frac", "100 % sure"])
+@pytest.mark.parametrize("label", ["$x_{", "_hidden", "<b>&amp; \\frac", "100 % sure"])
 def test_labels_are_shown_as_they_are(label, store, tmp_path):
     (cell,) = [answered(store, "fastv", 0.5, 0.8, label=label)]
     (table,) = build([cell])
