@@ -171,8 +171,13 @@ def scores_are_numbers(bench: Bench, method: Method) -> None:
         seen.append(scores[view.present])
         return chosen(self, scores, view, count)
 
-    chosen = type(method).choose
-    with patch.object(type(method), "choose", choose):
+    def image_tokens(self: Any, view: Any) -> Any:
+        seen.append(self.score(view)[view.present])
+        return of_images(self, view)
+
+    kind: Any = type(method)
+    chosen, of_images = kind.choose, getattr(kind, "image_tokens", None)
+    with patch.object(kind, "choose", choose), patch.object(kind, "image_tokens", image_tokens, create=True):
         prefill(bench.llava, method, collate(make_batch(ROWS)))
     nans = sum(int(scores.isnan().sum()) for scores in seen)
     hold(not nans, f"{nans} of {sum(scores.numel() for scores in seen)} scores are NaN: where do they come from?")

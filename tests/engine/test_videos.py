@@ -96,6 +96,6 @@ def test_compute_of_videos_equals_that_of_torchs_counter(kind):
 
 def test_methods_that_act_on_images_inside_the_tower_refuse_videos():
     model, sample = decoder_model("qwen2_5_vl"), samples_of("qwen2_5_vl")[0]
-    method = visibench.load_method("visionzip", tokens=4)
+    method = visibench.load_method("visionzip", tokens=4, attention="received")
     with pytest.raises(UnsupportedModelError), visibench.prune(model, method):
         model(**sample)

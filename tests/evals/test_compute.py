@@ -7,7 +7,7 @@ import pytest
 import torch
 import visibench
 from visibench.cli import main
-from visibench.errors import InputError, OptionError, UnsupportedModelError
+from visibench.errors import InputError, OptionError
 from visibench.evals.compute import prefills
 from visibench.evals.compute.memory import peak_memory
 from visibench.evals.settings import method_spec

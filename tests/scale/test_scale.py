@@ -31,7 +31,7 @@ def takes_lmms_eval(words: list[str]) -> None:
     sys.argv = ["lmms-eval", *words]
     _, parsed = parse_eval_args()
     given = lmms_model._arguments(lmms_model.Visibench, parsed.model_args, {"batch_size": parsed.batch_size})
-    lmms_model._method(given["method"], given.get("method_args", ""))
+    lmms_model._method(given["method"], given.get("method_args", ""), given["pretrained"])
 
 
 def takes_torchrun(words: list[str]) -> None:

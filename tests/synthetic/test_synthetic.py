@@ -141,7 +141,7 @@ def test_built_once_and_rebuilt_when_damaged(small, monkeypatch):
 
 
 def test_other_data_than_the_manifest_is_refused(small, monkeypatch):
-    monkeypatch.setattr(tables, "SEED", 1)
+    monkeypatch.setattr(datasets, "SEED", 1)
     with pytest.raises(DataError, match="--write-manifest"):
         datasets.ensure(small)
     assert not any(small.glob("synthetic-*")), "nothing half-made stays"
@@ -166,7 +166,7 @@ def test_unwritable_cache_is_one_clear_line(small):
 
 
 def test_a_full_disk_is_called_so(monkeypatch, tmp_path):
-    def fail(folder):
+    def fail(folder, calibration):
         try:
             raise OSError(errno.EDQUOT, "Disk quota exceeded")
         except OSError as error:
