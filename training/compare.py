@@ -24,12 +24,13 @@ from matplotlib.figure import Figure
 
 from ..errors import DataError, VisibenchError
 from ..models import load_model
-from ..results.figures.style import COLOURS, save, styled
+from ..results.figures.style import COLOURS, SMALL, save, styled
 from ..results.store.records import ScoreRecord
 from ..results.store.store import Store
 from ..results.tables.tables import MethodRow, ResultTable, build
 
 COSTS = {"T": 1, "GMACs": 3, "KV entries": 1, "KV kB": 0, "prefill ms": 1}  # digits behind the point
+SEVERAL = ("model", "checkpoint", "code.method")  # what may differ between checkpoints, and follows from their methods
 COLUMNS = ["method", "checkpoint", "figure", "value", "low", "high", "n", "of"]
 NOTE = (
     "Brackets: 95 % intervals, clustered by image. T: visual tokens, mean over decoder layers. GMACs: multiply-adds "
@@ -140,7 +141,8 @@ def drawn(figures: pd.DataFrame) -> Figure:
                 style = {"color": COLOURS[number % len(COLOURS)], "fmt": "osD^vP"[number % 6], "markersize": 4}
                 axes.errorbar(places, rows.value, ends, label=checkpoint, **style)
             axes.set_ylabel(textwrap.fill(title, 18))
-        axes.set_xticks(range(len(methods)), [textwrap.fill(method.replace(",", ", "), 14) for method in methods])
+        names = [method.replace(":", ":\n").replace(",", ",\n") for method in methods]
+        axes.set_xticks(range(len(methods)), names, **SMALL)
         axes.set_xlabel("inference")
         picture.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, title="training")
     return picture

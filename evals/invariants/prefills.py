@@ -12,7 +12,7 @@ from torch import Tensor
 from ...engine import prune
 from ...engine.trace import Trace
 from ...methods import Method
-from ...methods.base import Ranked
+from ...methods.base import Ranked, Scored
 from ...models.adapters import Adapter, Geometry
 from .miniature import LAYERS, PATCHES, ROWS, collate, make_batch, make_llava
 
@@ -176,7 +176,7 @@ def scores_are_numbers(bench: Bench, method: Method) -> None:
         return of_images(self, view)
 
     kind: Any = type(method)
-    chosen, of_images = kind.choose, getattr(kind, "image_tokens", None)
+    chosen, of_images = kind.choose, getattr(kind, "image_tokens", Scored.image_tokens)
     with patch.object(kind, "choose", choose), patch.object(kind, "image_tokens", image_tokens, create=True):
         prefill(bench.llava, method, collate(make_batch(ROWS)))
     nans = sum(int(scores.isnan().sum()) for scores in seen)
