@@ -131,7 +131,7 @@ class Store:
     def done(self, config: CellConfig) -> Cell | None:
         """The finished cell of this configuration, or None if it has yet to run, in part or in whole.
 
-        What a crash has left behind in it goes, and its lock: whoever takes that anew finds the cell done.
+        What a crash has left behind in it goes, and the claim of a process that is dead.
         """
         cell = self.find(config)
         if cell:
@@ -139,6 +139,9 @@ class Store:
                 self._relabel(config)
                 with disk.writing(cell.path):
                     self.tidy(config, f"{ANSWERS}*.jsonl", FAILURES)
+                if (cell.path / LOCK).exists():
+                    with self.claim(config):
+                        pass  # taking and leaving it removes it; a living process's stays
         return cell
 
     def _relabel(self, config: CellConfig) -> None:

@@ -37,7 +37,8 @@ def test_example_is_listed(installed):
     (stride,) = (method for method in json.loads(done.stdout) if method["name"] == "stride")
     assert stride["about"] == "Keep every n-th patch of each image."
     assert stride["examples"] == ["stride:n=3", "stride:n=2,positions=renumber"]
-    assert stride["options"]["n"] == {"type": "int", "default": 2, "meaning": ""}
+    meaning = "Of the patches of an image, in row-major order, the first of each ``n`` stays."
+    assert stride["options"]["n"] == {"type": "int", "default": 2, "meaning": meaning}
 
 
 def test_example_runs(installed, tmp_path):
