@@ -60,6 +60,7 @@ class Recording(Forward):
             self.logits["hidden"].append(view.read(view.tokens[:, -1:])[:, 0])
 
     def attention(self, layer: int, view: AttentionView) -> None:
+        """Record what is looked at in this layer: shares of attention, value norms, contributions."""
         if layer not in self.layers:
             return
         layout = view.layout

@@ -71,6 +71,7 @@ class DART(Scored, Layered):
         return view.keys.float().abs().sum((1, 3))
 
     def choose(self, norms: Tensor, view: LayerView, count: Tensor) -> Keep:
+        """The pivots, and the tokens that are least like them, ``count`` of each row in all."""
         visual, text = view.layout.visual, view.layout.text
         column, there = pivots(norms, view.layout, self.visual_pivots, self.text_pivots)
         if self.order == "position":

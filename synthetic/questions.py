@@ -154,6 +154,7 @@ def verify_side(scene: Scene, rng: np.random.Generator) -> SceneQuestion | None:
 
 
 def relation(scene: Scene, rng: np.random.Generator) -> SceneQuestion | None:
+    """Whether one thing stands beside, above or below another; None if no pair lies far enough apart."""
     axis = int(rng.integers(2))
     phrases = referents(scene, noun_only=rng.random() < 0.7)
     pairs = [

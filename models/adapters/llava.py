@@ -13,6 +13,7 @@ CLIP_OR_SIGLIP = {"clip_vision_model": "default", "siglip_vision_model": "full"}
 
 
 def clip(config: Any, projector_macs: int) -> VisionGeometry:
+    """Sizes of a CLIP or SigLIP tower; ``projector_macs``: for a token."""
     vision, layers = config.vision_config, config.vision_feature_layer
     # hidden_states[0] is the embedding: hidden_states[f] is the output of block f - 1, and from the end for f < 0.
     numbers = [layers] if isinstance(layers, int) else layers

@@ -65,6 +65,7 @@ def _spelled(options: Mapping[str, Any], without: Mapping[str, Any] | None = Non
 
 
 def question_cards(chosen: Sequence[ShownQuestion], table: ResultTable, source: ImageSource) -> list[dict[str, Any]]:
+    """What the page shows of each chosen question: its image, every method's answer, and the tokens that were left."""
     by_cell: dict[str, dict[int, str]] = {}
     configs = {question.config.task: question.config for question in chosen}
     for question in chosen:

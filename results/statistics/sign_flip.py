@@ -46,6 +46,7 @@ class _Swaps:
 
     @classmethod
     def of(cls, first: Measured, second: Measured) -> _Swaps:
+        """The swaps of two methods' answers, image by image, every run of one with every run of the other."""
         left = np.repeat(first.sums, len(second.sums), axis=0)  # every run of one side with every run of the other
         right = np.tile(second.sums, (len(first.sums), 1, 1))
         value, totals, moves = first.metric.value, (left.sum(1), right.sum(1)), right - left
