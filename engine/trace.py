@@ -126,7 +126,8 @@ class Trace:
 
         images = list(image) if isinstance(image, Sequence) else [image]
         count = self.prompt.visual_counts[row]
-        by, inputs = getattr(processor, "image_processor", processor), {"image_grid_thw": self.grids}
+        by = getattr(processor, "image_processor", processor)
+        inputs = {"image_grid_thw": self.grids, "batch_num_images": [len(images)] * self.prompt.rows}
         numbered = enumerate(images, start=row * len(images))
         places = [self.views(by, inputs, number, one.size) for number, one in numbered] if self.views else []
         if size(places) != count:

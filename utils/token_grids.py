@@ -3,7 +3,7 @@
 ``places`` of a question are, for each image in the prompt's order, the views that the model has of the whole of it, in
 the order of their tokens. A view is ``[rows, columns, down, across, newline]``: tiles, ``down`` × ``across``, row by
 row; in each of them ``rows`` × ``columns`` tokens, row by row; and ``newline`` tokens that end each row and are no
-patch.
+patch. A view without columns is a newline that ends an image, and nothing to draw.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def views(kept: Any, places: Places) -> Iterator[View]:
             start += block.size
             cells = block[..., :columns].transpose(0, 2, 1, 3).reshape(down * rows, across * columns)
             ends = block[..., columns:]
-            yield View(image, cells, ends.size, int(ends.sum()))
+            if columns:
+                yield View(image, cells, ends.size, int(ends.sum()))
 
 
 def read(column: Any) -> Places:

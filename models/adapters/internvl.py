@@ -26,16 +26,20 @@ def _intern_vit(config: Any, projector_macs: int) -> VisionGeometry:
     )
 
 
-def _canvas(config: Any, processor: Any, inputs: Mapping[str, Any], number: int, size: tuple[int, int]) -> list:
-    """Tiles of the stretched image, then the whole of it once more if there are several."""
+def canvas(processor: Any, size: tuple[int, int], rows: int, columns: int) -> list:
+    """Tiles of the stretched image, ``rows`` × ``columns`` tokens each; then, if there are several, the whole."""
     from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
-    vision, merge = config.vision_config, round(1 / config.downsample_ratio)
-    rows, columns = (side // patch // merge for side, patch in zip(vision.image_size, vision.patch_size, strict=True))
-    # InternVLProcessor always has tiles cut, whatever ``crop_to_patches`` of the checkpoint's image processor says.
+    # The processors always have tiles cut, whatever ``crop_to_patches`` of the checkpoint's image processor says.
     tile = (processor.size["height"], processor.size["width"])
     across, down = get_optimal_tiled_canvas(size[::-1], tile, processor.min_patches, processor.max_patches)
     return [[rows, columns, down, across, 0], *([[rows, columns, 1, 1, 0]] if down * across > 1 else [])]
+
+
+def _views(config: Any, processor: Any, inputs: Mapping[str, Any], number: int, size: tuple[int, int]) -> list:
+    vision, merge = config.vision_config, round(1 / config.downsample_ratio)
+    sides = zip(vision.image_size, vision.patch_size, strict=True)
+    return canvas(processor, size, *(side // patch // merge for side, patch in sides))
 
 
 FAMILY = Family(
@@ -46,7 +50,7 @@ FAMILY = Family(
     vision_attention="attention",
     vision=_intern_vit,
     sides=("vision", "projector"),
-    views=_canvas,
+    views=_views,
     images=whole_images,
     towers={"internvl_vision": "default"},
 )

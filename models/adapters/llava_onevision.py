@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import sqrt
 from typing import Any
 
+import torch
 from torch import Tensor, cat
 
 from .base import Family, VisionGeometry
@@ -37,6 +39,20 @@ def _mixed(own: Tensor, whole: Tensor, tiles: int, every: Tensor, base: int) -> 
     return cat([own[:base], behind.where(behind < 0, -2)]), tiles, every
 
 
+def _views(config: Any, processor: Any, inputs: Mapping[str, Any], number: int, size: tuple[int, int]) -> list:
+    """As LLaVA-NeXT, the tiles' grid made smaller where it is over the limit; of several images a square and a newline.
+
+    ``batch_num_images`` of ``inputs``: how many images each prompt has.
+    """
+    whole, (rows, columns, *once) = base_and_tiles(config, processor, inputs, number, size)
+    counts = inputs.get("batch_num_images")
+    if counts is not None and counts[int((torch.as_tensor(counts).cumsum(0) <= number).sum())] > 1:
+        return [whole, [1, 0, *once]]
+    limit = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+    ratio = sqrt(rows * columns / (limit * whole[0] ** 2))
+    return [whole, [int(rows // ratio), int(columns // ratio), *once] if ratio > 1.1 else [rows, columns, *once]]
+
+
 FAMILY = Family(
     decoder="model.language_model",
     vision_tower="model.vision_tower",
@@ -46,7 +62,7 @@ FAMILY = Family(
     sides=("image", "tower", "vision", "projector"),
     grids=tiles,
     packing=_packing,
-    views=base_and_tiles,
+    views=_views,
     images=tiled_image,
     towers={"siglip_vision_model": "full"},
 )

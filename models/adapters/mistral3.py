@@ -45,8 +45,10 @@ def _sized_image(vision: VisionGeometry, config: Any, visual_tokens: int, batch:
 
 
 def _rows(config: Any, processor: Any, inputs: Mapping[str, Any], number: int, size: tuple[int, int]) -> list:
-    pixels = config.spatial_merge_size * config.vision_config.patch_size
-    rows, columns = (int(side) // pixels for side in inputs["image_sizes"][number])
+    """By the sizes in the inputs, or by the patches that a trace has seen."""
+    patches = inputs.get("image_grid_thw")
+    sides = inputs["image_sizes"][number] // config.vision_config.patch_size if patches is None else patches[number][1:]
+    rows, columns = (int(side) // config.spatial_merge_size for side in sides)
     return [[rows, columns, 1, 1, 0]]
 
 

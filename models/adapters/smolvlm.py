@@ -36,6 +36,16 @@ def square_tiles(vision: VisionGeometry, args: tuple, kwargs: Mapping[str, Any])
     return torch.tensor([[1, side, side]]).expand(pixels.shape[0], -1)
 
 
+def _tiles_and_whole(
+    config: Any, processor: Any, inputs: Mapping[str, Any], number: int, size: tuple[int, int]
+) -> list:
+    """Tiles of the stretched image, then the whole of it; the whole alone where the processor cuts none."""
+    vision = config.vision_config
+    side = vision.image_size // vision.patch_size // config.scale_factor
+    _, down, across = processor.get_number_of_image_patches(size[1], size[0])
+    return [*([[side, side, down, across, 0]] if down else []), [side, side, 1, 1, 0]]
+
+
 def tiles_of_rows(vision: VisionGeometry, config: Any, visual_tokens: int, batch: int) -> Images:
     """Tiles, row by row of the batch."""
     tiles, rest = divmod(visual_tokens, vision.tokens)
@@ -54,6 +64,7 @@ FAMILY = Family(
     vision=shuffled,
     sides=("vision", "projector"),
     grids=square_tiles,
+    views=_tiles_and_whole,
     images=tiles_of_rows,
     towers={"smolvlm_vision": None},
 )

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import visibench
+from decoders import decoder_model, row_samples
 from families import model_of, samples_of
 from PIL import Image
 from support import make_batch
@@ -39,6 +40,15 @@ def test_panels_are_what_the_trace_kept(kind):
     axes = [axis for part in picture.figure.subfigs for axis in part.axes if axis.images]
     assert len(axes) == len(steps) * sum(map(len, picture.places))
     assert picture._repr_html_().startswith("<img")
+
+
+@pytest.mark.parametrize("kind", ["mistral3", "glm4v", "qwen3_vl"])
+def test_rectangles_are_known_by_the_patches_that_were_seen(kind):
+    (sample, *_) = row_samples(kind)
+    with visibench.prune(decoder_model(kind), visibench.load_method("none")) as session:
+        decoder_model(kind)(**sample, use_cache=False)
+    ((view,),) = session.trace.show(Image.new("RGB", (48, 48))).places
+    assert view == [4, 5, 1, 1, 0]
 
 
 def test_dark_cells_are_those_that_left(llava):

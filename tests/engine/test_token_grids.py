@@ -1,10 +1,14 @@
 """Where visual tokens lie in images: closed forms of each family, and pixels of the pictures."""
 
+from copy import deepcopy
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import units
+from decoders import decoder_model
 from families import model_of
 from PIL import Image
 from visibench.models.adapters import FAMILIES
@@ -17,7 +21,7 @@ TILED = SimpleNamespace(
 
 
 def places_of(kind, sizes, inputs=None):
-    config = model_of(kind).config
+    config = units.model_of(kind).config
     return [FAMILIES[kind].views(config, TILED, inputs or {}, number, one) for number, one in enumerate(sizes)]
 
 
@@ -84,57 +88,114 @@ def test_places_that_do_not_fit_are_not_drawn():
 # ---- the order of tokens, asked of the models themselves ----------------------------------------------------------
 
 
-def internvl(image):
-    """(processor, its inputs, visual tokens) of InternVL's own image processor and model."""
+def tiled(model, side, image):
+    """(the model, its own image processor, its inputs, visual tokens) of an image cut into tiles of one size."""
     from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
 
-    processor = GotOcr2ImageProcessor(size={"height": 48, "width": 48})
-    inputs = processor(images=[image], crop_to_patches=True, return_tensors="pt")  # as InternVLProcessor calls it
-    return (
-        processor,
-        inputs,
-        model_of("internvl").get_image_features(inputs["pixel_values"]).pooler_output.flatten(0, 1),
-    )
+    processor = GotOcr2ImageProcessor(size={"height": side, "width": side})
+    inputs = processor(images=[image], crop_to_patches=True, return_tensors="pt")  # as the families' processors call it
+    return model, processor, inputs, model.get_image_features(inputs["pixel_values"]).pooler_output.flatten(0, 1)
 
 
-def qwen(image):
-    """The same of Qwen2.5-VL, whose vision tower sorts patches into windows and back."""
+def internvl(image):
+    return tiled(model_of("internvl"), 48, image)
+
+
+def aya_vision(image):
+    return tiled(decoder_model("aya_vision", "sdpa"), 24, image)
+
+
+def qwen2_5_vl(image):
+    """The same with Qwen2.5-VL, whose vision tower sorts patches into windows and back."""
     from transformers import Qwen2VLImageProcessor
 
-    processor = Qwen2VLImageProcessor(
-        patch_size=6, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 1, "longest_edge": 10**6}
-    )
+    model, size = model_of("qwen2_5_vl"), {"shortest_edge": 1, "longest_edge": 10**6}
+    processor = Qwen2VLImageProcessor(patch_size=6, merge_size=2, temporal_patch_size=2, size=size)
     inputs = processor(images=[image], return_tensors="pt")
-    features = model_of("qwen2_5_vl").get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
-    return processor, inputs, features.pooler_output[0]
+    features = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output[0]
+    return model, processor, inputs, features
+
+
+def shuffled(kind, made, image):
+    """The same with SmolVLM or Idefics3: tiles of 24 pixels and 2 × 2 tokens, then the whole."""
+    model, processor = units.model_of(kind), made(size={"longest_edge": 72}, max_image_size={"longest_edge": 24})
+    inputs = processor(images=[[image]], return_tensors="pt")
+    return model, processor, inputs, torch.cat(list(model.get_image_features(**inputs).pooler_output))
+
+
+def smolvlm(image):
+    from transformers import SmolVLMImageProcessor
+
+    return shuffled("smolvlm", SmolVLMImageProcessor, image)
+
+
+def idefics3(image):
+    from transformers import Idefics3ImageProcessor
+
+    return shuffled("idefics3", Idefics3ImageProcessor, image)
+
+
+@cache
+def limited_to_one_tile():
+    model = deepcopy(units.model_of("llava_onevision"))
+    model.config.vision_aspect_ratio = "anyres_max_1"
+    return model
+
+
+def llava_onevision(image):
+    """The same with LLaVA-OneVision, which makes the grid of more than one tile smaller."""
+    from transformers import LlavaOnevisionImageProcessor
+
+    model = limited_to_one_tile()
+    shapes = model.config.image_grid_pinpoints
+    processor = LlavaOnevisionImageProcessor(size={"height": 24, "width": 24}, image_grid_pinpoints=shapes)
+    inputs = processor(images=[image], return_tensors="pt")
+    features = model.get_image_features(
+        inputs["pixel_values"], inputs["image_sizes"], vision_aspect_ratio=model.config.vision_aspect_ratio
+    )
+    return model, processor, inputs, features.pooler_output[0]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("kind", "features", "width", "height", "shapes"),
+    ("features", "width", "height", "shapes"),
     [
-        ("internvl", internvl, 144, 96, [(8, 12), (4, 4)]),  # 3 × 2 tiles, and all of it once more
-        ("internvl", internvl, 48, 144, [(12, 4), (4, 4)]),
-        ("internvl", internvl, 48, 48, [(4, 4)]),
-        ("qwen2_5_vl", qwen, 84, 60, [(5, 7)]),  # windows of 2 × 2 tokens do not fill it
-        ("qwen2_5_vl", qwen, 36, 108, [(9, 3)]),
+        (internvl, 144, 96, [(8, 12), (4, 4)]),  # 3 × 2 tiles, and all of it once more
+        (internvl, 48, 144, [(12, 4), (4, 4)]),
+        (internvl, 48, 48, [(4, 4)]),
+        (aya_vision, 24, 48, [(4, 2), (2, 2)]),
+        (qwen2_5_vl, 84, 60, [(5, 7)]),  # windows of 2 × 2 tokens do not fill it
+        (qwen2_5_vl, 36, 108, [(9, 3)]),
+        (smolvlm, 72, 48, [(4, 6), (2, 2)]),
+        (smolvlm, 30, 120, [(6, 2), (2, 2)]),
+        (idefics3, 96, 60, [(4, 6), (2, 2)]),
+        (llava_onevision, 48, 48, [(4, 4), (4, 4)]),  # 8 × 8 tokens, made smaller
+        (llava_onevision, 48, 24, [(4, 4), (2, 5)]),
     ],
 )
-def test_a_token_answers_to_the_place_where_it_is_drawn(kind, features, width, height, shapes):
+def test_a_token_answers_to_the_place_where_it_is_drawn(features, width, height, shapes):
     """Where pixels change, the token that changes most is the one drawn there, in each view of the image."""
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    processor, inputs, before = features(Image.fromarray(pixels))
-    places = [FAMILIES[kind].views(model_of(kind).config, processor, inputs, 0, (width, height))]
+    model, processor, inputs, before = features(Image.fromarray(pixels))
+    places = [FAMILIES[features.__name__].views(model.config, processor, inputs, 0, (width, height))]
     assert [view.cells.shape for view in views([True] * size(places), places)] == shapes
     assert len(before) == size(places)
     for number, (rows, columns) in enumerate(shapes):
-        for row, column in np.ndindex(rows, columns):
+        for row, column in list(np.ndindex(rows, columns))[::5]:
             changed = pixels.copy()
             area = changed[row * height // rows : (row + 1) * height // rows, column * width // columns :]
             area[:, : width // columns] ^= 255
-            moved = (features(Image.fromarray(changed))[2] - before).norm(dim=-1).numpy()
-            own = np.concatenate(
-                [np.full(view.cells.size, k == number) for k, view in enumerate(views([True] * len(moved), places))]
-            )
+            moved = (features(Image.fromarray(changed))[-1] - before).norm(dim=-1).numpy()
+            own = np.concatenate([np.full(size([[view]]), k == number) for k, view in enumerate(*places)])
             ((view, *cell),) = only(int(np.where(own, moved, -1).argmax()), places)[0]
             assert (view, cell) == (number, [row, column])
+
+
+def test_of_several_images_onevision_keeps_squares_and_a_newline():
+    several = {"batch_num_images": [1, 2]}
+    alone, *others = places_of("llava_onevision", [(48, 48)] * 3, several)
+    assert alone == [[4, 4, 1, 1, 0], [8, 8, 1, 1, 1]]
+    assert others == [[[4, 4, 1, 1, 0], [1, 0, 1, 1, 1]]] * 2
+    assert size(others) == 2 * 17
+    assert only(17 + 5, others) == ([(1, 1, 1)], 0)
+    assert only(16, others)[0] == []
