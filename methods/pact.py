@@ -24,7 +24,6 @@ what a cache holds, means and softmax are over the new tokens alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,7 +32,8 @@ from torch.nn.functional import normalize
 
 from ..engine.contract import Forward, Keep, Knob, Merge, Method
 from .base import floored, top
-from .pieces import columns, pick, pooled, precise
+from .clusters import centres, placed, pooled, totals
+from .pieces import columns, mean_query_attention, pick, precise, up_to_visual
 from .registry import register
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class PACTForward(Forward):
         query, key, scaling = view.projected(rotated=False)
         size = query.shape[1] * query.shape[3]
         view.scored(size * view.layout.everything.host_counts)
-        share = wanted(query, key, scaling, up_to_visual(view.layout))
+        share = mean_query_attention(query, key, scaling, up_to_visual(view.layout))
         return view.layout.visual.pick(share, 1) * precise(view.hidden).norm(dim=2)
 
     def merged(self, view: LayerView, kept: Tensor, counts: Tensor) -> Merge:
@@ -146,46 +146,3 @@ class PACTForward(Forward):
         return Merge(
             mask, replaced=placed(kept, mean.to(view.hidden.dtype), view.hidden), bias=bias, positions=positions
         )
-
-
-def placed(index: Tensor, values: Tensor, onto: Tensor) -> Tensor:
-    """``onto`` (B, V, …) with ``values`` (B, K, …) at ``index``, int (B, K)."""
-    return onto.scatter(1, index.view(*index.shape, *[1] * (values.ndim - 2)).expand_as(values), values)
-
-
-def totals(numbers: Tensor, cluster: Tensor, count: int) -> Tensor:
-    """Sums (B, count, …) of whole ``numbers`` (B, V, …) by ``cluster``, int (B, V), of which ``count`` is none."""
-    sums = numbers.new_zeros(len(numbers), count + 1, *numbers.shape[2:])
-    index = cluster.view(*cluster.shape, *[1] * (numbers.ndim - 2)).expand_as(numbers)
-    return sums.scatter_add(1, index, numbers)[:, :count]
-
-
-def up_to_visual(layout: TokenLayout) -> Tensor:
-    """Bool (B, L): tokens up to the last visual one of the row."""
-    visual = layout.visual.mask
-    return layout.valid & (visual.flip(1).cumsum(1).flip(1) > 0)
-
-
-def wanted(query: Tensor, key: Tensor, scaling: float, among: Tensor) -> Tensor:
-    """(B, L): share of each key in the softmax of the mean query over ``among``, bool (B, L); mean over heads."""
-    weight = among.to(query.dtype) / among.sum(1, keepdim=True).clamp(min=1)
-    mean = (precise(query) * weight[:, None, :, None]).sum(2, keepdim=True)
-    keys = precise(key.repeat_interleave(query.shape[1] // key.shape[1], dim=1))
-    logits = (mean @ keys.transpose(2, 3)).squeeze(2) * scaling
-    return logits.masked_fill(~among[:, None], torch.finfo(logits.dtype).min).softmax(2).mean(1)
-
-
-def centres(distance: Tensor, there: Tensor, cutoff: float, ask: Callable[[Tensor], bool] = bool) -> Tensor:
-    """Bool (B, K): which tokens are centres, of those ``there``, by their ``distance`` (B, K, K); ``ask`` reads."""
-    near = there[:, None] & there[:, :, None]
-    density = torch.exp(-((distance / 2) ** 2)).masked_fill(~near, 0).sum(2)
-    order = density.argsort(dim=1, descending=True, stable=True)
-    rank = order.argsort(dim=1)
-    before = near & (distance <= cutoff) & (rank[:, None] < rank[:, :, None])
-    centre, changed = there, True
-    # The densest is right at once, and with each round those that depend on right ones alone.
-    while changed:
-        for _ in range(4):
-            last, centre = centre, there & ~(before & centre[:, None]).any(2)
-        changed = ask((last != centre).any())
-    return centre

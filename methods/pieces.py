@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 if TYPE_CHECKING:
-    from ..engine.contract import AttentionView, Geometry, LayerView, Method, VisionView
+    from ..engine.contract import AttentionView, Geometry, LayerView, Method, TokenLayout, VisionView
     from .base import Budgeted
 
 
@@ -36,6 +36,28 @@ def cls_attention(view: VisionView) -> Tensor:
 def last_token_attention(view: AttentionView | LayerView, weights: Tensor) -> Tensor:
     """(B, V): the mean over heads of the last token's ``weights`` (B, H, 1, L) on each visual token."""
     return view.layout.visual.pick(weights, 3).mean(1).squeeze(1)
+
+
+def text_attention(view: LayerView) -> Tensor:
+    """(B, V): weight of each visual token in the text behind the image, mean over heads and text."""
+    text = view.layout.text
+    parts = [(weights.mean(1) * there[..., None]).sum(1) for weights, there in view.scan(text)]
+    total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+    return view.layout.visual.pick(total / text.device_counts[:, None], 1)
+
+
+def up_to_visual(layout: TokenLayout) -> Tensor:
+    """Bool (B, L): tokens up to the last visual one of the row."""
+    return layout.valid & (layout.visual.mask.flip(1).cumsum(1).flip(1) > 0)
+
+
+def mean_query_attention(query: Tensor, key: Tensor, scaling: float, among: Tensor) -> Tensor:
+    """(B, L): share of each key in the softmax of the mean query over ``among``, bool (B, L); mean over heads."""
+    weight = among.to(query.dtype) / among.sum(1, keepdim=True).clamp(min=1)
+    mean = (precise(query) * weight[:, None, :, None]).sum(2, keepdim=True)
+    keys = precise(key.repeat_interleave(query.shape[1] // key.shape[1], dim=1))
+    logits = (mean @ keys.transpose(2, 3)).squeeze(2) * scaling
+    return logits.masked_fill(~among[:, None], torch.finfo(logits.dtype).min).softmax(2).mean(1)
 
 
 def by_place(picked: Tensor, width: int) -> Tensor:
@@ -95,53 +117,6 @@ def interpolated(known: Mapping[int, Sequence[int]], at: float) -> list[int]:
     """The list for ``at``, entry by entry on straight lines between lists of equal length that are ``known``."""
     places = sorted(known)
     return [round(float(np.interp(at, places, column))) for column in zip(*(known[p] for p in places), strict=True)]
-
-
-def distances(tokens: Tensor) -> Tensor:
-    """Euclidean distance of every token (N, P, D) to every one: (N, P, P), 0 to itself. P² · D multiply-adds."""
-    tokens = precise(tokens)
-    square = tokens.square().sum(2)
-    squared = square[:, :, None] + square[:, None] - 2 * tokens @ tokens.transpose(1, 2)
-    itself = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
-    return squared.masked_fill(itself, 0).clamp(min=0).sqrt()
-
-
-def density_peaks(
-    tokens: Tensor, present: Tensor, clusters: Tensor, most: int, noise: Tensor | float = 0
-) -> tuple[Tensor, Tensor]:
-    """Clustering by density peaks among nearest neighbours (DPC-kNN): centres and the cluster of every token.
-
-    A token's density is exp(-mean squared distance to its k nearest, itself among them) plus ``noise`` (N, P); its gap
-    is the distance to the nearest denser one, or, where there is none, the largest distance of all. The centres are
-    the tokens of largest density · gap, and every other token joins the nearest centre. Distances are divided by √D.
-
-    ``tokens``: (N, P, D), those counted by ``present``, bool (N, P). ``clusters``: int (N,), how many to form, which is
-    k as well; at most the tokens that are present, and at most ``most``. Returns int (N, most), the columns of the
-    centres, best first, and int (N, P), for each token the place of its centre in that list.
-    """
-    width, column = tokens.shape[1], torch.arange(most, device=tokens.device)
-    wanted = column < clusters[:, None]
-    there = present[:, :, None] & present[:, None]
-    distance = (distances(tokens) / tokens.shape[2] ** 0.5).masked_fill(~there, torch.inf)
-    nearest = distance.sort(dim=2).values[:, :, :most].square().masked_fill(~wanted[:, None], 0)
-    density = torch.exp(-nearest.sum(2) / clusters.clamp(min=1)[:, None]) + noise
-    denser = (density[:, None] > density[:, :, None]) & there
-    largest = distance.masked_fill(~there, 0).amax((1, 2), keepdim=True)
-    gap = torch.where(denser, distance, largest).amin(2)
-    score = (density * gap).masked_fill(~present, -torch.inf)
-    centre = score.argsort(dim=1, descending=True, stable=True)[:, :most]
-    reach = distance.gather(2, centre[:, None].expand(-1, width, -1)).masked_fill(~wanted[:, None], torch.inf)
-    # A centre heads its own cluster, also where another one has the same place. Unwanted ones land in a surplus column.
-    head = centre.masked_fill(~wanted, width)
-    cluster = torch.nn.functional.pad(reach.argmin(2), (0, 1)).scatter(1, head, column.expand_as(head))
-    return centre, cluster[:, :width]
-
-
-def pooled(tokens: Tensor, cluster: Tensor, count: int, *, mean: bool) -> Tensor:
-    """Sum or mean (N, count, D) of the tokens (N, P, D) of each cluster, int (N, P), -1 for none; 0 for empty ones."""
-    member = cluster[:, None] == torch.arange(count, device=tokens.device)[:, None]
-    total = member.to(tokens.dtype) @ tokens
-    return total / member.sum(2, keepdim=True).clamp(min=1) if mean else total
 
 
 def matrix_rank(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

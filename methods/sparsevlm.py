@@ -30,7 +30,8 @@ from torch import Tensor
 
 from ..engine.contract import Forward, Keep, Knob, Merge
 from .base import MAGNITUDES, Layered, floored, top
-from .pieces import added_need_renumbering, density_peaks, interpolated, matrix_rank, pick, pooled, precise, share
+from .clusters import density_peaks, pooled
+from .pieces import added_need_renumbering, interpolated, matrix_rank, pick, precise, share
 from .random import draw
 from .registry import register
 

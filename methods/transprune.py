@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..engine.contract import Forward, Keep, Knob, Ranking
 from .base import MAGNITUDES, Layered, Ranked, RankedForward, floored
-from .pieces import columns, precise
+from .pieces import columns, precise, text_attention
 from .registry import register
 
 if TYPE_CHECKING:
@@ -137,14 +137,6 @@ def transitions(seen: list[tuple[Tensor, Tensor, Tensor]], layout: TokenLayout) 
     if not layout.is_full:
         cosine = cosine.masked_fill(~layout.valid, torch.inf)
     return (behind / before * (1 - cosine).softmax(2)).sum(0)
-
-
-def text_attention(view: LayerView) -> Tensor:
-    """(B, V): weight of each visual token in the text behind the image, mean over heads and text."""
-    text = view.layout.text
-    parts = [(weights.mean(1) * there[..., None]).sum(1) for weights, there in view.scan(text)]
-    total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-    return view.layout.visual.pick(total / text.device_counts[:, None], 1)
 
 
 def share(mass: Tensor, there: TokenSet) -> Tensor:

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from ..engine.contract import Forward, HookPoint, Merge
 from .base import Budgeted, Layered, OnPatches, Ranked, RankedForward, top
-from .pieces import columns, cosine, last_token_attention, needs_cls, per_image, pick, pooled, precise
+from .clusters import pooled
+from .pieces import columns, cosine, last_token_attention, needs_cls, per_image, pick, precise
 from .registry import register
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from visibench.models import LoadedModel, load_model
 
 
 @pytest.fixture(autouse=True)
-def _no_grad():
+def _no_grad_and_the_same_numbers():
+    torch.manual_seed(0)
     with torch.no_grad():
         yield
 

@@ -8,7 +8,7 @@ import torch
 import visibench
 from visibench.engine.trace import Trace
 from visibench.errors import OptionError
-from visibench.methods import dart, pact, pieces, sparsevlm, transprune
+from visibench.methods import clusters, dart, pieces, sparsevlm, transprune
 from visibench.models.adapters import Geometry
 
 GEOMETRY = Geometry(layers=10, hidden=48, heads=4, kv_heads=2, head_size=12, intermediate=64, vocabulary=64)
@@ -36,12 +36,12 @@ def test_density_peaks_equal_the_definition_in_ragged_rows(seed):
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randn(4, 23, 6, generator=generator) + 3 * torch.randn(4, 1, 6, generator=generator)
     noise = torch.rand(4, 23, generator=generator) * 1e-3
-    counts, clusters = [23, 17, 9, 1], [5, 2, 7, 1]
+    counts, numbers = [23, 17, 9, 1], [5, 2, 7, 1]
     present = torch.arange(23) < torch.tensor(counts)[:, None]
     tokens[~present] = 1e4  # must not matter
-    centres, cluster = pieces.density_peaks(tokens, present, torch.tensor(clusters), 7, noise)
+    centres, cluster = clusters.density_peaks(tokens, present, torch.tensor(numbers), 7, noise)
     assert centres.shape == (4, 7)
-    for row, (count, wanted) in enumerate(zip(counts, clusters, strict=True)):
+    for row, (count, wanted) in enumerate(zip(counts, numbers, strict=True)):
         expected = peaks_by_hand(tokens[row, :count].tolist(), wanted, noise[row].tolist())
         assert (centres[row, :wanted].tolist(), cluster[row, :count].tolist()) == expected
 
@@ -49,30 +49,31 @@ def test_density_peaks_equal_the_definition_in_ragged_rows(seed):
 def test_a_centre_heads_its_cluster_among_equal_tokens():
     tokens = torch.tensor([[[0.0, 0.0], [0.0, 0.0], [5.0, 5.0], [0.0, 0.0]]])
     present = torch.ones(1, 4, dtype=torch.bool)
-    centres, cluster = pieces.density_peaks(tokens, present, torch.tensor([4]), 4)
+    centres, cluster = clusters.density_peaks(tokens, present, torch.tensor([4]), 4)
     assert sorted(centres[0].tolist()) == [0, 1, 2, 3]
     assert cluster[0, centres[0]].tolist() == [0, 1, 2, 3]
 
 
 def test_no_clusters_in_a_row_without_tokens():
     present = torch.tensor([[True] * 5, [False] * 5])
-    centres, cluster = pieces.density_peaks(torch.randn(2, 5, 3), present, torch.tensor([2, 0]), 2)
+    centres, cluster = clusters.density_peaks(torch.randn(2, 5, 3), present, torch.tensor([2, 0]), 2)
     assert centres.shape == (2, 2)
     assert cluster[0].max() == 1
 
 
 def test_distances_are_euclidean_and_zero_to_itself():
     tokens = torch.randn(2, 40, 7, dtype=torch.float64)
-    torch.testing.assert_close(pieces.distances(tokens), torch.cdist(tokens, tokens))
+    exact = torch.cdist(tokens, tokens, compute_mode="donot_use_mm_for_euclid_dist")
+    torch.testing.assert_close(clusters.distances(tokens), exact)
     far = torch.randn(1, 30, 7) + 1000
-    assert pieces.distances(far).diagonal(dim1=1, dim2=2).eq(0).all()
+    assert clusters.distances(far).diagonal(dim1=1, dim2=2).eq(0).all()
 
 
 def test_pooled_tokens_are_sums_or_means_of_their_clusters():
     tokens = torch.tensor([[[1.0], [2.0], [4.0], [100.0]]])
     cluster = torch.tensor([[0, 2, 0, -1]])
-    assert pieces.pooled(tokens, cluster, 3, mean=False).flatten().tolist() == [5, 0, 2]
-    assert pieces.pooled(tokens, cluster, 3, mean=True).flatten().tolist() == [2.5, 0, 2]
+    assert clusters.pooled(tokens, cluster, 3, mean=False).flatten().tolist() == [5, 0, 2]
+    assert clusters.pooled(tokens, cluster, 3, mean=True).flatten().tolist() == [2.5, 0, 2]
 
 
 def test_ranks_do_not_depend_on_padding():
@@ -283,7 +284,7 @@ def test_centres_are_those_of_one_token_after_the_other(cutoff):
     distance = (1 - pieces.cosine(tokens)).clamp(min=0)
     counts = (40, 25, 0)
     there = torch.arange(40) < torch.tensor(counts)[:, None]
-    found = pact.centres(distance, there, cutoff)
+    found = clusters.centres(distance, there, cutoff)
     for row, count in enumerate(counts):
         expected = centres_by_hand(distance[row, :count, :count].tolist(), cutoff)
         assert found[row].nonzero().flatten().tolist() == expected
@@ -292,7 +293,7 @@ def test_centres_are_those_of_one_token_after_the_other(cutoff):
 def test_tokens_up_to_the_last_visual_one():
     one = visibench.TokenLayout.from_spans(9, visual=[(2, 4), (6, 7)])
     layout = visibench.TokenLayout.batch([one, visibench.TokenLayout.from_spans(5, visual=[(1, 2)])])
-    assert pact.up_to_visual(layout).tolist() == [[True] * 7 + [False] * 2, [False] * 4 + [True] * 2 + [False] * 3]
+    assert pieces.up_to_visual(layout).tolist() == [[True] * 7 + [False] * 2, [False] * 4 + [True] * 2 + [False] * 3]
 
 
 # ---- TransPrune ---------------------------------------------------------------------------------------------------
