@@ -4,23 +4,12 @@ import io
 from types import SimpleNamespace
 
 import numpy as np
+import processors
 import pytest
 import torch
 import visibench
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    CLIPImageProcessor,
-    GotOcr2ImageProcessor,
-    InternVLProcessor,
-    InternVLVideoProcessor,
-    LlamaConfig,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLProcessor,
-    Qwen2VLImageProcessor,
-    Qwen2VLVideoProcessor,
-)
+from transformers import LlamaConfig
 from visibench.errors import DataError, InputError
 from visibench.models import LoadedModel
 from visibench.models.inputs import as_rgb
@@ -141,58 +130,11 @@ def test_half_a_file_says_so(tiny, tmp_path):
 
 # ---- questions ------------------------------------------------------------------------------------------------------
 
-TURNS = (
-    "{% for message in messages %}USER: {% for part in message['content'] %}"
-    "{{ IMAGE if part['type'] == 'image' else part['text'] }}{% endfor %}{% endfor %} ASSISTANT:"
-)
 
-
-def tokenizer(special, named=None):
-    """Of bytes, so that nothing is lost; it writes BOS in front."""
-    alphabet = ["<pad>", "<s>", "</s>", *special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    bytes_alone = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
-    bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_alone.decoder = decoders.ByteLevel()
-    bytes_alone.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    given = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=bytes_alone, **given, extra_special_tokens=named or {})
-    fast.add_tokens(special, special_tokens=True)
-    return fast
-
-
-def _llava():
-    images = CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
-    options = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    return LlavaProcessor(images, tokenizer(["<image>"]), patch_size=6, **options), "<image>"
-
-
-def _internvl():
-    named = {
-        "start_image_token": "<img>",
-        "end_image_token": "</img>",
-        "context_image_token": "<IMG_CONTEXT>",
-        "video_token": "<video>",
-    }
-    size = {"height": 24, "width": 24}
-    images, videos = GotOcr2ImageProcessor(size=size, max_patches=1), InternVLVideoProcessor(size=size)
-    made = InternVLProcessor(images, tokenizer([*named.values()], named), videos, image_seq_length=16)
-    return made, "<IMG_CONTEXT>"
-
-
-def _qwen():
-    special = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
-    sizes = {"patch_size": 3, "merge_size": 2, "size": {"shortest_edge": 24**2, "longest_edge": 24**2}}
-    images, videos = Qwen2VLImageProcessor(**sizes), Qwen2VLVideoProcessor(**sizes)
-    made = Qwen2_5_VLProcessor(images, tokenizer(special), videos)
-    return made, "<|vision_start|><|image_pad|><|vision_end|>"
-
-
-@pytest.fixture(scope="module", params=[_llava, _internvl, _qwen])
+@pytest.fixture(scope="module", params=["llava", "internvl", "qwen2_5_vl"])
 def asked(request):
     """A processor without a model: 16 tokens for a square image."""
-    processor, image = request.param()
-    processor.chat_template = TURNS.replace("IMAGE", repr(image))
-    return LoadedModel("processor", SimpleNamespace(config=LlamaConfig()), processor)
+    return LoadedModel("processor", SimpleNamespace(config=LlamaConfig()), processors.PROCESSORS[request.param](24))
 
 
 @pytest.mark.parametrize("images", [0, 1, 2])
