@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -133,7 +133,8 @@ class Method:
 
     ``newlines`` and ``unpad``, options of methods of the vision side: whether tokens that are no feature, such as
     newlines behind rows of tiles, ``keep`` their places, ``drop`` out or ``compete`` with the others; and whether
-    features of padding, which the model leaves out of the prompt, are left out of the choice as well.
+    features of padding, which the model leaves out of the prompt, are left out of the choice as well, or only
+    ``after`` it; false: those that are chosen enter the prompt.
     """
 
     name: ClassVar[str]
@@ -153,7 +154,7 @@ class Method:
     knobs: ClassVar[tuple[Knob, ...]] = ()
 
     newlines = "keep"
-    unpad = True
+    unpad = cast("bool | Literal['after']", True)  # unannotated: no option of all methods
 
     positions: Positions = dataclasses.field(default="keep", kw_only=True)
 

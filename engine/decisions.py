@@ -92,7 +92,8 @@ class Merge:
     of the row; ``added_present``: bool (B, M), where None means that all are. ``added_positions``: int (B, M), the
     positions of the new tokens, needed under the ``keep`` policy only. ``anchors``: int (B, M), for each new token the
     visual token (it need not stay) by which it goes: j for behind token j, -1 - j for in front of it; None: behind the
-    last one. ``order``: as in :class:`Keep`; where tokens change places, anchors name the places.
+    last one. On the vision side P + k, of P tokens, is behind the whole image of which the unit is a part, those of
+    lower k first. ``order``: as in :class:`Keep`; where tokens change places, anchors name the places.
 
     ``bias``: (B, V) or None, a lasting bias on tokens that stay, in place of the one they had: added to the attention
     logits of each as a key, in this layer and all behind it, in later turns and in decoding too. log(n) lets a token

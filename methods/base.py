@@ -236,11 +236,11 @@ class OnPatches(OnImages):
 
     unpad: bool = dataclasses.field(default=True, kw_only=True, metadata=LATER)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self, geometry: Geometry) -> None:
+        super().check(geometry)
         self.require(
-            self.unpad or self.positions == "renumber",
-            "patches of padding have no position in the prompt to keep: use positions='renumber'",
+            self.unpad or self.positions == "renumber" or geometry.vision is None or not geometry.vision.tiled,
+            "patches of padding have no position in the prompt to keep: use positions='renumber' or unpad=true",
         )
 
 

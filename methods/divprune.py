@@ -8,7 +8,8 @@ Authors' code: vbdi/divprune, commit 799e2d9.
 
 The picked tokens keep their order in the image and get new positions. The authors round the budget to the nearest
 integer; here it is floored as for every method. Their code prunes the embeddings of one prompt, of one image, with the
-image at a fixed place; here every image of every row is pruned by itself.
+image at a fixed place; here every image of every row is pruned by itself. Of an image that the model cuts into tiles
+they prune the packed sequence as it is: its newlines compete with the patches (``newlines=compete``).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class DivPrune(OnImages, Scored):
 
     hook_points = ("projector",)
     positions = "renumber"
+    newlines = "compete"
     vision_blocks = ()
     examples = ("keep=0.5", "tokens=6,positions=keep")
 

@@ -10,6 +10,10 @@ Authors' code: dvlab-research/VisionZip, commit 3151f6d. Block: the vision block
 
     in front of the projector:  CLS, dominant patches, contextual tokens
 
+An image that the model cuts into tiles has the same budget in each; the whole image comes first, as above, then the
+dominant patches of all tiles, in their order in the image, then the CLS of each tile, then all contextual tokens.
+Patches of padding count like others (``unpad=false``), and there are no newlines (``newlines=drop``).
+
 ``tokens`` counts all of them. The authors' splits are 162+30, 108+20 and 54+10, so by default 10/64 of the budget
 (floored) is contextual; ``contextual`` sets another number. The paper calls the contextual tokens averages, but the
 code adds the target to the mean of the others: ``merge="mean"`` averages target and others alike.
@@ -39,6 +43,7 @@ class VisionZip(Salient, OnPatches, Budgeted):
 
     hook_points = ("vision",)
     positions = "renumber"
+    newlines, unpad = "drop", False
     vision_cls = True
     examples = ("keep=0.5", "tokens=7,contextual=3,merge=mean")
     everything = None
@@ -83,9 +88,15 @@ class VisionZip(Salient, OnPatches, Budgeted):
         others = rest.shape[1] - contextual
         view.scored(contextual * others * (keys.shape[2] + merged.shape[2]))
         added = torch.cat([view.cls, merged], dim=1)
-        anchors = torch.full(added.shape[:2], patches - 1, device=kept.device)
-        anchors[:, : view.cls.shape[1]] = -1  # in front of the first patch
-        return Merge(kept, added=added, anchors=anchors)
+        return Merge(kept, added=added, anchors=places(view, added))
+
+
+def places(view: VisionView, added: Tensor) -> Tensor:
+    """Int (N, K): CLS in front of all patches, contextual tokens behind them; those of tiles behind the whole image."""
+    first, patches = view.cls.shape[1], view.features.shape[1]
+    whole = torch.tensor([part == 0 for _, part in view.parts], device=added.device)[:, None]
+    is_cls = torch.arange(added.shape[1], device=added.device) < first
+    return torch.where(whole, torch.where(is_cls, -1, patches - 1), torch.where(is_cls, patches, patches + 1))
 
 
 def contextualise(features: Tensor, keys: Tensor, count: int, *, mean: bool) -> Tensor:

@@ -13,6 +13,9 @@ Authors' code: Theia-4869/VisPruner, commit aefa01a.
 
 ``important=1`` is FasterVLM. The authors' code needs even lists, and so even T and floor(important · T); here the even
 places of an odd list are one more than the odd ones.
+
+Each tile of an image that the model cuts into tiles has the same budget. Patches of padding count like others
+(``unpad=false``), and there are no newlines (``newlines=drop``).
 """
 
 from __future__ import annotations
@@ -37,6 +40,8 @@ class VisPruner(Salient, OnPatches, Budgeted):
 
     hook_points = ("vision",)
     positions = "renumber"
+    newlines, unpad = "drop", False
+    everything = "keep=1,newlines=keep,unpad=true"
     examples = ("keep=0.4", "tokens=9,important=0.3,drop=2", "tokens=6,important=1")
 
     important: float = 0.5

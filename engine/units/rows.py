@@ -34,6 +34,7 @@ class ImageRows:
         self._source = np.full((len(visual), max(visual)), ANCHOR)
         self._images: list[tuple[int, Packed]] = []
         self.of_row: list[list[int]] = []
+        ends: list[int] = []
         number = self.units = 0
         for row in range(0, len(visual), beams):
             filled, first = 0, self.units
@@ -43,10 +44,12 @@ class ImageRows:
                 image, end = images[number], filled + lengths[number]
                 self._source[row : row + beams, filled:end] = image.moved(self.units * width)
                 self._images.append((self.units * width, image))
+                ends += [end - 1] * image.units
                 self.units, filled, number = self.units + image.units, end, number + 1
             if {*visual[row : row + beams]} != {filled}:
                 raise self._wrong
             self.of_row += [[*range(first, self.units)]] * beams
+        self._ends, self._tiled = np.array(ends, np.int64), any(image.units > 1 for image in images)
 
     @cached_property
     def source(self) -> Tensor:
@@ -109,17 +112,21 @@ class ImageRows:
             order = self._order(order, mask)
         new = [] if padding is None else self._padding(merge.mask, padding)
         if merge.added is not None:
-            new.append((self.group(merge.added), self.group(merge.added_mask()), self._anchors(merge)))
+            new.append((self.group(merge.added), self.group(merge.added_mask()), *self._anchors(merge)))
         if not new:
             return Merge(mask, replaced, order=order)
-        added, there, anchors = (torch.cat(parts, dim=1) for parts in zip(*new, strict=True))
+        added, there, anchors, ranks = (torch.cat(parts, dim=1) for parts in zip(*new, strict=True))
         places = None if merge.added_positions is None else self.group(merge.added_positions)
+        if self._tiled and merge.added is not None:
+            first = ranks.argsort(dim=1, stable=True)
+            added, there, anchors = (_at(part, first) for part in (added, there, anchors))
+            places = None if places is None else _at(places, first)
         return Merge(mask, replaced, added, there, places, anchors, order)
 
-    def _padding(self, mask: Tensor, contents: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def _padding(self, mask: Tensor, contents: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Features (B, K, D) that no token of the rows is, which of them ``mask`` (N, W) keeps, and where they go.
 
-        An empty list if there are none.
+        Last their rank among new tokens that go to the same place. An empty list if there are none.
         """
         spare = {}
         for first, image in self._images:
@@ -135,7 +142,8 @@ class ImageRows:
         anchors = on_device(self._columns.flatten()[ids.clip(min=0)], self._device)
         index = on_device(ids, self._device)
         flat = index.clamp(min=0)
-        return [(contents.flatten(0, 1)[flat], mask.flatten()[flat] & (index >= 0), anchors)]
+        there = mask.flatten()[flat] & (index >= 0)
+        return [(contents.flatten(0, 1)[flat], there, anchors, torch.ones_like(anchors))]
 
     def _order(self, order: Tensor, mask: Tensor) -> Tensor:
         """Int (B, V): places among all tokens of the row, from those in each unit, which comes as a whole."""
@@ -150,14 +158,26 @@ class ImageRows:
         by_order = order.masked_fill(~moves, torch.iinfo(order.dtype).max).argsort(dim=1, stable=True)
         return torch.where(anchors, column, torch.empty_like(order).scatter(1, by_order, by_place))
 
-    def _anchors(self, merge: Merge) -> Tensor:
-        """Int (B, M·added): for each added token the visual token of the row behind which it goes."""
+    def _anchors(self, merge: Merge) -> tuple[Tensor, Tensor]:
+        """Int (B, M·added): for each added token the visual token of the row behind which it goes, and its rank there.
+
+        First those that stand by a token, then padding, and those behind the whole image at last.
+        """
         assert merge.added is not None
         places = merge.anchors
         if places is None:
             places = torch.full(merge.added.shape[:2], self.width - 1, device=merge.added.device)
-        columns = self.columns.gather(1, torch.where(places < 0, -1 - places, places))
-        return self.group(torch.where(places < 0, -1 - columns, columns))
+        columns = self.columns.gather(1, torch.where(places < 0, -1 - places, places).clamp(max=self.width - 1))
+        columns, behind = torch.where(places < 0, -1 - columns, columns), places - self.width
+        if not self._tiled:
+            return self.group(columns), self.group(torch.zeros_like(behind))
+        columns = torch.where(behind < 0, columns, on_device(self._ends, columns)[:, None])
+        return self.group(columns), self.group(torch.where(behind < 0, 0, behind + 2))
+
+
+def _at(values: Tensor, index: Tensor) -> Tensor:
+    """Values (B, n, …) in another order, int (B, n)."""
+    return values.take_along_dim(index.view(*index.shape, *[1] * (values.ndim - 2)), dim=1)
 
 
 Pixels = tuple[Tensor, Callable[[], ImageRows]]

@@ -116,13 +116,16 @@ class Group:
         """Put ``new`` (n, P, …) into values (N, W, …), where they came from."""
         onto[torch.tensor(self.units, device=onto.device)[:, None], self._index(onto)] = new.to(onto.dtype)
 
-    def column(self, place: Tensor) -> Tensor:
-        """Of int (n, K), places among the P tokens, those in the unit; -1 - j stands in front of j."""
-        if self.index is None:
-            return place
-        front = place < 0
-        found = self._index(place).gather(1, torch.where(front, -1 - place, place))
-        return torch.where(front, -1 - found, found)
+    def column(self, place: Tensor, width: int) -> Tensor:
+        """Of int (n, K), places among the P tokens, those in the unit of ``width``.
+
+        -1 - j stands in front of j, and what is behind all P is behind all of them there, too.
+        """
+        behind, front = place - self.tokens, place < 0
+        if self.index is not None:
+            found = self._index(place).gather(1, torch.where(front, -1 - place, place).clamp(max=self.tokens - 1))
+            place = torch.where(front, -1 - found, found)
+        return torch.where(behind < 0, place, behind + width)
 
     def _index(self, like: Tensor) -> Tensor:
         if self.index is None:
@@ -274,11 +277,12 @@ def decided(
         if order is not None:
             places = torch.arange(group.tokens, device=order.device).expand(own.shape[:2])
             group.place(places if merge is None or merge.order is None else merge.order, order)
-    return Merge(mask, replaced, *_added(units, [(group, merge) for group, _, merge in answers if merge]), order=order)
+    new = _added(units, width, [(group, merge) for group, _, merge in answers if merge])
+    return Merge(mask, replaced, *new, order=order)
 
 
 def _added(
-    units: int, answers: Sequence[tuple[Group, Merge]]
+    units: int, width: int, answers: Sequence[tuple[Group, Merge]]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """New tokens (N, M, D) of all units, which of them exist, no positions, and where they go."""
     news = [(group, merge, merge.added) for group, merge in answers if merge.added is not None]
@@ -295,5 +299,5 @@ def _added(
             places = torch.full(new.shape[:2], group.tokens - 1, device=new.device)
         added[where, :count] = new
         there[where, :count] = merge.added_mask()
-        anchors[where, :count] = group.column(places)
+        anchors[where, :count] = group.column(places, width)
     return added, there, None, anchors

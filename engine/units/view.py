@@ -47,6 +47,13 @@ class VisionView:
         """Frames, rows and columns of the P tokens."""
         return self._group.grid
 
+    @cached_property
+    def parts(self) -> tuple[tuple[int, int], ...]:
+        """For each of the N units the number of its image, and its own number in that: 0 for an image as a whole."""
+        images = self._encoding.units.images
+        every = [(number, part) for number, image in enumerate(images) for part in range(image.units)]
+        return tuple(every[unit] for unit in self._group.units)
+
     @property
     def vision(self) -> VisionGeometry:
         """Sizes of the vision side, for images of this size."""

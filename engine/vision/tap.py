@@ -279,7 +279,7 @@ class VisionTap:
             macs[list(group.units)] += view.macs
             return view.features, None if decision is None else on_images(decision)
 
-        return decided(len(units.grids), units.width, units.groups(unpad=self.method.unpad), answer), macs
+        return decided(len(units.grids), units.width, units.groups(unpad=self.method.unpad is True), answer), macs
 
     def _check(self, encoding: Encoding) -> None:
         """Raise unless all that the method reads of the tower was seen: nothing seen is never nothing to do."""
@@ -354,7 +354,7 @@ class VisionTap:
 
     def _translated(self, rows: ImageRows, merge: Merge, visual: Tensor, encoding: Encoding) -> Merge:
         """A decision about units as one about rows; patches of padding that were chosen come in addition."""
-        new = None if self.method.unpad or encoding.has_new else encoding.projected
+        new = None if self.method.unpad is not False or encoding.has_new else encoding.projected
         return rows.translate(merge, visual, anchors_stay=self.method.newlines != "drop", padding=new)
 
     def _tower_tokens(self, encoding: Encoding) -> tuple[Tensor, Tensor]:

@@ -64,6 +64,8 @@ def executed_by_batch(trace: Trace, geometry: Geometry, logits: int | None = 1) 
     ``logits``: as there, of each row.
     """
     tower, projector = (np.array([macs.sum()]) for macs in _vision(trace, geometry.vision, trace.batch_tower))
+    if geometry.vision is not None and geometry.vision.one_sequence and trace.grids is not None:
+        tower = np.array([call_macs(geometry.vision, trace.grids.tolist())])
     if trace.batch_projected is not None and geometry.vision is not None:
         projector = np.array([float(trace.batch_projected * geometry.vision.projector_macs)])
     tokens = trace.batch_tokens()
@@ -104,11 +106,11 @@ def _vision(trace: Trace, vision: VisionGeometry | None, inside: Tensor | None) 
         images = np.array(trace.prompt.visual_counts, dtype=float) / (vision.tokens or 1)
         return images * vision_tower_macs(vision), projector
     else:
-        macs = [grid_macs(vision, grid) for grid in trace.grids.tolist()]
+        grids = trace.grids.tolist()
         if trace.units_of_row is None:  # shared out by visual tokens, which is exact for one row and for rows alike
             counts = np.array(trace.prompt.visual_counts, dtype=float)
-            return counts / max(counts.sum(), 1) * sum(macs), projector
-        rows = [[macs[unit] for unit in row] for row in trace.units_of_row]
+            return counts / max(counts.sum(), 1) * call_macs(vision, grids), projector
+        rows = [[call_macs(vision, [grids[unit] for unit in row])] for row in trace.units_of_row]
     return np.array([sum(row) for row in rows], dtype=float), projector
 
 
@@ -148,6 +150,21 @@ def vision_tower_macs(vision: VisionGeometry, tokens: Sequence[tuple[int, int]] 
     return float((tokens[0][0] - vision.has_cls) * vision.patch_inputs * d + sum(blocks))
 
 
+def call_macs(vision: VisionGeometry, grids: Sequence[Sequence[int]]) -> float:
+    """MACs of one call of the vision tower for images or tiles of such ``grids``.
+
+    Where they are one sequence, attention over the whole of it counts, as eager and fused attention run it; kernels
+    that go by lengths, such as flash attention's, leave out what the mask hides.
+    """
+    alone = sum(grid_macs(vision, grid) for grid in grids)
+    if not vision.one_sequence or len(grids) < 2:
+        return alone
+    patches = [prod(grid) for grid in grids]
+    padded = len(grids) * max(rows for _, rows, _ in grids) * max(columns for _, _, columns in grids)
+    pairs = sum(patches) ** 2 - sum(count**2 for count in patches)
+    return alone + vision.hidden * ((padded - sum(patches)) * vision.patch_inputs + 2 * vision.layers * pairs)
+
+
 def grid_macs(vision: VisionGeometry, grid: Sequence[int]) -> float:
     """MACs of the vision tower for one image or tile of (frames, rows, columns) patches, which attend by frame."""
     frames, rows, columns = grid
@@ -159,7 +176,8 @@ def grid_macs(vision: VisionGeometry, grid: Sequence[int]) -> float:
     if vision.window is not None:
         windows = frames * _squares(rows, vision.window) * _squares(columns, vision.window)
         pairs = len(vision.full_blocks) * full + (vision.layers - len(vision.full_blocks)) * windows
-    return float(patches * vision.patch_inputs * d + vision.layers * tokens * linear + pairs * 2 * d)
+    inner = patches // vision.merged * vision.inner_macs
+    return float(patches * vision.patch_inputs * d + vision.layers * tokens * linear + pairs * 2 * d + inner)
 
 
 def _squares(length: int, window: int) -> int:

@@ -18,9 +18,11 @@ class VisionGeometry:
     ``tokens``: visual tokens of one image, or of one tile in a family that cuts images into tiles; 0 if they depend on
     the image. ``tiled``: images are cut into tiles, of which not all tokens enter the prompt. ``patches``: those of
     which the tower makes them, without CLS. ``merged``: patches in one token. ``projector_macs``: for one token.
+    ``inner_macs``: for one token of the whole image, of projectors that the tower has inside.
     ``ffn_matrices``: 2, or 3 in a gated FFN. ``window``: patches along a side of the windows in which blocks attend,
     all but the ``full_blocks``; None: every block attends to the whole image. ``feature_block``: the block whose output
-    is used, the last of the ``joined_blocks`` where the outputs of several are used side by side.
+    is used, the last of the ``joined_blocks`` where the outputs of several are used side by side. ``one_sequence``: all
+    images of a call are padded to the largest, and their patches attend in one sequence, with a mask between images.
     """
 
     layers: int
@@ -33,11 +35,13 @@ class VisionGeometry:
     feature_block: int
     projector_macs: int
     merged: int = 1
+    inner_macs: int = 0
     tiled: bool = False
     ffn_matrices: int = 2
     window: int | None = None
     full_blocks: tuple[int, ...] = ()
     joined_blocks: tuple[int, ...] = ()
+    one_sequence: bool = False
 
     @property
     def patches(self) -> int:

@@ -26,6 +26,7 @@ def _pixtral(config: Any, projector_macs: int) -> VisionGeometry:
         projector_macs=projector_macs,
         merged=config.spatial_merge_size**2,
         ffn_matrices=3,
+        one_sequence=True,
     )
 
 
@@ -58,6 +59,7 @@ FAMILY = Family(
     vision_blocks="model.vision_tower.transformer.layers",
     projector="model.multi_modal_projector",
     vision=_pixtral,
+    sides=("projector",),
     grids=_grids,
     views=_rows,
     images=_sized_image,

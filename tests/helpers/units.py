@@ -1,11 +1,12 @@
 """Prompts with images of chosen shapes for the miniatures of families: token counts are those of the model itself."""
 
 import torch
+from decoders import CONFIGS as DECODERS
 from families import FAMILIES, TEXT, VISION
 from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-VISUAL = 63
+VISUAL, BREAK = 63, 59
 TILE = 24
 TOWER = VISION | {"num_hidden_layers": 3, "num_attention_heads": 4, "image_size": TILE}
 SIGLIP = TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False}
@@ -37,6 +38,8 @@ CONFIGS = FAMILIES | {
         },
         "text_config": TEXT | {"rope_parameters": MROPE},
     },
+    "qwen3_vl": DECODERS["qwen3_vl"],
+    "mistral3": DECODERS["mistral3"],
     "smolvlm": SHUFFLED,
     "idefics3": SHUFFLED,
     "vipllava": {
@@ -103,6 +106,18 @@ def _patches(sizes, generator):
     return sequence
 
 
+def _sized(sizes, generator):
+    """Mistral3: images of (rows, columns) of tokens, padded to the largest."""
+
+    def padded(kind):
+        pixels = 2 * CONFIGS[kind]["vision_config"]["patch_size"]
+        sides = torch.tensor(sizes) * pixels
+        images = torch.randn(len(sizes), 3, *sides.amax(0).tolist(), generator=generator)
+        return {"pixel_values": images, "image_sizes": sides}
+
+    return padded
+
+
 def _nested(sizes, generator):
     """SmolVLM and Idefics3: tiles of a row."""
     return lambda kind: {"pixel_values": torch.randn(1, len(sizes), 3, TILE, TILE, generator=generator)}
@@ -114,6 +129,8 @@ PIXELS = {
     "llava_onevision": _tiled,
     "qwen2_vl": _patches,
     "qwen2_5_vl": _patches,
+    "qwen3_vl": _patches,
+    "mistral3": _sized,
     "internvl": _whole(48),
     "vipllava": _whole(TILE),
     "smolvlm": _nested,
@@ -128,6 +145,8 @@ SHAPES = {
     "llava_onevision": _TILED,
     "qwen2_vl": _GRIDS,
     "qwen2_5_vl": _GRIDS,
+    "qwen3_vl": _GRIDS,
+    "mistral3": _GRIDS,
 } | dict.fromkeys(("internvl", "vipllava", "smolvlm", "idefics3"), _WHOLE)
 
 
@@ -144,7 +163,9 @@ def sample_of(kind, text, images, seed=0):
     words = torch.randint(3, 50, (text + len(lengths),), generator=generator).tolist()
     ids = words[: text // 2]
     for place, length in enumerate(lengths):
-        ids += [VISUAL] * length + words[text + place : text + place + 1]
+        row = images[place][1] if kind == "mistral3" else length  # a break behind each row of an image
+        ids += ([VISUAL] * row + [BREAK]) * (length // row - 1) + [VISUAL] * row
+        ids += words[text + place : text + place + 1]
     ids = torch.tensor([ids + words[text // 2 : text]])
     sample = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **more}
     if "qwen" in kind:
@@ -167,5 +188,8 @@ def collate(samples):
         elif parts[0].ndim == 5:
             tiles = max(part.shape[1] for part in parts)
             parts = [pad(part, (0, 0) * 3 + (0, tiles - part.shape[1])) for part in parts]
+        elif parts[0].ndim == 4:
+            tall, wide = (max(part.shape[side] for part in parts) for side in (2, 3))
+            parts = [pad(part, (0, wide - part.shape[3], 0, tall - part.shape[2])) for part in parts]
         batch[key] = torch.cat(parts)
     return batch

@@ -1,5 +1,7 @@
 """Vision-side methods against vectors recorded from their authors' code: same patches, same merged features."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -112,6 +114,40 @@ def test_fastervlm(golden_llava, config, entry):
         features, pieces.pick(CLIP["hidden_m2"][:, 1:], pieces.columns(kept, entry["visual_token_num"]))
     )
     assert trace.visual_counts().tolist() == [[entry["visual_token_num"]] * 2] * 2
+
+
+# ---- HiRED --------------------------------------------------------------------------------------------------------
+
+
+def tiles_of_two():
+    """Seven images, from those recorded."""
+    a, b = CLIP["pixels"]
+    return torch.stack([a, b, a.flip(2), b.flip(1), a.flip(1), b.flip(2), b.transpose(1, 2)])
+
+
+class Tiles:
+    """Whole images and their tiles, one image behind the other, by the attention maps of the recorded tower."""
+
+    def __init__(self, tower, counts):
+        before = tower.config._attn_implementation
+        tower.set_attn_implementation("eager")
+        maps = tower(tiles_of_two()[: sum(counts)], output_attentions=True).attentions
+        tower.set_attn_implementation(before)
+        self.cls_weights = lambda block=-1: maps[23 + block][:, :, 0, 1:]
+        self.present = torch.ones(sum(counts), 576, dtype=torch.bool)
+        self.parts = [(image, part) for image, count in enumerate(counts) for part in range(count)]
+        self.vision = SimpleNamespace(feature_block=22)
+
+
+@pytest.mark.parametrize(("config", "entry"), configurations("hired"))
+def test_hired(golden_llava, config, entry):
+    kept = vectors("hired")[f"{config}.kept"]
+    method = visibench.load_method("hired", keep=entry["token_budget_rate"], alpha=entry.get("alpha", 0.5))
+    if "num_patches" in entry:
+        assert torch.equal(method.vision(Tiles(golden_llava.model.vision_tower, entry["num_patches"])).mask, kept)
+    else:
+        _, trace = run(golden_llava, method, CLIP["pixels"][:1])
+        assert torch.equal(trace.kept(0)[0], kept)
 
 
 # ---- VisionZip ----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from visibench.results import published
 from visibench.results.published import Paper, figures, papers, vocabulary
 from visibench.results.published.show import render
 
-FOREIGN = {"flowcut", "hired", "mustdrop", "trim"}  # printed methods that this package does not have
+FOREIGN = {"mustdrop", "trim"}  # printed methods that this package does not have
 ROWS = [(paper, table, row) for paper in papers() for table in paper.tables for row in table.rows]
 
 

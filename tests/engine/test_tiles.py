@@ -1,0 +1,183 @@
+"""LLaVA-NeXT's tiles as the official codes of methods treat them: what enters the decoder, built by hand."""
+
+import pytest
+import torch
+import visibench
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+from units import TILE, VISUAL, collate, model_of, sample_of
+from visibench.evals.settings.method_spec import parse
+from visibench.models.adapters import Adapter
+
+SIDE, PATCHES = 4, 16
+# Heights and widths: without padding, padded above and below, padded at the sides, and two images in a row.
+ROWS = [[(24, 48)], [(60, 24)], [(40, 30)], [(20, 44)], [(40, 30), (24, 48)]]
+every_row = pytest.mark.parametrize("sizes", [pytest.param(row, marks=pytest.mark.slow) for row in ROWS[:2]] + ROWS[2:])
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class ByHand:
+    """The vision side of one row, tile by tile, by the model's own modules; one entry an image in each list."""
+
+    def __init__(self, sample, sizes):
+        model = model_of("llava_next", "eager").model
+        pinpoints, keys = model.config.image_grid_pinpoints, []
+        # Rows and columns of tiles; a whole image comes before them.
+        self.grids = [get_anyres_image_grid_shape(size, pinpoints, TILE) for size in sizes]
+        counts = [1 + rows * columns for rows, columns in self.grids]
+        pixels = torch.cat([tiles[:n] for tiles, n in zip(sample["pixel_values"], counts, strict=True)])
+        block = model.vision_tower.encoder.layers[-2]
+        hook = block.self_attn.k_proj.register_forward_hook(lambda m, args, output: keys.append(output))
+        with torch.no_grad():
+            tower = model.vision_tower(pixels, output_hidden_states=True, output_attentions=True)
+        hook.remove()
+        heads = keys[0].unflatten(2, (4, -1)).mean(2)
+        cut = lambda values: values.split(counts)  # noqa: E731
+        self.features, self.keys = cut(tower.hidden_states[-2][:, 1:]), cut(heads[:, 1:])
+        self.cls = cut(tower.hidden_states[-2][:, :1])
+        self.last = cut(tower.attentions[-2].sum(1)[:, 0, 1:])
+        self.first = cut(tower.attentions[0].sum(1)[:, 0, 1:])
+        self.project = model.multi_modal_projector
+
+    def raster(self, image):
+        """(tile, patch) of all tiles, row by row of the whole."""
+        rows, columns = self.grids[image]
+        for y in range(rows * SIDE):
+            for x in range(columns * SIDE):
+                yield 1 + y // SIDE * columns + x // SIDE, y % SIDE * SIDE + x % SIDE
+
+    def in_order(self, image, kept, there=lambda y, x: True):
+        """Features of the whole image's ``kept`` patches, then those of its tiles; ``there``: which are no padding."""
+        columns = self.grids[image][1] * SIDE
+        places = [(0, patch) for patch in range(PATCHES)]
+        places += [place for n, place in enumerate(self.raster(image)) if there(*divmod(n, columns))]
+        return [self.features[image][tile, patch] for tile, patch in places if patch in kept[tile]]
+
+
+def entered(method, sample):
+    """(V, D): the visual tokens that enter the decoder, and the whole of it, (L, D)."""
+    model, seen = model_of("llava_next", "eager"), []
+    with torch.no_grad(), visibench.prune(model, method):
+        layer = Adapter(model).layers[0]
+        hook = layer.register_forward_pre_hook(lambda m, args, kwargs: seen.append(args[0]), with_kwargs=True)
+        model(**sample)
+        hook.remove()
+    return seen[0][0]
+
+
+def check(method, sample, sizes, images):
+    """``images``: for each the vectors that enter in its place, (n, D)."""
+    model, ids = model_of("llava_next", "eager"), sample["input_ids"][0]
+    wanted, number = [], 0
+    for place, token in enumerate(ids.tolist()):
+        if token != VISUAL:
+            wanted.append(model.get_input_embeddings()(ids[place])[None])
+        elif ids[place - 1] != VISUAL:
+            wanted.append(images[number])
+            number += 1
+    assert number == len(sizes)
+    found, wanted = entered(method, sample), torch.cat(wanted)
+    assert found.shape == wanted.shape
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+def best(scores, count):
+    return {*scores.topk(count).indices.tolist()}
+
+
+@every_row
+def test_vispruner_takes_padding_and_no_newlines(sizes):
+    sample = sample_of("llava_next", 7, sizes)
+    with torch.no_grad():
+        hand, images = ByHand(sample, sizes), []
+        for image in range(len(sizes)):
+            kept = [best(scores, 6) for scores in hand.last[image]]
+            images.append(hand.project(torch.stack(hand.in_order(image, kept))))
+    check(parse("vispruner:tokens=6,important=1"), sample, sizes, images)
+
+
+@every_row
+def test_visionzip_has_the_whole_image_first_then_patches_of_tiles_then_their_cls_then_what_was_merged(sizes):
+    sample = sample_of("llava_next", 7, sizes)
+    with torch.no_grad():
+        hand, images = ByHand(sample, sizes), []
+        for image in range(len(sizes)):
+            kept = [best(scores, 4) for scores in hand.last[image]]
+            merged = [contextual(*parts, 2) for parts in zip(hand.features[image], hand.keys[image], kept, strict=True)]
+            patches = hand.in_order(image, kept)
+            whole, tiles = patches[:4], patches[4:]
+            order = [hand.cls[image][0, 0], *whole, *merged[0], *tiles, *hand.cls[image][1:, 0]]
+            images.append(hand.project(torch.stack([*order, *(token for tile in merged[1:] for token in tile)])))
+    check(parse("visionzip:tokens=7,contextual=2"), sample, sizes, images)
+
+
+def contextual(features, keys, kept, count):
+    """Of the patches that are not ``kept`` every so many-th, plus the mean of those most like it."""
+    rest = [patch for patch in range(PATCHES) if patch not in kept]
+    step = len(rest) // count
+    targets = rest[: count * step : step]
+    groups = {target: [] for target in targets}
+    for patch in rest:
+        if patch not in targets:
+            likeness = [torch.cosine_similarity(keys[patch], keys[target], dim=0) for target in targets]
+            groups[targets[int(torch.stack(likeness).argmax())]].append(features[patch])
+    return [features[target] + (torch.stack(near).mean(0) if near else 0) for target, near in groups.items()]
+
+
+@every_row
+@pytest.mark.parametrize(("text", "alpha"), [("keep=0.5", 0.5), ("keep=0.8,alpha=0.2", 0.2), ("keep=0.3,alpha=1", 1.0)])
+def test_hired_shares_its_budget_by_what_the_whole_image_shows(sizes, text, alpha):
+    sample, rate = sample_of("llava_next", 7, sizes), float(text[5:8])
+    with torch.no_grad():
+        hand, images = ByHand(sample, sizes), []
+        for image, (tall, wide) in enumerate(sizes):
+            rows, columns = hand.grids[image]
+            tiles = rows * columns
+            total = int((1 + tiles) * PATCHES * rate)
+            whole = min(int(total * alpha), PATCHES)
+            seen = best(hand.first[image][0], int(PATCHES * (1 - alpha)))
+            stripes = [len(seen & {*range(n * PATCHES // tiles, (n + 1) * PATCHES // tiles)}) for n in range(tiles)]
+            rest = min(total - whole, tiles * PATCHES)
+            budgets = [whole] + [min(rest * stripe // max(len(seen), 1), PATCHES) for stripe in stripes]
+            kept = [best(*pair) for pair in zip(hand.last[image], budgets, strict=True)]
+            # Where the image lies among its padding, in patches.
+            down, across = rows * SIDE, columns * SIDE
+            if wide / tall > across / down:
+                lost, over = (down - int(tall * (across / wide))) // 2, 0
+            else:
+                lost, over = 0, (across - int(wide * (down / tall))) // 2
+            there = lambda y, x, d=down, a=across, l=lost, o=over: l <= y < d - l and o <= x < a - o  # noqa: E731, E741
+            images.append(hand.project(torch.stack(hand.in_order(image, kept, there))))
+    check(parse(f"hired:{text}"), sample, sizes, images)
+
+
+@every_row
+def test_divprune_prunes_the_packed_sequence_newlines_included(sizes):
+    sample, model = sample_of("llava_next", 7, sizes), model_of("llava_next", "eager")
+    with torch.no_grad():
+        packed = model.model.get_image_features(sample["pixel_values"], sample["image_sizes"]).pooler_output
+    images = [tokens[farthest(tokens, len(tokens) * 2 // 5)] for tokens in packed]
+    newline = model.model.image_newline
+    assert any((tokens == newline).all(1).any() for tokens in images)
+    check(parse("divprune:keep=0.4"), sample, sizes, images)
+
+
+def farthest(tokens, count):
+    distance = 1 - torch.cosine_similarity(tokens[:, None], tokens[None], dim=2)
+    chosen = [int((distance + 9 * torch.eye(len(tokens))).amin(1).argmax())]
+    while len(chosen) < count:
+        nearest = distance[:, chosen].amin(1)
+        nearest[chosen] = -9
+        chosen.append(int(nearest.argmax()))
+    return sorted(chosen)
+
+
+def test_hired_gives_each_row_of_a_batch_what_it_gets_alone():
+    model, method = model_of("llava_next"), parse("hired:keep=0.5")
+    samples = [sample_of("llava_next", 5 + n, sizes, seed=n) for n, sizes in enumerate([ROWS[2], ROWS[4], []])]
+    batch = collate(samples)
+    batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad(), visibench.prune(model, method) as session:
+        logits, counts = model(**batch).logits[:, -1], session.trace.visual_counts()
+        for row, sample in enumerate(samples):
+            torch.testing.assert_close(model(**sample).logits[0, -1], logits[row], atol=1e-4, rtol=1e-4)
+            assert session.trace.visual_counts()[0].tolist() == counts[row].tolist()
