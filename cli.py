@@ -30,6 +30,7 @@ from .commands import (
     report,
     reproduce,
     runs,
+    shared,
     show,
     wandb,
 )
@@ -40,7 +41,8 @@ app = typer.Typer(
     name="visibench",
     help="Compare visual-token pruning methods for multimodal LLMs: accuracy against compute.",
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,  # its panels cut words off
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 # Click's class or typer's own copy of it, depending on typer's version.
 _UsageProblem: Any = typer.BadParameter.__mro__[2]
@@ -151,5 +153,5 @@ def root(
 
 
 for command in COMMANDS:
-    app.command()(command)
+    shared.add(app, command)
 app.add_typer(wandb.app, name="wandb")

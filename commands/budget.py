@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table as RichTable
 
 from ..errors import OptionError, UnsupportedModelError
-from .shared import AsJson, Device, Dtype, SizedLayers, SizedPrompt, prompt_lengths
+from ..utils.rows import laid_out
+from .shared import AsJson, Device, Dtype, SizedLayers, SizedPrompt, prompt_lengths, terminal
 
 if TYPE_CHECKING:
     from ..evals.compute.budget import Cost, Prompts, Solution
@@ -191,15 +190,10 @@ def _print(result: dict[str, Any], target: str) -> None:
         f"{result['model']['name']}, {wording.format(**prompts)}. "
         f"Dense: T={dense[0]}, {dense[2]} TFLOPs{', ' + dense[3] if dense[3:] else ''}.\n"
     )
-    grid = RichTable(box=None, pad_edge=False, header_style="bold")
-    for title in ("target", "T", "last layer", "TFLOPs", *["prefill"] * len(dense[3:])):
-        grid.add_column(title, justify="right", no_wrap=True)
-    grid.add_column("--method", no_wrap=True)
-    for one in solved:
-        grid.add_row(target, *_cells(one["achieved"]), escape(one["spec"]))
-    if solved:
-        # Wide enough that no specification is broken: it is there to be copied.
-        Console(width=90 + max(len(one["spec"]) for one in solved), highlight=False).print(grid)
+    header = ["target", "T", "last layer", "TFLOPs", *["prefill"] * len(dense[3:]), "--method"]
+    if solved:  # no specification is broken: it is there to be copied
+        rows = [[target, *_cells(one["achieved"]), one["spec"]] for one in solved]
+        print(laid_out(header, rows, terminal(), header[:-1]))
         print(f"\n{_LEGEND.format(**(_PLANNED if prompts.get('weights') == 'meta' else _TRACED))}")
     if solved and dense[3:]:
         timing = result["dense"]["prefill_ms"]

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table as RichTable
 
 from ..errors import OptionError
-from .shared import AsJson, Device, Dtype, names, run_folder, width
+from ..utils.rows import laid_out
+from .shared import AsJson, Device, Dtype, names, run_folder, width, wrapped
 
 if TYPE_CHECKING:
     from ..results.store.calibration_records import CalibratedPoint, CalibrationRecord
@@ -147,20 +147,18 @@ def _written(record: CalibrationRecord, folder: Path) -> list[Path]:
 
 
 def _print(record: CalibrationRecord, folder: Path) -> None:
-    grid = RichTable(box=None, pad_edge=False, header_style="bold")
-    for title in ("setting", "GFLOPs", "of dense", "T", *record.tasks, "lower bound"):
-        grid.add_column(title, overflow="fold", justify="left" if title == "setting" else "right")
+    header, rows = ["setting", "GFLOPs", "of dense", "T", *record.tasks, "lower bound"], []
     for chosen in record.chosen:
         point = chosen.point or chosen.nearest
         if point is None:
-            grid.add_row(f"{chosen.method}: no setting keeps the answers", *["–"] * (4 + len(record.tasks)))
+            rows.append([f"{chosen.method}: no setting keeps the answers", *["–"] * (4 + len(record.tasks))])
             continue
         reached = "" if chosen.point else f"{chosen.method}: none reaches {record.target:.0%}; nearest: "
         shares = [f"{point.agreement[task].share:.1%}" if task in point.agreement else "–" for task in record.tasks]
         compute = (f"{point.macs * 1e-9:.4f}", f"{point.macs / record.dense_macs:.1%}", f"{point.tokens:.1f}")
-        grid.add_row(f"{reached}{point.spec}", *compute, *shares, f"{point.least.low:.1%}")
-    Console(width=width(), highlight=False).print(grid)
-    print(
+        rows.append([f"{reached}{point.spec}", *compute, *shares, f"{point.least.low:.1%}"])
+    print(laid_out(header, rows, width(), header[1:]))
+    wrapped(
         f"Answers as dense on {record.confirmed} questions of each task that the search did not see; lower bound: of "
         "the 95 % interval of the task where fewest are, clustered by image. GFLOPs: multiply-adds of a prefill."
     )

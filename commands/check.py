@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .shared import AsJson, finished, spelled_p, width
+from ..errors import OptionError
+from .shared import AsJson, finished, spelled_p, width, wrapped
 
 if TYPE_CHECKING:
     from ..results.gate.gate import CellChange, MetricChange, Report
@@ -22,6 +24,9 @@ def check(
         typer.Option(metavar="FILE", help="What to compare with. (default: the package's, of configs/ci.yaml)"),
     ] = None,
     update: Annotated[bool, typer.Option("--update", help="Write the run as the new baseline instead.")] = False,
+    subset: Annotated[
+        bool, typer.Option("--subset", help="The run holds a part of the baseline's cells or questions: compare these.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare a run with a baseline, question by question; exit code 1 if a score dropped or token counts changed."""
@@ -31,9 +36,11 @@ def check(
     from ..results.gate import gate
 
     file, cells = baseline or baselines.PACKAGED, finished(folder)
+    if update and subset:
+        raise OptionError("--update writes a whole run: leave --subset out")
     if update:
         baselines.save(baselines.baseline_of(cells), file)
-    report = gate.check(cells, baselines.load(file))
+    report = gate.check(cells, baselines.load(file), subset=subset)
     if as_json:
         print(to_json(report, indent=1, inf_nan_mode="null").decode())
     else:
@@ -52,19 +59,19 @@ def _print(report: Report) -> None:
 
     for note in report.notes:
         print(f"Noted, not compared: {note}.")
+    room = max(min(width(), 120) - 62, 18)
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("cell", "metric"):
-        grid.add_column(title)
-    for title in ("baseline", "now", "change, 95 % interval", "p, Holm", "detectable", "questions", "answers changed"):
-        grid.add_column(title, justify="right")
+    grid.add_column("cell\nmetric", max_width=room, overflow="fold")
+    for title in ("baseline\nnow", "change\n[95 %]", "p,\nHolm", "detect-\nable", "answers\nchanged"):
+        grid.add_column(title, justify="right", no_wrap=True)
     for cell in report.cells:
         for metric in cell.metrics:
-            grid.add_row(*map(escape, _line(cell, metric)))
-    Console(width=width(), highlight=False).print(grid)
+            grid.add_row(*map(escape, _line(cell, metric, room)))
+    Console(width=max(width(), 80), highlight=False).print(grid)
     blind = sum(metric.verdict.detectable is None for cell in report.cells for metric in cell.metrics)
-    print(
-        f"p: one-sided, paired by image, below {ALPHA} a drop is shown; half of that is for the run as a whole, half\n"
-        f"for its {report.tests} tests by cell (Holm). Detectable: a true drop shown with about 80 % power or more;\n"
+    wrapped(
+        f"p: one-sided, paired by image, below {ALPHA} a drop is shown; half of that is for the run as a whole, half "
+        f"for its {report.tests} tests by cell (Holm). Detectable: a true drop shown with about 80 % power or more; "
         f"{blind} (–) have too low a score or too few images for any."
     )
     print(_whole(report.whole))
@@ -72,14 +79,28 @@ def _print(report: Report) -> None:
         for line in _changes(cell):
             print(line)
     failed = [cell for cell in report.cells if cell.failed]
-    could = "no drop of a score is shown" if blind < report.tests else "none of their scores could have shown a drop"
     parts = [f"{len(failed)} of {len(report.cells)} cells"] * bool(failed)
     parts += ["the run as a whole"] * report.whole.verdict.dropped
     print(
-        f"PASS: {len(report.cells)} cells keep and compute the same; {could}."
+        f"PASS: {len(report.cells)} cells keep and compute the same; {_could(report, blind)}."
+        + f" Not compared: {report.left_out} of the baseline." * bool(report.left_out)
         if report.passed
         else f"FAIL: {' and '.join(parts)}."
     )
+
+
+def _could(report: Report, blind: int) -> str:
+    """What the run shows of drops, and which it could not have shown."""
+    if blind == report.tests:
+        return "none of their scores could have shown a drop"
+    metrics = [metric for cell in report.cells for metric in cell.metrics]
+    known = [(metric.verdict.detectable, metric.maximum) for metric in metrics]
+    floors = [100 * least / most for least, most in known if least is not None and most]
+    whole = report.whole.verdict.detectable
+    unseen = [] if whole is None else [f"below {100 * whole:.2f} % of the best score in all cells at once"]
+    unseen += [f"below {min(floors):.1f} to {max(floors):.1f} % in one"] * bool(floors)
+    unseen += [f"of any size in {blind} of {report.tests} scores"] * bool(blind)
+    return f"no drop of a score is shown; not seen would be one {', or '.join(unseen)}"
 
 
 def _whole(change: MetricChange) -> str:
@@ -97,16 +118,22 @@ def _whole(change: MetricChange) -> str:
     )
 
 
-def _line(cell: CellChange, metric: MetricChange) -> list[str]:
+def _line(cell: CellChange, metric: MetricChange, room: int) -> list[str]:
+    """A row of two lines; the cell and its metric in ``room`` characters."""
+    from ..results.tables.render import broken
+
     c, scale = metric.verdict.comparison, 100.0 if metric.maximum == 1 else 1.0
     unit = " %" if metric.maximum == 1 else f" /{metric.maximum:g}" if metric.maximum else ""
     before, now, change, low, high = (
         f"{value * scale:.2f}" for value in (metric.before, metric.now, c.difference, c.low, c.high)
     )
     floor = "–" if metric.verdict.detectable is None else f"{metric.verdict.detectable * scale:.2f}"
-    span = f"{change} [{low}, {high}]"
-    counts = [str(cell.questions), str(cell.answers)]
-    return [cell.name, metric.title + unit, before, now, span, spelled_p(metric.verdict.p_holm), floor, *counts]
+    name = "\n".join(
+        broken(part, room) for part in textwrap.wrap(cell.name, room, break_on_hyphens=False, break_long_words=False)
+    )
+    answers = f"{cell.answers}\nof {cell.questions}"
+    titled = f"{name}\n{metric.title}{unit}"
+    return [titled, f"{before}\n{now}", f"{change}\n[{low}, {high}]", spelled_p(metric.verdict.p_holm), floor, answers]
 
 
 def _changes(cell: CellChange) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .shared import AsJson, print_list
+from .shared import AsJson, print_list, wrapped
 
 
 def methods(
@@ -47,9 +47,10 @@ def _explain(name: str, *, as_json: bool) -> None:
     lines += [f"code       {told['source']}"] * bool(told["source"])
     lines += [f"examples   {told['examples'][0]}", *(f"           {example}" for example in told["examples"][1:])]
     lines += [f"presets    {', '.join(told['presets'])}"] * bool(told["presets"])
-    print("\n".join([*lines, ""]))
+    for line in [*lines, ""]:
+        wrapped(line)
     rows = [[key, _spelled(o["default"]), o["type"], o["meaning"] or "not said"] for key, o in told["options"].items()]
-    print_list([], ["option", "default", "type", "meaning"], rows, f"\n{how(cls)}", as_json=False)
+    print_list([], ["option", "default", "type", "meaning"], rows, f"\n{_filled(how(cls))}", as_json=False)
 
 
 def models(
@@ -104,6 +105,12 @@ def tasks(as_json: AsJson = False) -> None:
         f"{scorers}"
     )
     print_list(described, ["task", "about", "metrics in tables"], rows, also, as_json=as_json)
+
+
+def _filled(text: str) -> str:
+    """A docstring with each of its paragraphs in one line; what is laid out stays as it is."""
+    parts = text.split("\n\n")
+    return "\n\n".join(part if "\n " in part or part.startswith(" ") else " ".join(part.split()) for part in parts)
 
 
 def _defaults(options: dict[str, Any]) -> str:

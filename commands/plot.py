@@ -12,6 +12,7 @@ from ..errors import DataError, OptionError
 from .shared import finished, names
 
 if TYPE_CHECKING:
+    from ..results.figures.style import Look
     from ..results.store.store import Cell
     from ..results.tables.tables import ResultTable
 
@@ -31,10 +32,19 @@ def plot(
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE|DIR", help="A .png or .svg file, or a folder. (default: DIR/plots; beside a profile's file)"
+            metavar="FILE|DIR",
+            help="A file ending in .png, .svg or .pdf, or a folder. (default: DIR/plots)",
         ),
     ] = None,
-    form: Annotated[str | None, typer.Option("--format", metavar="png,svg", help="(default: png)")] = None,
+    form: Annotated[str | None, typer.Option("--format", metavar="png,svg,pdf", help="(default: png)")] = None,
+    width: Annotated[
+        str | None,
+        typer.Option(
+            metavar="column|page|INCHES",
+            help="For a paper: as wide as its column (3.3 inches) or page (6.9), with small type and display names.",
+        ),
+    ] = None,
+    notes: Annotated[bool, typer.Option("--notes/--no-notes", help="What the figure says below its axes.")] = True,
 ) -> None:
     """Plot accuracy against compute and prefill time, visual tokens by decoder layer, and compute by component.
 
@@ -42,14 +52,14 @@ def plot(
 
     A file that `visibench profile --out` wrote is drawn as the time of vision, prefill and decoding, by method.
     """
-    from ..results.figures.style import FORMATS
+    from ..results.figures.style import FORMATS, Look
 
     single = out is not None and bool(out.suffix) and not out.is_dir()
     if single and form is not None:
         raise OptionError(
             f"--format {form} and --out {out} both say the format: give a folder to --out, or no --format"
         )
-    forms = names(form, FORMATS, "--format") or ["png"]
+    forms, look = names(form, FORMATS, "--format") or ["png"], Look(_inches(width), notes)
     if source.is_file() or (source.suffix == ".json" and not source.is_dir()):
         for option, value in (("--kind", kind), ("--task", task)):
             if value is not None:
@@ -58,12 +68,30 @@ def plot(
                     "has one figure: leave it out"
                 )
         beside = source.parent if out is None else out
-        _profile(source, [out] if single and out else [beside / f"{source.stem}.{suffix}" for suffix in forms])
+        _profile(source, [out] if single and out else [beside / f"{source.stem}.{suffix}" for suffix in forms], look)
     else:
-        _run(source, kind, task, out, None if single else forms)
+        _run(source, kind, task, out, None if single else forms, look)
 
 
-def _profile(source: Path, files: list[Path]) -> None:
+WIDTHS = {"column": 3.3, "page": 6.9}
+LEAST, MOST = 2.0, 40.0
+"""Inches between which a figure can be drawn."""
+
+
+def _inches(width: str | None) -> float | None:
+    """What ``--width`` says. Raises :class:`OptionError` for no width."""
+    if width is None or width in WIDTHS:
+        return WIDTHS.get(width or "")
+    try:
+        inches = float(width)
+    except ValueError:
+        inches = 0.0
+    if not LEAST <= inches <= MOST:
+        raise OptionError(f"--width {width}: give column, page, or inches from {LEAST:g} to {MOST:g}")
+    return inches
+
+
+def _profile(source: Path, files: list[Path], look: Look) -> None:
     """Write the figure of a profile."""
     from ..results.figures import style, timeplot
     from ..results.store import profiles
@@ -72,11 +100,13 @@ def _profile(source: Path, files: list[Path]) -> None:
         raise OptionError(f"the figure would take the place of {source} itself: give another file to --out")
     profile = profiles.read(source)
     for file in files:
-        style.save(timeplot.draw(profile), file)  # anew: a layout moves when it is drawn twice
+        style.save(timeplot.draw(profile, look), file)  # anew: a layout moves when it is drawn twice
         print(file)
 
 
-def _run(folder: Path, kind: str | None, task: str | None, out: Path | None, forms: list[str] | None) -> None:
+def _run(
+    folder: Path, kind: str | None, task: str | None, out: Path | None, forms: list[str] | None, look: Look
+) -> None:
     """Write the figures of a run; ``forms`` None: one figure, to the file ``out``."""
     from ..results.figures.plots import KINDS
     from ..results.tables.tables import build
@@ -95,15 +125,15 @@ def _run(folder: Path, kind: str | None, task: str | None, out: Path | None, for
         name = f"{tasks}{f'-{number}' if len(tables) > 1 else ''}"
         for each in kinds:
             files = [base] if forms is None else [base / f"{each}{name}.{suffix}" for suffix in forms]
-            _draw(table, each, files, needed=kind is not None)
+            _draw(table, each, files, look, needed=kind is not None)
 
 
-def _draw(table: ResultTable, kind: str, files: list[Path], *, needed: bool) -> None:
+def _draw(table: ResultTable, kind: str, files: list[Path], look: Look, *, needed: bool) -> None:
     """Write one figure; without its data, an error if it is ``needed`` and else a line."""
     from ..results.figures import plots, style
 
     try:
-        figure = plots.draw(table, kind)
+        figure = plots.draw(table, kind, look)
     except DataError as error:
         if needed:
             raise

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table as RichTable
 
 from ..errors import IncompleteError, OptionError, StoppedError
-from .shared import DEVICES, DTYPES, AsJson, check_writable, integers, width
+from ..utils.rows import laid_out
+from .shared import DEVICES, DTYPES, AsJson, check_writable, integers, terminal, wrapped
 
 if TYPE_CHECKING:
     from ..evals.compute.profile import ProfileConfig
@@ -127,18 +126,13 @@ def _lengths(text: str) -> dict[str, int]:
 
 
 def _print(result: Profile) -> None:
-    console = Console(width=max(width(), 160), highlight=False)
+    header = [f"{name}\n{unit}" for name, unit in HEADER]
     for rows in result.together():
-        title = f"batch {rows[0].batch_size}: {rows[0].lengths.spelled()}"
-        grid = RichTable(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-        grid.add_column("method", overflow="fold")
-        for name, unit in HEADER:
-            grid.add_column(f"{name}\n[dim]{unit}[/]", justify="right", no_wrap=True)
-        for row in rows:
-            grid.add_row(escape(row.method), *_cells(row, rows[0]))
-        console.print(grid)
-        console.print()
-    console.print(_legend(result), soft_wrap=False)
+        print(f"batch {rows[0].batch_size}: {rows[0].lengths.spelled()}")
+        lines = [[row.method, *_cells(row, rows[0])] for row in rows]
+        print(laid_out(["method", *header], lines, terminal(), header), end="\n\n")
+    for line in _legend(result):
+        wrapped(line)
 
 
 def _cells(row: ProfileRow, dense: ProfileRow) -> list[str]:
@@ -166,14 +160,14 @@ def _time(spread: RepeatedTimes | None) -> str:
         return "n/a"
     if len(spread.times) == 1:
         return f"{spread.median:.4g}"
-    return f"{spread.median:.4g} ±{spread.iqr:.2g}\n[dim]min {spread.min:.4g}[/]"
+    return f"{spread.median:.4g} ±{spread.iqr:.2g}\nmin {spread.min:.4g}"
 
 
-def _legend(result: Profile) -> str:
+def _legend(result: Profile) -> list[str]:
     counts = sorted({len(row.overhead_ms.times) for row in result.rows if row.overhead_ms})
     overhead = f" ({' or '.join(map(str, counts))} prefills of their own)" if counts else ""
     rounds = f"{result.repeats} round{'' if result.repeats == 1 else 's'}"
-    lines = [
+    return [
         f"Times: median ± interquartile range and minimum of {rounds} over all methods, after "
         f"{result.warmup} to warm up. Prefill ends with the first token and contains vision.",
         "Speed-up: median over rounds of dense / method, on the same attention; dense is the model without the engine. "
@@ -185,4 +179,3 @@ def _legend(result: Profile) -> str:
         result.origin(),
         *(f"Note: {note}." for note in result.notes),
     ]
-    return escape("\n".join(lines))

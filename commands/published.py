@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import OptionError
-from .shared import AsJson
+from .shared import AsJson, terminal
 
 
 def published(
@@ -25,4 +25,4 @@ def published(
 
     if as_json and form is not None:
         raise OptionError("--json and --format exclude each other: give one")
-    print(render(figures(model, method, benchmark), "json" if as_json else form or "text"))
+    print(render(figures(model, method, benchmark), "json" if as_json else form or "text", terminal()))

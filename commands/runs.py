@@ -203,6 +203,10 @@ def table(
             "that there are, and what they show. (default: all but those that are shown only where named)",
         ),
     ] = None,
+    wide: Annotated[
+        bool, typer.Option("--wide", help="In a terminal: all columns with their intervals, as in files.")
+    ] = False,
+    notes: Annotated[bool, typer.Option("--notes/--no-notes", help="What the table says below its rows.")] = True,
     margin: Margin = None,
     style: Annotated[
         str | None, typer.Option(metavar="paper", help="With --format latex: booktabs, display names, values alone.")
@@ -234,24 +238,33 @@ def table(
         return
     names = [name.strip() for name in columns.split(",")] if columns is not None else None
     if style or caption or label:
-        print(_paper(tables, names, form, style, caption or "", label or ""))
+        print(_paper(tables, names, form, style, caption or "", label or "", noted=notes))
         return
-    print(fitted(tables, names, terminal()) if form == "text" else render(tables, form, names))
+    print(
+        fitted(tables, names, terminal(), wide=wide, noted=notes)
+        if form == "text"
+        else render(tables, form, names, noted=notes)
+    )
 
 
 def _paper(
-    tables: list[ResultTable], names: list[str] | None, form: str, style: str | None, caption: str, label: str
+    tables: list[ResultTable],
+    names: list[str] | None,
+    form: str,
+    style: str | None,
+    caption: str,
+    label: str,
+    *,
+    noted: bool,
 ) -> str:
     """The tables for a paper."""
-    from ..results.tables.columns import choose
-    from ..results.tables.paper import paper, paper_columns
+    from ..results.tables.columns import brief, choose
+    from ..results.tables.paper import paper
 
     if style != "paper" or form != "latex":
         raise OptionError("--style paper, with --caption and --label, belongs to --format latex: give both")
-    chosen = choose(tables, names)
-    if names is None:
-        chosen = [paper_columns(table, columns) for table, columns in zip(tables, chosen, strict=True)]
-    return paper(tables, chosen, caption=caption, label=label)
+    chosen = brief(tables) if names is None else choose(tables, names)
+    return paper(tables, chosen, caption=caption, label=label, noted=noted)
 
 
 def _against(name: str, folder: Path, form: str) -> str:
@@ -262,7 +275,7 @@ def _against(name: str, folder: Path, form: str) -> str:
     cells = finished(folder)
     for cell in cells:
         cell.samples()  # not read here, but a damaged cell is refused whatever is asked of it
-    return matching.render(matching.compare(cells), form)
+    return matching.render(matching.compare(cells), form, terminal())
 
 
 @contextmanager

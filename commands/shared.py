@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table as RichTable
 
 from ..errors import DataError, OptionError, UnknownNameError, suggest
+from ..utils.rows import laid_out
 
 if TYPE_CHECKING:
     from ..results.store.store import Cell
@@ -46,6 +45,11 @@ Margin = Annotated[
 Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Ask only the first N questions of each task.")]
 
 
+def add(app: typer.Typer, command: Callable[..., None]) -> None:
+    """Make a function a command of ``app``; the first paragraph of its docstring stands in the list, uncut."""
+    app.command(short_help=" ".join((command.__doc__ or "").partition("\n\n")[0].split()))(command)
+
+
 def run_folder(model: str) -> Path:
     """Where the results of a model lie if nothing else is said: in ``runs``, whatever the way to its folder."""
     name = Path(model).name
@@ -55,18 +59,13 @@ def run_folder(model: str) -> Path:
 def print_list(
     records: list[dict[str, Any]], header: list[str], rows: list[list[str]], also: str = "", *, as_json: bool
 ) -> None:
-    """Print ``records`` as JSON, or ``rows`` as a table with the line ``also`` below."""
+    """Print ``records`` as JSON, or ``rows`` as a table with the lines ``also`` below."""
     if as_json:
         print(json.dumps(records, indent=1))
         return
-    grid = RichTable(box=None, pad_edge=False, header_style="bold")
-    for number, title in enumerate(header):
-        grid.add_column(title, no_wrap=number == 0, overflow="fold")
-    for row in rows:
-        grid.add_row(*map(escape, row))
-    Console(width=width(), highlight=False).print(grid)
-    if also:
-        print(also)
+    print(laid_out(header, rows, width()))
+    for line in also.splitlines():
+        wrapped(line)
 
 
 def finished(folder: Path) -> list[Cell]:
@@ -123,8 +122,10 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def wrapped(text: str) -> None:
-    """Print prose, its lines broken between words."""
-    print(textwrap.fill(text, min(terminal() or 110, 110)))
+    """Print a line of prose, broken between words where the terminal is narrower; what is indented stays so."""
+    indent = text[: len(text) - len(text.lstrip())]
+    room = min(terminal() or 120, 120)
+    print(textwrap.fill(text, room, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False))
 
 
 def spelled_p(p: float) -> str:

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from ..errors import DataError, OptionError, VisibenchError, suggest
-from .shared import check_writable, finished
+from .shared import add, check_writable, finished
 
 if TYPE_CHECKING:
     from ..reports.wandb.sink import Destination, OverlaySource, Sink
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 SENT, FAILED = "sent: ", "not sent: "
 """How lines begin that say what became of a try, while a sweep runs."""
 
-app = typer.Typer(no_args_is_help=True, help="Send results to Weights & Biases, and make reports there.")
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Send results to Weights & Biases, and make reports there."
+)
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run or sweep.")]
 Project = Annotated[str | None, typer.Option(help="(default: visibench)")]
@@ -31,7 +33,6 @@ Group = Annotated[str | None, typer.Option(help="What runs belong together. (def
 Tags = Annotated[str | None, typer.Option(metavar="A,B", help="Tags of every run.")]
 
 
-@app.command()
 def sync(
     folder: Folder,
     project: Project = None,
@@ -151,7 +152,6 @@ def sync_command(folder: Path, destination: Destination) -> str:
     return shlex.join(["visibench", "wandb", "sync", str(folder), *options])
 
 
-@app.command()
 def report(
     folder: Folder,
     project: Project = None,
@@ -180,3 +180,7 @@ def report(
     prepare(folder)
     destination.check()
     print(save(tables, destination))
+
+
+for command in (sync, report):
+    add(app, command)

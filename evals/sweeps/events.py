@@ -28,6 +28,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from ...errors import shortened
 from ...results.store.records import CellConfig, CellMetrics, Record, ScoreRecord
 
 
@@ -222,18 +223,19 @@ class Bars(Lines):
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
-        self.bars = Progress(
+        # The latest score goes first where the terminal is narrow, then the end of a label; never a number.
+        self.spare = console.width - _NUMBERS
+        columns = [
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
             _Rate(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[score]}"),
-            console=console,
-            transient=True,
-        )
+        ]
+        columns += [TextColumn("{task.fields[score]}")] if self.spare >= 2 * _SCORE else []
+        self.bars = Progress(*columns, console=console, transient=True)
         self.total: TaskID | None = None
         self.open: dict[str, TaskID] = {}
         self.ended = 0
@@ -256,9 +258,9 @@ class Bars(Lines):
     def cell_started(self, event: CellStarted) -> None:
         cell = event.cell
         self._close(cell)  # another worker may have begun it
-        self.open[cell.folder] = self.bars.add_task(
-            escape(f"{cell.label} · {cell.task}"), total=cell.questions, score=""
-        )
+        room = self.spare - _SCORE if self.spare >= 2 * _SCORE else self.spare
+        name = shortened(f"{cell.label} · {cell.task}", max(room - 3, 12))
+        self.open[cell.folder] = self.bars.add_task(escape(name), total=cell.questions, score="")
 
     def progress(self, event: Answered) -> None:
         bar = self.open[event.cell.folder]
@@ -294,6 +296,10 @@ class Bars(Lines):
     def _advance(self, questions: float) -> None:
         if self.total is not None and questions:
             self.bars.advance(self.total, questions)
+
+
+_NUMBERS, _SCORE = 62, 40
+"""Columns of a terminal that the bars' numbers take at most, and those that the latest score takes."""
 
 
 class _Rate(ProgressColumn):

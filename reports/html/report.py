@@ -20,7 +20,7 @@ from ...errors import DataError
 from ...results.figures.plots import PLOTS
 from ...results.store.stage_records import StageRecord
 from ...results.tables import summary
-from ...results.tables.columns import Column, columns
+from ...results.tables.columns import Column, TableLook, columns
 from ...results.tables.notes import heading, notes
 from ...results.tables.tables import MethodRow, ResultTable
 from ..question_image import ImageSource, no_images
@@ -94,7 +94,7 @@ def _section(
         "verdicts": summary.verdicts(table),
         "budgets": summary.by_group(table),
         "table": _grid(table),
-        "notes": notes(table, columns(table), "Bold"),
+        "notes": notes(table, columns(table), TableLook("Bold")),
         "figures": _figures(table, prefix),
         "methods": method_cards(table, about),
         "questions": question_cards(chosen, table, images),

@@ -13,8 +13,9 @@ from ..statistics.inference import DENSE
 from ..tables.columns.costs import compute_unit
 from ..tables.notes import origin, questions
 from ..tables.tables import MethodRow, ResultTable
+from ..tables.titles import row_title
 from .captions import counted, timed
-from .style import BESIDE, SMALL, caption, wrap
+from .style import BESIDE, SCREEN, SMALL, Look, caption, wrap
 
 # Title, colour and hatch of each component of compute; the lightest lie between the darkest.
 _COMPONENTS = {
@@ -28,14 +29,19 @@ _COMPONENTS = {
 }
 
 
-def by_component(table: ResultTable) -> Figure:
+def by_component(table: ResultTable, look: Look = SCREEN) -> Figure:
     """A bar for each row, in its components; beside it, where something was timed, the prefill's time."""
     unit, name = compute_unit(table)
     was_timed = any(row.prefill for row in table.rows)
-    labels = [wrap("dense" if row.label == DENSE else row.label.replace(",", ", "), 34) for row in table.rows]
+    named = [(row_title(row) if look.width else "dense" if row.label == DENSE else row.label) for row in table.rows]
+    labels = [wrap(name.replace(",", ", ").replace("  ", " "), 24 if look.narrow else 34) for name in named]
     lines = sum(1 + 0.5 * label.count("\n") for label in labels)
-    figure = Figure(figsize=(9.6 if was_timed else 6.8, 2.2 + 0.3 * lines), layout="constrained")
-    places = figure.subplots(1, 1 + was_timed, sharey=True, squeeze=False, width_ratios=[3, 2][: 1 + was_timed])[0]
+    wide, high = look.width or (9.6 if was_timed else 6.8), (2.2 + 0.3 * lines) * (0.7 if look.width else 1)
+    figure = Figure(figsize=(wide, high * (1 + (was_timed and look.narrow))), layout="constrained")
+    if look.narrow:
+        places = figure.subplots(1 + was_timed, 1, squeeze=False)[:, 0]
+    else:
+        places = figure.subplots(1, 1 + was_timed, sharey=True, squeeze=False, width_ratios=[3, 2][: 1 + was_timed])[0]
     heights, ends = np.arange(len(labels)), np.zeros(len(labels))
     for part in dict.fromkeys(part for row in table.rows for part in row.components):
         title, colour, hatch = _COMPONENTS.get(part, (part, "#BBBBBB", "++++"))
@@ -46,14 +52,16 @@ def by_component(table: ResultTable) -> Figure:
         ends += sizes
     for height, row in zip(heights, table.rows, strict=True):
         places[0].annotate(f"{row.macs / unit:#.3g}", (ends[height], height), **BESIDE, **SMALL)
-    places[0].set(yticks=heights, yticklabels=labels, xlabel=f"compute of a prefill, {name}")
-    places[0].set(xlim=(0, 1.14 * ends.max()), ylim=(len(labels) - 0.4, -0.6))
+    places[0].set(xlabel=f"compute of a prefill, {name}", xlim=(0, 1.14 * ends.max()))
     if was_timed:
         _times(places[1], table.rows)
     for place in places:
+        place.set(yticks=heights, yticklabels=labels, ylim=(len(labels) - 0.4, -0.6))
+        if not look.narrow:
+            place.label_outer()
         place.grid(axis="y", visible=False)
-    figure.legend(loc="outside upper center", ncols=4)
-    caption(figure, [questions(table), counted(table), timed(table), origin(table)])
+    figure.legend(loc="outside upper center", ncols=2 if look.narrow else 4)
+    caption(figure, [questions(table), counted(table), timed(table), origin(table)], look)
     return figure
 
 

@@ -16,29 +16,29 @@ from ..store.records import CONTROL
 from ..tables.notes import origin, questions
 from ..tables.tables import MethodRow, ResultTable
 from .series import series
-from .style import COLOURS, LINES, SMALL, caption, grid, wrap
+from .style import COLOURS, LINES, SCREEN, SMALL, Look, caption, grid, wrap
 
 
-def by_layer(table: ResultTable) -> Figure:
+def by_layer(table: ResultTable, look: Look = SCREEN) -> Figure:
     """One panel a method, its budgets labelled where their lines end; the dense model's line in all of them."""
     dense = next((row for row in table.rows if row.method == DENSE), None)
     groups = [one for one in series(table.rows) if one.method not in (DENSE, CONTROL)] or series(table.rows)
-    figure, places = grid(len(groups), most=3, size=(3.4, 2.1))
+    figure, places = grid(len(groups), 3, (3.4, 2.1), look)
     most = max(max(row.tokens.per_layer) for row in table.rows)
     for place, group in zip(places, groups, strict=True):
         if dense is not None and dense not in group.rows:
             _staircase(place, dense, color="#AAAAAA", linestyle=LINES[2], label="dense")
-        ends = _apart([row.tokens.last for row in group.rows], 0.11 * most)
+        ends = _apart([row.tokens.last for row in group.rows], (0.11 if look.width is None else 0.19) * most)
         for index, (row, name, end) in enumerate(zip(group.rows, group.names, ends, strict=True)):
-            look = {"color": COLOURS[index % len(COLOURS)], "linestyle": LINES[index % len(LINES)]}
-            _staircase(place, row, **look, label=row.label)
+            line = {"color": COLOURS[index % len(COLOURS)], "linestyle": LINES[index % len(LINES)]}
+            _staircase(place, row, **line, label=row.label)
             said = f"{name} (T {row.tokens.mean:.1f})" if name else f"T {row.tokens.mean:.1f}"
             text = "\n".join(textwrap.wrap(said, 30))
             place.annotate(
-                text, (1.02, end), xycoords=("axes fraction", "data"), **SMALL, va="center", color=look["color"]
+                text, (1.02, end), xycoords=("axes fraction", "data"), **SMALL, va="center", color=line["color"]
             )
         place.set(
-            title=wrap(group.label, 40),
+            title=wrap(look.method(group.label, group.method), 40),
             xlabel="decoder layer",
             ylabel="visual tokens",
             ylim=(-0.04 * most, 1.06 * most),
@@ -52,6 +52,7 @@ def by_layer(table: ResultTable) -> Figure:
             questions(table),
             origin(table),
         ],
+        look,
     )
     return figure
 

@@ -13,7 +13,7 @@ from ..tables.tables import ResultTable
 from .components import by_component, component_figures
 from .layers import by_layer, layer_figures
 from .scores import against_compute, against_prefill, point_figures, prefill_ms
-from .style import styled
+from .style import SCREEN, Look, styled
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class Plot:
 
     name: str
     title: str
-    painter: Callable[[ResultTable], Figure]
+    painter: Callable[[ResultTable, Look], Figure]
     numbers: Callable[[ResultTable], list[dict[str, Any]]]
 
-    def draw(self, table: ResultTable) -> Figure:
+    def draw(self, table: ResultTable, look: Look = SCREEN) -> Figure:
         """The figure. Raises :class:`DataError` if the table does not hold its numbers."""
-        with styled():
-            return self.painter(table)
+        with styled(look):
+            return self.painter(table, look)
 
 
 PLOTS = (
@@ -50,8 +50,8 @@ PLOTS = (
 KINDS = {plot.name: plot for plot in PLOTS}
 
 
-def draw(table: ResultTable, kind: str) -> Figure:
+def draw(table: ResultTable, kind: str, look: Look = SCREEN) -> Figure:
     """The figure ``kind`` (one of :data:`KINDS`). Raises :class:`DataError` if the table does not hold its numbers."""
     if kind not in KINDS:
         raise OptionError(f"unknown kind of plot {kind!r}; {suggest(kind, KINDS)}")
-    return KINDS[kind].draw(table)
+    return KINDS[kind].draw(table, look)

@@ -20,7 +20,7 @@ from ..tables.notes import origin, questions
 from ..tables.tables import MethodRow, ResultTable
 from .captions import counted, timed
 from .series import Series, series
-from .style import COLOURS, LINES, caption, grid
+from .style import COLOURS, LINES, SCREEN, Look, caption, grid
 
 _MARKERS = "osD^vPX<>hp"  # as many as share no divisor with the colours: 66 pairs
 
@@ -45,17 +45,17 @@ class ScorePanel:
     points: list[ScorePoint]
 
 
-def against_compute(table: ResultTable) -> Figure:
+def against_compute(table: ResultTable, look: Look = SCREEN) -> Figure:
     """Scores against executed multiply-adds."""
     unit, name = compute_unit(table)
-    return _plane(table, f"compute of a prefill, {name}", lambda row: row.macs / unit, counted(table))
+    return _plane(table, f"compute of a prefill, {name}", lambda row: row.macs / unit, counted(table), look)
 
 
-def against_prefill(table: ResultTable) -> Figure:
+def against_prefill(table: ResultTable, look: Look = SCREEN) -> Figure:
     """Scores against measured prefill times. Raises :class:`DataError` where nothing was timed."""
     if not any(row.prefill for row in table.rows):
         raise DataError("nothing was timed: run the sweep with timing, such as timing: {repeats: 20}")
-    return _plane(table, "prefill, median ms", prefill_ms, timed(table))
+    return _plane(table, "prefill, median ms", prefill_ms, timed(table), look)
 
 
 def prefill_ms(row: MethodRow) -> float:
@@ -72,29 +72,34 @@ def point_figures(table: ResultTable, name: str, cost: Callable[[MethodRow], flo
     ]
 
 
-def _plane(table: ResultTable, axis: str, cost: Callable[[MethodRow], float], note: str) -> Figure:
+def _plane(table: ResultTable, axis: str, cost: Callable[[MethodRow], float], note: str, look: Look) -> Figure:
     """One panel a task, and one for the share of the dense scores that is retained over all of them."""
     panels = [panel for panel in panels_of(table, cost) if panel.points]
     if not panels:
         raise DataError("no row has both a score and a cost: nothing to plot")
     groups = series(table.rows)
     size = (4.2, 3.4) if len(panels) == 1 else (3.2, 2.7)
-    figure, places = grid(len(panels), most=3, size=size, beside=2.4, least=0.22 * (len(groups) + 1))
+    figure, places = grid(len(panels), 3, size, look, beside=2.4, least=0.22 * (len(groups) + 1))
     for place, panel in zip(places, panels, strict=True):
         best, most = front(panel.points), max(p.x for p in panel.points)
         place.plot([*(p.x for p in best), most], [*(p.y for p in best), best[-1].y], **_FRONT, zorder=1)
         for index, group in enumerate(groups):
             _trace(place, [p for p in panel.points if any(p.row is row for row in group.rows)], _look(groups, index))
-        place.set(title=panel.title, xlabel=axis, ylabel=panel.axis)
+        place.set(title=look.task(panel.title), xlabel=look.axis(axis), ylabel=look.axis(panel.axis))
         place.margins(0.08)
     handles = [Line2D([], [], **_look(groups, index)) for index in range(len(groups))]
-    figure.legend(handles=[*handles, Line2D([], [], **_FRONT)], loc="outside right upper", handlelength=3)
-    caption(figure, [questions(table), _bars(table, panels), note, origin(table)])
+    for handle, group in zip(handles, groups, strict=True):
+        handle.set_label(look.method(str(handle.get_label()), group.method))
+    where: dict[str, Any] = {"loc": "outside right upper", "handlelength": 3}
+    if look.width is not None:
+        where = {"loc": "outside upper center", "ncols": max(int(look.width / 1.4), 1), "handlelength": 2}
+    figure.legend(handles=[*handles, Line2D([], [], **_FRONT)], **where)
+    caption(figure, [questions(table), _bars(table, panels), note, origin(table)], look)
     return figure
 
 
 _FRONT: dict[str, Any] = {
-    "label": "Pareto front", "color": "#F0E442", "linewidth": 4.5, "drawstyle": "steps-post", "solid_capstyle": "round"
+    "label": "Pareto front", "color": "#999999", "linewidth": 0.9, "drawstyle": "steps-post"
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ...errors import DataError, OptionError
+from ..tables.titles import method_title, task_title
 
-FORMATS = ("png", "svg")
+FORMATS = ("png", "svg", "pdf")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 SMALL: dict[str, Any] = {"fontsize": 7.5}
@@ -36,42 +38,87 @@ _STYLE = {
     "hatch.linewidth": 0.5,
     "legend.frameon": False,
     "svg.hashsalt": "visibench",
+    "pdf.fonttype": 42,  # outlines that journals take
     "text.parse_math": False,  # a label may hold a $
 }
 
 
-def styled() -> AbstractContextManager[None]:
+@dataclass(frozen=True)
+class Look:
+    """``width`` in inches, for a place in a paper: small type, display names; None: as wide as the figure likes.
+
+    ``notes``: a caption says below the figure what its numbers are.
+    """
+
+    width: float | None = None
+    notes: bool = True
+
+    @property
+    def narrow(self) -> bool:
+        """Whether there is room for one of two things that else stand beside each other."""
+        return self.width is not None and self.width < 5
+
+    def task(self, name: str) -> str:
+        """What a task is called."""
+        return name if self.width is None else task_title(name)
+
+    def axis(self, text: str) -> str:
+        """What stands along an axis."""
+        return text if self.width is None else wrap(text, 24)
+
+    def method(self, label: str, name: str) -> str:
+        """What a series of a method is called; ``label``: what the run calls it."""
+        if self.width is None:
+            return label
+        title = method_title(name)
+        return title if label in (name, "dense") else label.replace(name, title, 1)
+
+
+SCREEN = Look()
+
+
+def styled(look: Look = SCREEN) -> AbstractContextManager[None]:
     """Within: figures are drawn and written in the style of this module."""
-    return matplotlib.style.context(["default", _STYLE])
+    small = {"font.size": 7, "axes.titlesize": 7.5, "axes.linewidth": 0.6, "lines.markersize": 4}
+    return matplotlib.style.context(["default", _STYLE | (small if look.width else {})])
 
 
 def check(file: Path) -> str:
     """The format of a figure's file. Raises :class:`OptionError` for a name that says none."""
     form = file.suffix[1:].lower()
     if form not in FORMATS:
-        raise OptionError(f"cannot write {str(file)!r}: its name must end in .png or .svg")
+        raise OptionError(f"cannot write {str(file)!r}: its name must end in .png, .svg or .pdf")
     return form
 
 
 def save(figure: Figure, file: Path) -> None:
-    """Write the figure as PNG or SVG, by the file's name, without a date."""
+    """Write the figure as PNG, SVG or PDF, by the file's name, without a date."""
     form = check(file)
+    dates: dict[str, dict[str, None]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with styled():
-            figure.savefig(file, format=form, dpi=200, metadata={"Date": None} if form == "svg" else None)
+            figure.savefig(file, format=form, dpi=200, metadata=dates.get(form))
     except OSError as error:
         raise DataError(f"cannot write {file}: {error.strerror or error}") from error
 
 
 def grid(
-    places: int, most: int, size: tuple[float, float], beside: float = 0.0, least: float = 0.0
+    places: int, most: int, size: tuple[float, float], look: Look, beside: float = 0.0, least: float = 0.0
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with so many ``places`` of ``size`` inches, ``most`` a row, room ``beside``, and ``least`` high."""
+    """A figure with so many ``places`` of ``size`` inches, ``most`` a row, room ``beside``, and ``least`` high.
+
+    A look with a width has places of half the size and more, as many a row as fit, and nothing beside them.
+    """
     columns = min(places, most)
+    if look.width is not None:
+        columns = min(places, max(int(look.width / (size[0] / 2)), 1))
+        columns = -(-places // -(-places // columns))  # no fuller a row than it must be
+        size, beside, least = (look.width / columns, 0.62 * size[1]), 0.0, 0.0
     rows = -(-places // columns)
+    wide = look.width or max(columns * size[0] + beside, 5.6)
     figure = Figure(
-        figsize=(max(columns * size[0] + beside, 5.6), max(rows * size[1], least) + 1.0), layout="constrained"
+        figsize=(wide, max(rows * size[1], least) + (1.0 if look.width is None else 0.5)), layout="constrained"
     )
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for unused in axes[places:]:
@@ -79,8 +126,10 @@ def grid(
     return figure, list(axes[:places])
 
 
-def caption(figure: Figure, parts: Iterable[str]) -> None:
-    """Notes below the figure, as wide as it is."""
+def caption(figure: Figure, parts: Iterable[str], look: Look = SCREEN) -> None:
+    """Notes below the figure, as wide as it is, where its ``look`` has some."""
+    if not look.notes:
+        return
     lines = [line for part in parts if part for line in textwrap.wrap(part, int(15.5 * figure.get_figwidth()))]
     figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=7.5, color="#333333")
 

@@ -27,17 +27,18 @@ _COLUMN = 46  # points from one to the next
 _BAR, _STRIP = 0.56, 0.1  # heights; rows are 1 apart
 
 
-def draw(profile: Profile) -> Figure:
+def draw(profile: Profile, look: style.Look = style.SCREEN) -> Figure:
     """A panel for each batch size and length, with a bar for each of its rows."""
     panels = profile.together()
     labels = [[style.wrap(row.method.replace(",", ", "), 34) for row in rows] for rows in panels]
     lines = max(sum(1 + 0.45 * label.count("\n") for label in texts) for texts in labels)
-    with style.styled():
-        figure, places = style.grid(len(panels), most=1 if len(panels) < 4 else 2, size=(8.6, 1.1 + 0.34 * lines))
+    with style.styled(look):
+        most = 1 if len(panels) < 4 or look.width else 2
+        figure, places = style.grid(len(panels), most, (8.6, 1.1 + 0.34 * lines), look)
         for place, rows, texts in zip(places, panels, labels, strict=True):
             _panel(place, rows, texts)
         figure.legend(handles=_handles(profile), loc="outside upper center", ncols=3)
-        style.caption(figure, _notes(profile))
+        style.caption(figure, _notes(profile), look)
     return figure
 
 

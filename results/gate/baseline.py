@@ -59,10 +59,18 @@ class BaselineCell(Record):
 
 
 class Questions(Record):
-    """The questions of a task: their numbers, and the hash of prompts, targets and pixels."""
+    """The questions of a task: their numbers, and the hash of prompts, targets and pixels; ``hashes``: of each.
+
+    Early baselines lack the latter.
+    """
 
     doc_ids: list[int]
     data_hash: str
+    hashes: tuple[str, ...] = ()
+
+    def same(self, other: Questions) -> bool:
+        """Whether both are the same questions."""
+        return (self.doc_ids, self.data_hash) == (other.doc_ids, other.data_hash)
 
 
 class Baseline(Record):
@@ -85,7 +93,7 @@ def baseline_of(cells: Sequence[Cell]) -> Baseline:
     questions: dict[str, Questions] = {}
     for name, cell in run.items():
         task_questions = questions.setdefault(cell.config.task, asked_of(cell))
-        if task_questions != asked_of(cell) or model_of(cell.config) != model_of(first.config):
+        if not task_questions.same(asked_of(cell)) or model_of(cell.config) != model_of(first.config):
             raise DataError(f"{name} has another model or other questions than the rest: give the folder of one sweep")
         if cell.metrics.environment != first.metrics.environment:
             raise DataError(f"{name} ran with other versions or on another machine than the rest: run the sweep anew")
@@ -171,7 +179,65 @@ def model_of(config: CellConfig) -> str:
 
 def asked_of(cell: Cell) -> Questions:
     """The questions that a cell was asked."""
-    return Questions(doc_ids=samples_of(cell)["doc_id"].tolist(), data_hash=cell.metrics.data_hash)
+    samples = samples_of(cell)
+    parts = samples.reindex(columns=["doc_id", "prompt", "target", "image", "pixels"]).astype(str)
+    hashes = tuple(digest(list(row))[:12] for row in parts.itertuples(index=False)) if "pixels" in samples else ()
+    return Questions(doc_ids=samples["doc_id"].tolist(), data_hash=cell.metrics.data_hash, hashes=hashes)
+
+
+def restricted(baseline: Baseline, cells: Sequence[Cell]) -> tuple[Baseline, str]:
+    """A baseline of what ``cells`` are of it, and in words what that leaves out.
+
+    Raises :class:`DataError` where they hold questions that are not in the baseline.
+    """
+    run = by_name(cells)
+    kept = [stored for stored in baseline.cells if name_of(stored.config) in run]
+    questions = {stored.config.task: asked_of(run[name_of(stored.config)]) for stored in kept}
+    places = {task: _places(task, asked, baseline.questions[task]) for task, asked in questions.items()}
+    cut = [_cut(stored, run[name_of(stored.config)], places[stored.config.task]) for stored in kept]
+    fewer = {task: (len(places[task]), len(baseline.questions[task].doc_ids)) for task in questions}
+    told = [f"{len(baseline.cells) - len(cut)} of {len(baseline.cells)} cells"] * (len(cut) < len(baseline.cells))
+    told += [
+        f"{whole - asked} of {whole} questions of {task}" for task, (asked, whole) in fewer.items() if asked < whole
+    ]
+    return baseline.model_copy(update={"cells": cut, "questions": questions}), ", ".join(told)
+
+
+def _places(task: str, asked: Questions, known: Questions) -> list[int]:
+    """Where the questions ``asked`` stand among those ``known``."""
+    if asked.same(known):
+        return [*range(len(known.doc_ids))]
+    if not asked.hashes or not known.hashes:
+        raise DataError("baseline or run is of an earlier visibench and knows no single questions: make both anew")
+    at = {key: place for place, key in enumerate(zip(known.doc_ids, known.hashes, strict=True))}
+    missing = [key for key in zip(asked.doc_ids, asked.hashes, strict=True) if key not in at]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(asked.doc_ids)} questions of {task} are not in the baseline (first: number "
+            f"{missing[0][0]}): ask a part of its questions"
+        )
+    return [at[key] for key in zip(asked.doc_ids, asked.hashes, strict=True)]
+
+
+def _cut(stored: BaselineCell, cell: Cell, places: list[int]) -> BaselineCell:
+    """A cell of the baseline with the questions at some ``places``, its scores those of these."""
+    answers, scores, prefill = (
+        [column[place] for place in places] for column in (stored.answers, stored.scores, stored.prefill)
+    )
+    samples = samples_of(cell).assign(answer=answers, score=scores)
+    metrics = [
+        score.model_copy(update={"value": measure(score.key, [samples], score.maximum).value})
+        for score in stored.metrics
+    ]
+    return stored.model_copy(
+        update={
+            "config": stored.config.model_copy(update={"limit": cell.config.limit}),
+            "metrics": metrics,
+            "answers": answers,
+            "scores": scores,
+            "prefill": prefill,
+        }
+    )
 
 
 def samples_of(cell: Cell) -> pd.DataFrame:

@@ -38,6 +38,7 @@ from .baseline import (
     model_of,
     name_of,
     prefills_of,
+    restricted,
     samples_of,
 )
 
@@ -114,7 +115,8 @@ class CellChange:
 class Report:
     """The outcome of the gate. ``whole``: mean scores of the run, as shares of the best, ``before`` and ``now``.
 
-    ``tests``: of cells × metrics. ``notes``: what differs and does not count.
+    ``tests``: of cells × metrics. ``notes``: what differs and does not count. ``left_out``: of the baseline, what the
+    run does not hold, in words.
     """
 
     passed: bool
@@ -122,13 +124,17 @@ class Report:
     whole: MetricChange
     cells: list[CellChange]
     notes: list[str]
+    left_out: str = ""
 
 
-def check(cells: Sequence[Cell], baseline: Baseline) -> Report:
-    """Compare a run with a baseline.
+def check(cells: Sequence[Cell], baseline: Baseline, *, subset: bool = False) -> Report:
+    """Compare a run with a baseline; ``subset``: with what the run holds of the baseline's cells and questions.
 
     Raises :class:`DataError` unless both hold the same cells of the same model with the same settings and questions.
     """
+    left_out = ""
+    if subset:
+        baseline, left_out = restricted(baseline, cells)
     run, stored = by_name(cells), {name_of(cell.config): cell for cell in baseline.cells}
     _same_cells(run, stored)
     pairs = []
@@ -158,7 +164,7 @@ def check(cells: Sequence[Cell], baseline: Baseline) -> Report:
     ]
     whole = _whole([(before.config.task, then, now) for _, before, then, now in pairs])
     passed = not whole.verdict.dropped and not any(change.failed for change in changes)
-    return Report(passed, len(scores), whole, changes, _notes(baseline, run))
+    return Report(passed, len(scores), whole, changes, _notes(baseline, run), left_out)
 
 
 def drops_of_cells(pairs: Sequence[tuple[Measured, Measured]]) -> list[DropTest]:
@@ -251,7 +257,7 @@ def _same_experiment(name: str, before: BaselineCell, cell: Cell, questions: Que
     for key in old:
         if key in new and old[key] != new[key]:
             raise DataError(f"{name} ran with {key} {new[key]}, the baseline with {old[key]}: set it so; {IF_MEANT}")
-    if asked_of(cell) != questions:
+    if not asked_of(cell).same(questions):
         raise DataError(
             f"{name} was asked other questions than the baseline (data hash {cell.metrics.data_hash}, there "
             f"{questions.data_hash}): run on the same data; {IF_MEANT}"

@@ -246,9 +246,9 @@ def _spelled(value: Any) -> str:
     return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def render(comparison: PublishedComparison, form: str = "text") -> str:
-    """The comparison in the format ``text``, ``md``, ``csv`` or ``json``."""
-    return formatted(form, lambda: [_grid(comparison)], lambda: _records(comparison))
+def render(comparison: PublishedComparison, form: str = "text", width: int | None = None) -> str:
+    """The comparison in the format ``text``, ``md``, ``csv`` or ``json``; ``width``: columns of a terminal for text."""
+    return formatted(form, lambda: [_grid(comparison)], lambda: _records(comparison), width)
 
 
 def _records(comparison: PublishedComparison) -> list[dict[str, Any]]:

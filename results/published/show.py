@@ -5,15 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table as RichTable
-
 from ...errors import OptionError, suggest
+from ...utils.rows import laid_out
 from ..tables.render import unformulated
 from . import Figure, in_order, vocabulary
 
@@ -32,15 +30,20 @@ class Grid:
     left: int = 2
 
 
-def render(selected: Sequence[Figure], form: str = "text") -> str:
-    """All figures in the format ``text``, ``md``, ``csv`` or ``json``."""
-    return formatted(form, lambda: _grids(selected), lambda: [record(figure) for figure in in_order(selected)])
+def render(selected: Sequence[Figure], form: str = "text", width: int | None = None) -> str:
+    """All figures in the format ``text``, ``md``, ``csv`` or ``json``; ``width``: columns of a terminal for text."""
+    return formatted(form, lambda: _grids(selected), lambda: [record(figure) for figure in in_order(selected)], width)
 
 
-def formatted(form: str, grids: Callable[[], list[Grid]], records: Callable[[], list[dict[str, Any]]]) -> str:
+def formatted(
+    form: str,
+    grids: Callable[[], list[Grid]],
+    records: Callable[[], list[dict[str, Any]]],
+    width: int | None = None,
+) -> str:
     """Grids as text or Markdown, records as CSV or JSON. Raises :class:`OptionError` for another format."""
     forms: dict[str, Callable[[], str]] = {
-        "text": lambda: "\n".join(map(_text, grids())),
+        "text": lambda: "\n".join(_text(grid, width) for grid in grids()),
         "md": lambda: "\n\n".join(map(_markdown, grids())),
         "csv": lambda: _csv(records()),
         "json": lambda: json.dumps(records(), indent=1, ensure_ascii=False),
@@ -135,21 +138,12 @@ def _convention(figure: Figure) -> str:
     return f"{quantity.title}, {quantity.unit}: {figure.table.conventions[figure.name]}."
 
 
-def _text(grid: Grid) -> str:
-    # Wider than any table: a terminal that is too narrow wraps lines, where rich would cut figures off.
-    console = Console(file=io.StringIO(), width=1000, no_color=True)
-    table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
-    words = [*range(grid.left), *(number for number, head in enumerate(grid.header) if head in ("source", "notes"))]
-    for number, title in enumerate(grid.header):
-        table.add_column(title, justify="left" if number in words else "right", no_wrap=True)
-    for line in grid.lines:
-        table.add_row(*line)
-    parts: list[str | RichTable] = [grid.title, *([table] if grid.lines else []), *filter(None, grid.notes)]
-    for part in parts:
-        console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
-    stream = console.file
-    assert isinstance(stream, io.StringIO)
-    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
+def _text(grid: Grid, width: int | None) -> str:
+    words = [*grid.header[: grid.left], "source", "notes"]
+    right = [head for head in grid.header if head not in words]
+    table = [laid_out(grid.header, grid.lines, width, right)] if grid.lines else []
+    notes = [note if width is None else textwrap.fill(note, width) for note in grid.notes if note]
+    return "\n\n".join([grid.title, *table, "\n".join(notes)]).rstrip() + "\n"
 
 
 def _markdown(grid: Grid) -> str:

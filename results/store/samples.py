@@ -34,6 +34,7 @@ COLUMNS = (
     "batch_questions",
     "places",
     "batch_macs",
+    "pixels",
 )
 """Columns of ``samples.parquet`` in their order; :mod:`visibench.evals.answers.cell` adds ``dense_agreement``, whether
 the answer is the dense model's (bool, null where that is not known)."""

@@ -6,7 +6,7 @@ import html
 from collections.abc import Sequence
 from itertools import zip_longest
 
-from .columns import Column, TableEntry
+from .columns import Column, TableEntry, TableLook
 from .notes import heading, notes
 from .tables import MethodRow, ResultTable
 
@@ -35,6 +35,7 @@ _LATEX = str.maketrans(
 )
 
 
+BOLD = TableLook("Bold")
 STYLE = """\
 .results { font: 14px/1.4 system-ui, sans-serif; color: #1b1b1b; overflow-x: auto; margin-bottom: 2em; }
 .results table { border-collapse: collapse; border-top: 2px solid; border-bottom: 2px solid; }
@@ -50,16 +51,16 @@ STYLE = """\
 """What :func:`html_table` needs of a page's style sheet."""
 
 
-def latex(tables: Sequence[ResultTable], chosen: Sequence[Sequence[Column]]) -> str:
+def latex(tables: Sequence[ResultTable], chosen: Sequence[Sequence[Column]], shown: TableLook = BOLD) -> str:
     """A floating table each, for a document that uses ``booktabs`` and ``graphicx``; wide ones shrink to the page."""
     parts = [
-        _latex_table(table, columns, place, len(tables))
+        _latex_table(table, columns, place, len(tables), shown)
         for place, (table, columns) in enumerate(zip(tables, chosen, strict=True), 1)
     ]
     return "\n\n".join([r"% \usepackage{booktabs,graphicx}", *parts])
 
 
-def _latex_table(table: ResultTable, chosen: Sequence[Column], place: int, tables: int) -> str:
+def _latex_table(table: ResultTable, chosen: Sequence[Column], place: int, tables: int, shown: TableLook) -> str:
     body = []
     for title, rows in table.grouped():
         body += [r"\midrule"]
@@ -67,7 +68,7 @@ def _latex_table(table: ResultTable, chosen: Sequence[Column], place: int, table
             body += [rf"\multicolumn{{{len(chosen)}}}{{l}}{{\emph{{{escaped(title)}}}}} \\"]
         body += [" & ".join(_latex_entry(column.show(row)) for column in chosen) + r" \\" for row in rows]
     titles = zip_longest(*(column.title.split("\n") for column in chosen), fillvalue="")
-    lines = [*(f"{line}." for line in heading(table, place, tables)), *notes(table, chosen, "Bold")]
+    lines = [*(f"{line}." for line in heading(table, place, tables)), *notes(table, chosen, shown)]
     return "\n".join(
         [
             r"\begin{table*}",
@@ -82,9 +83,7 @@ def _latex_table(table: ResultTable, chosen: Sequence[Column], place: int, table
             *body,
             r"\bottomrule",
             r"\end{tabular}}",
-            r"\begin{flushleft}\footnotesize",
-            escaped(" ".join(lines)),
-            r"\end{flushleft}",
+            *([r"\begin{flushleft}\footnotesize", escaped(" ".join(lines)), r"\end{flushleft}"] if lines else []),
             r"\end{table*}",
         ]
     )
@@ -108,17 +107,19 @@ def escaped(text: str) -> str:
     return text.translate(_LATEX)
 
 
-def page(tables: Sequence[ResultTable], chosen: Sequence[Sequence[Column]]) -> str:
+def page(tables: Sequence[ResultTable], chosen: Sequence[Sequence[Column]], shown: TableLook = BOLD) -> str:
     """A page of HTML that stands alone: no script, nothing to load."""
     body = [
-        html_table(table, columns, place, len(tables))
+        html_table(table, columns, place, len(tables), shown)
         for place, (table, columns) in enumerate(zip(tables, chosen, strict=True), 1)
     ]
     head = f'<meta charset="utf-8">\n<title>visibench</title>\n<style>\n{STYLE}</style>'
     return "\n".join([f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>', *body, "</body>\n</html>"])
 
 
-def html_table(table: ResultTable, chosen: Sequence[Column], place: int = 1, tables: int = 1) -> str:
+def html_table(
+    table: ResultTable, chosen: Sequence[Column], place: int = 1, tables: int = 1, shown: TableLook = BOLD
+) -> str:
     """One table of so many ``tables`` with its notes as an HTML fragment, for pages that include :data:`STYLE`.
 
     ``chosen``: the columns to show, as :func:`~visibench.results.tables.columns.columns` gives them.
@@ -134,7 +135,7 @@ def html_table(table: ResultTable, chosen: Sequence[Column], place: int = 1, tab
         lines += ["<tr>" + "".join(_html_entry(column, row) for column in chosen) + "</tr>" for row in rows]
         lines += ["</tbody>"]
     return "\n".join(
-        [*lines, "</table>", *(f"<p>{html.escape(note)}</p>" for note in notes(table, chosen, "Bold")), "</div>"]
+        [*lines, "</table>", *(f"<p>{html.escape(note)}</p>" for note in notes(table, chosen, shown)), "</div>"]
     )
 
 

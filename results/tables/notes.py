@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..statistics.inference import BASELINES, DENSE, DOWNSAMPLE, POOLING, RANDOM
-from .columns import Column
+from .columns import Column, TableLook
 from .tables import MethodRow, ResultTable
 
 
@@ -17,13 +17,12 @@ def heading(table: ResultTable, place: int, tables: int) -> list[str]:
     return [f"Table {place} of {tables}, not to be compared with the others: {differs}"]
 
 
-def notes(table: ResultTable, chosen: Sequence[Column], bold: str) -> list[str]:
-    """Questions, what the ``chosen`` columns need, what was not run, and origin; nothing stands there twice.
-
-    ``bold``: how the best scores are marked.
-    """
+def notes(table: ResultTable, chosen: Sequence[Column], shown: TableLook) -> list[str]:
+    """Questions, what the ``chosen`` columns need, what was not run, and origin; nothing stands there twice."""
+    if not shown.notes:
+        return []
     lines = [questions(table), *(f"{task}: {q.note}." for task, q in table.questions.items() if q.note)]
-    lines += [note for column in chosen for note in column.notes(bold)]
+    lines += [note for column in chosen for note in column.notes(shown)]
     lines += _other_code(table)
     lines += [f"Remarks: {'; '.join(table.remarks)}."] if table.remarks else []
     return [*dict.fromkeys(lines), *_sharing(table), *_baselines(table), *_protocol(table), origin(table)]

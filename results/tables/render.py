@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import re
+import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pydantic_core import to_json
@@ -16,7 +17,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from ...errors import OptionError, suggest
-from .columns import Column, TableEntry, choose, every
+from .columns import Column, TableEntry, TableLook, brief, choose, every
 from .formats import latex, page
 from .notes import heading, notes
 from .tables import MethodRow, ResultTable
@@ -26,8 +27,12 @@ _MARKUP = re.compile(r"[\\`*<\[~&]|(?<![^\W_])_|_(?![^\W_])")
 Chosen = Sequence[Sequence[Column]]
 
 
-def render(tables: list[ResultTable], form: str = "text", names: Sequence[str] | None = None) -> str:
+def render(
+    tables: list[ResultTable], form: str = "text", names: Sequence[str] | None = None, *, noted: bool = True
+) -> str:
     """All tables in a format of :data:`FORMATS`, with the columns ``names`` (None: by default) in their order.
+
+    ``noted`` False: without the notes, where the format has some.
 
     Raises :class:`OptionError` for an unknown format or column, and for a choice of columns in JSON, which holds all.
     """
@@ -35,24 +40,35 @@ def render(tables: list[ResultTable], form: str = "text", names: Sequence[str] |
         raise OptionError(f"unknown format {form!r}; {suggest(form, FORMATS)}")
     if form == "json" and names is not None:
         raise OptionError("JSON holds everything: choose columns with another format")
-    return FORMATS[form](tables, choose(tables, names, csv=form == "csv"))
+    return FORMATS[form](tables, choose(tables, names, csv=form == "csv"), TableLook("Bold", notes=noted))
 
 
-def fitted(tables: list[ResultTable], names: Sequence[str] | None, width: int | None) -> str:
+def fitted(
+    tables: list[ResultTable],
+    names: Sequence[str] | None,
+    width: int | None,
+    *,
+    wide: bool = False,
+    noted: bool = True,
+) -> str:
     """The text of all tables for a terminal of so many columns: a table that is wider stands there in parts.
 
-    None: for a file, as wide as the tables are.
+    A terminal has the short form, values with one mark, unless columns are named or ``wide`` asks for all of them with
+    their intervals, as a file has them (``width`` None).
     """
-    return _text(tables, choose(tables, names), width)
+    if names is None and width is not None and not wide:
+        return _text(tables, brief(tables), width, TableLook("*", brief=True, notes=noted))
+    return _text(tables, choose(tables, names), width, TableLook("*", notes=noted))
 
 
-def _text(tables: list[ResultTable], chosen: Chosen, width: int | None = None) -> str:
+def _text(tables: list[ResultTable], chosen: Chosen, width: int | None, shown: TableLook) -> str:
     """``width`` None: as wide as the widest line."""
     # Wider than any table: a terminal that is too narrow would cut figures off.
     console = Console(file=io.StringIO(), width=1000, no_color=True)
     for place, (table, columns) in enumerate(zip(tables, chosen, strict=True), start=1):
-        parts: list[str | RichTable] = [*heading(table, place, len(tables)), *_grids(table, columns, width)]
-        for part in [*parts, *notes(table, columns, "*"), ""]:
+        parts: list[str | RichTable] = [*heading(table, place, len(tables)), *_grids(table, columns, width, shown)]
+        more = ["Intervals, other scores and costs: --wide, or --columns list."] * (shown.brief and shown.notes)
+        for part in [*parts, *notes(table, columns, shown), *more, ""]:
             wraps = width is not None and isinstance(part, str)
             soft = isinstance(part, str) and not wraps
             console.print(part, markup=False, highlight=False, soft_wrap=soft, width=width if wraps else None)
@@ -61,50 +77,72 @@ def _text(tables: list[ResultTable], chosen: Chosen, width: int | None = None) -
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
 
+def broken(text: str, width: int) -> str:
+    """A label in lines of so many characters, broken behind its commas and colons."""
+    lines = [""]
+    for part in re.split(r"(?<=,)|(?<=:)(?=\w+=)", text):
+        lines += [""] * bool(lines[-1] and len(lines[-1] + part) > width)
+        lines[-1] += part
+    return "\n".join(lines)
+
+
 @dataclass(frozen=True)
 class _Layout:
-    """How entries are spelled, in one line or several, and how wide a label may be."""
+    """How entries are spelled, in one line or several, and how wide a label may be. ``narrow``: titles wrap too."""
 
     spell: Callable[[TableEntry], str]
     label: int = _LABEL
+    narrow: bool = False
 
-    def lines(self, column: Column, row: MethodRow) -> str:
-        """What stands in a row; a label that is too long is broken behind its commas, where it has some."""
+    def entry(self, column: Column, row: MethodRow) -> str:
+        """What stands in a row; a label that is too long is broken."""
         text = self.spell(column.show(row))
-        if not column.words or len(text) <= self.label:
-            return text
-        lines = [""]
-        for part in re.split(r"(?<=,)", text):
-            lines += [""] * bool(lines[-1] and len(lines[-1] + part) > self.label)
-            lines[-1] += part
-        return "\n".join(lines)
+        return broken(text, self.label) if column.words else text
+
+    def title(self, table: ResultTable, column: Column) -> str:
+        """Of a column; a narrow one is no wider than its entries, if its words allow."""
+        if not self.narrow:
+            return column.title
+        entries = [line for row in table.rows for line in self.spell(column.show(row)).split("\n")]
+        room = max(map(len, [*entries, *column.title.split()]))
+        return "\n".join(line for part in column.title.split("\n") for line in textwrap.wrap(part, room))
 
     def width(self, table: ResultTable, column: Column) -> int:
         """Of a column, with what stands between two of them."""
         entries = [self.spell(column.show(row)) for row in table.rows]
         entries += [title for title, _ in table.grouped()] if column.words else []  # they stand in its place
-        longest = max(len(line) for text in (column.title, *entries) for line in text.split("\n"))
+        longest = max(len(line) for text in (self.title(table, column), *entries) for line in text.split("\n"))
         return (min(longest, self.label) if column.words else longest) + 3
 
 
-def _grids(table: ResultTable, columns: Sequence[Column], width: int | None) -> list[RichTable]:
-    """One grid or, where it is wider than ``width``, several with entries in two lines, each behind the labels."""
-    flat = _Layout(lambda entry: entry.text("{}*"))
-    if width is None or sum(flat.width(table, column) for column in columns) <= width:
-        return [_grid(table, columns, flat)]
-    stacked = _Layout(lambda entry: entry.stacked("{}*"), min(_LABEL, max(width // 3, 12)))
+def _layouts(width: int, shown: TableLook) -> list[_Layout]:
+    """Ways to lay out a table, the most spacious first; the last is also that of parts."""
+    label = min(_LABEL, max(width // 3, 12))
+    if shown.brief:
+        spell = lambda entry: entry.brief("{}*")  # noqa: E731
+        return [_Layout(spell), _Layout(spell, label, narrow=True)]
+    return [_Layout(lambda entry: entry.text("{}*")), _Layout(lambda entry: entry.stacked("{}*"), label)]
+
+
+def _grids(table: ResultTable, columns: Sequence[Column], width: int | None, shown: TableLook) -> list[RichTable]:
+    """One grid or, where it is wider than ``width``, several behind each other, each with the labels."""
+    layouts = _layouts(width or 0, shown)
+    for layout in layouts:
+        if width is None or sum(layout.width(table, column) for column in columns) <= width:
+            return [_grid(table, columns, layout)]
+    narrow = layouts[-1]
     words = [column for column in columns if column.words]
-    room = width - sum(stacked.width(table, column) for column in words)
+    room = (width or 0) - sum(narrow.width(table, column) for column in words)
     parts: list[list[Column]] = [[]]
     left = room
     for column in (column for column in columns if not column.words):
-        needs = stacked.width(table, column)
+        needs = narrow.width(table, column)
         if parts[-1] and needs > left:
             parts.append([])
             left = room
         parts[-1].append(column)
         left -= needs
-    return [_grid(table, [*words, *part], stacked) for part in parts]
+    return [_grid(table, [*words, *part], narrow) for part in parts]
 
 
 def _grid(table: ResultTable, columns: Sequence[Column], layout: _Layout) -> RichTable:
@@ -113,17 +151,17 @@ def _grid(table: ResultTable, columns: Sequence[Column], layout: _Layout) -> Ric
         if column.words:
             grid.add_column(column.title, max_width=layout.label, overflow="fold")
         else:
-            grid.add_column(column.title, justify="right", no_wrap=True)
+            grid.add_column(layout.title(table, column), justify="right", no_wrap=True)
     for title, rows in table.grouped():
         if title:
             grid.add_row()
             grid.add_row(Text(title))
         for row in rows:
-            grid.add_row(*(Text(layout.lines(column, row)) for column in columns))
+            grid.add_row(*(Text(layout.entry(column, row)) for column in columns))
     return grid
 
 
-def _markdown(tables: list[ResultTable], chosen: Chosen) -> str:
+def _markdown(tables: list[ResultTable], chosen: Chosen, shown: TableLook) -> str:
     parts = []
     for place, (table, columns) in enumerate(zip(tables, chosen, strict=True), start=1):
         grid = [[column.title for column in columns]]
@@ -134,7 +172,7 @@ def _markdown(tables: list[ResultTable], chosen: Chosen) -> str:
         lines = ["| " + " | ".join(entry.replace("|", r"\|") for entry in line) + " |" for line in grid]
         lines = [line.replace("\n", " ") for line in lines]
         parts.append(
-            "\n\n".join([*heading(table, place, len(tables)), "\n".join(lines), *notes(table, columns, "Bold")])
+            "\n\n".join([*heading(table, place, len(tables)), "\n".join(lines), *notes(table, columns, shown)])
         )
     return "\n\n".join(parts)
 
@@ -144,7 +182,7 @@ def _plain(column: Column, entry: str) -> str:
     return _MARKUP.sub(r"\\\g<0>", entry) if column.words else entry
 
 
-def _csv(tables: list[ResultTable], chosen: Chosen) -> str:
+def _csv(tables: list[ResultTable], chosen: Chosen, _: TableLook) -> str:
     rows = [
         {"table": place, "model": table.facts["model"]}
         | {key: value for column in columns for key, value in column.figures(row).items()}
@@ -164,12 +202,12 @@ def unformulated(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
-def _json(tables: list[ResultTable], _: Chosen) -> str:
+def _json(tables: list[ResultTable], _: Chosen, __: TableLook) -> str:
     return to_json({"tables": [as_json(table) for table in tables]}, indent=1, inf_nan_mode="null").decode()
 
 
-FORMATS: dict[str, Callable[[list[ResultTable], Chosen], str]] = {
-    "text": _text,
+FORMATS: dict[str, Callable[[list[ResultTable], Chosen, TableLook], str]] = {
+    "text": lambda tables, chosen, shown: _text(tables, chosen, None, replace(shown, best="*")),
     "md": _markdown,
     "latex": latex,
     "html": page,

@@ -1,16 +1,21 @@
 """What is printed fits a terminal, and cuts no number."""
 
+from io import StringIO
+
 import pandas as pd
 import pytest
 import visibench
 import yaml
+from rich.console import Console
 from storing import SAMPLES, config, put
 from visibench.commands import compare
 from visibench.commands.shared import spelled_p
+from visibench.evals.sweeps import events
 from visibench.results.store.records import ScoreRecord
 from visibench.results.store.store import Store
 from visibench.results.tables.render import fitted
 from visibench.results.tables.tables import build
+from visibench.utils.rows import laid_out
 
 ROOT = visibench.__path__[0]
 
@@ -70,3 +75,71 @@ def test_citation_and_workflow_can_be_read():
         assert yaml.safe_load(cff)["title"] == "visibench"
         (job,) = yaml.safe_load(workflow)["jobs"].values()
     assert job["steps"][-1]["run"] == ".ci/run"
+
+
+@pytest.mark.parametrize("columns", [80, 120, 200])
+def test_a_terminal_shows_scores_with_one_mark_and_a_note_for_that_alone(store, columns):
+    short = fitted(build(store.cells()), None, columns)
+    wide = fitted(build(store.cells()), None, columns, wide=True)
+    assert max(map(len, short.splitlines())) <= columns
+    (row,) = [line.split() for line in short.splitlines() if line.strip().startswith("fastv")]
+    assert row == ["fastv", "60.0", "↓d", "75.0", "12.0", "2.00"]
+    assert "interval" not in short.replace("Intervals, other scores and costs: --wide", "")
+    assert "95 % interval" in " ".join(wide.split())
+    assert len(short.splitlines()) < len(wide.splitlines())
+    bare = fitted(build(store.cells()), None, columns, noted=False)
+    assert bare == short[: len(bare)]
+    assert "Questions" not in bare
+
+
+def test_tables_come_without_notes_in_every_form(cli, store):
+    for form in ("text", "md", "latex", "html"):
+        code, out, _ = cli("table", str(store.root), "--format", form, "--no-notes")
+        assert code == 0
+        assert "60.0" in out
+        assert "Questions:" not in out
+
+
+def test_no_line_of_help_is_cut(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in ([], ["run"], ["sweep"], ["table"], ["wandb"], ["wandb", "sync"]):
+        code, out, _ = cli(*command, "-h")
+        assert code == 0
+        assert "..." not in out.partition("\n")[2]
+        assert not [line for line in out.splitlines() if line.endswith("…")]
+        assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("columns", [80, 120, 200])
+def test_bars_drop_the_latest_score_first_and_no_number(columns):
+    console = Console(file=StringIO(), force_terminal=True, width=columns)
+    names = {"model": "m", "method": "visipruner", "task": "textvqa_val", "seed": 0, "of": 2, "questions": 5000}
+    cell = events.Named(**names, label="visipruner:shallow_layers=4,layer_threshold=0.9", number=1, folder="f")
+    with events.Bars(console) as tell:
+        tell(events.ModelStarted(model="m", cells=2, done=0, questions=10000))
+        tell(events.CellStarted(cell=cell))
+        tell(events.Answered(cell=cell, answered=4321, seconds=1))
+        shown = Console(file=StringIO(), width=columns)
+        shown.print(tell.bars.make_tasks_table(tell.bars.tasks))
+    (line,) = [line for line in shown.file.getvalue().splitlines() if "5000" in line]
+    assert "4321/5000" in line
+    assert "left" in line
+    assert len(tell.bars.columns) == (8 if columns == 200 else 7)
+
+
+def test_rows_are_a_table_or_records_and_no_number_is_cut():
+    header, rows = ["name", "score\n%", "about"], [["one", "12.34", "some words that wrap"], ["two", "–", "few"]]
+    assert laid_out(header, rows, None, ["score\n%"]).splitlines() == [
+        "name  score  about", "          %", "one   12.34  some words that wrap", "two       –  few",
+    ]  # fmt: skip
+    assert "12.34  some words" in laid_out(header, rows, 24, ["score\n%"])
+    assert laid_out(header, rows, 16).splitlines() == [
+        "one",
+        "  score %  12.34",
+        "  about    some",
+        "           words",
+        "           that",
+        "           wrap",
+        "two",
+        "  about    few",
+    ]

@@ -85,7 +85,7 @@ def test_an_unchanged_run_passes_and_says_what_it_could_have_seen(cli, run, tmp_
     assert (code, err) == (0, "")
     code, out, err = cli("check", run.root, "--baseline", "b.json")
     assert (code, err) == (0, "")
-    assert "PASS: 3 cells keep and compute the same; no drop of a score is shown." in out
+    assert "PASS: 3 cells keep and compute the same; no drop of a score is shown; not seen would be one below" in out
     report = json.loads(cli("check", run.root, "--baseline", "b.json", "--json")[1])
     assert report["passed"]
     assert report["tests"] == 3
@@ -320,6 +320,27 @@ def test_other_cells_questions_and_metrics(run, right, stored, tmp_path, cli):
     assert_refused(cli("check", run.root, "--baseline", "b.json"), "scored by other")
     write(run, config("none"), samples(right["none"]), scores=[unknown.model_copy(update={"value": 0.123})])
     assert_refused(cli("check", run.root, "--baseline", "b.json", "--update"), "do not add up")
+
+
+def test_a_part_of_a_run_is_gated_against_the_whole_baseline(right, tmp_path, cli):
+    pixels = {label: samples(scores).assign(pixels="p") for label, scores in right.items()}
+    whole, part = Store(tmp_path / "whole"), Store(tmp_path / "part")
+    for label in LABELS:
+        write(whole, config(label), pixels[label])
+    for label in LABELS[:2]:
+        write(part, config(label, limit=90), pixels[label][:90], data_hash="of the first 90")
+    baselines.save(baselines.baseline_of(whole.cells()), tmp_path / "b.json")
+    assert_refused(cli("check", part.root, "--baseline", "b.json"), "lacks 1 of the baseline's 3 cells")
+    code, out, _ = cli("check", part.root, "--baseline", "b.json", "--subset")
+    assert code == 0
+    (told,) = [line for line in out.splitlines() if line.startswith("PASS")]
+    assert told.endswith("Not compared: 1 of 3 cells, 30 of 120 questions of gqa of the baseline.")
+    first = pixels["none"][:90].assign(score=0.0, answer="no")
+    write(part, config("none", limit=90), first, data_hash="of the first 90")
+    assert cli("check", part.root, "--baseline", "b.json", "--subset")[0] == 1
+    write(part, config("none", limit=90), first.assign(pixels="others"), data_hash="of others")
+    assert_refused(cli("check", part.root, "--baseline", "b.json", "--subset"), "90 of 90 questions of gqa are not in")
+    assert_refused(cli("check", part.root, "--baseline", "b.json", "--subset", "--update"), "leave --subset out")
 
 
 def test_a_folder_with_several_runs(run, right, stored, tmp_path, cli):

@@ -321,12 +321,12 @@ def test_a_terminal_shows_every_entry_within_its_width(store, width):
     full(store)
     put(store, config("visipruner", "gqa", label="visipruner:shallow_layers=4,layer_threshold=0.9"), 0.5)
     tables = build(store.cells())
-    text = fitted(tables, None, width)
+    text = fitted(tables, None, width, wide=True)
     assert max(map(len, text.splitlines())) <= width
     wide = render(tables)
     words, narrow = wide.split(), text.split()
     assert all(narrow.count(word) >= words.count(word) for word in set(words) if re.fullmatch(r"[−+]?\d+\.\d+", word))
-    assert fitted(tables, None, None) == fitted(tables, None, 1000) == wide
+    assert fitted(tables, None, None) == fitted(tables, None, 1000, wide=True) == wide
 
 
 def test_dense_scores_of_zero_are_left_out_and_named(store):

@@ -10,9 +10,21 @@ from importlib import import_module
 
 from ....errors import OptionError, suggest
 from ..tables import ResultTable
-from .column import COLUMNS, Column, Mark, TableEntry, add_column, spread
+from .column import COLUMNS, Column, Mark, TableEntry, TableLook, add_column, spread
 
-__all__ = ["COLUMNS", "Column", "Mark", "TableEntry", "add_column", "choose", "columns", "every", "listing", "spread"]
+__all__ = [
+    "COLUMNS",
+    "Column",
+    "Mark",
+    "TableEntry",
+    "TableLook",
+    "add_column",
+    "choose",
+    "columns",
+    "every",
+    "listing",
+    "spread",
+]
 
 for _module in ("scores", "controls", "costs", "times", "groups"):  # their columns stand in a table in this order
     import_module(f"{__name__}.{_module}")
@@ -27,6 +39,11 @@ def columns(table: ResultTable, *, csv: bool = False) -> list[Column]:
     """The columns that a table, or its ``csv``, has where none are named."""
     wanted = ("everywhere", "csv") if csv else ("everywhere",)
     return [column for column in every(table) if column.known and column.default in wanted]
+
+
+def brief(tables: Sequence[ResultTable]) -> list[list[Column]]:
+    """The columns of each table that stand in its short form: a score a task, tokens, compute."""
+    return [[column for column in columns(table) if column.brief] for table in tables]
 
 
 def choose(tables: Sequence[ResultTable], names: Sequence[str] | None, *, csv: bool = False) -> list[list[Column]]:

@@ -28,6 +28,15 @@ class Mark:
 
 
 @dataclass(frozen=True)
+class TableLook:
+    """How a table is shown: what marks the ``best``; ``brief``: one mark a value and no interval; with ``notes``."""
+
+    best: str
+    brief: bool = False
+    notes: bool = True
+
+
+@dataclass(frozen=True)
 class TableEntry:
     """What stands in a row. ``spread``: what follows the value, such as ``± 3.1`` or, of unequal sides, ``+0.9 −4.4``.
 
@@ -49,6 +58,10 @@ class TableEntry:
         """The entry in one line; ``bold`` with the value in place of {} where it is the best."""
         return " ".join([bold.format(self.value) if self.best else self.value, *self.behind, *map(str, self.marks)])
 
+    def brief(self, bold: str) -> str:
+        """The value with its first mark."""
+        return " ".join([bold.format(self.value) if self.best else self.value, *map(str, self.marks[:1])])
+
     def stacked(self, bold: str) -> str:
         """The same in two lines, for narrow columns: value and marks, and what stands behind below."""
         value = bold.format(self.value) if self.best else self.value
@@ -64,13 +77,14 @@ class Column(ABC):
 
     ``name``: what ``--columns`` calls it, and ``about`` what ``--columns list`` says of it. ``default``: where it
     stands if no columns are named: in every form of the table, in the figures of CSV alone, or nowhere. ``words``: it
-    holds words, which stand on the left.
+    holds words, which stand on the left. ``brief``: it stands in the short tables of terminals and papers too.
     """
 
     name: str
     about: str
     default: ClassVar[Literal["everywhere", "csv", "nowhere"]] = "everywhere"
     words: ClassVar[bool] = False
+    brief: bool = False
 
     def __init__(self, table: ResultTable) -> None:
         self.table = table
@@ -102,11 +116,8 @@ class Column(ABC):
         """The column's part of the row in JSON; nested objects of several columns are joined."""
         return self.figures(row)
 
-    def notes(self, bold: str) -> list[str]:
-        """What a reader must know next to it; what several columns say stands there once.
-
-        ``bold``: how the best scores are marked.
-        """
+    def notes(self, shown: TableLook) -> list[str]:
+        """What a reader must know next to what is ``shown`` of it; what several columns say stands there once."""
         return []
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from ...statistics.inference import Contrast
 from ...store.records import ScoreRecord
 from ..tables import MethodRow, ResultTable
-from .column import MISSING, Column, TableEntry, add_column, spell_score
+from .column import MISSING, Column, TableEntry, TableLook, add_column, spell_score
 
 
 @add_column
@@ -18,6 +18,7 @@ class ControlColumn(Column):
         super().__init__(table)
         self.task, self.score = task, score
         self.name = f"control_{task}"
+        self.brief = True
         self.about = f"{score.title} of {task} minus that of random tokens at the method's own layers and counts"
 
     @classmethod
@@ -54,7 +55,7 @@ class ControlColumn(Column):
     def json(self, row: MethodRow) -> dict[str, Any]:
         return {}  # stands among what the score is compared with
 
-    def notes(self, bold: str) -> list[str]:
+    def notes(self, shown: TableLook) -> list[str]:
         seeds = sorted({len(row.seeds) for row in self.table.rows if row.method == "control"})
         over = " or ".join(map(str, seeds))
         return [

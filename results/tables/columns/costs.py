@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..tables import MethodRow, ResultTable
-from .column import MISSING, Column, TableEntry, add_column
+from .column import MISSING, Column, TableEntry, TableLook, add_column
 
 _UNITS = ((1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs"))
 TERA = 1e-12
@@ -19,16 +19,17 @@ def compute_unit(table: ResultTable) -> tuple[float, str]:
 
 
 class _TokensColumn(Column):
-    def notes(self, bold: str) -> list[str]:
+    def notes(self, shown: TableLook) -> list[str]:
         prompt = f"{self.table.rows[0].tokens.prompt:g} in the prompt"
-        return [f"Visual tokens: T = mean over decoder-layer inputs, and at the last layer's, of {prompt}."]
+        last = "" if shown.brief else " and at the last layer's,"
+        return [f"Visual tokens: T = mean over decoder-layer inputs,{last} of {prompt}."]
 
 
 @add_column
 class MeanTokensColumn(_TokensColumn):
     """T: visual tokens averaged over decoder-layer inputs."""
 
-    name, title = "tokens", "visual\ntokens T"
+    name, title, brief = "tokens", "visual\ntokens T", True
     about = "T: visual tokens, mean over decoder-layer inputs"
 
     def show(self, row: MethodRow) -> TableEntry:
@@ -49,8 +50,8 @@ class MeanTokensColumn(_TokensColumn):
             "sd_over_questions": asdict(spread) if spread else None,
         }
 
-    def notes(self, bold: str) -> list[str]:
-        return [*super().notes(bold), *_over_questions(self.table)]
+    def notes(self, shown: TableLook) -> list[str]:
+        return [*super().notes(shown), *_over_questions(self.table)[: not shown.brief]]
 
 
 @add_column
@@ -74,7 +75,7 @@ class LastTokensColumn(_TokensColumn):
 class ComputeColumn(Column):
     """Multiply-adds of a prefill, each question alone."""
 
-    name = "compute"
+    name, brief = "compute", True
     about = "multiply-adds that the prefill of each question alone executes"
 
     @property
@@ -99,9 +100,12 @@ class ComputeColumn(Column):
             "executed_macs_by_component": row.components,
         }
 
-    def notes(self, bold: str) -> list[str]:
+    def notes(self, shown: TableLook) -> list[str]:
         alone = "all that a prefill of each question alone executes, mean over questions"
-        return [f"FLOPs: one multiply-add = 1. Compute alone: {alone}.", *_over_questions(self.table)]
+        return [
+            f"FLOPs: one multiply-add = 1. Compute alone: {alone}.",
+            *_over_questions(self.table)[: not shown.brief],
+        ]
 
 
 @add_column
@@ -129,7 +133,7 @@ class BatchComputeColumn(Column):
     def json(self, row: MethodRow) -> dict[str, Any]:
         return {"batch_executed_macs": row.batch_macs}
 
-    def notes(self, bold: str) -> list[str]:
+    def notes(self, shown: TableLook) -> list[str]:
         size = self.table.facts["batch_size"]
         return [
             f"Compute in batch: what the prefills of batches of {size} executed, divided by their questions: with "

@@ -9,7 +9,7 @@ from typing import Any
 from ...statistics.inference import mean_of
 from ...statistics.intervals import Estimate
 from ..tables import MethodRow, ResultTable
-from .column import MISSING, Column, TableEntry, add_column, entry_of
+from .column import MISSING, Column, TableEntry, TableLook, add_column, entry_of
 
 GROUPS = {"A": "lost when smaller", "B": "right when smaller"}
 _FIGURES: dict[str, Callable[[Estimate], float]] = {
@@ -63,7 +63,7 @@ class DifficultyColumn(Column):
         }
         return {"difficulty": {"smaller_image": row.evidence.groups_by, "groups": groups}}
 
-    def notes(self, bold: str) -> list[str]:
+    def notes(self, shown: TableLook) -> list[str]:
         small = sorted({row.evidence.groups_by for row in self.table.rows if row.evidence.groups_by})
         if not small:
             return ["Groups of difficulty need rows of none and downsample."]

@@ -7,21 +7,15 @@ import statistics
 from ...statistics.inference import ALPHA
 from ...store.records import ScoreRecord
 from ..tables import MethodRow, ResultTable
-from .column import spell_score
+from .column import TableLook, spell_score
 
 REFERENCES = ("dense", "random", "control")
 
 
-def of(table: ResultTable, bold: str) -> list[str]:
-    """All notes on scores. ``bold``: how the best are marked."""
-    return [
-        *intervals(table),
-        *_marks(table),
-        *_detectable(table),
-        *_lacking(table),
-        *_best(table, bold),
-        *over_seeds(table),
-    ]
+def of(table: ResultTable, shown: TableLook) -> list[str]:
+    """All notes on what is ``shown`` of scores."""
+    values = [*_marks(table, shown), *_detectable(table), *_lacking(table), *_best(table, shown.best)]
+    return values if shown.brief else [*intervals(table), *values, *over_seeds(table)]
 
 
 def intervals(table: ResultTable) -> list[str]:
@@ -40,11 +34,13 @@ def over_seeds(table: ResultTable) -> list[str]:
     return [f"sd of scores and retained: standard deviation over {' or '.join(map(str, seeds))} seeds."] * bool(seeds)
 
 
-def _marks(table: ResultTable) -> list[str]:
+def _marks(table: ResultTable, shown: TableLook) -> list[str]:
     contrasts = {
         name: [c for row in table.rows for by in row.evidence.against.get(name, {}).values() for c in by.values()]
         for name in REFERENCES
     }
+    if shown.brief:  # an entry then has its first mark alone
+        contrasts = dict([next((pair for pair in contrasts.items() if pair[1]), (REFERENCES[0], []))])
     notes = []
     if any(contrasts.values()):
         tests = " or ".join(sorted({c.comparison.test for against in contrasts.values() for c in against}))
@@ -60,7 +56,7 @@ def _marks(table: ResultTable) -> list[str]:
             f"≈: differs by less than {100 * table.margin:g} % of the best possible score (two one-sided tests, p < "
             f"{ALPHA:g}, not adjusted), and no difference shown."
         )
-    if contrasts["random"]:
+    if contrasts.get("random"):
         unmatched = [row for row in table.rows if row.evidence.nearest and not _matched(row)]
         apart = f"; rows more than 10 % away from it in T: {len(unmatched)}" if unmatched else ""
         notes.append(f"Random is the random row with the nearest T, mean over its seeds{apart}.")

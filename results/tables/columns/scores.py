@@ -10,14 +10,14 @@ from ...statistics.inference import ALPHA, DENSE, Contrast, Verdict
 from ...store.records import ScoreRecord
 from ..tables import MethodRow, ResultTable
 from . import score_notes
-from .column import MISSING, Column, Mark, TableEntry, add_column, entry_of, spell_score, spread
+from .column import MISSING, Column, Mark, TableEntry, TableLook, add_column, entry_of, spell_score, spread
 
 
 @add_column
 class MethodColumn(Column):
     """Which method a row is of, with its options."""
 
-    name, title, words = "method", "method", True
+    name, title, words, brief = "method", "method", True, True
     about = "the method with its options, as the sweep calls it"
 
     def show(self, row: MethodRow) -> TableEntry:
@@ -30,7 +30,7 @@ class MethodColumn(Column):
         named = {"label": row.label, "method": row.method, "options": row.options, "seeds": row.seeds}
         return named | {"budget_group": row.evidence.budget_group, "reused_images": _reused_images(row)}
 
-    def notes(self, bold: str) -> list[str]:
+    def notes(self, shown: TableLook) -> list[str]:
         groups = len({row.evidence.budget_group for row in self.table.rows} - {None})
         return ["Groups: rows whose T differ by a quarter at most."] if groups > 1 else []
 
@@ -44,6 +44,7 @@ class ScoreColumn(Column):
         self.task, self.score = task, score
         self.name = f"{task}:{score.key}"
         self.about = f"{score.title} of {task} by lmms-eval, its interval, and how it compares with dense and random"
+        self.brief = score is table.metrics[task][0]
 
     @classmethod
     def of(cls, table: ResultTable) -> list[Column]:
@@ -100,8 +101,8 @@ class ScoreColumn(Column):
         }
         return {"scores": {task: {key: told}}}
 
-    def notes(self, bold: str) -> list[str]:
-        return score_notes.of(self.table, bold)
+    def notes(self, shown: TableLook) -> list[str]:
+        return score_notes.of(self.table, shown)
 
     def _contrasts(self, row: MethodRow) -> dict[str, Contrast | None]:
         return {name: by.get(self.task, {}).get(self.score.key) for name, by in row.evidence.against.items()}
@@ -140,7 +141,7 @@ def mark_of(reference: str, contrast: Contrast) -> Mark:
 class RetainedColumn(Column):
     """The share of the dense model's scores that is left, mean over tasks."""
 
-    name, title = "retained", "retained\n%"
+    name, title, brief = "retained", "retained\n%", True
     about = "score / dense score, mean over tasks, with its interval"
 
     def show(self, row: MethodRow) -> TableEntry:
@@ -164,14 +165,14 @@ class RetainedColumn(Column):
         limits = {"low": 100 * interval.low, "high": 100 * interval.high} if interval else {"low": None, "high": None}
         return {"retained_percent": asdict(row.retained) | limits if row.retained else None}
 
-    def notes(self, bold: str) -> list[str]:
+    def notes(self, shown: TableLook) -> list[str]:
         rows = self.table.rows
         if not any(row.retained for row in rows):
             return []
         interval = (
             " ± its 95 % interval (paired and clustered by image: delta method, for metrics that are no means the "
             "jackknife; tasks taken as independent)"
-            if any(row.evidence.retained for row in rows)
+            if any(row.evidence.retained for row in rows) and not shown.brief
             else ""
         )
         zero = sorted(
@@ -183,7 +184,7 @@ class RetainedColumn(Column):
         )
         left_out = f" It leaves out {', '.join(zero)}: the dense score is 0." if zero else ""
         told = f"Retained: mean over tasks of score / dense score{interval}.{left_out}"
-        return [told, *score_notes.over_seeds(self.table)]
+        return [told, *score_notes.over_seeds(self.table)[: not shown.brief]]
 
 
 @add_column
@@ -209,11 +210,11 @@ class LoyaltyColumn(Column):
         by_task = {task: asdict(share) for task, share in row.evidence.loyalty.items()}
         return {"loyalty": by_task, "loyalty_mean": asdict(mean) if mean else None}
 
-    def notes(self, bold: str) -> list[str]:
+    def notes(self, shown: TableLook) -> list[str]:
         if not any(row.evidence.loyalty for row in self.table.rows):
             return []
         told = "Loyalty: mean over tasks of the share of answers that equal the dense model's."
-        return [*score_notes.intervals(self.table), told]
+        return [*score_notes.intervals(self.table)[: not shown.brief], told]
 
 
 def _reused_images(row: MethodRow) -> dict[str, dict[int, int]]:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..tables import MethodRow
-from .column import MISSING, Column, TableEntry, add_column
+from .column import MISSING, Column, TableEntry, TableLook, add_column
 
 IN_TURN = (
     "cells are timed one after another, so that differences hold drift of the machine: compare by visibench profile"
@@ -36,7 +36,7 @@ class PrefillColumn(Column):
     def json(self, row: MethodRow) -> dict[str, Any]:
         return {"prefill_ms": asdict(row.prefill) if row.prefill else None}
 
-    def notes(self, bold: str) -> list[str]:
+    def notes(self, shown: TableLook) -> list[str]:
         timing = self.table.facts["timing"]
         if not timing:
             return []
@@ -67,7 +67,7 @@ class LatencyColumn(Column):
     def json(self, row: MethodRow) -> dict[str, Any]:
         return {"latency_ms": asdict(row.latency) if row.latency else None}
 
-    def notes(self, bold: str) -> list[str]:
+    def notes(self, shown: TableLook) -> list[str]:
         """What the time of a question is, and what is not in it."""
         known = [row.latency for row in self.table.rows if row.latency]
         if not known:
