@@ -77,7 +77,7 @@ def budget(
         others = "--task, --samples, --data or --batch-size"
         raise OptionError(f"--weights {weights} means one prompt of any kind: give --lengths, not {others}")
     else:
-        prompts, where = _sizes(model, device, dtype, str(weights), layers, lengths or "64/576")
+        prompts, where = _sizes(model, device, dtype, str(weights), layers, lengths)
     solved, refused = _solved(specs, wanted, prompts)
     dense = prompts.time(DENSE) if wanted.kind == "ms" else None
     if not solved and len(refused) == 1:
@@ -126,14 +126,14 @@ def _questions(
 
 
 def _sizes(
-    model: str, device: str, dtype: str, weights: str, layers: int | None, lengths: str
+    model: str, device: str, dtype: str, weights: str, layers: int | None, lengths: str | None
 ) -> tuple[Prompts, dict[str, Any]]:
     """One random prompt on random weights, or one that only has a size; and what it is."""
     from ..evals.compute.budget import Planned, Prompts
     from ..models import load_model
 
-    text, visual = prompt_lengths(lengths)
     loaded = load_model(model, device=device, dtype=dtype, weights=weights, layers=layers)  # type: ignore[arg-type]
+    text, visual = prompt_lengths(lengths, loaded.adapter)
     where = {"weights": weights, "layers": loaded.geometry.layers, "text_tokens": text, "visual_tokens": visual}
     if weights == "meta":
         return Planned(loaded, text, visual), where

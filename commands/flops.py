@@ -71,7 +71,7 @@ def flops(
         return
     if any(option is not None for option in prompts):
         raise OptionError("--weights means a random prompt: give --lengths, not --task, --data or --limit")
-    _print(*_sized(model, method, str(weights), layers, lengths or "64/576"), as_json)
+    _print(*_sized(model, method, str(weights), layers, lengths), as_json)
 
 
 # ---- figures in print -----------------------------------------------------------------------------------------------
@@ -159,16 +159,17 @@ def _questions(model: str, method: str, task_name: str, data: str, limit: int) -
 
 
 def _sized(
-    model: str, method: str, weights: str, layers: int | None, lengths: str
+    model: str, method: str, weights: str, layers: int | None, lengths: str | None
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The prefill of one random prompt, run or planned, and what it is."""
     from ..evals.compute.prefills import planned, prefills
     from ..evals.settings.method_spec import parse
     from ..models import load_model
 
-    chosen, tokens = parse(method, model), prompt_lengths(lengths)
+    chosen = parse(method, model)
     # Sizes alone count: half of the memory will do.
     loaded = load_model(model, dtype="bfloat16", weights=weights, layers=layers)  # type: ignore[arg-type]  # checked there
+    tokens = prompt_lengths(lengths, loaded.adapter)
     facts: dict[str, Any] = {
         "model": model,
         "method": str(chosen),

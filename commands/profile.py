@@ -33,7 +33,7 @@ HEADER = (
 )
 RowLengths = Annotated[
     str | None,
-    typer.Option(metavar="PROMPT/VISUAL/NEW,…", help="Tokens of a row: text, visual, new. (default: 64/576/16)"),
+    typer.Option(metavar="PROMPT/VISUAL/NEW,…", help="Tokens of a row. (default: 64, one image, 16)"),
 ]
 
 

@@ -18,6 +18,7 @@ from ..errors import DataError, OptionError, UnknownNameError, suggest
 from ..utils.rows import laid_out
 
 if TYPE_CHECKING:
+    from ..models.adapters import Adapter
     from ..results.store.store import Cell
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
@@ -36,7 +37,8 @@ Device = Annotated[str, typer.Option(help=DEVICES)]
 Dtype = Annotated[str, typer.Option(help=DTYPES)]
 SizedLayers = Annotated[int | None, typer.Option(min=1, help="With --weights: only so many decoder layers.")]
 SizedPrompt = Annotated[
-    str | None, typer.Option(metavar="TEXT/VISUAL", help="With --weights: tokens of the prompt. (default: 64/576)")
+    str | None,
+    typer.Option(metavar="TEXT/VISUAL", help="With --weights: the prompt. (default: 64 and one image)"),
 ]
 Margin = Annotated[
     float | None,
@@ -142,8 +144,15 @@ def integers(text: str, separator: str, option: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def prompt_lengths(text: str) -> tuple[int, int]:
-    """Text and visual tokens from ``TEXT/VISUAL``. Raises :class:`OptionError` for anything else."""
+def prompt_lengths(text: str | None, adapter: Adapter) -> tuple[int, int]:
+    """Text and visual tokens from ``TEXT/VISUAL``; without it, 64 and those of an ordinary image of the model.
+
+    Raises :class:`OptionError` for anything else.
+    """
+    from ..models.geometry import typical
+
+    if text is None:
+        return 64, typical(adapter)
     numbers = integers(text, "/", "--lengths")
     if len(numbers) != 2 or not numbers[0]:
         raise OptionError(f"--lengths: expected TEXT/VISUAL such as 64/576, not {text!r}")

@@ -205,6 +205,13 @@ class Method:
         """Vision blocks of which it reads the attention that each patch receives, counted back likewise."""
         return ()
 
+    def tower_tokens(self, vision: VisionGeometry) -> Sequence[tuple[int, int]] | None:
+        """For a method that acts there: tokens of an image, with CLS, at attention and MLP of each block of the tower.
+
+        None: the inputs decide.
+        """
+        return None
+
     @property
     def biases_keys(self) -> bool:
         """Whether it puts a lasting bias on keys, which flash attention cannot take."""

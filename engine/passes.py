@@ -33,11 +33,14 @@ from .vision.tap import VisionTap
 
 @dataclass(frozen=True)
 class Prompt:
-    """Tokens that a method decides about: their ``layout``, its ``forward`` for them, and the ``trace`` of it."""
+    """Tokens that a method decides about: their ``layout``, the ``trace`` of it, and its ``forward`` for them.
+
+    The method begins at decoder layer 0.
+    """
 
     layout: TokenLayout
-    forward: Forward
     trace: Trace
+    forward: Forward = field(default_factory=Forward)
 
 
 @dataclass
@@ -141,13 +144,15 @@ class Pass:
             return
         if self.cache is not None:
             self._count(self.cache)
-        layout = self.prompt.layout
-        self.tap.record(layout, self.prompt.trace)
+        layout = self.tap.record(self.prompt.layout, self.prompt.trace)
         encoding, pixels = self.tap.encoding, None
         if encoding is not None and encoding.pixels is not None:
             pixels = encoding.pixels, partial(encoding.rows, layout)
         self._hashes = RowHashes(layout, self.inputs.ids, self.inputs.embeddings, pixels)
-        self.prompt = replace(self.prompt, layout=replace(layout, hash_inputs=self._hashes))
+        layout = replace(layout, hash_inputs=self._hashes)
+        with self.tap.watch("method"):  # not earlier: now it is known which images the prompt has
+            forward = self.method.begin(layout, self.adapter.geometry)
+        self.prompt = Prompt(layout, self.prompt.trace, forward)
 
     def _count(self, cache: PrunedCache) -> None:
         """How many places of each row count in what the layers hold, on the host, in one transfer."""

@@ -204,8 +204,7 @@ class PruningSession:
         trace = self._trace = Trace(layout, self.geometry.layers, self.watch)
         if self.adapter.family.views is not None:
             trace.views = partial(self.adapter.family.views, self.model.config)
-        with self.watch("method"):
-            return Prompt(layout, self.method.begin(layout, self.geometry), trace)
+        return Prompt(layout, trace)
 
     def _on_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return args, kwargs if self._pass is None else self._pass.enter_decoder(kwargs)

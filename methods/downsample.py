@@ -29,6 +29,10 @@ class Downsample(Gridded):
 
     hook_points = ("image",)
 
+    def tower_tokens(self, vision: VisionGeometry) -> list[tuple[int, int]]:
+        rows, columns = self.grid(vision.grid, vision.grid)
+        return [(rows * columns + vision.has_cls,) * 2] * vision.layers
+
     def image(self, pixels: Tensor, vision: VisionGeometry) -> Tensor | None:
         rows, columns = self.grid(vision.grid, vision.grid)
         if rows == columns == vision.grid:

@@ -69,6 +69,10 @@ class ToMe(OnImages, Budgeted):
         tokens, size = merged(view.tokens, view.size, group, width - merges)
         return BlockMerge(tokens, size, size.log() if self.proportional else None)
 
+    def tower_tokens(self, vision: VisionGeometry) -> list[tuple[int, int]]:
+        left = vision.tokens + vision.has_cls
+        return [(left, left := left - merges) for merges in self.merges(vision)]
+
     def merges(self, vision: VisionGeometry) -> tuple[int, ...]:
         """r of every block; none behind the block whose output the model uses."""
         blocks = vision.feature_block + 1

@@ -120,13 +120,21 @@ def check_prompt(batch: int, prompt: int, visual_tokens: int) -> None:
         raise InputError(f"need batch >= 1, prompt >= 2 and visual tokens >= 0, not {batch}, {prompt}, {visual_tokens}")
 
 
-def grids(adapter: Adapter, visual_tokens: int) -> Tensor | None:
-    """Frames and patches (N, 3) of the images or tiles that :func:`synthetic_inputs` makes up for one row.
+def image_inputs(adapter: Adapter, visual_tokens: int) -> dict[str, Tensor]:
+    """What says which sizes the images have that :func:`synthetic_inputs` makes up for one row.
 
-    None in families whose images are all of one size, and without images. Raises :class:`InputError` as that does.
+    Raises :class:`InputError` as that does.
     """
     made = _images(adapter, visual_tokens, 1)
-    return None if made is None else made.grids
+    return {} if made is None else made.more
+
+
+def typical(adapter: Adapter) -> int:
+    """Visual tokens of an ordinary image; of one of 24 × 24 where sizes of images decide."""
+    vision, family = adapter.geometry.vision, adapter.family
+    if family.typical is not None and vision is not None:
+        return family.typical(vision, adapter.model.config)
+    return (vision.tokens if vision else 0) or 576
 
 
 def _images(adapter: Adapter, visual_tokens: int, batch: int) -> Images | None:

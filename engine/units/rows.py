@@ -12,7 +12,7 @@ from torch import Tensor
 from ...errors import InputError, VisibenchError
 from ..decisions import Merge
 from ..layout import TokenLayout
-from .shapes import ANCHOR, Numbers, Packed, on_device
+from .shapes import ANCHOR, ImageShape, Numbers, Packed, Units, on_device
 
 
 class ImageRows:
@@ -34,10 +34,11 @@ class ImageRows:
         self._source = np.full((len(visual), max(visual)), ANCHOR)
         self._images: list[tuple[int, Packed]] = []
         self.of_row: list[list[int]] = []
+        self._images_of_row: list[range] = []
         ends: list[int] = []
         number = self.units = 0
         for row in range(0, len(visual), beams):
-            filled, first = 0, self.units
+            filled, first, image_before = 0, self.units, number
             while filled < visual[row]:
                 if number == len(images) or filled + lengths[number] > visual[row]:
                     raise self._wrong
@@ -49,7 +50,12 @@ class ImageRows:
             if {*visual[row : row + beams]} != {filled}:
                 raise self._wrong
             self.of_row += [[*range(first, self.units)]] * beams
+            self._images_of_row += [range(image_before, number)] * beams
         self._ends, self._tiled = np.array(ends, np.int64), any(image.units > 1 for image in images)
+
+    def shapes(self, units: Units) -> tuple[tuple[ImageShape, ...], ...]:
+        """The images of each row, made of ``units``."""
+        return tuple(tuple(units.shapes[image] for image in images) for images in self._images_of_row)
 
     @cached_property
     def source(self) -> Tensor:

@@ -163,13 +163,29 @@ class Units:
             members[grid].append(number)
         return tuple(Group(grid, tuple(numbers)) for grid, numbers in members.items())
 
+    @cached_property
+    def shapes(self) -> tuple[ImageShape, ...]:
+        """Each of the images. What is a mixture of features counts as a unit of its own."""
+        shown = {unit: group.grid for group in self.groups() for unit in group.units}
+        shapes, first = [], 0
+        for image in self.images:
+            numbers = range(first, first + image.units)
+            first += image.units
+            units = tuple(shown[unit] for unit in numbers if unit in shown)
+            mixed, loose = (int((image.source == kind).sum()) for kind in (MIXED, ANCHOR))
+            if mixed:
+                units = (*units, (1, 1, mixed))
+            whole = tuple(self.grids[unit] for unit in numbers)
+            shapes.append(ImageShape(units, loose, () if units == whole else whole))
+        return tuple(shapes)
+
     def groups(self, *, unpad: bool = True) -> tuple[Group, ...]:
         """Units of one shape together. ``unpad``: tokens that no image of the prompt has are left out of theirs."""
         if not unpad:
             return self.whole
         used, first = np.zeros(len(self.grids) * self.width, bool), 0
         for image in self.images:
-            used[image.moved(first)[image.is_feature]] = True
+            used[image.moved(first)[image.source >= 0]] = True
             first += image.units * self.width
         members: dict[tuple[Grid, Grid], list[tuple[int, Numbers | None]]] = defaultdict(list)
         for number, (grid, mine) in enumerate(zip(self.grids, used.reshape(-1, self.width), strict=True)):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import InputError, UnsupportedModelError, VisibenchError
-from ...models.adapters import Adapter, VisionGeometry
+from ...models.adapters import Adapter
 from ..attention import Interception
 from ..contract import VISION_SIDE, Forward, Method
 from ..decisions import Keep, Merge, checked, on_images
@@ -24,8 +24,9 @@ from ..features import Entry, FeatureStore, SharedTower
 from ..layout import TokenLayout, TokenSet
 from ..trace import Trace, Watch
 from ..units.encoding import Encoding
+from ..units.packing import patches_of, units_of
 from ..units.rows import ImageRows
-from ..units.shapes import MIXTURE, Group, Numbers, Packed, Units, decided
+from ..units.shapes import MIXTURE, Group, Numbers, Units, decided
 from ..units.view import VisionView
 from .images import decided_on_images
 from .tower import UNSEEN, Tower
@@ -164,7 +165,7 @@ class VisionTap:
         assert vision is not None
         pixels = args[0] if args else kwargs["pixel_values"]
         grids = None if self.adapter.family.grids is None else self.adapter.family.grids(vision, args, kwargs)
-        units, before = self._units(vision, pixels, grids), None if self.encoding is None else self.encoding.grids
+        units, before = self._units(pixels, grids), None if self.encoding is None else self.encoding.grids
         self.encoding = Encoding(vision, units, grids=grids)
         if grids is not None and before is not None:  # videos behind images
             self.encoding.grids, self.encoding.is_joined = torch.cat([before, grids]), True
@@ -179,20 +180,12 @@ class VisionTap:
         rest = {key: value for key, value in kwargs.items() if key != "pixel_values"}
         return (smaller, *args[1:]), rest | {"interpolate_pos_encoding": True}
 
-    def _units(self, vision: VisionGeometry, pixels: Tensor, grids: Tensor | None) -> Units:
-        family, model = self.adapter.family, self.adapter.model
-        side = round(vision.merged**0.5)
-        shapes = [(1, vision.grid * side, vision.grid * side)] * len(pixels) if grids is None else grids.tolist()
-        tokens = tuple((frames, rows // side, columns // side) for frames, rows, columns in shapes)
-        if family.packing is None:
-            images = tuple(Packed.whole(prod(grid)) for grid in tokens)
-        else:
-            packed = family.packing(model.base_model, vision, self._arguments)
-            images = tuple(Packed(source.numpy(), units, padded.numpy()) for source, units, padded in packed)
-            if self._needed(self.adapter) - {"projector"} and any(image.is_mixed for image in images):
-                raise InputError(MIXTURE.format(self.method.name))
-        order = None if family.order is None or grids is None else family.order(model.config, grids).numpy()
-        return Units(tokens, images, order)
+    def _units(self, pixels: Tensor, grids: Tensor | None) -> Units:
+        shapes = [patches_of(self.adapter)] * len(pixels) if grids is None else grids.tolist()
+        units = units_of(self.adapter, shapes, self._arguments)
+        if self._needed(self.adapter) - {"projector"} and any(image.is_mixed for image in units.images):
+            raise InputError(MIXTURE.format(self.method.name))
+        return units
 
     def _on_feature_block(self, number: int, module: nn.Module, args: tuple, output: Tensor) -> None:
         encoding, vision = self._current(), self._current().vision
@@ -305,11 +298,11 @@ class VisionTap:
 
     # ---- at decoder layer 0 ---------------------------------------------------------------------------------------
 
-    def record(self, layout: TokenLayout, trace: Trace) -> None:
-        """What ``trace`` keeps of the images of its prompt."""
+    def record(self, layout: TokenLayout, trace: Trace) -> TokenLayout:
+        """The ``layout`` with its images, where these differ in shape; what the ``trace`` keeps of them."""
         encoding = self.encoding
         if encoding is None or encoding.grids is None or not any(layout.visual_counts):
-            return
+            return layout
         trace.grids = encoding.grids
         counts = layout.visual.host_counts.double()
         trace.projected = counts / counts.sum() * int(encoding.grids.prod(1).sum()) / encoding.vision.merged
@@ -317,6 +310,8 @@ class VisionTap:
             rows = encoding.rows(layout)
             trace.units_of_row = rows.of_row
             trace.projected = rows.sum(np.array([*map(prod, encoding.units.grids)]))
+            trace.prompt = layout = replace(layout, images=rows.shapes(encoding.units))
+        return layout
 
     def decide(self, forward: Forward, layout: TokenLayout, trace: Trace, hidden: Tensor) -> Merge | None:
         """The method's decision about the images, as one about the rows of the batch, (B, V).

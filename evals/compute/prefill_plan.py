@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+from typing import Any, NoReturn
+
+import numpy as np
 import torch
+from torch import Tensor
 
 from ...engine import prune
+from ...engine.layout import TokenLayout
 from ...engine.trace import Trace
-from ...errors import OptionError
+from ...engine.units.packing import units_in
+from ...engine.units.rows import ImageRows
+from ...engine.units.shapes import Units
+from ...errors import OptionError, VisibenchError
 from ...methods import Method
 from ...models import LoadedModel
-from ...models.geometry import check_prompt, grids
-from .paper_flops import Work, planned
-
-_BEFORE_THE_PROJECTOR = {"image", "tower"}
+from ...models.adapters import Adapter
+from ...models.geometry import check_prompt, image_inputs
 
 
 def planned_prefill(loaded: LoadedModel, method: Method, text: int, visual_tokens: int) -> Trace:
@@ -25,17 +34,61 @@ def planned_prefill(loaded: LoadedModel, method: Method, text: int, visual_token
     """
     check_prompt(1, text, visual_tokens)
     prune(loaded.model, method)  # checks that it could
-    geometry, images = loaded.geometry, grids(loaded.adapter, visual_tokens)
-    prefix = text // 2
-    whole = torch.full((1, geometry.layers), visual_tokens)
-    start = planned(whole, visual_tokens, Work(), geometry, prefix=prefix, text=text - prefix)
-    counts = method.visual_counts(start.prompt, geometry)
-    if counts is None or _BEFORE_THE_PROJECTOR & set(method.hook_points):
+    spans = [(text // 2, text // 2 + visual_tokens)] if visual_tokens else []
+    layout, inputs = TokenLayout.from_spans(text + visual_tokens, spans), image_inputs(loaded.adapter, visual_tokens)
+    trace = planned(loaded.adapter, method, layout, inputs)
+    if trace is None:
         raise OptionError(f"{method}: what it saves shows only when it runs: give --weights random")
-    trace = planned(counts, visual_tokens, Work(), geometry, prefix=prefix, text=text - prefix)
-    trace.grids = images
-    if images is not None and geometry.vision is not None:
-        trace.projected = images.prod(1).sum(0, keepdim=True) // geometry.vision.merged
-    if "vision" in method.hook_points:
-        trace.projected = counts[:, 0]
     return trace
+
+
+def planned(adapter: Adapter, method: Method, layout: TokenLayout, inputs: Mapping[str, Any]) -> Trace | None:
+    """The trace of a batch with this ``layout``, without what the method itself computes; None: the inputs decide.
+
+    ``inputs``: the sizes of its images, as a processor names them; nothing runs.
+    """
+    units = rows = None
+    if any(layout.visual_counts):
+        units = units_in(adapter, inputs, sum(layout.visual_counts))
+        rows = ImageRows(layout, units.images, units.width)
+        layout = replace(layout, images=rows.shapes(units))
+    counts = method.visual_counts(layout, adapter.geometry)
+    if counts is None:
+        return None
+    trace = Trace(layout, adapter.geometry.layers)
+    for left in counts.T.tolist():
+        trace.enter(_left(layout, left))
+    if units is None or rows is None:
+        return trace
+    return trace if _seen(trace, method, adapter, units, rows, counts[:, 0]) else None
+
+
+def _left(layout: TokenLayout, counts: list[int]) -> TokenLayout:
+    """The layout with so many visual tokens in each row."""
+    sizes = zip(layout.lengths, layout.visual_counts, counts, strict=True)
+    lengths = tuple(length - before + left for length, before, left in sizes)
+    return replace(layout, facts=_unknown, width=max(lengths), lengths=lengths, visual_counts=tuple(counts), span=None)
+
+
+def _unknown() -> NoReturn:
+    raise VisibenchError("a plan knows how many tokens stay, and not which")
+
+
+def _seen(trace: Trace, method: Method, adapter: Adapter, units: Units, rows: ImageRows, entered: Tensor) -> bool:
+    """Write down what the vision side computes; ``entered``: visual tokens at layer 0, int (B,). False: not known."""
+    vision, points = adapter.geometry.vision, {*method.hook_points}
+    assert vision is not None
+    side = round(vision.merged**0.5)
+    trace.grids = torch.tensor([(frames, side * high, side * wide) for frames, high, wide in units.grids])
+    trace.units_of_row = rows.of_row
+    trace.projected = rows.sum(np.array([*map(prod, units.grids)]))
+    if {"image", "tower"} & points:
+        blocks = method.tower_tokens(vision)
+        if blocks is None:
+            return False
+        trace.tower = rows.group(torch.tensor(blocks).expand(len(units.grids), 1, -1, 2))
+    if {"image", "tower", "vision"} & points:
+        assert trace.prompt.images is not None
+        loose = [sum(image.loose for image in images) for images in trace.prompt.images]
+        trace.projected = entered - torch.tensor(loose) * (method.newlines == "keep")
+    return True

@@ -23,21 +23,26 @@ from ...engine import prune
 from ...errors import OptionError
 from ...methods import Method, load_method
 from ...models import LoadedModel, load_model
-from ...models.geometry import Weights
+from ...models.geometry import Weights, typical
 from ...models.load import release
 from ...results.store.profiles import DENSE, Lengths, Profile, ProfileRow, RepeatedTimes, speedup
-from ...results.store.records import environment
+from ...results.store.records import Record, environment
 from ..settings.config import Config, Count, Variant, variants
 from . import flops, timing
 from .memory import keep_freed_memory, out_of_memory, peak_memory
 
 
-class Asked(Lengths):
-    """Lengths as a configuration gives them: what it leaves out has a default."""
+class Asked(Record):
+    """Lengths as a configuration gives them: what it leaves out has a default, of visual tokens those of one image."""
 
     prompt: Count = 64
-    visual_tokens: Annotated[int, Field(ge=0, strict=True)] = 576
+    visual_tokens: Annotated[int, Field(ge=0, strict=True)] | None = None
     new_tokens: Count = 16
+
+    def of(self, loaded: LoadedModel) -> Lengths:
+        """The same for a model."""
+        visual = typical(loaded.adapter) if self.visual_tokens is None else self.visual_tokens
+        return Lengths(prompt=self.prompt, visual_tokens=visual, new_tokens=self.new_tokens)
 
 
 class ProfileConfig(Config):
@@ -54,7 +59,7 @@ class ProfileConfig(Config):
     batch_sizes: list[Count] = Field(default=[1], min_length=1)
     """Rows of the batches that are timed."""
     lengths: list[Asked] = Field(default=[Asked()], min_length=1)
-    """Text tokens, visual tokens and new tokens of a row."""
+    """Text tokens, visual tokens (null: those of one image) and new tokens of a row."""
     warmup: Annotated[int, Field(ge=0, strict=True)] = 3
     """Rounds before the first that counts."""
     repeats: Count = 20
@@ -115,12 +120,13 @@ def profile(config: ProfileConfig, console: Console, keep: Callable[[Profile], o
     for variant in compared:
         with prune(loaded.model, variant.method):
             pass  # as far as can be known before it runs
-    for lengths in config.lengths:
+    asked = [lengths.of(loaded) for lengths in config.lengths]
+    for lengths in asked:
         loaded.synthetic_inputs(1, lengths.prompt, lengths.visual_tokens)
     contenders = [Contender(DENSE, None), *(Contender(_label(v, compared), v.method) for v in compared)]
     rows: list[ProfileRow] = []
     left_out: list[str] = []
-    settings = list(product(config.lengths, config.batch_sizes))
+    settings = list(product(asked, config.batch_sizes))
 
     def so_far(to_come: int) -> Profile:
         return Profile(

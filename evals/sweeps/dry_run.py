@@ -29,7 +29,7 @@ from ...results.store.records import CellConfig, CellMetrics
 from ...results.store.store import Cell, Store
 from ..answers.cell_spec import CellSpec
 from ..compute.flops import executed
-from ..compute.paper_flops import Work, planned
+from ..compute.prefill_plan import planned
 from ..settings.config import DENSE
 from ..tasks.tasks import HUB
 from . import estimate, pace
@@ -214,15 +214,9 @@ class _Prompts:
         inputs = self.model.encoded([text for text, _ in questions], [images for _, images in questions])
         visual = inputs["input_ids"] == self.model.adapter.image_token
         self.layout = TokenLayout.from_masks(visual, inputs["attention_mask"])
+        self.images = {key: sizes for key, sizes in inputs.items() if not key.startswith("pixel")}
 
     def macs(self, method: Method) -> float | None:
         """Executed in one prefill, mean over the questions; None where no plan says so."""
-        geometry = self.model.geometry
-        if geometry.vision is None or not geometry.vision.tokens:
-            return None
-        counts = method.visual_counts(self.layout, geometry)
-        if counts is None:
-            return None
-        rows = zip(counts, self.layout.visual_counts, self.layout.lengths, strict=True)
-        traces = (planned(row[None], visual, Work(), geometry, 0, length - visual) for row, visual, length in rows)
-        return fmean(executed(trace, geometry).total()[0] for trace in traces)
+        trace = planned(self.model.adapter, method, self.layout, self.images)
+        return None if trace is None else fmean(executed(trace, self.model.geometry).total())

@@ -10,7 +10,7 @@ from typing import Literal
 from ...errors import DataError, OptionError
 from ...methods import Method, load_method
 from ...models import LoadedModel, load_model
-from ...models.geometry import published
+from ...models.geometry import published, typical
 from ...models.load import fingerprint
 from ...models.protocols import Protocol, find
 from ..compute.flops import executed
@@ -21,8 +21,8 @@ from ..tasks.hub import hub_or_cache
 from .config import SweepConfig
 
 Basis = Literal["measured", "planned", "bound"]
-TEXT, VISUAL = PREFIX + QUESTION, 576
-"""Tokens of a typical prompt: text, and visual ones where the sizes of images decide how many there are."""
+TEXT = PREFIX + QUESTION
+"""Text tokens of a typical prompt."""
 QUESTIONS = {"gqa": 12_578, "mme": 2_374, "textvqa_val": 5_000, "pope": 9_000}
 """Questions of the full sets on the hub."""
 PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "A6000": 155.0, "L40": 181.0, "4090": 165.0, "V100": 125.0}
@@ -76,15 +76,9 @@ def _sizes(model: str, device: str, dtype: str, attention: str, protocol: Protoc
         return load_model(alike[0], protocol=protocol, **options)  # type: ignore[arg-type]
 
 
-def visual_tokens(model: LoadedModel) -> int:
-    """Of a typical prompt with one image."""
-    vision = model.geometry.vision
-    return (vision.tokens if vision else 0) or VISUAL
-
-
 def macs(model: LoadedModel, method: Method) -> tuple[float | None, Basis | None]:
     """Executed in one prefill of a typical prompt; of a method whose inputs decide, the dense model's as a bound."""
-    visual = visual_tokens(model)
+    visual = typical(model.adapter)
     try:
         return executed(planned_prefill(model, method, TEXT, visual), model.geometry).total()[0], "planned"
     except OptionError:
@@ -99,7 +93,7 @@ def memory(model: LoadedModel, batch: int) -> int:
 
     In 16 bits, without what the allocator and kernels hold beside it.
     """
-    g, length, width = model.geometry, TEXT + visual_tokens(model), 2
+    g, length, width = model.geometry, TEXT + typical(model.adapter), 2
     cache_entries = 2 * g.layers * g.kv_heads * g.head_size
     layer = 4 * g.hidden + 2 * g.intermediate + 2 * (g.heads + g.kv_heads) * g.head_size
     weights = sum(weight.numel() for weight in model.model.parameters())

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from ...errors import IncompleteError
 from ...methods import Method
 from ...models import LoadedModel, load_model
+from ...models.geometry import typical
 from ...models.load import release
 from ...models.protocols import find
 from ...results.store.store import Store
@@ -129,7 +130,7 @@ class Prepared:
         """What budgets are solved on: the first questions of every task; without weights, a typical prompt."""
         if self.config.weights == "meta":
             model = estimate.sizes(self.config)
-            return budget.Planned(model, estimate.TEXT, estimate.visual_tokens(model))
+            return budget.Planned(model, estimate.TEXT, typical(model.adapter))
         tasks = self.tasks([called(entry) for entry in self.config.tasks])
         return budget.Prompts.of(self.loaded, list(tasks.values()), batch_size=self.config.batch_size)
 

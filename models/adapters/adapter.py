@@ -126,7 +126,7 @@ class Adapter:
         """Logits (…, vocabulary) of the token behind, from hidden states (…, D): the last norm and the LM head."""
         return self.model.get_output_embeddings()(self.decoder.norm(hidden))
 
-    @property
+    @cached_property
     def geometry(self) -> Geometry:
         """Sizes of the model, read from its configuration and projector."""
         text = self.decoder.config

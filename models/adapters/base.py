@@ -97,11 +97,10 @@ class Geometry:
 
 
 class Images(NamedTuple):
-    """``shape`` of the pixels of a batch, ``more`` inputs, and ``grids`` (N, 3) of a row, as a trace has them."""
+    """``shape`` of the pixels of a batch, and ``more`` inputs."""
 
     shape: tuple[int, ...]
     more: dict[str, Tensor]
-    grids: Tensor | None
 
 
 Views = Callable[[Any, Any, Mapping[str, Any], int, tuple[int, int]], list[list[int]]]
@@ -129,7 +128,8 @@ class Family:
     ``packing``: what becomes of the features of tiles; None where an image is all its features in order.
     ``order``: where the tokens of all images, each row by row, lie in the one sequence
     that enters the projector, from configuration and ``grids``; None where images are not in one sequence.
-    ``images``: random ones, of a family that ``profile`` can run without a processor.
+    ``images``: random ones, of a family that ``profile`` can run without a processor; ``typical``: visual tokens of an
+    ordinary one, where that is no single unit.
     """
 
     decoder: str
@@ -157,6 +157,7 @@ class Family:
     order: Callable[[Any, Tensor], Tensor] | None = None
     views: Views | None = None
     images: RandomImages | None = None
+    typical: Callable[[VisionGeometry, Any], int] | None = None
     towers: Towers = field(default_factory=dict)
     # What a configuration needs besides transformers' defaults to be one of the family.
     example: Mapping[str, Any] = field(default_factory=dict)

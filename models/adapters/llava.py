@@ -41,7 +41,7 @@ def whole_images(vision: VisionGeometry, config: Any, visual_tokens: int, batch:
             f"{visual_tokens} visual tokens are no whole images of {vision.tokens}: give a multiple of that"
         )
     height, width = (size, size) if isinstance(size, int) else size
-    return Images((batch * images, 3, height, width), {}, None)
+    return Images((batch * images, 3, height, width), {})
 
 
 def _square(config: Any, processor: Any, inputs: Mapping[str, Any], number: int, size: tuple[int, int]) -> list:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -62,21 +63,35 @@ def base_and_tiles(config: Any, processor: Any, inputs: Mapping[str, Any], numbe
     return [[side, side, 1, 1, 0], [rows, columns, 1, 1, 1]]
 
 
+def image_tokens(vision: VisionGeometry, config: Any, height: int, width: int) -> int:
+    """Visual tokens of an image of so many pixels, one of the shapes that are cut into tiles without padding."""
+    tile, side = config.vision_config.image_size, vision.grid
+    rows, columns = height // tile * side, width // tile * side
+    most = getattr(config, "vision_aspect_ratio", None)  # LLaVA-OneVision's limit of tiles, "anyres_max_9"
+    if most is not None:
+        shrink = math.sqrt(rows * columns / (int(most.removeprefix("anyres_max_")) * vision.tokens))
+        rows, columns = (int(length // shrink) if shrink > 1.1 else length for length in (rows, columns))
+    return vision.tokens + rows * (columns + 1)
+
+
 def tiled_image(vision: VisionGeometry, config: Any, visual_tokens: int, batch: int) -> Images:
     """One image a row, of a shape that is cut into tiles without padding: those and a small whole, lines ended."""
-    tile, side = config.vision_config.image_size, vision.grid
-    shapes = {}
-    for height, width in config.image_grid_pinpoints:
-        rows, columns = height // tile * side, width // tile * side
-        shapes[side**2 + rows * (columns + 1)] = (height, width)
+    tile = config.vision_config.image_size
+    shapes = {image_tokens(vision, config, *size): size for size in config.image_grid_pinpoints}
     if visual_tokens not in shapes:
         known = ", ".join(map(str, sorted(shapes)))
         raise InputError(f"no image shape gives {visual_tokens} visual tokens: choose one of {known}")
     height, width = shapes[visual_tokens]
     tiles = 1 + (height // tile) * (width // tile)
     sizes = torch.tensor([[height, width]]).expand(batch, -1)
-    grids = torch.tensor([[1, side, side]]).expand(tiles, -1)
-    return Images((batch, tiles, 3, tile, tile), {"image_sizes": sizes}, grids)
+    return Images((batch, tiles, 3, tile, tile), {"image_sizes": sizes})
+
+
+def four_tiles(vision: VisionGeometry, config: Any) -> int:
+    """Visual tokens of an image of 2 × 2 tiles, or of what comes nearest to that."""
+    side = 2 * config.vision_config.image_size
+    size = min(config.image_grid_pinpoints, key=lambda size: abs(size[0] - side) + abs(size[1] - side))
+    return image_tokens(vision, config, *size)
 
 
 FAMILY = Family(
@@ -90,5 +105,6 @@ FAMILY = Family(
     packing=_packing,
     views=base_and_tiles,
     images=tiled_image,
+    typical=four_tiles,
     towers=CLIP_OR_SIGLIP,
 )

@@ -12,7 +12,7 @@ from torch import Tensor, cat
 
 from .base import Family, VisionGeometry
 from .llava import clip
-from .llava_next import base_and_tiles, packed, tiled_image, tiles
+from .llava_next import base_and_tiles, four_tiles, packed, tiled_image, tiles
 
 UNLIMITED = "anyres_max_1000000"
 """A limit of tiles that no image has."""
@@ -64,5 +64,6 @@ FAMILY = Family(
     packing=_packing,
     views=_views,
     images=tiled_image,
+    typical=four_tiles,
     towers={"siglip_vision_model": "full"},
 )

@@ -42,7 +42,7 @@ def _sized_image(vision: VisionGeometry, config: Any, visual_tokens: int, batch:
     sides = [rows * merge, visual_tokens // rows * merge]
     sizes = torch.tensor([[side * patch for side in sides]])
     shape = (batch, 3, *sizes[0].tolist())
-    return Images(shape, {"image_sizes": sizes.expand(batch, -1)}, torch.tensor([[1, *sides]]))
+    return Images(shape, {"image_sizes": sizes.expand(batch, -1)})
 
 
 def _rows(config: Any, processor: Any, inputs: Mapping[str, Any], number: int, size: tuple[int, int]) -> list:

@@ -54,7 +54,7 @@ def grid_image(vision: VisionGeometry, config: Any, visual_tokens: int, batch: i
     merge = config.vision_config.spatial_merge_size
     grid = torch.tensor([[1, rows * merge, visual_tokens // rows * merge]])
     shape = (batch * int(grid.prod()), vision.patch_inputs)
-    return Images(shape, {"image_grid_thw": grid.expand(batch, -1)}, grid)
+    return Images(shape, {"image_grid_thw": grid.expand(batch, -1)})
 
 
 FAMILY = Family(

@@ -51,9 +51,8 @@ def tiles_of_rows(vision: VisionGeometry, config: Any, visual_tokens: int, batch
     tiles, rest = divmod(visual_tokens, vision.tokens)
     if rest:
         raise InputError(f"{visual_tokens} tokens are no whole tiles of {vision.tokens}: give a multiple of that")
-    side = round(vision.patches**0.5)
     size = config.vision_config.image_size
-    return Images((batch, tiles, 3, size, size), {}, torch.tensor([[1, side, side]]).expand(tiles, -1))
+    return Images((batch, tiles, 3, size, size), {})
 
 
 FAMILY = Family(
