@@ -33,10 +33,7 @@ from .vision.tap import VisionTap
 
 @dataclass(frozen=True)
 class Prompt:
-    """Tokens that a method decides about: their ``layout``, the ``trace`` of it, and its ``forward`` for them.
-
-    The method begins at decoder layer 0.
-    """
+    """Tokens that a method decides about: their ``layout``, the ``trace``, and its ``forward`` from layer 0 on."""
 
     layout: TokenLayout
     trace: Trace
@@ -150,7 +147,7 @@ class Pass:
             pixels = encoding.pixels, partial(encoding.rows, layout)
         self._hashes = RowHashes(layout, self.inputs.ids, self.inputs.embeddings, pixels)
         layout = replace(layout, hash_inputs=self._hashes)
-        with self.tap.watch("method"):  # not earlier: now it is known which images the prompt has
+        with self.tap.watch("method"):  # not earlier: now it is known which images there are
             forward = self.method.begin(layout, self.adapter.geometry)
         self.prompt = Prompt(layout, self.prompt.trace, forward)
 
