@@ -1,4 +1,4 @@
-.PHONY: install test lint quick bench-sweep bench-none bench-attainable bench-launches bench-memory
+.PHONY: install test lint quick bench-sweep bench-none bench-attainable bench-launches bench-memory bench-tables
 
 install:
 	pip install -c constraints.txt -e ".[dev]"
@@ -29,3 +29,6 @@ bench-launches:
 
 bench-memory:
 	python benchmarks/memory.py --set feature_cache_gb=0
+
+bench-tables:
+	python benchmarks/tables.py

@@ -12,8 +12,9 @@ import numpy as np
 
 from ..evals.tasks.tasks import Task
 from ..methods import Method, load_method
+from ..results.statistics.answers import normalised
 from ..results.statistics.intervals import estimate
-from ..results.statistics.metrics import measure_values, normalised
+from ..results.statistics.metrics import measure_values
 from ..results.store.calibration_records import Agreement, CalibratedPoint
 from ..results.store.samples import Answer
 from .asking import Asker

@@ -16,7 +16,7 @@ import pandas as pd
 from pydantic import ValidationError
 
 from ...errors import DataError
-from ..statistics.metrics import COLUMNS, Measured, measure, reproduces
+from ..statistics.metrics import COLUMNS, Measured, reproduced
 from ..store import code
 from ..store.records import CellConfig, Environment, Record, ScoreRecord, digest
 from ..store.store import Cell
@@ -260,9 +260,10 @@ def prefills_of(samples: pd.DataFrame) -> list[Prefill]:
 
 def measured(name: str, samples: pd.DataFrame, score: ScoreRecord) -> Measured:
     """A metric by image. Raises :class:`DataError` if the scores of single questions do not give its stored value."""
-    if not reproduces(score.key, samples, score.value):
+    found = reproduced(score.key, [samples], [score.value], score.maximum)
+    if found is None:
         raise DataError(
             f"{name}: its answers do not add up to its {score.title} of {score.value:g}, so no drop can be tested: "
             "leave this task out"
         )
-    return measure(score.key, [samples], score.maximum)
+    return found

@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtrit
-from statsmodels.stats.contingency_tables import mcnemar
+from scipy.special import bdtr, stdtrit
 
 from .intervals import NOTHING, Paired, freedom, quantile
 from .metrics import Measured
@@ -58,32 +57,55 @@ def compare(first: Measured, second: Measured, flips: int = FLIPS) -> Comparison
 
     With several runs (seeds) a side counts as the mean over them, and swaps with the other side's runs in all pairs.
     """
-    if first.sums.shape[1:] != second.sums.shape[1:]:
-        raise ValueError("measure both methods on the same questions")
-    binary = len(first.scores) == len(second.scores) == 1 and np.isin([first.scores, second.scores], (0, 1)).all()
-    scores = first.scores.mean(0), second.scores.mean(0)
-    better, worse = int((scores[0] > scores[1]).sum()), int((scores[0] < scores[1]).sum())
-    exact = float(mcnemar([[0, better], [worse, 0]], exact=True).pvalue) if binary else None
-    independent = exact is not None and first.is_mean and first.images == first.questions
-    p, counted = (exact, True) if independent and exact is not None else sign_flip(first, second, flips)
+    found = significance(first, second, flips)
     value, paired = first.value - second.value, Paired.of(first, second)
     error = paired.error * (first.maximum or 1.0)
-    low, high = _agreeing(value, *paired.limits(quantile(first)), p, first)
+    low, high = _agreeing(value, *paired.limits(quantile(first)), found.p, first)
     return Comparison(
         difference=value,
         low=low,
         high=high,
-        p=p,
-        test=MCNEMAR if independent else SIGN_FLIP,
-        exact=counted,
-        mcnemar_p=exact,
+        p=found.p,
+        test=found.name,
+        exact=found.exact,
+        mcnemar_p=found.mcnemar_p,
         error=error,
         detectable=detectable(error, second),
         questions=first.questions,
         images=first.images,
-        better=better,
-        worse=worse,
+        better=found.better,
+        worse=found.worse,
     )
+
+
+@dataclass(frozen=True)
+class Tested:
+    """The test of a :class:`Comparison`, whose fields say what these are."""
+
+    name: str
+    p: float
+    exact: bool
+    mcnemar_p: float | None
+    better: int
+    worse: int
+
+
+def significance(first: Measured, second: Measured, flips: int = FLIPS) -> Tested:
+    """Whether two methods differ on the same questions, as :func:`compare` says."""
+    if first.sums.shape[1:] != second.sums.shape[1:]:
+        raise ValueError("measure both methods on the same questions")
+    scores = first.scores.mean(0), second.scores.mean(0)
+    better, worse = int((scores[0] > scores[1]).sum()), int((scores[0] < scores[1]).sum())
+    exact = _mcnemar(better, worse) if first.binary and second.binary else None
+    if exact is not None and first.is_mean and first.images == first.questions:
+        return Tested(MCNEMAR, exact, True, exact, better, worse)
+    p, counted = sign_flip(first, second, flips)
+    return Tested(SIGN_FLIP, p, counted, exact, better, worse)
+
+
+def _mcnemar(better: int, worse: int) -> float:
+    """Twice the chance of so few heads or fewer among so many throws of a coin."""
+    return min(1.0, 2 * float(bdtr(min(better, worse), better + worse, 0.5)))
 
 
 def _agreeing(value: float, low: float, high: float, p: float, first: Measured) -> tuple[float, float]:

@@ -18,13 +18,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 
-import pandas as pd
-
 from ..store.records import CONTROL
 from ..store.store import Cell
-from .comparison import Comparison, compare, family, flips_for, holm
+from .answers import Answers, answers
+from .comparison import Comparison, family, flips_for, holm, significance
 from .intervals import Estimate, estimate, ratio
-from .metrics import COUNTS, Measured, answers, difficulty, loyalty, measure, reproduces
+from .metrics import Measured, difficulty, loyalty, reproduced
 from .power import ALPHA, detectable, equivalence
 
 DENSE, RANDOM, POOLING, DOWNSAMPLE = "none", "random", "pooling", "downsample"
@@ -135,8 +134,8 @@ class MethodRuns:
         return own.control and not theirs.control and same
 
     @cached_property
-    def runs(self) -> dict[str, list[pd.DataFrame]]:
-        """The samples of each task, one frame a seed."""
+    def runs(self) -> dict[str, list[Answers]]:
+        """The answers to each task, one seed after the other."""
         return {task: [answers(cell) for cell in cells] for task, cells in self.cells.items()}
 
     @cached_property
@@ -146,8 +145,9 @@ class MethodRuns:
         for task, cells in self.cells.items():
             for score in cells[0].metrics.scores:
                 stored = [{s.key: s.value for s in cell.metrics.scores}[score.key] for cell in cells]
-                if all(reproduces(score.key, run, value) for run, value in zip(self.runs[task], stored, strict=True)):
-                    by_metric[task, score.key] = measure(score.key, self.runs[task], score.maximum)
+                found = reproduced(score.key, self.runs[task], stored, score.maximum)
+                if found is not None:
+                    by_metric[task, score.key] = found
         return by_metric
 
     @property
@@ -159,21 +159,11 @@ class MethodRuns:
     @property
     def spread(self) -> Spread | None:
         """How much tokens and compute vary where the method adapts to the question; None where it does not."""
-        if not any(_adapts(run) for runs in self.runs.values() for run in runs):
+        runs = [run for runs in self.runs.values() for run in runs]
+        if not any(run.adapts for run in runs):
             return None
-        tokens = [
-            float(run["visual_tokens"].map(statistics.fmean).var(ddof=0)) for runs in self.runs.values() for run in runs
-        ]
         macs = [cell.metrics.compute.macs_sd**2 for cells in self.cells.values() for cell in cells]
-        return Spread(math.sqrt(statistics.fmean(tokens)), math.sqrt(statistics.fmean(macs)))
-
-
-def _adapts(run: pd.DataFrame) -> bool:
-    """Whether questions with the same number of visual tokens in the prompt keep different ones."""
-    if not set(COUNTS) <= set(run):
-        return False
-    prompt, left = COUNTS
-    return bool(run[left].map(tuple).groupby(run[prompt]).nunique().max() > 1)
+        return Spread(math.sqrt(statistics.fmean(run.spread for run in runs)), math.sqrt(statistics.fmean(macs)))
 
 
 def budget_groups(means: Sequence[float]) -> list[int]:
@@ -202,24 +192,28 @@ def infer(cells: Sequence[Sequence[Cell]], margin: float | None = None) -> list[
             row_evidence.scores[task][key] = estimate(measured)
     _contrast(rows, evidence, margin)
     _find_best(rows, evidence)
-    dense = _only(rows, DENSE)
+    dense, smaller = _only(rows, DENSE), [row for row in rows if row.method == DOWNSAMPLE]
     if dense is not None:
         for row, row_evidence in zip(rows, evidence, strict=True):
             if row is not dense:
                 _agree(row, dense, row_evidence)
                 row_evidence.retained = _retained(row, dense)
-            _sort_by_difficulty(row, dense, _nearest(rows, DOWNSAMPLE, row), row_evidence)
+            _sort_by_difficulty(row, dense, _nearest(smaller, row), row_evidence)
     return evidence
 
 
 def _contrast(rows: list[MethodRuns], evidence: list[Evidence], margin: float | None) -> None:
     """Fill in ``against`` and ``nearest``: rows with the dense one, methods with the random row nearest in T."""
-    dense = _only(rows, DENSE)
+    dense, randoms = _only(rows, DENSE), [row for row in rows if row.method == RANDOM]
+    controls: dict[str, list[MethodRuns]] = defaultdict(list)
+    for row in rows:
+        if row.method == CONTROL:
+            controls[row.label].append(row)
     families: dict[tuple[str, Metric], list[tuple[MethodRuns, MethodRuns, Evidence]]] = defaultdict(list)
     for row, row_evidence in zip(rows, evidence, strict=True):
-        random = _nearest(rows, RANDOM, row) if row.method not in (DENSE, RANDOM, CONTROL) else None
+        random = _nearest(randoms, row) if row.method not in (DENSE, RANDOM, CONTROL) else None
         row_evidence.nearest = random.tokens if random else None
-        control = next((other for other in rows if other.controls(row)), None)
+        control = next((other for other in controls[f"{CONTROL} of {row.label}"] if other.controls(row)), None)
         if control is not None:
             row_evidence.against["control"] = defaultdict(dict)
         for question, reference in (("dense", dense), ("random", random), ("control", control)):
@@ -266,7 +260,7 @@ def _ranked(members: list[tuple[MethodRuns, Evidence]], metric: Metric) -> list[
 def _leads(ranked: list[MethodRuns], metric: Metric, flips: int) -> float:
     """p of the claim that the first is higher than each of the others: the largest of theirs (intersection-union)."""
     first, *others = (row.measured[metric] for row in ranked)
-    return max(compare(first, other, flips).p for other in others)
+    return max(significance(first, other, flips).p for other in others)
 
 
 def _agree(row: MethodRuns, dense: MethodRuns, evidence: Evidence) -> None:
@@ -308,6 +302,5 @@ def _only(rows: list[MethodRuns], method: str) -> MethodRuns | None:
     return next((row for row in rows if row.method == method), None)
 
 
-def _nearest(rows: list[MethodRuns], method: str, to: MethodRuns) -> MethodRuns | None:
-    of_method = [row for row in rows if row.method == method]
-    return min(of_method, key=lambda row: abs(row.tokens - to.tokens), default=None)
+def _nearest(rows: list[MethodRuns], to: MethodRuns) -> MethodRuns | None:
+    return min(rows, key=lambda row: abs(row.tokens - to.tokens), default=None)

@@ -25,10 +25,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.special import ndtr, stdtrit
-from statsmodels.stats.proportion import proportion_confint
+from scipy.special import stdtrit
 
-from .metrics import Floats, Measured
+from .metrics import Floats, Measured, once
 
 LEVEL = 0.95
 NOTHING = 1e-9
@@ -51,6 +50,7 @@ class Estimate:
         return (self.high - self.low) / 2
 
 
+@once
 def estimate(measured: Measured) -> Estimate:
     """A metric with its interval."""
     value, maximum, images, t = measured.value, measured.maximum, measured.images, quantile(measured)
@@ -139,17 +139,20 @@ class Paired:
         return low * self.maximum, high * self.maximum
 
 
+@once
 def freedom(measured: Measured) -> float:
     """Degrees of freedom: images - 1, of images of one size that these amount to."""
     sizes = measured.sizes
     return max(sizes.sum() ** 2 / (sizes**2).sum() - 1, 1.0)
 
 
+@once
 def quantile(measured: Measured) -> float:
     """The t quantile of the interval's level; NaN for one image."""
     return float(stdtrit(freedom(measured), (1 + LEVEL) / 2)) if measured.images > 1 else math.nan
 
 
+@once
 def independent(measured: Measured) -> float:
     """How many independent questions an interval amounts to: Wilson's farther limit, solved for their number.
 
@@ -189,5 +192,6 @@ def _jackknife_error(left_out: Floats) -> float:
 def _wilson(share: float, error: float, images: int, t: float) -> Floats:
     """Wilson's interval of a share at the number of questions for which ``error`` is its standard error."""
     effective = share * (1 - share) / error**2 if error > NOTHING else float(images)
-    alpha = 2 * ndtr(-t)
-    return np.array(proportion_confint(share * effective, effective, alpha=alpha, method="wilson"))
+    centre, scale = share + t**2 / (2 * effective), 1 + t**2 / effective
+    width = t * math.sqrt(share * (1 - share) / effective + t**2 / (4 * effective**2))
+    return np.array([centre - width, centre + width]) / scale

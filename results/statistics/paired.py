@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
+import numpy as np
 
 from ...errors import DataError
 from ..store.facts import differences
 from ..store.store import Cell
+from .answers import Answers, check_same_questions
 from .comparison import Comparison, family
 from .inference import MethodRuns
 from .intervals import Estimate, estimate
-from .metrics import check_same_questions, loyalty
+from .metrics import loyalty
 from .power import ALPHA, equivalence
 
 
@@ -110,18 +111,19 @@ def _metrics(one: MethodRuns, two: MethodRuns, cell: Cell, margin: float | None)
     ]
 
 
-def _discordant(one: Sequence[pd.DataFrame], two: Sequence[pd.DataFrame]) -> list[dict[str, Any]]:
-    scores = [sum(run["score"].to_numpy() for run in side) / len(side) for side in (one, two)]
-    rows = one[0].index[scores[0] != scores[1]]
+def _discordant(one: Sequence[Answers], two: Sequence[Answers]) -> list[dict[str, Any]]:
+    scores = [np.stack([run.score for run in side]).sum(0) / len(side) for side in (one, two)]
+    rows = np.flatnonzero(scores[0] != scores[1])
+    asked = one[0].asked.table.take(rows).to_pylist()
     return [
         {
-            "doc_id": int(one[0].at[row, "doc_id"]),
-            "question_id": one[0].at[row, "question_id"],
-            "image": one[0].at[row, "image"],
-            "question": one[0].at[row, "prompt"],
-            "target": one[0].at[row, "target"],
-            "first": {"score": float(scores[0][row]), "answers": [run.at[row, "answer"] for run in one]},
-            "second": {"score": float(scores[1][row]), "answers": [run.at[row, "answer"] for run in two]},
+            "doc_id": question["doc_id"],
+            "question_id": question["question_id"],
+            "image": question["image"],
+            "question": question["prompt"],
+            "target": question["target"],
+            "first": {"score": float(scores[0][row]), "answers": [run.said[row] for run in one]},
+            "second": {"score": float(scores[1][row]), "answers": [run.said[row] for run in two]},
         }
-        for row in rows
+        for row, question in zip(rows, asked, strict=True)
     ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,16 +94,39 @@ def _all_sums(moves: Floats) -> tuple[Floats, Floats] | None:
     leading = steps[np.arange(len(steps)), (steps != 0).argmax(axis=1)]
     backward = leading < 0  # a swap back is a swap forth seen from its other end
     start = steps[backward].sum(0, keepdims=True)
-    distinct, counts = np.unique(np.where(backward[:, None], -steps, steps), axis=0, return_counts=True)
+    forward = np.where(backward[:, None], -steps, steps)
+    if forward.shape[1] == 1 and (forward.sum() + 1) * (len(forward) + 1) <= LIMIT:
+        steps_made, shares = _convolved(forward[:, 0])
+        all_sums: Floats = (start + steps_made[:, None]) * unit
+        return all_sums, shares
+    distinct, counts = np.unique(forward, axis=0, return_counts=True)
     sums, shares = start, np.ones(1)
     for step, count in zip(distinct, counts, strict=True):
         if len(sums) * (count + 1) > LIMIT:
             return None
         times = np.arange(count + 1)
-        log_share = gammaln(count + 1) - gammaln(times + 1) - gammaln(count - times + 1) - count * np.log(2)
         sums = (sums[:, None, :] + times[:, None] * step).reshape(-1, len(step))
-        sums, shares = _merged(sums, (shares[:, None] * np.exp(log_share)).ravel())
+        sums, shares = _merged(sums, (shares[:, None] * _binomial(count)).ravel())
     return sums * unit, shares
+
+
+def _convolved(steps: Integers) -> tuple[Integers, Floats]:
+    """All sums of some of the positive ``steps``, from 0 up, with the shares: a table of so few is filled at once."""
+    counts = np.bincount(steps)
+    shares = np.ones(1)
+    for step in np.flatnonzero(counts):
+        spaced = np.zeros(step * counts[step] + 1)
+        spaced[::step] = _binomial(counts[step])
+        shares = np.convolve(shares, spaced)
+    return np.arange(len(shares)), shares
+
+
+@lru_cache(maxsize=4096)
+def _binomial(count: int) -> Floats:
+    """Share of the swaps of ``count`` equal moves in which 0, 1, … of them are made."""
+    times = np.arange(count + 1)
+    log_share: Floats = gammaln(count + 1) - gammaln(times + 1) - gammaln(count - times + 1) - count * np.log(2)
+    return np.exp(log_share)
 
 
 def _as_integers(moves: Floats) -> tuple[Integers, float]:

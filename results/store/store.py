@@ -12,8 +12,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
-import io
 import json
 import os
 import secrets
@@ -30,8 +28,7 @@ from filelock import SoftFileLease, Timeout
 from pydantic import ValidationError
 
 from ...errors import DataError, StorageError
-from ...utils.bounded_cache import BoundedCache
-from . import code, disk
+from . import code, columns, disk
 from .records import UNHASHED, CellConfig, CellMetrics, Failure, Record, digest
 
 CONFIG, SAMPLES, METRICS = "config.json", "samples.parquet", "metrics.json"
@@ -39,27 +36,6 @@ ANSWERS, FAILURES, LOCK = "answers", "failures.jsonl", "lock"
 DONE = CONFIG, SAMPLES, METRICS
 LEASE = 60.0
 """Seconds without a sign of life after which a claim of another machine is taken over."""
-# Columns that statistics need and the kinds of NumPy that they may have; None: text, or nothing at all.
-KINDS = {
-    "doc_id": "iu",
-    "question_id": None,
-    "image": None,
-    "category": None,
-    "prompt": None,
-    "target": None,
-    "answer": None,
-    "score": "fiub",
-}
-# Columns that early cells lack: the type in which they hold nulls, and the kinds that they may have.
-LATER = {
-    "latency_ms": ("float64", "f"),
-    "batch_questions": ("Int64", "iu"),
-    "batch_macs": ("float64", "f"),
-    "dense_agreement": ("boolean", "b"),
-}
-KEPT = 2**29
-"""Bytes of samples that stay in memory once they are read: tables and reports ask for them again and again."""
-_tables: BoundedCache[pd.DataFrame] = BoundedCache(lambda samples: int(samples.memory_usage(deep=True).sum()), KEPT)
 AnyRecord = TypeVar("AnyRecord", CellConfig, CellMetrics)
 
 
@@ -76,45 +52,22 @@ class Cell:
         """What of ``method``, ``task`` and ``engine`` has changed since, as far as can be told here."""
         return code.changed(self.config.code, self.config.sources)
 
+    def table(self, *names: str) -> pa.Table:
+        """Those of the columns ``names`` that the samples have, a row a question.
+
+        Raises :class:`DataError` unless they are whole, and those that the metrics were made of.
+        """
+        return columns.read(self.path / SAMPLES, self.metrics.samples_hash, self.metrics.size, names)
+
     def samples(self) -> pd.DataFrame:
         """A row a question; see :class:`~visibench.results.store.samples.Sample` for the columns.
 
-        A file is read and checked once as long as it stays as it is, and all that is read fits into ``KEPT`` bytes.
-        Raises :class:`DataError` unless they are whole, and those that the metrics were made of.
+        Raises :class:`DataError` as :meth:`table`.
         """
-        file = self.path / SAMPLES
-        try:
-            state = file.stat()
-        except OSError as error:
-            raise _unreadable(file, error) from error
-        which = (file, self.metrics.samples_hash, self.metrics.size, state.st_ino, state.st_size, state.st_mtime_ns)
-        return _tables.get(which, lambda: _samples(file, self.metrics)).copy(deep=False)
-
-
-def _samples(file: Path, metrics: CellMetrics) -> pd.DataFrame:
-    remedy = _remedy(file)
-    try:
-        content = disk.read(file)
-    except OSError as error:
-        raise _unreadable(file, error) from error
-    if metrics.samples_hash and metrics.samples_hash != _hash(content):
-        raise DataError(f"{file} is damaged, or was changed after its run (its hash differs): {remedy}")
-    try:
-        samples = pd.read_parquet(io.BytesIO(content))
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise DataError(f"{file} is damaged (no whole Parquet file): {remedy}") from error
-    if len(samples) != metrics.size:
-        raise DataError(f"{file} holds {len(samples)} questions, but its metrics {metrics.size}: {remedy}")
-    for column, (kind, _) in LATER.items():
-        if column not in samples:
-            samples[column] = pd.Series(None, samples.index, dtype=kind)
-    for column, kinds in (KINDS | {column: kinds for column, (_, kinds) in LATER.items()}).items():
-        if column not in samples:
-            raise DataError(f"{file} has no column {column!r}: {remedy}")
-        kind = samples[column].dtype.kind
-        if kind not in (kinds or "OUST"):
-            raise DataError(f"{file} holds no {'numbers' if kinds else 'text'} in column {column!r}: {remedy}")
-    return samples
+        samples: pd.DataFrame = columns.read(
+            self.path / SAMPLES, self.metrics.samples_hash, self.metrics.size
+        ).to_pandas()
+        return samples
 
 
 class Store:
@@ -158,7 +111,7 @@ class Store:
         try:
             metrics, _ = _read(path / METRICS, CellMetrics)
             cell = Cell(path, config, metrics)
-            cell.samples()
+            cell.table()
         except DataError:
             return None
         return cell if metrics.config_hash == config.digest() else None
@@ -180,7 +133,7 @@ class Store:
         with disk.writing(path):
             with disk.whole(path / SAMPLES) as partial:
                 samples.to_parquet(partial, index=False)
-                metrics = metrics.sealed(_hash(partial.read_bytes()))
+                metrics = metrics.sealed(columns.hash_of(partial.read_bytes()))
             _write(path / METRICS, metrics)
             self.tidy(config, f"{ANSWERS}*.jsonl")
         return Cell(path, config, metrics)
@@ -350,12 +303,12 @@ def _names(folder: Path) -> list[str]:
 
 def _read(file: Path, kind: type[AnyRecord]) -> tuple[AnyRecord, dict[str, Any]]:
     """A record, and the JSON object that it was read from."""
-    remedy = _remedy(file)
+    remedy = columns.remedy(file)
     try:
         text = disk.read(file).decode()
         content = json.loads(text)
     except OSError as error:
-        raise _unreadable(file, error) from error
+        raise columns.unreadable(file, error) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is damaged (no whole JSON file): {remedy}") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
@@ -373,17 +326,5 @@ def _read(file: Path, kind: type[AnyRecord]) -> tuple[AnyRecord, dict[str, Any]]
         raise DataError(f"{file} is damaged ({where}: {first['msg']}): {remedy}") from error
 
 
-def _remedy(file: Path) -> str:
-    return f"delete {file.parent} and run again"
-
-
-def _unreadable(file: Path, error: OSError) -> DataError:
-    return DataError(f"cannot read {file} ({error.strerror or error}): {_remedy(file)}")
-
-
 def _write(file: Path, record: Record) -> None:
     disk.write(file, record.model_dump_json(indent=1) + "\n")
-
-
-def _hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]

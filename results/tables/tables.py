@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import chain, groupby
 from typing import Any
 
-import pandas as pd
+import numpy as np
 
 from ...errors import DataError
 from ..statistics.inference import BASELINES, DENSE, Evidence, infer
@@ -108,12 +108,14 @@ class MethodRow:
     @cached_property
     def latency(self) -> Latency | None:
         """What the cells' samples say of the time of each question; None where they say nothing."""
-        samples = [cell.samples().assign(reused=cell.metrics.reused_images > 0) for cell in self.cells]
-        timed = pd.concat(samples)[["latency_ms", "batch_questions", "reused"]].dropna() if samples else pd.DataFrame()
-        if timed.empty:
+        timed = [(cell, cell.table("latency_ms", "batch_questions").drop_null()) for cell in self.cells]
+        times, batches = (
+            np.concatenate([table[name].to_numpy() for _, table in timed]) for name in ("latency_ms", "batch_questions")
+        )
+        if not len(times):
             return None
-        median = timed[["latency_ms", "batch_questions"]].astype(float).median()
-        return Latency(median["latency_ms"], len(timed), median["batch_questions"], int(timed["reused"].sum()))
+        reused = sum(len(table) for cell, table in timed if cell.metrics.reused_images > 0)
+        return Latency(float(np.median(times)), len(times), float(np.median(batches)), reused)
 
 
 @dataclass(frozen=True)

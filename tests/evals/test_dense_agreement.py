@@ -21,7 +21,8 @@ from visibench.evals.sweeps.events import Reporter
 from visibench.evals.sweeps.sweep import sweep
 from visibench.evals.tasks.tasks import load_tasks
 from visibench.evals.workers.ray import Ray
-from visibench.results.statistics.metrics import answers, loyalty
+from visibench.results.statistics.answers import answers
+from visibench.results.statistics.metrics import loyalty
 from visibench.results.store.store import Store
 from visibench.results.tables.tables import build
 

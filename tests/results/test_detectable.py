@@ -1,6 +1,5 @@
 """The difference that a comparison says it can show, against simulated power."""
 
-import gc
 import math
 
 import numpy as np
@@ -33,9 +32,8 @@ def churned(rng, images, each, rate, gain):
         (20, 1, 0.05, 0.7),
     ],
 )
-def test_what_a_comparison_prints_as_detectable_is_found_with_80_percent(images, each, rate, least, monkeypatch):
+def test_what_a_comparison_prints_as_detectable_is_found_with_80_percent(images, each, rate, least):
     """At the figure itself, as a comparison without any true difference prints it; half of it is not."""
-    monkeypatch.setattr(gc, "collect", lambda *args: 0)  # statsmodels collects garbage at every call
     rng, runs = np.random.default_rng(14), 300
     printed = [churned(rng, images, each, rate, 0.0).detectable for _ in range(100)]
     floor = float(np.median([one for one in printed if one is not None]))

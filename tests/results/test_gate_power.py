@@ -1,6 +1,5 @@
 """What the regression gate's tests can show: false alarms and power, against exact tests and simulated truth."""
 
-import gc
 import math
 
 import numpy as np
@@ -29,9 +28,8 @@ def test_p_values_are_those_of_one_sided_tests():
     assert p_drop(comparison) == pytest.approx(exact.pvalue)
 
 
-def test_a_sweep_without_a_drop_fails_in_at_most_5_percent(monkeypatch):
+def test_a_sweep_without_a_drop_fails_in_at_most_5_percent():
     """Answers before and now are drawn anew with the same chances, alike within images, in cells of several kinds."""
-    monkeypatch.setattr(gc, "collect", lambda *args: 0)  # statsmodels collects garbage at every call
     rng, runs, alarms = np.random.default_rng(3), 400, 0
     for _ in range(runs):
         pairs = []
@@ -44,7 +42,6 @@ def test_a_sweep_without_a_drop_fails_in_at_most_5_percent(monkeypatch):
 
 
 def test_the_gate_is_not_deaf_the_same_noise_with_a_drop_is_an_alarm(monkeypatch):
-    monkeypatch.setattr(gc, "collect", lambda *args: 0)
     rng, runs, alarms = np.random.default_rng(4), 40, 0
     for _ in range(runs):
         chance = rng.beta(3, 1, (50, 1))

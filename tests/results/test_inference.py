@@ -12,10 +12,11 @@ import pytest
 from storing import config, frame, full, put
 from visibench.cli import main
 from visibench.errors import DataError
+from visibench.results.statistics.answers import normalised
 from visibench.results.statistics.comparison import compare
 from visibench.results.statistics.inference import MethodRuns, mean_of
 from visibench.results.statistics.intervals import Estimate
-from visibench.results.statistics.metrics import difficulty, loyalty, measure, normalised
+from visibench.results.statistics.metrics import difficulty, loyalty, measure
 from visibench.results.store.records import ScoreRecord, VisualTokens
 from visibench.results.store.store import Store
 from visibench.results.tables.columns import spread

@@ -14,9 +14,10 @@ from visibench.errors import DataError
 from visibench.evals.answers.score import evaluate
 from visibench.evals.tasks.tasks import load_tasks
 from visibench.results.statistics import metrics
+from visibench.results.statistics.answers import Answers
 from visibench.results.statistics.comparison import compare
 from visibench.results.statistics.intervals import Paired, estimate, freedom
-from visibench.results.statistics.metrics import METRICS, Measured, measure, reproduces
+from visibench.results.statistics.metrics import METRICS, Measured, measure, reproduced
 
 # ---- metrics ------------------------------------------------------------------------------------------------------
 
@@ -43,8 +44,9 @@ def test_samples_of_an_evaluation_give_its_scores(name, loaded, disk_data):
     known = [key for key in result.outcome.metrics if key in METRICS or key in ("exact_match", "pope_accuracy")]
     assert {score.key for score in result.outcome.scores} <= set(known)
     for key in known:
-        assert reproduces(key, result.samples, result.outcome.metrics[key])
-        assert not reproduces(key, result.samples, result.outcome.metrics[key] + 0.01)
+        value = result.outcome.metrics[key]
+        assert reproduced(key, [result.samples], [value]).value == pytest.approx(value, rel=1e-9)
+        assert reproduced(key, [result.samples], [value + 0.01]) is None
 
 
 def test_cognition_is_what_lmms_eval_says():
@@ -57,7 +59,8 @@ def test_the_error_is_that_of_lmms_evals_scores_without_each_image_in_turn(key):
     one = kind(rng)
     two = one.assign(score=np.where(rng.random(len(one)) < 0.8, one["score"], 1 - one["score"]), answer=np.where(
         rng.random(len(one)) < 0.8, one["answer"], "no"))  # fmt: skip
-    asked = [samples[METRICS[key].asks(samples)] for samples in (one, two)]
+    asks = METRICS[key].asks
+    asked = [samples[asks(Answers.of(samples).asked)] if asks else samples for samples in (one, two)]
     without = [
         [lmms_value(key, samples[samples["image"] != image]) for image in samples["image"].unique()]
         for samples in asked
