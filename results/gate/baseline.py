@@ -16,7 +16,7 @@ import pandas as pd
 from pydantic import ValidationError
 
 from ...errors import DataError
-from ..statistics.metrics import COLUMNS, Measured, reproduced
+from ..statistics.metrics import COLUMNS, Measured, measure, reproduced
 from ..store import code
 from ..store.records import CellConfig, Environment, Record, ScoreRecord, digest
 from ..store.store import Cell
