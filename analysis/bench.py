@@ -24,13 +24,15 @@ from .asking import Asker
 class SettingBench:
     """Measures settings on the questions that ``asker`` asks of ``tasks``; every one once.
 
-    Where a task misses the ``target`` the others are not asked. ``on_point`` is called with each point that was
-    measured. ``methods``: what was measured, by its text.
+    A setting passes where every task reaches the ``target``, a share of answers, and all together reach ``overall``.
+    Where a task misses its target the others are not asked. ``on_point`` is called with each point that was measured.
+    ``methods``: what was measured, by its text.
     """
 
     asker: Asker
     tasks: Sequence[Task]
     target: float
+    overall: float = 0.0
     on_point: Callable[[CalibratedPoint], Any] = lambda point: None
     points: dict[str, CalibratedPoint] = field(default_factory=dict)
     methods: dict[str, Method] = field(default_factory=dict)
@@ -56,14 +58,18 @@ class SettingBench:
         return self.points[key]
 
     def passes(self, method: Method) -> bool:
-        """Whether a setting reaches the target on every task."""
-        return self.measure(method).reaches(self.target)
+        """Whether a setting does."""
+        return self._enough(self.measure(method))
 
     def cheapest(self, methods: Iterable[Method] | None = None) -> list[Method]:
-        """Of those that were measured, or of some, the ones that reach the target, in order of their multiply-adds."""
+        """Of those that were measured, or of some, the ones that pass, in order of their multiply-adds."""
         keys = self.points if methods is None else dict.fromkeys(map(str, methods))
-        reach = [key for key in keys if self.points[key].reaches(self.target)]
+        reach = [key for key in keys if self._enough(self.points[key])]
         return [self.methods[key] for key in sorted(reach, key=lambda key: self.points[key].macs)]
+
+    def _enough(self, point: CalibratedPoint) -> bool:
+        shares = [one.share for one in point.agreement.values()]
+        return point.reaches(self.target) and fmean(shares) >= self.overall
 
     def _point(self, method: Method, records: dict[str, dict[int, Answer]]) -> CalibratedPoint:
         asked = [one for answers in records.values() for one in answers.values()]

@@ -2,7 +2,9 @@
 
 Of each method, in two steps::
 
-    search   on the first questions: what to measure is chosen by what was measured before (:mod:`.searches`)
+    search   on the first questions: what to measure is chosen by what was measured before (:mod:`.searches`); over all
+             tasks together no more than half of what the target allows may change, since the cheapest of many
+             settings that just reach it owes that to these questions
     confirm  on the next ones, which the search never saw: the cheapest setting that reached the target, or one that
              is dearer by a step, until one reaches it there too
 
@@ -62,8 +64,9 @@ def calibrate(
     Raises :class:`DataError` if a question of the evaluation is among them.
     """
     check_apart(tasks, evaluation, limit + confirm)
-    search = SettingBench(Asker(loaded, limit, batch_size, seed), tasks, target, on_point)
-    second = SettingBench(Asker(loaded, limit + confirm, batch_size, seed, skip=limit), tasks, target, on_point)
+    asked = Asker(loaded, limit, batch_size, seed), Asker(loaded, limit + confirm, batch_size, seed, skip=limit)
+    search = SettingBench(asked[0], tasks, target, (1 + target) / 2, on_point)
+    second = SettingBench(asked[1], tasks, target, on_point=on_point)
     depth = loaded.geometry.layers
     inputs = cache(lambda: _inputs(loaded, tasks[0], min(prompts, limit), batch_size))
     by_authors = {name: fit(name, loaded.model, inputs(), **settings).method for name, settings in authors.items()}

@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 
 from ..errors import OptionError
 from ..methods import Method, load_method
+from ..methods.pyramiddrop import by_factor
 from .bench import SettingBench, given
 from .fit import fit
 
 Value = TypeVar("Value")
 Inputs = Callable[[], Sequence[dict[str, Any]]]
-KEEPS = (0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
-SPARED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+KEEPS = (0.95, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
+SPARED = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Shares of the decoder's compute on visual tokens."""
 # |c_j|, least first: five a decade, over what models of widths 128 to 4096 show.
 MAGNITUDES = tuple(float(f"{10 ** (step / 5):.2g}") for step in range(-15, 4))
@@ -59,10 +60,12 @@ def fastv(bench: SettingBench, depth: int, inputs: Inputs) -> None:
 
 
 def pyramiddrop(bench: SettingBench, depth: int, inputs: Inputs) -> None:
-    """Three cuts at even distances, with the authors' ratios: for each distance as early as can be."""
-    for apart in range(1, max((depth - 1) // 3, 1) + 1):
-        starts = [(at, at + apart, at + 2 * apart) for at in range(depth - 1 - 2 * apart, -1, -1)]
-        last_that(lambda cuts: bench.passes(load_method("pyramiddrop", cuts=cuts)), starts)
+    """Three cuts at even distances, for each distance as early as can be; gentler ratios where the authors' fail."""
+    for factor in (0.5, 0.75, 0.9):
+        for apart in range(1, max((depth - 1) // 3, 1) + 1):
+            starts = [(at, at + apart, at + 2 * apart) for at in range(depth - 1 - 2 * apart, -1, -1)]
+            methods = [load_method("pyramiddrop", cuts=cuts, ratios=by_factor(factor, 3)) for cuts in starts]
+            last_that(bench.passes, methods)
 
 
 def fitprune(bench: SettingBench, depth: int, inputs: Inputs) -> None:
@@ -83,9 +86,9 @@ def visipruner(bench: SettingBench, depth: int, inputs: Inputs) -> None:
 
     shallow: the most layers in which the shallow rule alone keeps the answers; without any, the phase is left out, as
              by the authors' command line, and the depth only says from where on layers may filter
-    middle: for each depth, filtering at once, the largest token threshold, which only grows with depth; at the two
-            cheapest depths also with lower layer thresholds, under which questions filter later, when a layer matters
-    deep: of the three cheapest settings, the exit rule that leaves earliest
+    middle: for each depth, filtering at once, the largest token threshold, which only grows with depth; at the
+            cheapest depth also with lower layer thresholds, under which questions filter later, when a layer matters
+    deep: of the cheapest setting, the exit rule that leaves earliest
     """
 
     def shallow_alone(layers: int) -> Method:
@@ -107,14 +110,26 @@ def visipruner(bench: SettingBench, depth: int, inputs: Inputs) -> None:
     step, steps = 0, {}
     for layers in range(1, (deepest or depth - 3) + 1):
         step = steps[layers] = filtering(layers, LAYER_THRESHOLDS[0], step)
-    for method in bench.cheapest(found)[:2]:
+    for method in bench.cheapest(found)[:1]:
         layers = method.hyperparameters()["shallow_layers"]
         step = steps[layers]
         for threshold in LAYER_THRESHOLDS[1:]:
             step = filtering(layers, threshold, step)
-    for method in bench.cheapest(found)[:3]:
+    for method in bench.cheapest(found)[:1]:
         for earlier in _exits(method):
             last_that(bench.passes, earlier)
+
+
+def readers(bench: SettingBench, depth: int, inputs: Inputs) -> None:
+    """Layer and threshold: at each later layer the largest threshold, which only grows with depth; then the exit."""
+    step, found = 0, []
+    for layer in range(1, depth):
+        methods = [load_method("readers", layer=layer, threshold=value) for value in MAGNITUDES]
+        step = further(bench.passes, methods, step)
+        found += [one for one in methods[step - 1 : step] if bench.passes(one)]
+    for method in bench.cheapest(found)[:1]:
+        layers = range(depth - 1, method.hyperparameters()["layer"], -1)
+        last_that(bench.passes, [load_method("readers", **given(method), exit=layer) for layer in layers])
 
 
 def _exits(method: Method) -> Iterator[list[Method]]:
@@ -128,6 +143,7 @@ SEARCHES: dict[str, Callable[[SettingBench, int, Inputs], None]] = {
     "visipruner": visipruner,
     "fastv": fastv,
     "pyramiddrop": pyramiddrop,
+    "readers": readers,
     "vtw": vtw,
     "fitprune": fitprune,
 }

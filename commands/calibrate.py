@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 Methods = Annotated[
-    str | None, typer.Option(metavar="visipruner,fastv,pyramiddrop,vtw,fitprune", help="(default: all of them)")
+    str | None, typer.Option(metavar="visipruner,fastv,pyramiddrop,readers,vtw,fitprune", help="(default: all of them)")
 ]
 Data = Annotated[
     str | None,
