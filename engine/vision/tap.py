@@ -24,7 +24,7 @@ from ..features import Entry, FeatureStore, SharedTower
 from ..layout import TokenLayout, TokenSet
 from ..trace import Trace, Watch
 from ..units.encoding import Encoding
-from ..units.packing import patches_of, units_of
+from ..units.packing import units_of
 from ..units.rows import ImageRows
 from ..units.shapes import MIXTURE, Group, Numbers, Units, decided
 from ..units.view import VisionView
@@ -55,7 +55,7 @@ class VisionTap:
         self._hooks_features = self._hooks_side and "vision" in adapter.family.sides
         if self._needed(adapter) - set(adapter.family.sides) and adapter.vision_tower is not None:
             raise UnsupportedModelError(
-                f"{method.name} acts on the vision side, which cannot be pruned in architecture {adapter.kind!r}: "
+                f"{method.name} acts on the vision side, which cannot be pruned in architecture {adapter.known_as}: "
                 "choose a method that acts in the decoder"
             )
         if adapter.vision_tower is None and self._hooks_side:
@@ -181,8 +181,8 @@ class VisionTap:
         return (smaller, *args[1:]), rest | {"interpolate_pos_encoding": True}
 
     def _units(self, pixels: Tensor, grids: Tensor | None) -> Units:
-        shapes = [patches_of(self.adapter)] * len(pixels) if grids is None else grids.tolist()
-        units = units_of(self.adapter, shapes, self._arguments)
+        patches = None if grids is None else grids.tolist()
+        units = units_of(self.adapter, patches, len(pixels), self._arguments)
         if self._needed(self.adapter) - {"projector"} and any(image.is_mixed for image in units.images):
             raise InputError(MIXTURE.format(self.method.name))
         return units

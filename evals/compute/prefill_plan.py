@@ -79,7 +79,8 @@ def _seen(trace: Trace, method: Method, adapter: Adapter, units: Units, rows: Im
     vision, points = adapter.geometry.vision, {*method.hook_points}
     assert vision is not None
     side = round(vision.merged**0.5)
-    trace.grids = torch.tensor([(frames, side * high, side * wide) for frames, high, wide in units.grids])
+    if vision.tiled or not vision.tokens:  # else all images are alike
+        trace.grids = torch.tensor([(frames, side * high, side * wide) for frames, high, wide in units.grids])
     trace.units_of_row = rows.of_row
     trace.projected = rows.sum(np.array([*map(prod, units.grids)]))
     if {"image", "tower"} & points:

@@ -48,6 +48,12 @@ class Adapter:
         self.model, self.kind = model, kind
         self.family = family_of(kind, f"cannot prune {type(model).__name__}")
         check_configuration(model.config, self.family.towers, type(model).__name__)
+        self.known_as = repr(kind)
+        own = self.family if self.family.variant is None else self.family.variant(model.config)
+        if own is not self.family:
+            strategy = model.config.vision_feature_select_strategy
+            self.known_as += f" with tower {model.config.vision_config.model_type!r} under the strategy {strategy!r}"
+            self.family = own
         self.decoder = self._part(self.family.decoder)
         self.vision_tower = self._part(self.family.vision_tower)
         self.vision_blocks = self._part(self.family.vision_blocks)

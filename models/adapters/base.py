@@ -23,6 +23,7 @@ class VisionGeometry:
     all but the ``full_blocks``; None: every block attends to the whole image. ``feature_block``: the block whose output
     is used, the last of the ``joined_blocks`` where the outputs of several are used side by side. ``one_sequence``: all
     images of a call are padded to the largest, and their patches attend in one sequence, with a mask between images.
+    ``cls_enters``: CLS is one of the ``tokens``.
     """
 
     layers: int
@@ -42,11 +43,12 @@ class VisionGeometry:
     full_blocks: tuple[int, ...] = ()
     joined_blocks: tuple[int, ...] = ()
     one_sequence: bool = False
+    cls_enters: bool = False
 
     @property
     def patches(self) -> int:
         """Patches of one image or tile, without CLS."""
-        return self.tokens * self.merged
+        return self.tokens * self.merged - self.cls_enters
 
     @property
     def block_weights(self) -> int:
@@ -129,7 +131,7 @@ class Family:
     ``order``: where the tokens of all images, each row by row, lie in the one sequence
     that enters the projector, from configuration and ``grids``; None where images are not in one sequence.
     ``images``: random ones, of a family that ``profile`` can run without a processor; ``typical``: visual tokens of an
-    ordinary one, where that is no single unit.
+    ordinary one, where that is no single unit. ``variant``: the family as a configuration has it, where that differs.
     """
 
     decoder: str
@@ -158,6 +160,7 @@ class Family:
     views: Views | None = None
     images: RandomImages | None = None
     typical: Callable[[VisionGeometry, Any], int] | None = None
+    variant: Callable[[Any], Family] | None = None
     towers: Towers = field(default_factory=dict)
     # What a configuration needs besides transformers' defaults to be one of the family.
     example: Mapping[str, Any] = field(default_factory=dict)

@@ -1,12 +1,14 @@
-"""LLaVA-1.5: one square image through CLIP or SigLIP."""
+"""LLaVA-1.5: one square image through CLIP or SigLIP; Pixtral 12B: images of any shape through its own tower."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ...errors import InputError
 from .base import Family, Images, VisionGeometry
+from .mistral3 import pixtral, rows_of_tokens, sized, sized_image
 
 # SigLIP has no CLS token: the strategy "default" would drop a patch instead.
 CLIP_OR_SIGLIP = {"clip_vision_model": "default", "siglip_vision_model": "full"}
@@ -49,6 +51,21 @@ def _square(config: Any, processor: Any, inputs: Mapping[str, Any], number: int,
     return [[side, side, 1, 1, 0]]
 
 
+def _with_cls(config: Any, projector_macs: int) -> VisionGeometry:
+    """CLIP under the strategy "full": CLS becomes a visual token, in front of the patches."""
+    sizes = clip(config, projector_macs)
+    return replace(sizes, has_cls=True, cls_enters=True, tokens=sizes.tokens + 1)
+
+
+def _cls_and_square(config: Any, processor: Any, inputs: Mapping[str, Any], number: int, size: tuple[int, int]) -> list:
+    return [[1, 0, 1, 1, 1], *_square(config, processor, inputs, number, size)]
+
+
+def _by_tower(config: Any) -> Family:
+    tower, strategy = config.vision_config.model_type, getattr(config, "vision_feature_select_strategy", None)
+    return VARIANTS.get((tower, strategy), FAMILY)
+
+
 FAMILY = Family(
     decoder="model.language_model",
     vision_tower="model.vision_tower",
@@ -58,5 +75,19 @@ FAMILY = Family(
     sides=("image", "tower", "vision", "projector"),
     views=_square,
     images=whole_images,
-    towers=CLIP_OR_SIGLIP,
+    towers=CLIP_OR_SIGLIP | {"clip_vision_model": None, "pixtral": "full"},
+    variant=_by_tower,
 )
+
+VARIANTS = {
+    ("clip_vision_model", "full"): replace(FAMILY, vision=_with_cls, sides=("projector",), views=_cls_and_square),
+    ("pixtral", "full"): replace(
+        FAMILY,
+        vision_blocks="model.vision_tower.transformer.layers",
+        vision=pixtral,
+        sides=("projector",),
+        grids=sized,
+        views=rows_of_tokens,
+        images=sized_image,
+    ),
+}

@@ -12,7 +12,8 @@ from torch import Tensor
 from .base import Family, Images, VisionGeometry
 
 
-def _pixtral(config: Any, projector_macs: int) -> VisionGeometry:
+def pixtral(config: Any, projector_macs: int) -> VisionGeometry:
+    """Sizes of Pixtral's tower; LLaVA makes a token of each patch."""
     vision = config.vision_config
     return VisionGeometry(
         layers=vision.num_hidden_layers,
@@ -24,20 +25,24 @@ def _pixtral(config: Any, projector_macs: int) -> VisionGeometry:
         has_cls=False,
         feature_block=vision.num_hidden_layers - 1,
         projector_macs=projector_macs,
-        merged=config.spatial_merge_size**2,
+        merged=_merge(config) ** 2,
         ffn_matrices=3,
         one_sequence=True,
     )
 
 
-def _grids(vision: VisionGeometry, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+def _merge(config: Any) -> int:
+    return getattr(config, "spatial_merge_size", 1)
+
+
+def sized(vision: VisionGeometry, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
     sizes = torch.as_tensor(kwargs["image_sizes"]) // isqrt(vision.patch_inputs // 3)
     return torch.cat([torch.ones_like(sizes[:, :1]), sizes], dim=1).cpu()
 
 
-def _sized_image(vision: VisionGeometry, config: Any, visual_tokens: int, batch: int) -> Images:
+def sized_image(vision: VisionGeometry, config: Any, visual_tokens: int, batch: int) -> Images:
     """One image a row, as square as its number of tokens allows."""
-    merge, patch = config.spatial_merge_size, config.vision_config.patch_size
+    merge, patch = _merge(config), config.vision_config.patch_size
     rows = max(n for n in range(1, isqrt(visual_tokens) + 1) if visual_tokens % n == 0)
     sides = [rows * merge, visual_tokens // rows * merge]
     sizes = torch.tensor([[side * patch for side in sides]])
@@ -45,11 +50,11 @@ def _sized_image(vision: VisionGeometry, config: Any, visual_tokens: int, batch:
     return Images(shape, {"image_sizes": sizes.expand(batch, -1)})
 
 
-def _rows(config: Any, processor: Any, inputs: Mapping[str, Any], number: int, size: tuple[int, int]) -> list:
+def rows_of_tokens(config: Any, processor: Any, inputs: Mapping[str, Any], number: int, size: tuple[int, int]) -> list:
     """By the sizes in the inputs, or by the patches that a trace has seen."""
     patches = inputs.get("image_grid_thw")
     sides = inputs["image_sizes"][number] // config.vision_config.patch_size if patches is None else patches[number][1:]
-    rows, columns = (int(side) // config.spatial_merge_size for side in sides)
+    rows, columns = (int(side) // _merge(config) for side in sides)
     return [[rows, columns, 1, 1, 0]]
 
 
@@ -58,10 +63,10 @@ FAMILY = Family(
     vision_tower="model.vision_tower",
     vision_blocks="model.vision_tower.transformer.layers",
     projector="model.multi_modal_projector",
-    vision=_pixtral,
+    vision=pixtral,
     sides=("projector",),
-    grids=_grids,
-    views=_rows,
-    images=_sized_image,
+    grids=sized,
+    views=rows_of_tokens,
+    images=sized_image,
     towers={"pixtral": None},
 )

@@ -4,4 +4,4 @@ from dataclasses import replace
 
 from .llava import FAMILY as _LLAVA
 
-FAMILY = replace(_LLAVA, towers={"clip_vision_model": None})
+FAMILY = replace(_LLAVA, towers={"clip_vision_model": None}, variant=None)

@@ -1,15 +1,18 @@
 """Every family under methods that act in the decoder, against the dense model and the model's own layers."""
 
 import inspect
+from itertools import product
 
 import pytest
 import torch
 import visibench
-from decoders import CONFIGS, IMAGE, decoder_model, row_samples
+from decoders import IMAGE, KINDS, decoder_model, row_samples
 from families import METHODS, collate
 from probes import Probe
 from torch.utils.flop_counter import FlopCounterMode
+from visibench.errors import UnsupportedModelError
 from visibench.evals.compute import flops
+from visibench.evals.settings.method_spec import parse
 from visibench.models.adapters import Adapter
 
 GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "suppress_tokens": [IMAGE]}
@@ -18,7 +21,7 @@ METHODS_HERE = [
 ]
 # The counter does not see VisiPruner's fused attention over parts of a layer; tests/evals/test_flops.py does.
 COUNTED = [method for method in METHODS_HERE if method.values[0].name != "visipruner"]
-every_kind = pytest.mark.parametrize("kind", CONFIGS)
+every_kind = pytest.mark.parametrize("kind", KINDS)
 every_method = pytest.mark.parametrize("method", METHODS_HERE, ids=str)
 
 
@@ -164,3 +167,35 @@ def test_compute_equals_that_of_torchs_counter(kind, method):
         rotary = [sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.endswith("rotary_emb")]
         closed = flops.executed(session.trace, session.geometry, logits=None)
         assert closed.total()[0] == (counter.get_total_flops() - sum(rotary)) / 2
+
+
+# ---- other towers of LLaVA ----------------------------------------------------------------------------------------
+
+IMAGES = ["divprune:keep=0.4,positions=keep", "cdpruner:keep=0.4,condition=none"]
+VISION = ["fastervlm:keep=0.5", "visionzip:keep=0.6,contextual=2", "holov:keep=0.5,runs=4"]
+VARIANTS = [*product(["llava+cls", "llava+pixtral", "llava+blocks"], IMAGES), *product(["llava+blocks"], VISION)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "text"), VARIANTS)
+def test_methods_in_front_of_the_decoder_on_other_towers_of_llava(kind, text):
+    """CLS among the tokens, Pixtral's images of any shape, features of several blocks."""
+    method, model = parse(text), decoder_model(kind)
+    test_a_row_of_a_batch_equals_the_row_alone(kind, method)
+    test_generation_equals_each_row_alone_and_that_without_a_cache(kind, method)
+    test_compute_equals_that_of_torchs_counter(kind, method)
+    if method.positions == "keep":
+        inputs = row_samples(kind)[1]
+        given, visual = given_densely(model, inputs), inputs["input_ids"][0] == IMAGE
+        state, trace = last_state(model, method, inputs)
+        keep = torch.ones_like(visual)
+        keep[visual] = trace.kept(0)[0]
+        own = by_hand(model, given, 0, keep, visual, "keep")
+        torch.testing.assert_close(state, own, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "tower"), [("llava+cls", "clip_vision_model"), ("llava+pixtral", "pixtral")])
+@pytest.mark.parametrize("name", ["fastervlm", "pooling", "tome", "holov"])
+def test_methods_of_the_vision_side_are_refused_with_the_tower_by_name(kind, tower, name):
+    with pytest.raises(UnsupportedModelError, match=f"'llava' with tower {tower!r} under the strategy 'full'"):
+        visibench.prune(decoder_model(kind), visibench.load_method(name, tokens=9))

@@ -3,6 +3,7 @@
 Rows of a batch are (text tokens, visual tokens): images of several shapes, several images, and none.
 """
 
+import pytest
 import torch
 from families import TEXT, VISION
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -98,10 +99,18 @@ CONFIGS = {
         "text_config": HEADS | {"model_type": "cohere2", "sliding_window": 8},
     },
 }
-"""Configurations by ``model_type``: a family's line of test."""
+"""Configurations by ``model_type``: a family's line of test; behind a plus, variants of it."""
+LLAVA = CONFIGS["llava"]
+FULL = {"vision_feature_select_strategy": "full"}
+CONFIGS |= {
+    "llava+cls": LLAVA | FULL,
+    "llava+pixtral": LLAVA | FULL | {"vision_feature_layer": -1, "vision_config": PIXTRAL},
+    "llava+blocks": LLAVA | {"vision_feature_layer": [-2, -3]},
+}
 
 ROWS = {
     "llava": [(9, 16), (6, 32), (5, 0), (12, 16)],
+    "llava+cls": [(9, 17), (6, 34), (5, 0), (12, 17)],
     "llava_next": [(9, 88), (6, 52), (5, 0), (12, 56)],
     "llava_next_video": [(9, 88), (6, 52), (5, 0), (12, 56)],
     "gemma3": [(9, 4), (6, 8), (5, 0), (12, 12)],
@@ -110,8 +119,10 @@ ROWS = {
 }
 ROWS |= dict.fromkeys(("smolvlm", "idefics3"), ROWS["gemma3"])
 ROWS["llava_onevision"] = ROWS["llava_next"]
-ROWS |= dict.fromkeys(("vipllava", "video_llava", "internvl", "paligemma"), ROWS["llava"])
-ROWS |= dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "mistral3"), ROWS["ragged"])
+ROWS |= dict.fromkeys(("vipllava", "llava+blocks", "video_llava", "internvl", "paligemma"), ROWS["llava"])
+ROWS |= dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "mistral3", "llava+pixtral"), ROWS["ragged"])
+
+KINDS = [pytest.param(kind, marks=[pytest.mark.slow] if "+" in kind else []) for kind in CONFIGS]
 
 _models = {}
 
@@ -120,7 +131,7 @@ def decoder_model(kind, attention="eager"):
     """A miniature; eager attention by default, whose masks and products can be seen."""
     if (kind, attention) not in _models:
         torch.manual_seed(0)
-        config = AutoConfig.for_model(kind, **CONFIGS[kind])
+        config = AutoConfig.for_model(kind.partition("+")[0], **CONFIGS[kind])
         model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention).eval()
         for name, weights in model.named_parameters():
             if weights.ndim > 1 and "language_model" not in name and "text_model" not in name and "lm_head" not in name:

@@ -37,18 +37,18 @@ REFUSED = {
     "phi": (config(text("phi")), UNTESTED("phi")),
     "gpt_neox": (config(text("gpt_neox")), UNTESTED("gpt_neox")),
     "olmo2": (config(text("olmo2")), UNTESTED("olmo2")),
-    "CLS among the features": (
-        config(vision_feature_select_strategy="full"),
-        "vision_feature_select_strategy is 'full' for clip_vision_model, which was tested with 'default'",
-    ),
     "a patch taken for CLS": (config(vision=SIGLIP), "is 'default' for siglip_vision_model.*with 'full'"),
     "pooling head": (
         config(vision=SIGLIP | {"vision_use_head": True}, vision_feature_select_strategy="full"),
         "pooling head that nothing reads.*set vision_use_head to false",
     ),
-    "pixtral": (
+    "the first patch of Pixtral's": (
         config(vision=CLIP | {"model_type": "pixtral", "head_dim": 8}),
-        "vision tower 'pixtral' has not been tested; tested: clip_vision_model, siglip_vision_model",
+        "is 'default' for pixtral, which was tested with 'full'",
+    ),
+    "another tower": (
+        config(vision=CLIP | {"model_type": "dinov2"}),
+        "vision tower 'dinov2' has not been tested; tested: clip_vision_model, pixtral, siglip_vision_model",
     ),
 }
 refused = pytest.mark.parametrize(("configuration", "message"), REFUSED.values(), ids=REFUSED)
