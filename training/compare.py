@@ -1,8 +1,8 @@
 """One table of a sweep over checkpoints: what each scores under dense and staged inference, and under pruning.
 
     visibench sweep stages --set 'models=[PLAIN, STAGED]' --out RUN
-    python -m visibench.training.compare RUN --csv FIGURES.csv
-    python -m visibench.training.compare FIGURES.csv --plot PICTURE.png
+    python -m visibench.training.compare RUN --name PLAIN=plain --csv FIGURES.csv
+    python -m visibench.training.compare FIGURES.csv OTHER_RUN --plot PICTURE.png
 
 Rows of a method stand together, one for each checkpoint, so that it shows who loses by what. Intervals are those of
 :mod:`visibench.results.tables`; marks of single tests are left out, since they compare within one checkpoint alone.
@@ -148,15 +148,46 @@ def drawn(figures: pd.DataFrame) -> Figure:
     return picture
 
 
+def together(parts: list[pd.DataFrame], names: dict[str, str]) -> pd.DataFrame:
+    """Figures of several runs as one, checkpoints under their ``names``; what nobody measured is left out.
+
+    Raises :class:`DataError` unless all were asked alike, and for a name of a checkpoint that is not there.
+    """
+    figures = pd.concat(parts, ignore_index=True)
+    figures = figures[figures.groupby("figure")["value"].transform("count") > 0]
+    for figure, asked in figures.groupby("figure")["n"]:
+        if asked.nunique() > 1:
+            raise DataError(f"runs differ in their questions of {figure}: run all checkpoints alike")
+    strange = sorted(set(names) - set(figures.checkpoint))
+    if strange:
+        raise DataError(
+            f"no checkpoint {', '.join(strange)} to name: there are {', '.join(figures.checkpoint.unique())}"
+        )
+    places = {method: place for place, method in enumerate(figures.method.unique())}
+    figures = figures.assign(checkpoint=figures.checkpoint.replace(names))
+    return figures.sort_values("method", key=lambda column: column.map(places), kind="stable")
+
+
+def _name_of(text: str) -> tuple[str, str]:
+    folder, equals, name = text.partition("=")
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(f"{text!r}: write FOLDER=NAME")
+    return folder, name
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("source", type=Path, help="folder of the sweep, or figures written by --csv")
+    parser.add_argument("source", type=Path, nargs="+", help="folders of sweeps, or figures written by --csv")
+    parser.add_argument(
+        "--name", action="append", default=[], type=_name_of, help="FOLDER=NAME: what to call a checkpoint"
+    )
     parser.add_argument("--csv", type=Path, help="write the figures here")
     parser.add_argument("--plot", type=Path, help="draw the scores here, PNG or SVG")
     arguments = parser.parse_args()
     try:
-        figures = figures_of(arguments.source) if arguments.source.is_dir() else pd.read_csv(arguments.source)
+        parts = [figures_of(source) if source.is_dir() else pd.read_csv(source) for source in arguments.source]
+        figures = together(parts, dict(arguments.name))
     except (VisibenchError, OSError) as error:
         parser.error(str(error))
     if arguments.csv:

@@ -10,7 +10,7 @@ from visibench.models import load_model
 from visibench.results.store.records import Compute, ScoreRecord, VisualTokens
 from visibench.results.store.store import Store
 from visibench.training import compare
-from visibench.training.compare import figures_of, table_of
+from visibench.training.compare import figures_of, table_of, together
 
 IMAGES = "aabbccdd"
 
@@ -63,7 +63,28 @@ def test_the_table_is_made_anew_from_shipped_figures(store, tmp_path, capsys, mo
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1]
     assert "| staged | plain | 37.5 [" in shown[0]
+    assert "prefill ms" not in shown[0], "nobody measured it"
     assert (tmp_path / "figures.png").stat().st_size
+
+
+def test_runs_are_compared_as_one_under_the_names_given(store, tmp_path):
+    for model, right in (("plain", 6), ("later", 5)):
+        answered(Store(tmp_path / model), model, "none", 8, (4, 4))
+        answered(Store(tmp_path / model), model, "staged", right)
+    parts = [figures_of(tmp_path / "plain"), figures_of(tmp_path / "later")]
+    figures = together(parts, {"later": "staged, seed 3"})
+    rows = figures[figures.figure == "gqa exact match"]
+    assert [*zip(rows.method, rows.checkpoint, rows.value, strict=True)] == [
+        ("none", "plain", 100),
+        ("none", "staged, seed 3", 100),
+        ("staged", "plain", 75),
+        ("staged", "staged, seed 3", 62.5),
+    ]
+    with pytest.raises(DataError, match="no checkpoint nosuch to name: there are plain, later"):
+        together(parts, {"nosuch": "x"})
+    parts[1].loc[parts[1].figure == "gqa exact match", "n"] = 7
+    with pytest.raises(DataError, match="differ in their questions of gqa exact match"):
+        together(parts, {})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
