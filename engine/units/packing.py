@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
-from torch import Tensor
+from torch import tensor
 
 from ...models.adapters import Adapter
 from .shapes import Packed, Units
@@ -29,8 +29,8 @@ def units_of(
     else:
         packed = family.packing(adapter.model.base_model, vision, arguments)
         images = tuple(Packed(source.numpy(), units, padded.numpy()) for source, units, padded in packed)
-    ordered = family.order is not None and patches is not None
-    return Units(tokens, images, family.order(config, Tensor(patches).long()).numpy() if ordered else None)
+    known = None if family.order is None or patches is None else family.order(config, tensor(patches))
+    return Units(tokens, images, None if known is None else known.numpy())
 
 
 def units_in(adapter: Adapter, inputs: Mapping[str, Any], visual_tokens: int) -> Units:

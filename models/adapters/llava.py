@@ -62,8 +62,7 @@ def _cls_and_square(config: Any, processor: Any, inputs: Mapping[str, Any], numb
 
 
 def _by_tower(config: Any) -> Family:
-    tower, strategy = config.vision_config.model_type, getattr(config, "vision_feature_select_strategy", None)
-    return VARIANTS.get((tower, strategy), FAMILY)
+    return VARIANTS.get((config.vision_config.model_type, config.vision_feature_select_strategy), FAMILY)
 
 
 FAMILY = Family(
