@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from .engine import TokenLayout, prune
     from .methods import list_methods, load_method
     from .models import load_model
+    from .results.tables.notebook import tables
 
 __version__ = "0.2.0"
-__all__ = ["TokenLayout", "__version__", "list_methods", "load_method", "load_model", "prune"]
+__all__ = ["TokenLayout", "__version__", "list_methods", "load_method", "load_model", "prune", "tables"]
 
 torchvision.install()
 
@@ -25,6 +26,7 @@ _HOME = {
     "load_method": ".methods",
     "list_methods": ".methods",
     "load_model": ".models",
+    "tables": ".results.tables.notebook",
 }
 
 

@@ -1,4 +1,4 @@
-"""Errors that a user can mend. Each message is one line that names the fix; the CLI prints it and exits.
+"""Errors that a user can fix. Each message is one line that names the fix; the CLI prints it and exits.
 
 The exit code is 2, 3 where the work was done but for what failed, 130 after Ctrl-C and 143 after SIGTERM.
 """
@@ -16,7 +16,7 @@ LONGEST = 300
 
 
 class VisibenchError(Exception):
-    """Base of all errors that a user can mend. ``foreign``: code of others raised what lies behind it."""
+    """Base of all errors that a user can fix. ``foreign``: code of others raised what lies behind it."""
 
     exit_code = 2
 

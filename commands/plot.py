@@ -41,7 +41,7 @@ def plot(
         str | None,
         typer.Option(
             metavar="column|page|INCHES",
-            help="For a paper: as wide as its column (3.3 inches) or page (6.9), with small type and display names.",
+            help="For a paper: as wide as its column (3 inches) or page (6.3), with small type and display names.",
         ),
     ] = None,
     notes: Annotated[bool, typer.Option("--notes/--no-notes", help="What the figure says below its axes.")] = True,
@@ -59,7 +59,7 @@ def plot(
         raise OptionError(
             f"--format {form} and --out {out} both say the format: give a folder to --out, or no --format"
         )
-    forms, look = names(form, FORMATS, "--format") or ["png"], Look(_inches(width), notes)
+    forms, look = names(form, FORMATS, "--format") or ["png"], Look(_inches(width), notes, titled=width is not None)
     if source.is_file() or (source.suffix == ".json" and not source.is_dir()):
         for option, value in (("--kind", kind), ("--task", task)):
             if value is not None:
@@ -73,7 +73,8 @@ def plot(
         _run(source, kind, task, out, None if single else forms, look)
 
 
-WIDTHS = {"column": 3.3, "page": 6.9}
+WIDTHS = {"column": 3.0, "page": 6.3}
+"""Inches, of the narrowest among the usual styles (ACL), so that figures fit into all of them."""
 LEAST, MOST = 2.0, 40.0
 """Inches between which a figure can be drawn."""
 

@@ -114,7 +114,7 @@ def names(text: str | None, known: Collection[str], option: str) -> list[str]:
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error, for so many questions; what is yielded takes how many more are done."""
+    """A bar on standard error, of so many steps; what is yielded takes how many more are done."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

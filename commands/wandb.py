@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,7 @@ import typer
 from rich.console import Console
 
 from ..errors import DataError, OptionError, VisibenchError, suggest
-from .shared import add, check_writable, finished
+from .shared import add, check_writable, finished, progress
 
 if TYPE_CHECKING:
     from ..reports.wandb.sink import Destination, OverlaySource, Sink
@@ -59,10 +60,16 @@ def sync(
         os.nice(10)  # cells that are being timed should not notice
         os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # there is another try, and an end that waits
     sink = Sink(folder, destination, _overlaid() if images and samples else None)
+    if not follow:
+        destination.reach()
     new = _followed(sink) if follow else 0
     cells = sink.store.usable() if follow else finished(folder)
-    new += sum(sink.send(cell, cells) for cell in cells)
-    tables = bool(cells) and sink.finish(cells)
+    with nullcontext(lambda done: None) if follow else progress("Sending to W&B", len(cells) + 1) as done:
+        for cell in cells:
+            new += sink.send(cell, cells)
+            done(1)
+        tables = bool(cells) and sink.finish(cells)
+        done(1)
     Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(
         f"{'Sent' if mode == 'online' else f'Written to {folder}/wandb'}: {new} of {len(cells)} cells"
         f"{' and their tables' if tables else ''} in group {destination.group!r} of project {destination.project!r}."

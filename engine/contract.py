@@ -297,6 +297,9 @@ class Method:
             if key not in known:
                 raise OptionError(f"{cls.name}: unknown option {key!r}; {suggest(key, known)}")
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self}>"
+
     def __str__(self) -> str:
         changed = [
             f"{f.name}={spell_value(getattr(self, f.name))}"

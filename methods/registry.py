@@ -74,7 +74,7 @@ def checked(cls: MethodClass) -> MethodClass:
     if not getattr(cls, "name", "").isidentifier() or not getattr(cls, "title", ""):
         raise VisibenchError(f"{cls.__module__}.{cls.__qualname__} needs a title, and an identifier as its name")
     if "__dataclass_params__" not in vars(cls):
-        dataclass(frozen=True)(cls)  # in place
+        dataclass(frozen=True, repr=False)(cls)  # in place
     return cls
 
 
@@ -125,7 +125,7 @@ def _register_plugin(entry: EntryPoint) -> None:
     except FOREIGN as error:  # importing another package can fail in any way
         package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown"
         raise VisibenchError(
-            f"the plug-in {entry.name!r} ({entry.value}) of package {package} cannot be used: {said(error)}. Mend, "
+            f"the plug-in {entry.name!r} ({entry.value}) of package {package} cannot be used: {said(error)}. Fix, "
             "update or uninstall that package",
             foreign=True,
         ) from error

@@ -6,6 +6,7 @@ import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from ..models.inputs import as_rgb
 from ..models.protocols import Protocol, find
 from ..results.store.records import CellConfig
 from ..results.store.store import Cell
+from ..utils.bounded_cache import GIB, BoundedCache
 from ..utils.token_grids import drawable, kept_tokens, placed, read, views
 from .question_image import QuestionImage, numbered
 
@@ -38,19 +40,24 @@ class ImageLoader:
     def __init__(self) -> None:
         self._models: dict[tuple[str, Protocol], LoadedModel | str] = {}
         self._tasks: dict[tuple[str, str, Protocol], Task | str] = {}
+        self._shown: BoundedCache[list[QuestionImage] | str] = BoundedCache(_size, GIB // 8)
 
     def __call__(self, config: CellConfig, prompts: Mapping[int, str]) -> dict[int, list[QuestionImage] | str]:
         """The images of the questions ``prompts`` (by doc_id) of a cell, or why one cannot be shown."""
         # What is not one of lmms-eval's own is found by its file.
-        place = config.sources.get("task", "")
-        own = Path(place.partition(":")[0]).is_absolute()
+        source = config.sources.get("task", "")
+        own = Path(source.partition(":")[0]).is_absolute()
         asked = find(config.protocol or "hf")
-        entry, data = (place, EMBEDDED) if own else (config.task, config.origin)
+        entry, data = (source, EMBEDDED) if own else (config.task, config.origin)
         task = self._task(entry, data, asked)
         if isinstance(task, str):
             return dict.fromkeys(prompts, task)
         loaded = self._model(config.model, asked)
-        return {doc_id: self._pictures(loaded, task, doc_id, prompt) for doc_id, prompt in prompts.items()}
+        place = (entry, data, asked, config.model)  # other cells of a sweep show the same questions
+        return {
+            doc_id: self._shown.get((*place, doc_id, prompt), partial(self._pictures, loaded, task, doc_id, prompt))
+            for doc_id, prompt in prompts.items()
+        }
 
     def overlaid(self, cell: Cell, doc_ids: Sequence[int]) -> dict[int, dict[str, Image.Image]]:
         """Images of questions of a cell: ``image``, and ``kept``, where patches are dim whose tokens did not stay.
@@ -107,6 +114,10 @@ class ImageLoader:
             except VisibenchError as error:
                 self._models[name, protocol] = str(error)
         return self._models[name, protocol]
+
+
+def _size(shown: list[QuestionImage] | str) -> int:
+    return len(shown) if isinstance(shown, str) else sum(len(picture.uri) for picture in shown)
 
 
 def _as_seen(loaded: LoadedModel, image: Image.Image) -> QuestionImage:

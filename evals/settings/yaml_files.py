@@ -61,7 +61,7 @@ def mapping(path: Path, expected: str) -> dict[str, Any]:
     try:
         content = parse(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"cannot read {path} ({error.strerror or error}): mend that, or give another file") from error
+        raise DataError(f"cannot read {path} ({error.strerror or error}): fix that, or give another file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

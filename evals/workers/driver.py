@@ -46,7 +46,7 @@ class LostError(Exception):
 
 
 class TaskError(Exception):
-    """An error on a worker: ``why`` and ``traceback`` as text, and itself if it is one that a user can mend."""
+    """An error on a worker: ``why`` and ``traceback`` as text, and itself if it is one that a user can fix."""
 
     def __init__(self, why: str, traceback: str, mendable: VisibenchError | None) -> None:
         super().__init__(why, traceback, mendable)  # by which it is pickled
@@ -191,7 +191,7 @@ class _Driver:
                 if isinstance(error, TaskError) and error.mendable is not None:
                     raise error.mendable from None
                 last = str(error.__cause__ or error).strip().splitlines()[-1]
-                raise VisibenchError(f"no worker can start ({last}): mend its environment") from error
+                raise VisibenchError(f"no worker can start ({last}): repair its environment") from error
             return
         if not self.begun:
             self.begun = True
@@ -201,7 +201,7 @@ class _Driver:
     def _back(self, worker: Handle, task: _Task, returned: Future) -> None:
         """Take in what a task returned, or have it run again if its worker was lost.
 
-        Errors that a user can mend end the sweep, as they do in one process; others are failures of the cell.
+        Errors that a user can fix end the sweep, as they do in one process; others are failures of the cell.
         """
         try:
             outcome = returned.result()

@@ -81,7 +81,7 @@ class VisionGeometry:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of the decoder (Llama-style: q, k, v, o projections and a gated FFN of three matrices) and of its eyes."""
+    """Sizes of the decoder (Llama-style: q, k, v, o projections and a gated FFN of three matrices) and of the tower."""
 
     layers: int
     hidden: int

@@ -18,11 +18,13 @@ from markupsafe import Markup
 
 from ...errors import DataError
 from ...results.figures.plots import PLOTS
+from ...results.figures.style import Look
 from ...results.store.stage_records import StageRecord
 from ...results.tables import summary
 from ...results.tables.columns import Column, TableLook, columns
 from ...results.tables.notes import heading, notes
 from ...results.tables.tables import MethodRow, ResultTable
+from ...results.tables.titles import row_title, task_title
 from ..question_image import ImageSource, no_images
 from .cards import method_cards, question_cards
 from .inline import inline
@@ -113,8 +115,9 @@ def _grid(table: ResultTable) -> dict[str, Any]:
     return {
         "caption": f"Scores, visual tokens and compute on {table.facts['model']}",
         "columns": [
-            {"name": " ".join(column.title.split("\n")), "lines": column.title.split("\n"), "numeric": not column.words}
+            {"name": " ".join(lines), "lines": lines, "numeric": not column.words}
             for column in chosen
+            for lines in [[task_title(line) for line in column.title.split("\n")]]
         ],
         "groups": [
             {"title": title, "rows": [[_entry(column, row) for column in chosen] for row in rows]}
@@ -128,7 +131,7 @@ def _entry(column: Column, row: MethodRow) -> dict[str, Any]:
     entry, value = column.show(row), next(iter(column.figures(row).values()))
     missing = value is None or value != value
     return {
-        "value": entry.value,
+        "value": row_title(row) if column.name == "method" else entry.value,
         "behind": " ".join(entry.behind),
         "marks": [(str(mark), mark.meaning) for mark in entry.marks],
         "best": entry.best,
@@ -139,14 +142,14 @@ def _entry(column: Column, row: MethodRow) -> dict[str, Any]:
 def _figures(table: ResultTable, prefix: str) -> list[dict[str, Any]]:
     figures = []
     for plot in PLOTS:
-        named = {"kind": plot.name, "title": plot.title}
+        named: dict[str, Any] = {"kind": plot.name, "title": plot.title}
         try:
-            figure = plot.draw(table)
+            figure = plot.draw(table, Look(notes=False, titled=True))
         except DataError as error:
-            figures.append(named | {"svg": "", "reason": str(error)})
+            figures.append(named | {"svg": "", "reason": str(error), "notes": ""})
         else:
             svg = inline(figure, f"{prefix}{plot.name}-", plot.title)
-            figures.append(named | {"svg": Markup(svg), "reason": ""})
+            figures.append(named | {"svg": Markup(svg), "reason": "", "notes": str(figure.get_label())})
     return figures
 
 

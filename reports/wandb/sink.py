@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 MODES = ("online", "offline")
 PROJECT = "visibench"
+ANSWER = 20
+"""Seconds in which a server must answer."""
 KEYLESS = "no W&B API key: set WANDB_API_KEY, run `wandb login`, or choose offline"
 OverlaySource = Callable[[Cell, Sequence[int]], Mapping[int, Mapping[str, "Image"]]]
 """Images of a cell's questions: doc_id → column → image."""
@@ -57,6 +59,27 @@ class Destination:
         """Raise :class:`OptionError` where a key is needed and none that could be one is there."""
         if self.mode == "online" and not credentials():
             raise OptionError(KEYLESS)
+
+    def reach(self) -> None:
+        """Ask the server, before anything is prepared, whether it takes the key and the entity; nothing when offline.
+
+        Raises :class:`OptionError` if it does not, and :class:`DataError` where it does not answer.
+        """
+        if self.mode != "online":
+            return
+        import wandb
+
+        try:
+            viewer = wandb.Api(timeout=ANSWER).viewer
+            known = {viewer.username, viewer.entity, *viewer.teams}
+        except (ValueError, wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
+            raise OptionError(f"W&B does not take the API key ({reason(error)}): correct WANDB_API_KEY") from error
+        except Exception as error:
+            told = f"W&B at {_server('online')} does not answer ({reason(error)})"
+            raise DataError(f"{told}: nothing was sent") from error
+        if self.entity is not None and self.entity not in known:
+            names = ", ".join(sorted(filter(None, known)))
+            raise OptionError(f"the W&B account cannot write to entity {self.entity!r}: it has {names}")
 
     def options(self) -> list[str]:
         """This destination as options of ``visibench wandb sync``."""
@@ -220,7 +243,7 @@ def credentials() -> bool:
     key = Api().api_key
     problem = check_api_key(key) if key else None
     if problem:
-        raise OptionError(f"the W&B API key cannot be used: {problem} Mend WANDB_API_KEY or run `wandb login`")
+        raise OptionError(f"the W&B API key cannot be used: {problem} Correct WANDB_API_KEY or run `wandb login`")
     return bool(key or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"))
 
 

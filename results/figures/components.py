@@ -33,7 +33,7 @@ def by_component(table: ResultTable, look: Look = SCREEN) -> Figure:
     """A bar for each row, in its components; beside it, where something was timed, the prefill's time."""
     unit, name = compute_unit(table)
     was_timed = any(row.prefill for row in table.rows)
-    named = [(row_title(row) if look.width else "dense" if row.label == DENSE else row.label) for row in table.rows]
+    named = [(row_title(row) if look.titled else "dense" if row.label == DENSE else row.label) for row in table.rows]
     labels = [wrap(name.replace(",", ", ").replace("  ", " "), 24 if look.narrow else 34) for name in named]
     lines = sum(1 + 0.5 * label.count("\n") for label in labels)
     wide, high = look.width or (9.6 if was_timed else 6.8), (2.2 + 0.3 * lines) * (0.7 if look.width else 1)

@@ -45,13 +45,15 @@ _STYLE = {
 
 @dataclass(frozen=True)
 class Look:
-    """``width`` in inches, for a place in a paper: small type, display names; None: as wide as the figure likes.
+    """``width`` in inches, for a place in a paper, with small type; None: as wide as the figure likes.
 
-    ``notes``: a caption says below the figure what its numbers are.
+    ``notes``: a caption says below the figure what its numbers are; else they are its label alone. ``titled``: methods
+    and tasks have their display names; those that a run gives them otherwise.
     """
 
     width: float | None = None
     notes: bool = True
+    titled: bool = False
 
     @property
     def narrow(self) -> bool:
@@ -60,7 +62,7 @@ class Look:
 
     def task(self, name: str) -> str:
         """What a task is called."""
-        return name if self.width is None else task_title(name)
+        return task_title(name) if self.titled else name
 
     def axis(self, text: str) -> str:
         """What stands along an axis."""
@@ -68,7 +70,7 @@ class Look:
 
     def method(self, label: str, name: str) -> str:
         """What a series of a method is called; ``label``: what the run calls it."""
-        if self.width is None:
+        if not self.titled:
             return label
         title = method_title(name)
         return title if label in (name, "dense") else label.replace(name, title, 1)
@@ -128,9 +130,11 @@ def grid(
 
 def caption(figure: Figure, parts: Iterable[str], look: Look = SCREEN) -> None:
     """Notes below the figure, as wide as it is, where its ``look`` has some."""
+    parts = [part for part in parts if part]
+    figure.set_label(" ".join(parts))
     if not look.notes:
         return
-    lines = [line for part in parts if part for line in textwrap.wrap(part, int(15.5 * figure.get_figwidth()))]
+    lines = [line for part in parts for line in textwrap.wrap(part, int(15.5 * figure.get_figwidth()))]
     figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=7.5, color="#333333")
 
 

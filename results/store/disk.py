@@ -26,7 +26,7 @@ def writing(path: Path) -> Iterator[None]:
     except StorageError:
         raise
     except OSError as error:
-        mend = _MEND.get(error.errno or 0, "mend that")
+        mend = _MEND.get(error.errno or 0, "fix that")
         raise StorageError(
             f"cannot write to {path} ({error.strerror or error}): {mend}, or choose another --out; what is finished "
             "is kept"

@@ -298,7 +298,7 @@ def _names(folder: Path) -> list[str]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise DataError(f"cannot read {folder} ({error.strerror or error}): mend that, or give another run") from error
+        raise DataError(f"cannot read {folder} ({error.strerror or error}): fix that, or give another run") from error
 
 
 def _read(file: Path, kind: type[AnyRecord]) -> tuple[AnyRecord, dict[str, Any]]:

@@ -1,3 +1,3 @@
 """Tables: rows (tables), columns, notes, a summary in words (summary), and forms from Markdown to LaTeX (render,
-formats).
+formats, paper), and in notebooks.
 """

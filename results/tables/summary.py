@@ -90,7 +90,7 @@ def _best(table: ResultTable, rows: Sequence[MethodRow]) -> str:
     best = []
     for task, (score, *_) in table.metrics.items():
         best += [f"{row.label} on {task}" for row in rows if row.evidence.best.get(task, {}).get(score.key, 1) < ALPHA]
-    return f"TableLook best of all: {', '.join(best)}." if best else "No row is shown to be the best on any task."
+    return f"Shown best of all: {', '.join(best)}." if best else "No row is shown to be the best on any task."
 
 
 def verdicts(table: ResultTable) -> str:

@@ -158,7 +158,7 @@ def test_finished_runs_may_lie_where_nothing_may_be_written(tmp_path, monkeypatc
 
 
 def test_what_cannot_be_written_says_what_to_do(tmp_path):
-    for number, mend in ((28, "make room"), (13, "have yourself allowed"), (36, "use shorter names"), (5, "mend that")):
+    for number, mend in ((28, "make room"), (13, "have yourself allowed"), (36, "use shorter names"), (5, "fix that")):
         with (
             pytest.raises(disk.StorageError, match=rf"\(.*\): {mend}.*, or choose another --out"),
             disk.writing(tmp_path),

@@ -104,7 +104,7 @@ def test_broken_plugin_raises_one_line_that_names_its_package_each_time(site, co
         line = str(caught.value)
         assert line.startswith("the plug-in 'mine' (their_package:Mine) of package their-package 1.0 cannot be used: ")
         assert reason in line
-        assert line.endswith("Mend, update or uninstall that package")
+        assert line.endswith("Fix, update or uninstall that package")
 
 
 def test_two_plugins_of_one_name_name_each_other(site):

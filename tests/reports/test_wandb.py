@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -213,6 +214,46 @@ def test_a_key_that_cannot_be_one_is_refused_unprinted(monkeypatch, tmp_path):
     with pytest.raises(OptionError, match="40") as refused:
         Destination("a").check()
     assert "short-secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("viewer", "says"),
+    [
+        (ValueError("verify your API key"), "does not take the API key (verify your API key)"),
+        (ConnectionError("refused"), "does not answer (refused): nothing was sent"),
+        (SimpleNamespace(username="me", entity="me", teams=["lab"]), "cannot write to entity 'other': it has lab, me"),
+    ],
+)
+def test_key_and_entity_are_asked_for_before_the_work(viewer, says, monkeypatch, tmp_path, cli):
+    import wandb
+
+    class Api:
+        def __init__(self, timeout): ...
+
+        @property
+        def viewer(self):
+            if isinstance(viewer, Exception):
+                raise viewer
+            return viewer
+
+    full(tmp_path)
+    monkeypatch.setattr(wandb, "Api", Api)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setattr("visibench.reports.wandb.sink.prepare", lambda folder: (folder / "wandb").mkdir())
+    monkeypatch.setattr("visibench.reports.wandb.sink.Sink.send", lambda *given: pytest.fail("too early"))
+    code, _, err = cli("wandb", "sync", str(tmp_path), "--entity", "other")
+    assert code == 2
+    assert says in " ".join(err.split())
+
+
+def test_cells_that_ask_the_same_share_its_images(tmp_path, monkeypatch):
+    (cell,) = asked(tmp_path).cells()
+    drawn, loader = [], ImageLoader()
+    make = loader._pictures
+    monkeypatch.setattr(loader, "_pictures", lambda *given: drawn.append(given[2]) or make(*given))
+    first, second = (loader.overlaid(cell, [0, 1]) for _ in range(2))
+    assert drawn == [0, 1]
+    assert first[0]["image"].tobytes() == second[0]["image"].tobytes()
 
 
 @pytest.mark.slow

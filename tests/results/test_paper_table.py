@@ -1,6 +1,8 @@
 """The table that goes into a paper: display names, values alone, notes as comments."""
 
 import re
+import shutil
+import subprocess
 
 import pytest
 from storing import full
@@ -36,6 +38,44 @@ def test_notes_are_comments_alone(printed):
     assert all(line.startswith("%") for line in inside)
     braces = re.sub(r"\\[{}]", "", re.sub(r"(?m)^%.*$", "", printed))
     assert braces.count("{") == braces.count("}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="needs pdflatex")
+@pytest.mark.parametrize("columns", ["onecolumn", "twocolumn"])
+def test_table_and_figure_go_into_a_paper_unchanged(columns, printed, cli, tmp_path):
+    """Nothing is wider than its column, nothing is undefined."""
+    figure = tmp_path / "pareto.pdf"
+    assert (
+        cli("plot", str(tmp_path), "--kind", "pareto", "--width", "column", "--no-notes", "--out", str(figure))[0] == 0
+    )
+    assert cli("table", str(tmp_path), "--format", "latex")[0] == 0
+    included = r"\begin{figure}\includegraphics{pareto.pdf}\caption{Front}\end{figure}"
+    head = rf"\documentclass[{columns}]{{article}}\usepackage{{booktabs,graphicx}}\begin{{document}}"
+    (tmp_path / "paper.tex").write_text(
+        "\n".join([head, printed, r"Table~\ref{tab:main}.", included, r"\end{document}"])
+    )
+    for _ in range(2):
+        ran = subprocess.run(
+            ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"],
+            cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout[-2000:]
+    assert "Overfull" not in ran.stdout
+    assert "undefined" not in ran.stdout
+
+
+@pytest.mark.parametrize(("width", "inches"), [("column", 3.0), ("page", 6.3), ("4.5", 4.5)])
+def test_a_figure_for_a_paper_has_its_width_and_display_names(width, inches, cli, tmp_path):
+    full(Store(tmp_path))
+    file = tmp_path / "p.svg"
+    code, _, err = cli("plot", str(tmp_path), "--kind", "pareto", "--width", width, "--no-notes", "--out", str(file))
+    assert code == 0, err
+    assert float(re.search(r'width="([\d.]+)pt"', file.read_text())[1]) == pytest.approx(72 * inches, abs=0.1)
+    comments = re.findall(r"<!-- (.*?) -->", file.read_text())
+    assert {"GQA", "FastV", "Random tokens", "Dense"} <= {*comments}
+    assert not any("Questions" in one for one in comments)
+    assert cli("plot", str(tmp_path), "--width", "wide")[0] == 2
 
 
 def test_it_belongs_to_latex(cli, tmp_path):

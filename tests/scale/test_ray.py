@@ -149,7 +149,7 @@ def test_workers_that_cannot_start_are_one_line(config, tmp_path, monkeypatch):
             raise ImportError("no visibench here")
 
     monkeypatch.setattr("visibench.evals.workers.ray.Worker", Broken)
-    with pytest.raises(VisibenchError, match=r"^no worker can start \(.*no visibench here\): mend"):
+    with pytest.raises(VisibenchError, match=r"^no worker can start \(.*no visibench here\): repair"):
         sweep(config, tmp_path, QUIET, executor=Ray(workers=2))
 
 

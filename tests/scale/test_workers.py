@@ -142,7 +142,7 @@ def test_when_all_processes_are_killed_others_take_their_place(config, straight,
 @pytest.mark.slow
 def test_processes_that_cannot_start_are_one_line(config, tmp_path, monkeypatch):
     monkeypatch.setattr(pool.sys, "executable", "false")
-    with pytest.raises(VisibenchError, match=r"^no worker can start \(has ended with exit code 1\): mend"):
+    with pytest.raises(VisibenchError, match=r"^no worker can start \(has ended with exit code 1\): repair"):
         sweep(config, tmp_path, QUIET, executor=Pool(2))
 
 
