@@ -29,6 +29,7 @@ def test_import_is_light_and_names_are_there():
         _ = visibench.prunes
 
 
+@pytest.mark.slow
 def test_pruning_a_model_of_ones_own_imports_no_harness():
     """Neither lmms-eval nor what only tables, pictures and sinks need."""
     code = """

@@ -125,6 +125,7 @@ def test_a_second_thread_is_refused_while_the_first_generates(own):
 # ---- memory -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_method
 def test_nothing_of_a_past_batch_stays_alive(llava, method):
     """With the cyclic collector off: neither its cache nor its images, nor the record of its call."""

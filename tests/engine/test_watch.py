@@ -230,6 +230,7 @@ def draft(llava):
     return other
 
 
+@pytest.mark.slow
 @every_method
 @pytest.mark.parametrize("how", ["assistant", "lookup", "streamer"])
 def test_other_ways_to_decode_give_greedys_tokens(llava, draft, method, how):

@@ -49,6 +49,7 @@ def _no_model(monkeypatch):
     monkeypatch.setattr(executor, "load_model", lambda *args, **options: pytest.fail("a model was loaded"))
 
 
+@pytest.mark.slow
 def test_a_plan_prices_what_then_runs(settings, ran, tmp_path, monkeypatch):
     """Plans give all of dense and random, which score nothing; FastV scores, VisiPruner adapts."""
     monkeypatch.setattr(pace, "pace", lambda *given: pace.Pace(0.5, 0.25))
@@ -93,6 +94,7 @@ def test_what_is_done_gives_the_time_of_the_rest(settings, ran):
     assert state["none", 0, "gqa"].seconds == pytest.approx(took(finished["none", "gqa"]))
 
 
+@pytest.mark.slow
 def test_times_of_other_settings_are_not_taken(settings, ran, monkeypatch):
     monkeypatch.setattr(pace, "LARGEST", 0)
     for change in ({"batch_size": 3}, {"dtype": "bfloat16"}, {"attention": "eager"}):

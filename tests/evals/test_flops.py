@@ -16,6 +16,7 @@ def bench(llava) -> Bench:
     return Bench(llava)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", REGISTERED, ids=str)
 def test_fvcore_agrees_within_one_per_cent(bench, method):
     """And knows all operators that multiply matrices."""

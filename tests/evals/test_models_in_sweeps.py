@@ -21,6 +21,7 @@ def settings(checkpoint, disk_data) -> dict:
     return content | {"methods": ["fastv:keep=0.5"], "batch_size": 2, "timing": None}
 
 
+@pytest.mark.slow
 def test_each_model_is_loaded_once_and_gone_before_the_next(settings, tmp_path, monkeypatch):
     held, load = [], executor.load_model
 

@@ -21,6 +21,8 @@ from visibench.evals.settings.config import parse, variants
 from visibench.evals.settings.include import read
 from visibench.results.store.profiles import read as read_profile
 
+pytestmark = pytest.mark.slow
+
 # Installed with the package, but not needed here.
 ABSENT = ["lmms_eval", "wandb", "datasets", "pandas", "pyarrow", "statsmodels", "matplotlib"]
 THREADS = torch.get_num_threads() + 1

@@ -53,6 +53,7 @@ def test_groups_are_those_of_tables_and_lack_what_no_row_of_them_is():
     assert list(rows.lacking([cell("none", 144)])) == []
 
 
+@pytest.mark.slow
 def test_a_sweep_adds_them_at_the_budget_that_was_measured(settings, tmp_path):
     config = parse_config(settings | {"methods": ["visipruner:shallow_layers=2", "pooling:tokens=36"]}, "test")
     cells = sweeps.sweep(config, tmp_path, QUIET)
@@ -84,6 +85,7 @@ def test_a_sweep_adds_them_at_the_budget_that_was_measured(settings, tmp_path):
     assert len(Store(tmp_path).cells()) == len(cells)
 
 
+@pytest.mark.slow
 def test_a_budget_out_of_reach_is_said_and_the_others_are_added(settings, tmp_path, monkeypatch):
     solve = executor.Prepared.solve
 

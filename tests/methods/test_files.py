@@ -112,6 +112,7 @@ def test_unusable_files_are_refused_in_one_line(code, reference, error, message,
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_method_travels_to_another_process_and_not_to_another_file(tmp_path):
     file = tmp_path / "mine.py"
     shutil.copy(EXAMPLE, file)
@@ -137,6 +138,7 @@ def test_method_of_a_file_runs(cli, tmp_path, monkeypatch):
     assert cli("table", "runs/tiny")[0] == 0  # what was stored is read again
 
 
+@pytest.mark.slow
 def test_check_method_passes_the_example_and_says_what_breaks(cli, tmp_path):
     code, out, _ = cli("check-method", str(EXAMPLE))
     assert code == 0
