@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import InputError, UnsupportedModelError, VisibenchError
+from ..errors import InputError, VisibenchError
 
 VIDEO = (
     "videos of {} go another way than its images and cannot be pruned: give the frames as images, or run the model "
@@ -83,11 +83,13 @@ class Turnstile:
 
 
 @contextmanager
-def guarded(model: Any, around: Callable[[bool], AbstractContextManager[None]], *, videos: bool) -> Iterator[None]:
+def guarded(
+    model: Any, around: Callable[[bool], AbstractContextManager[None]], check_videos: Callable[[], None]
+) -> Iterator[None]:
     """While active, ``model.generate`` refuses what pruning does not support, before anything runs.
 
-    ``around`` is entered for each call, and told whether an assistant's proposals are to be checked. ``videos``:
-    whether they are supported.
+    ``around`` is entered for each call, and told whether an assistant's proposals are to be checked. ``check_videos``
+    raises where they are not supported.
     """
     if not hasattr(model, "generate"):
         yield
@@ -97,8 +99,8 @@ def guarded(model: Any, around: Callable[[bool], AbstractContextManager[None]], 
     @functools.wraps(generate)
     def checked(*args: Any, **kwargs: Any) -> Any:
         configs = (kwargs.get("generation_config") or (args[1] if len(args) > 1 else None), model.generation_config)
-        if not videos and kwargs.get("pixel_values_videos") is not None:
-            raise UnsupportedModelError(VIDEO.format(type(model).__name__))
+        if kwargs.get("pixel_values_videos") is not None:
+            check_videos()
         check(kwargs, configs)
         with around(bool(_option("assistant_model", kwargs, ()) or _option(LOOKUP, kwargs, configs))):
             try:

@@ -82,15 +82,15 @@ def read(arguments: Mapping[str, Any], generation: Generation | None, *, maps: b
     return inputs if generation is None else replace(inputs, **generation.next_call(inputs.tokens, kept, inputs.cache))
 
 
-def check_videos(inputs: Inputs, method: Method, model: Any, *, supported: bool) -> None:
-    """Raise :class:`UnsupportedModelError` for videos where the family does not have them run as images do."""
-    if inputs.videos and not supported:
+def check_videos(method: Method, model: Any, *, supported: bool) -> None:
+    """Raise :class:`UnsupportedModelError` where a family's videos, or a method on them, are not supported."""
+    if not supported:
         raise UnsupportedModelError(VIDEO.format(type(model).__name__))
     points, reads = {*method.hook_points}, bool(method.vision_blocks) or method.by_unit
-    if inputs.videos and ({"image", "tower", "vision"} & points or ("projector" in points and reads)):
+    if {"image", "tower", "vision"} & points or ("projector" in points and reads):
         raise UnsupportedModelError(
             f"{method.name} acts on the vision side, where frames of a video are no images: choose a method that acts "
-            "in the decoder"
+            "in the decoder, or behind the projector alone, such as divprune"
         )
 
 

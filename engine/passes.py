@@ -141,7 +141,7 @@ class Pass:
             return
         if self.cache is not None:
             self._count(self.cache)
-        layout = self.tap.record(self.prompt.layout, self.prompt.trace)
+        layout = self.tap.record(self.prompt.layout, self.prompt.trace, self.inputs.ids)
         encoding, pixels = self.tap.encoding, None
         if encoding is not None and encoding.pixels is not None:
             pixels = encoding.pixels, partial(encoding.rows, layout)

@@ -77,9 +77,8 @@ class PruningSession:
             raise VisibenchError("nothing has been traced yet: call the model inside the `with` block first")
         return self._trace
 
-    @property
-    def _videos(self) -> bool:
-        return self.adapter.family.video_token is not None
+    def _check_videos(self) -> None:
+        check_videos(self.method, self.model, supported=self.adapter.family.video_token is not None)
 
     def feeds(self, cache: PrunedCache) -> bool:
         """Whether a call of the model inside the block is filling ``cache`` right now."""
@@ -112,7 +111,7 @@ class PruningSession:
                     hook(layer.mlp.register_forward_hook, partial(self._behind_sublayer, number, "mlp"))
             self._listeners = stack.enter_context(Interception(self._interceptors()))
             stack.enter_context(self._tap)
-            stack.enter_context(guarded(self.model, self._around_generate, videos=self._videos))
+            stack.enter_context(guarded(self.model, self._around_generate, self._check_videos))
             self._exit = stack.pop_all()
         return self
 
@@ -179,7 +178,8 @@ class PruningSession:
             raise
 
     def _begin(self, inputs: Inputs) -> Pass:
-        check_videos(inputs, self.method, self.model, supported=self._videos)
+        if inputs.videos:
+            self._check_videos()
         check_cache(inputs.cache, self, self.adapter.layer_types)
         cache = inputs.cache if isinstance(inputs.cache, PrunedCache) else None
         fed, padding = (0, None) if cache is None else (cache.fed, cache.padding)

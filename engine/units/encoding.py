@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...errors import InputError
 from ...models.adapters import VisionGeometry
 from .. import attention
 from ..decisions import Merge
@@ -52,24 +53,25 @@ class Encoding:
     """What the vision side computed of one batch of images, and what the method decided about them.
 
     ``units``: what the tower encoded by itself, N of them with up to W tokens each. ``pixels``: what entered the tower,
-    where images are of one size; ``grids``: frames and patches (N, 3) where they differ in shape, those of a run before
-    included if this one ``is_joined`` to it. ``cls``: the CLS feature (N, Dv), and ``cls_of`` the blocks whose outputs
-    are used. ``real``: bool (N, patches), which patches the tower does not take for padding; None: all. ``blocks``:
-    query, key and scaling of the tower blocks that the method reads, by its names of them; ``chunks``: the same in a
-    tower that has all units in one sequence, piece by piece. ``received``: attention (N, patches and CLS) that the
-    tokens of blocks receive, where it is shared. ``features`` (N, W, Dv) enter the projector, ``projected`` (N, W, D)
-    leave it. ``macs``: multiply-adds that were spent on scoring each unit, int (N,); ``padding_macs``: on what they
-    were padded with. ``kept``: the features that were projected where others were dropped before, ``new``: those that
-    were added to them; ``projected_tokens``: their number, int (N,). ``projector_input``: tokens that entered the
-    projector in all. ``block_tokens``: where a method acts inside the tower, tokens of each unit (N,) at the attention
-    and at the MLP of each block; ``block_widths``: places that they took. ``host_syncs``: how often the method read
-    numbers there.
+    where images are of one size; ``grids``: frames and patches (N, 3) where they differ in shape, those of a run
+    ``before`` included, of images in front of videos; ``is_joined``: made of both. ``cls``: the CLS feature (N, Dv),
+    and ``cls_of`` the blocks whose outputs are used. ``real``: bool (N, patches), which patches the tower does not take
+    for padding; None: all. ``blocks``: query, key and scaling of the tower blocks that the method reads, by its names
+    of them; ``chunks``: the same in a tower that has all units in one sequence, piece by piece. ``received``: attention
+    (N, patches and CLS) that the tokens of blocks receive, where it is shared. ``features`` (N, W, Dv) enter the
+    projector, ``projected`` (N, W, D) leave it. ``macs``: multiply-adds that were spent on scoring each unit, int (N,);
+    ``padding_macs``: on what they were padded with. ``kept``: the features that were projected where others were
+    dropped before, ``new``: those that were added to them; ``projected_tokens``: their number, int (N,).
+    ``projector_input``: tokens that entered the projector in all. ``block_tokens``: where a method acts inside the
+    tower, tokens of each unit (N,) at the attention and at the MLP of each block; ``block_widths``: places that they
+    took. ``host_syncs``: how often the method read numbers there.
     """
 
     vision: VisionGeometry
     units: Units
     pixels: Tensor | None = None
     grids: Tensor | None = None
+    before: Encoding | None = None
     is_joined: bool = False
     cls: Tensor | None = None
     cls_of: dict[int, Tensor] = field(default_factory=dict)
@@ -151,6 +153,35 @@ class Encoding:
         first = sum(map(prod, self.units.grids[:unit]))
         places = order[first : first + prod(grid)] - first
         return places[:, None] * merged + np.arange(merged)
+
+
+def joined(videos: Encoding, is_video: NDArray[np.bool_], counts: Sequence[int]) -> Encoding:
+    """The shapes of ``videos`` and of the images before them as one record, in the order in which rows have them.
+
+    ``is_video``: bool (B, V), which visual tokens are a video's, of ``counts`` in each row. Raises :class:`InputError`
+    where these are other images and videos.
+    """
+    assert videos.before is not None
+    assert videos.grids is not None
+    runs = (videos.before, videos)
+    every = [(kind, image) for kind, run in enumerate(runs) for image in run.units.images]
+    firsts = np.cumsum([0, *(image.units for _, image in every)])
+    beams = max(sum(counts) // max(sum(len(image.source) for _, image in every), 1), 1)
+    waiting = [[number for number, (kind, _) in enumerate(every) if kind == wanted] for wanted in (False, True)]
+    images, order = [], []
+    for row in range(0, len(counts), beams):
+        place = 0
+        while place < counts[row]:
+            kind = waiting[bool(is_video[row, place])]
+            if not kind:
+                raise InputError("images and videos are fewer than the visual tokens of the prompt")
+            number = kind.pop(0)
+            images.append(every[number][1])
+            order += range(firsts[number], firsts[number + 1])
+            place += len(images[-1].source)
+    grids = [grid for run in runs for grid in run.units.grids]
+    units = Units(tuple(grids[unit] for unit in order), tuple(images))
+    return Encoding(videos.vision, units, grids=videos.grids[order], is_joined=True)
 
 
 class BlockView:

@@ -27,7 +27,7 @@ MIXED = -2
 
 MIXTURE = (
     "{} asks which feature of the vision tower each token is, and this model interpolates the features of an image of "
-    "so many tiles: give it smaller images, or choose divprune or a method that acts in the decoder"
+    "so many tiles and of videos: give it smaller images, or choose divprune or a method that acts in the decoder"
 )
 
 Grid = tuple[int, int, int]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import InputError
+from ...errors import InputError, UnsupportedModelError
 from ...models.adapters import VisionGeometry
 from .. import attention
 from .shapes import ANCHOR, MIXED, MIXTURE, Grid, Group, Numbers, of_units, on_device
@@ -142,7 +142,11 @@ class ImageView:
     @cached_property
     def features(self) -> Tensor:
         """(N, P, Dv): what entered the projector; zeros for tokens that are no feature."""
-        assert self._encoding.features is not None
+        if self._encoding.features is None:
+            raise UnsupportedModelError(
+                "what enters the projector is not read of this architecture, nor of images beside videos: choose a "
+                "method that reads view.projected alone"
+            )
         return self._own(self._encoding.features)
 
     def cls_weights(self, block: int = -1) -> Tensor:

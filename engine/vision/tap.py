@@ -23,7 +23,7 @@ from ..decisions import Keep, Merge, checked, on_images
 from ..features import Entry, FeatureStore, SharedTower
 from ..layout import TokenLayout, TokenSet
 from ..trace import Trace, Watch
-from ..units.encoding import Encoding
+from ..units.encoding import Encoding, joined
 from ..units.packing import units_of
 from ..units.rows import ImageRows
 from ..units.shapes import MIXTURE, Group, Numbers, Units, decided
@@ -90,23 +90,29 @@ class VisionTap:
     def _wrap_encoder(self, stack: ExitStack) -> None:
         """Sizes of images are given to what encodes them alone: ``generate`` does not pass them on."""
         base: Any = self.adapter.model.base_model
-        own, before = base.get_image_features, vars(base).get("get_image_features")
+        for name in ("get_image_features", "get_video_features"):
+            if hasattr(base, name):
+                stack.callback(self._noting(base, name))
+
+    def _noting(self, base: Any, name: str) -> Callable[[], None]:
+        own, before = getattr(base, name), vars(base).get(name)
 
         @wraps(own)
         def noted(*args: Any, **kwargs: Any) -> Any:
+            outside = self._arguments
             self._arguments = signature(own).bind_partial(*args, **kwargs).arguments
             try:
                 return own(*args, **kwargs)
             finally:
-                self._arguments = {}
+                self._arguments = outside
 
         def undo() -> None:
-            del base.get_image_features
+            delattr(base, name)
             if before is not None:
-                base.get_image_features = before
+                setattr(base, name, before)
 
-        base.get_image_features = noted
-        stack.callback(undo)
+        setattr(base, name, noted)
+        return undo
 
     def _hook_projector(self, stack: ExitStack) -> None:
         vision, blocks = self.adapter.geometry.vision, self.adapter.vision_blocks
@@ -165,10 +171,10 @@ class VisionTap:
         assert vision is not None
         pixels = args[0] if args else kwargs["pixel_values"]
         grids = None if self.adapter.family.grids is None else self.adapter.family.grids(vision, args, kwargs)
-        units, before = self._units(pixels, grids), None if self.encoding is None else self.encoding.grids
-        self.encoding = Encoding(vision, units, grids=grids)
-        if grids is not None and before is not None:  # videos behind images
-            self.encoding.grids, self.encoding.is_joined = torch.cat([before, grids]), True
+        before = self.encoding
+        self.encoding = Encoding(vision, self._units(pixels, grids), grids=grids)
+        if grids is not None and before is not None and before.grids is not None:  # videos behind images
+            self.encoding.grids, self.encoding.before = torch.cat([before.grids, grids]), before
         if grids is not None and self.adapter.family.order is not None:
             return None
         if grids is None:  # else images of several shapes: hashes of rows do without their pixels
@@ -298,15 +304,21 @@ class VisionTap:
 
     # ---- at decoder layer 0 ---------------------------------------------------------------------------------------
 
-    def record(self, layout: TokenLayout, trace: Trace) -> TokenLayout:
-        """The ``layout`` with its images, where these differ in shape; what the ``trace`` keeps of them."""
+    def record(self, layout: TokenLayout, trace: Trace, ids: Tensor | None) -> TokenLayout:
+        """The ``layout`` with its images, where these differ in shape; what the ``trace`` keeps of them.
+
+        ``ids``: (B, n), those of the prompt first.
+        """
         encoding = self.encoding
         if encoding is None or encoding.grids is None or not any(layout.visual_counts):
             return layout
+        if encoding.before is not None and ids is not None:
+            is_video = layout.visual.pick(ids[:, : layout.width], 1) == self.adapter.visual_tokens[-1]
+            encoding = self.encoding = joined(encoding, is_video.cpu().numpy(), layout.visual_counts)
         trace.grids = encoding.grids
         counts = layout.visual.host_counts.double()
         trace.projected = counts / counts.sum() * int(encoding.grids.prod(1).sum()) / encoding.vision.merged
-        with suppress(InputError):  # else, with images beside videos, it is not known who has which
+        with suppress(InputError):  # else it is not known who has which
             rows = encoding.rows(layout)
             trace.units_of_row = rows.of_row
             trace.projected = rows.sum(np.array([*map(prod, encoding.units.grids)]))
@@ -321,13 +333,11 @@ class VisionTap:
         if not self._hooks_side:
             return None
         encoding, method = self.encoding, self.method
-        if encoding is None or (encoding.features is None and self._hooks_features):
+        seen = encoding is not None and (encoding.features is not None or encoding.is_joined)
+        if encoding is None or (self._hooks_features and not seen):
             raise InputError(f"{method.name} needs the images: pass pixel_values inside the `with` block")
-        if encoding.is_joined:
-            raise UnsupportedModelError(
-                f"{method.name} acts on images or on videos: give it prompts with one of both, or choose a method that "
-                "acts in the decoder"
-            )
+        if encoding.before is not None:
+            raise InputError(f"{method.name} must know which tokens are images and which are videos: pass input_ids")
         rows, visual = encoding.rows(layout), layout.visual.pick(hidden, 1)
         merge, macs, projected = encoding.decision, encoding.macs, "projector" in method.hook_points
         if merge is None and projected and not method.by_unit:

@@ -8,7 +8,7 @@ from math import sqrt
 from typing import Any
 
 import torch
-from torch import Tensor, cat
+from torch import Tensor, arange, cat, full
 
 from .base import Family, VisionGeometry
 from .llava import clip
@@ -23,6 +23,8 @@ def _siglip(config: Any, projector_macs: int) -> VisionGeometry:
 
 
 def _packing(model: Any, vision: VisionGeometry, arguments: Mapping[str, Any]) -> list[tuple[Tensor, int, Tensor]]:
+    if "image_sizes" not in arguments:
+        return _videos(vision, *arguments["pixel_values_videos"].shape[:2])
     sizes, several = arguments["image_sizes"], arguments.get("batch_num_images")
     numbers = [1] * len(sizes) if several is None else [int(number) for number in several]
     cut = [number == 1 for number in numbers for _ in range(number)]
@@ -53,11 +55,19 @@ def _views(config: Any, processor: Any, inputs: Mapping[str, Any], number: int, 
     return [whole, [int(rows // ratio), int(columns // ratio), *once] if ratio > 1.1 else [rows, columns, *once]]
 
 
+def _videos(vision: VisionGeometry, videos: int, frames: int) -> list[tuple[Tensor, int, Tensor]]:
+    """Each frame is made half as wide and high behind the projector; one newline ends a video."""
+    pooled = frames * ((vision.grid + 1) // 2) ** 2
+    source = cat([full((pooled,), -2), full((1,), -1)])
+    return [(source, frames, arange(frames * vision.tokens))] * videos
+
+
 FAMILY = Family(
     decoder="model.language_model",
     vision_tower="model.vision_tower",
     vision_blocks="model.vision_tower.encoder.layers",
     projector="model.multi_modal_projector",
+    video_token="video_token_id",
     vision=_siglip,
     sides=("image", "tower", "vision", "projector"),
     grids=tiles,

@@ -1,14 +1,13 @@
 """Every family under methods that act in the decoder, against the dense model and the model's own layers."""
 
-import inspect
 from itertools import product
 
 import pytest
 import torch
 import visibench
+from by_hand import by_hand, check_cuts, given_densely, last_state
 from decoders import IMAGE, KINDS, decoder_model, row_samples
 from families import METHODS, collate
-from probes import Probe
 from torch.utils.flop_counter import FlopCounterMode
 from visibench.errors import UnsupportedModelError
 from visibench.evals.compute import flops
@@ -31,16 +30,6 @@ def _no_gradients():
         yield
 
 
-def last_state(model, method, batch):
-    """The last token's state in front of the language-model head, and the trace."""
-    states = []
-    hook = model.lm_head.register_forward_pre_hook(lambda m, args: states.append(args[0][:, -1]))
-    with visibench.prune(model, method) as session:
-        model(**batch)
-    hook.remove()
-    return states[0], session.trace
-
-
 @every_kind
 def test_keeping_everything_is_dense_bit_for_bit(kind):
     model, batch = decoder_model(kind), collate(row_samples(kind))
@@ -56,64 +45,11 @@ def test_keeping_everything_is_dense_bit_for_bit(kind):
 # ---- the model's own layers on gathered inputs --------------------------------------------------------------------
 
 
-def given_densely(model, inputs):
-    """Arguments of the decoder, of its rotary table's first call and of each of its layers, in a dense run."""
-    decoder, seen, hooks = Adapter(model).decoder, {}, []
-    for name, module in {"decoder": decoder, "rotary": decoder.rotary_emb, **dict(enumerate(decoder.layers))}.items():
-
-        def note(m, args, kwargs, name=name):
-            seen.setdefault(name, (args, dict(kwargs)))
-
-        hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))
-    model(**inputs)
-    for hook in hooks:
-        hook.remove()
-    return seen
-
-
-def rotary_table(adapter, given, layer, keep, positions):
-    _, arguments = given[layer]
-    if positions == "keep":
-        return tuple(table[..., keep, :] for table in arguments["position_embeddings"])
-    args, kwargs = given["rotary"]
-    places = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-    count = (places.flatten()[0] + torch.arange(int(keep.sum()))).expand(*places.shape[:-1], -1)
-    rotary, config = adapter.decoder.rotary_emb, adapter.decoder.config
-    by_type = "layer_type" in inspect.signature(rotary.forward).parameters
-    return rotary(args[0], count, **({"layer_type": config.layer_types[layer]} if by_type else {}))
-
-
-def by_hand(model, given, cut, keep, visual, positions):
-    """The last state when the model's own layers go on, from ``cut``, with the tokens in ``keep`` alone."""
-    adapter = Adapter(model)
-    decoder, extra = adapter.decoder, given["decoder"][1]
-    args, kwargs = given[cut]
-    hidden = (args[0] if args else kwargs["hidden_states"])[:, keep]
-    features = extra.get("deepstack_visual_embeds") or []
-    for layer in range(cut, len(decoder.layers)):
-        mask = given[layer][1]["attention_mask"][:, :, keep][:, :, :, keep]
-        table = rotary_table(adapter, given, layer, keep, positions)
-        hidden = decoder.layers[layer](hidden, attention_mask=mask, position_embeddings=table)
-        if layer < len(features):
-            hidden = decoder._deepstack_process(hidden, visual[keep][None], features[layer][keep[visual]])
-    return decoder.norm(hidden)[:, -1]
-
-
 @every_kind
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
 def test_a_cut_equals_the_models_own_layers_on_gathered_inputs(kind, positions):
-    model = decoder_model(kind)
     inputs = row_samples(kind)[1]  # several images, where images are of one size
-    given, visual = given_densely(model, inputs), inputs["input_ids"][0] == IMAGE
-    dense, _ = last_state(model, visibench.load_method("none"), inputs)
-    for cut in (0, 2, 4):
-        state, trace = last_state(model, Probe(layer=cut, positions=positions), inputs)
-        keep = torch.ones_like(visual)
-        keep[visual] = trace.kept(cut)[0]
-        assert 0 < trace.kept(cut).sum() < visual.sum()
-        own = by_hand(model, given, cut, keep, visual, positions)
-        torch.testing.assert_close(state, own, atol=2e-5, rtol=1e-4)
-        assert (state - dense).abs().max() > 1e-3
+    check_cuts(decoder_model(kind), inputs, inputs["input_ids"][0] == IMAGE, positions)
 
 
 # ---- batches, generation, compute ---------------------------------------------------------------------------------
