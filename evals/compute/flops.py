@@ -189,13 +189,15 @@ def _squares(length: int, window: int) -> int:
 def counted(model: nn.Module, inputs: dict[str, Any]) -> tuple[float, dict[str, int]]:
     """MACs of ``model(**inputs)`` by fvcore's trace, and the operators that it does not count, with their numbers.
 
-    fvcore counts fused attention as zero: a handle is added. It counts norms, which are left out here.
+    fvcore counts fused attention, and convolutions whose padding has a name, as zero: handles are added. It counts
+    norms, which are left out here.
     Tensors of ``inputs`` only; run it inside ``prune()`` to count a pruned forward.
     """
     from fvcore.nn import FlopCountAnalysis
 
     names, tensors = zip(*inputs.items(), strict=True)
     analysis = FlopCountAnalysis(_Everything(model, names), tensors)
+    analysis.set_op_handle("aten::_convolution_mode", _convolution_macs)
     analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
     analysis.set_op_handle("aten::baddbmm", lambda inputs, outputs: prod(_sizes(inputs[1])) * _sizes(inputs[2])[-1])
     analysis.set_op_handle(**dict.fromkeys(_NORMS, lambda inputs, outputs: 0))
@@ -223,6 +225,10 @@ class _Everything(nn.Module):
             for hook in hooks:
                 hook.remove()
         return outputs
+
+
+def _convolution_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    return prod(_sizes(outputs[0])) * prod(_sizes(inputs[1])[1:])
 
 
 def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:

@@ -6,9 +6,12 @@ import pytest
 import torch
 import visibench
 from by_hand import by_hand, check_cuts, given_densely, last_state
-from decoders import IMAGE, KINDS, decoder_model, row_samples
+from decoders import CONFIGS, IMAGE, KINDS, decoder_model, row_samples
 from families import METHODS, collate
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.llava_next import modeling_llava_next
+from transformers.models.llava_next_video import modeling_llava_next_video
+from transformers.models.llava_onevision import modeling_llava_onevision
 from visibench.errors import UnsupportedModelError
 from visibench.evals.compute import flops
 from visibench.evals.settings.method_spec import parse
@@ -135,3 +138,20 @@ def test_methods_in_front_of_the_decoder_on_other_towers_of_llava(kind, text):
 def test_methods_of_the_vision_side_are_refused_with_the_tower_by_name(kind, tower, name):
     with pytest.raises(UnsupportedModelError, match=f"'llava' with tower {tower!r} under the strategy 'full'"):
         visibench.prune(decoder_model(kind), visibench.load_method(name, tokens=9))
+
+
+# torch's tracer fails on Gemma 3's masks.
+TRACED = [kind for kind in CONFIGS if kind != "gemma3"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TRACED)
+def test_compute_is_within_one_percent_of_fvcores_count(kind, monkeypatch):
+    for module in (modeling_llava_next, modeling_llava_next_video, modeling_llava_onevision):
+        # While it is traced, the models' own code rounds sizes that are tensors.
+        monkeypatch.setattr(module, "round", lambda value, digits: round(float(value), digits), raising=False)
+    model, inputs = decoder_model(kind), row_samples(kind)[1]
+    with visibench.prune(model, visibench.load_method("fastv", keep=0.4)) as session:
+        count, _ = flops.counted(model, inputs)
+        (closed,) = flops.executed(session.trace, session.geometry, logits=None).total()
+    assert closed == pytest.approx(count, rel=0.01)

@@ -130,16 +130,19 @@ def test_generation_with_a_cache_equals_generation_without_and_each_row_alone(ki
     assert state(model) == before
 
 
+def check_compute(model, method, sample):
+    """By torch's counter, which sees the products of eager attention."""
+    with visibench.prune(model, method) as session, FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**sample)
+    closed = flops.executed(session.trace, session.geometry, logits=None)
+    rotary = [sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.endswith("rotary_emb")]
+    assert closed.total()[0] == (counter.get_total_flops() - sum(rotary)) / 2
+
+
 @every_case
 def test_compute_equals_that_of_torchs_counter(kind, text):
-    """Eager attention, whose products the counter sees."""
-    model, method = model_of(kind, "eager"), parse(text)
     for sample in samples_of(kind):
-        with visibench.prune(model, method) as session, FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(**sample)
-        closed = flops.executed(session.trace, session.geometry, logits=None)
-        rotary = [sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.endswith("rotary_emb")]
-        assert closed.total()[0] == (counter.get_total_flops() - sum(rotary)) / 2
+        check_compute(model_of(kind, "eager"), parse(text), sample)
 
 
 # Under VisPruner as its authors have it patches of padding enter, which have no place in the prompt.
@@ -239,6 +242,16 @@ def test_other_methods_act_on_interpolated_images_as_they_enter(interpolated, te
         alone, own = last_logits(model, method, sample)
         assert (logits[row] - alone[0]).abs().max() < 1e-5 * logits.abs().max()
         assert torch.equal(trace.visual_counts()[row], own.visual_counts()[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["none", SHARED[2], "random:keep=0.5,layer=0"])
+def test_compute_of_interpolated_images_equals_that_of_torchs_counter(interpolated, monkeypatch, text):
+    _, samples = interpolated
+    model = model_of("llava_onevision", "eager")
+    monkeypatch.setattr(model.config, "vision_aspect_ratio", "anyres_max_2")
+    for sample in samples:
+        check_compute(model, parse(text), sample)
 
 
 def test_features_of_interpolated_images_are_not_made_up(interpolated):

@@ -1,6 +1,8 @@
 """Videos in families where they go the way of images: their tokens are visual tokens, alone and beside images."""
 
+import re
 from itertools import chain, product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from by_hand import check_cuts
 from decoders import IMAGE, VIDEO, decoder_model
 from families import METHODS, collate
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import InternVLProcessor
 from visibench.errors import UnsupportedModelError
 from visibench.evals.compute import flops
 from visibench.methods import Forward, Method
@@ -166,3 +169,11 @@ def test_methods_that_act_on_images_inside_the_tower_refuse_videos_before_anythi
             run(**sample)
     hook.remove()
     assert not ran
+
+
+def test_internvl_writes_each_frame_as_an_image():
+    """So that methods see frames as images there, each on its own."""
+    words = SimpleNamespace(start_image_token="<", image_token="i", end_image_token=">", image_seq_length=3)
+    inputs = {"pixel_values_videos": torch.zeros(1, FRAMES, 3, 4, 4)}
+    written = InternVLProcessor.replace_video_token(words, inputs, 0)
+    assert "".join(re.findall("[<i>]", written.replace("Frame", ""))) == "<iii>" * FRAMES
