@@ -15,7 +15,8 @@ patch of all for a neighbour that they do not have.
 
 The authors divide their budget by the number of images in the batch, so that two prompts side by side get half of it
 each; here every image has all of it. Where anchors and buffers are more than T their code fails; here those of highest
-m_j stay. Their block counts from 1: 9 is 8 here.
+m_j stay. Their block counts from 1: 9 is 8 here. Each tile of an image that the model cuts into tiles has the same
+budget; patches of padding count like others (``unpad=false``), and there are no newlines (``newlines=drop``).
 """
 
 from __future__ import annotations
@@ -39,13 +40,14 @@ class HiPrune(OnPatches, Scored, Layered):
 
     hook_points = ("vision",)
     positions = "renumber"
+    newlines, unpad = "drop", False
     vision_blocks = ()
     examples = (
         "keep=0.5,alpha=0.5,layers=scaled",
         "tokens=11,alpha=1,middle=16,layers=scaled",
         "tokens=5,layers=scaled,positions=keep",
     )
-    everything = "keep=1,layers=scaled"
+    everything = "keep=1,layers=scaled,newlines=keep,unpad=true"
 
     alpha: float = 0.1
     middle: int = 8

@@ -15,7 +15,8 @@ budget is spent on every image in front of decoder layer 0; the variance decides
 A run may get more than it has. The authors fill up with zero vectors, which the decoder takes for tokens of the image
 (``shortfall="zeros"``); by default the tokens of largest attention among the rest take their places, and enter with
 their runs. ``runs`` is 16 in the authors' file for LLaVA; that for Qwen takes max(1, floor(1024/576 · P / T)) of P
-tokens.
+tokens. Of an image that the model cuts into tiles the runs go through the whole and then through the tiles, row by row,
+without newlines (``newlines=drop``).
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ class HoloV(Salient, OnImages, Budgeted):
 
     hook_points = ("projector",)
     positions = "renumber"
+    newlines = "drop"
+    everything = "keep=1,newlines=keep"
     reorders = True
     examples = ("keep=0.5,runs=4", "tokens=11,runs=3,positions=keep", "tokens=13,runs=5,shortfall=zeros")
 

@@ -11,7 +11,8 @@ Authors' code: kinredon/SCOPE, commit 6bf7306. Block: the vision block whose out
 
 It keeps its budget of every image from decoder layer 0 on. The authors divide their budget by the number of images in
 the batch, so that two prompts side by side get half of it each; here every image has all of it. A pick takes nine small
-operations, one behind the other, so that the greedy loop costs more time than its arithmetic.
+operations, one behind the other, so that the greedy loop costs more time than its arithmetic. An image that the model
+cuts into tiles has no newlines (``newlines=drop``).
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class SCOPE(Salient, OnPatches, Scored):
 
     hook_points = ("vision",)
     positions = "renumber"
+    newlines = "drop"
+    everything = "keep=1,newlines=keep"
     examples = ("keep=0.5", "tokens=6,alpha=0.5,combine=add")
 
     alpha: float = 1.0

@@ -36,6 +36,8 @@ class ByHand:
         self.cls = cut(tower.hidden_states[-2][:, :1])
         self.last = cut(tower.attentions[-2].sum(1)[:, 0, 1:])
         self.first = cut(tower.attentions[0].sum(1)[:, 0, 1:])
+        self.received = cut(tower.attentions[-2].mean((1, 2))[:, 1:])
+        self.sizes = sizes
         self.project = model.multi_modal_projector
 
     def raster(self, image):
@@ -45,11 +47,22 @@ class ByHand:
             for x in range(columns * SIDE):
                 yield 1 + y // SIDE * columns + x // SIDE, y % SIDE * SIDE + x % SIDE
 
-    def in_order(self, image, kept, there=lambda y, x: True):
-        """Features of the whole image's ``kept`` patches, then those of its tiles; ``there``: which are no padding."""
-        columns = self.grids[image][1] * SIDE
-        places = [(0, patch) for patch in range(PATCHES)]
-        places += [place for n, place in enumerate(self.raster(image)) if there(*divmod(n, columns))]
+    def places(self, image, *, padding):
+        """(tile, patch) of the whole image, then of its tiles, with or without those of padding."""
+        (tall, wide), (down, across) = self.sizes[image], (SIDE * number for number in self.grids[image])
+        if wide / tall > across / down:
+            above, left = (down - int(tall * (across / wide))) // 2, 0
+        else:
+            above, left = 0, (across - int(wide * (down / tall))) // 2
+        yield from ((0, patch) for patch in range(PATCHES))
+        for number, place in enumerate(self.raster(image)):
+            y, x = divmod(number, across)
+            if padding or (above <= y < down - above and left <= x < across - left):
+                yield place
+
+    def in_order(self, image, kept, *, padding=True):
+        """Features of the whole image's ``kept`` patches, then those of its tiles."""
+        places = self.places(image, padding=padding)
         return [self.features[image][tile, patch] for tile, patch in places if patch in kept[tile]]
 
 
@@ -85,14 +98,42 @@ def best(scores, count):
 
 
 @every_row
-def test_vispruner_takes_padding_and_no_newlines(sizes):
+@pytest.mark.parametrize(
+    ("text", "scores"), [("vispruner:tokens=6,important=1", "last"), ("hiprune:tokens=6,alpha=0,middle=0", "received")]
+)
+def test_methods_that_take_padding_and_no_newlines(sizes, text, scores):
     sample = sample_of("llava_next", 7, sizes)
     with torch.no_grad():
         hand, images = ByHand(sample, sizes), []
         for image in range(len(sizes)):
-            kept = [best(scores, 6) for scores in hand.last[image]]
+            kept = [best(tile, 6) for tile in getattr(hand, scores)[image]]
             images.append(hand.project(torch.stack(hand.in_order(image, kept))))
-    check(parse("vispruner:tokens=6,important=1"), sample, sizes, images)
+    check(parse(text), sample, sizes, images)
+
+
+@every_row
+def test_holov_goes_through_all_tiles_without_newlines(sizes):
+    """One run, whose tokens enter by falling attention."""
+    sample = sample_of("llava_next", 7, sizes)
+    with torch.no_grad():
+        hand, images = ByHand(sample, sizes), []
+        for image in range(len(sizes)):
+            places = list(hand.places(image, padding=False))
+            attention = torch.stack([hand.last[image][place] for place in places])
+            features = torch.stack([hand.features[image][place] for place in places])
+            images.append(hand.project(features[attention.topk(9).indices]))
+    check(parse("holov:tokens=9,runs=1"), sample, sizes, images)
+
+
+def test_newlines_compete_with_patches_under_pyramiddrop():
+    sample, model = sample_of("llava_next", 7, ROWS[2]), model_of("llava_next", "eager")
+    with torch.no_grad():
+        (packed,) = model.model.get_image_features(sample["pixel_values"], sample["image_sizes"]).pooler_output
+        with visibench.prune(model, parse("pyramiddrop:cuts=2+3,ratios=0.5+0.1")) as session:
+            model(**sample)
+    is_newline, trace = (packed == model.model.image_newline).all(1), session.trace
+    assert trace.visual_counts()[0, 1:4].tolist() == [len(packed), len(packed) // 2, len(packed) // 10]
+    assert not trace.kept(3)[0][is_newline].all()
 
 
 @every_row
@@ -129,8 +170,7 @@ def test_hired_shares_its_budget_by_what_the_whole_image_shows(sizes, text, alph
     sample, rate = sample_of("llava_next", 7, sizes), float(text[5:8])
     with torch.no_grad():
         hand, images = ByHand(sample, sizes), []
-        for image, (tall, wide) in enumerate(sizes):
-            rows, columns = hand.grids[image]
+        for image, (rows, columns) in enumerate(hand.grids):
             tiles = rows * columns
             total = int((1 + tiles) * PATCHES * rate)
             whole = min(int(total * alpha), PATCHES)
@@ -139,14 +179,7 @@ def test_hired_shares_its_budget_by_what_the_whole_image_shows(sizes, text, alph
             rest = min(total - whole, tiles * PATCHES)
             budgets = [whole] + [min(rest * stripe // max(len(seen), 1), PATCHES) for stripe in stripes]
             kept = [best(*pair) for pair in zip(hand.last[image], budgets, strict=True)]
-            # Where the image lies among its padding, in patches.
-            down, across = rows * SIDE, columns * SIDE
-            if wide / tall > across / down:
-                lost, over = (down - int(tall * (across / wide))) // 2, 0
-            else:
-                lost, over = 0, (across - int(wide * (down / tall))) // 2
-            there = lambda y, x, d=down, a=across, l=lost, o=over: l <= y < d - l and o <= x < a - o  # noqa: E731, E741
-            images.append(hand.project(torch.stack(hand.in_order(image, kept, there))))
+            images.append(hand.project(torch.stack(hand.in_order(image, kept, padding=False))))
     check(parse(f"hired:{text}"), sample, sizes, images)
 
 

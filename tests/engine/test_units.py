@@ -26,7 +26,7 @@ CLS = [
     "vispruner:tokens=6",
 ]
 SHARED = [
-    "hiprune:keep=0.5,alpha=0.5,layers=scaled",
+    "hiprune:keep=0.5,alpha=0.5,layers=scaled,unpad=true",
     "pooling:tokens=5",
     "divprune:keep=0.4",
     "cdpruner:tokens=3,condition=none",
@@ -35,7 +35,7 @@ TOWER = ["tome:keep=0.5", "downsample:tokens=6", "flowcut:tokens=6"]
 HOLOV = ["holov:keep=0.5,runs=4", "holov:tokens=13,runs=5,shortfall=zeros"]
 RECEIVED = [f"{text},attention=received" for text in CLS[:4] + HOLOV]
 VSCAN = ["vscan:keep=0.5,window=2,layers=scaled", "vscan:keep=0.8,window=2,cuts=8+24,counts=7+3,layers=scaled"]
-WINDOWS = ["hiprune:keep=0.5,alpha=0.5,middle=1", *SHARED[1:]]
+WINDOWS = ["hiprune:keep=0.5,alpha=0.5,middle=1,unpad=true", *SHARED[1:]]
 METHODS = {
     "llava_next": [*CLS, "hired:keep=0.5", *SHARED, *TOWER, *HOLOV],
     "vipllava": CLS[:4] + SHARED + TOWER[1:2] + HOLOV + VSCAN,

@@ -137,9 +137,10 @@ def test_pruned_videos_are_no_dense_run(kind):
 
 
 @every_kind
-def test_generation_from_videos_equals_each_row_alone_and_that_without_a_cache(kind):
+@pytest.mark.parametrize("method", [FASTV, BEHIND[0]], ids=str)
+def test_generation_from_videos_equals_each_row_alone_and_that_without_a_cache(kind, method):
     model, samples = decoder_model(kind), samples_of(kind)
-    with torch.no_grad(), visibench.prune(model, FASTV):
+    with torch.no_grad(), visibench.prune(model, method):
         together = model.generate(**collate(samples), **GREEDY)[:, -5:]
         for row, sample in enumerate(samples):
             assert together[row].tolist() == model.generate(**sample, **GREEDY)[0, -5:].tolist()
