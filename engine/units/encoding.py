@@ -19,7 +19,7 @@ from ..decisions import Merge
 from ..layout import TokenLayout, TokenSet
 from .bidirectional import real_patches, received
 from .rows import ImageRows
-from .shapes import Grid, Units, of_units
+from .shapes import Grid, Packed, Units, of_units
 
 Attended = tuple[Tensor, Tensor, Tensor, float]
 """Query of the first token (N, heads, 1, d), keys and values (N, heads, t, d) of a block, and its scaling."""
@@ -168,7 +168,8 @@ def joined(videos: Encoding, is_video: NDArray[np.bool_], counts: Sequence[int])
     firsts = np.cumsum([0, *(image.units for _, image in every)])
     beams = max(sum(counts) // max(sum(len(image.source) for _, image in every), 1), 1)
     waiting = [[number for number, (kind, _) in enumerate(every) if kind == wanted] for wanted in (False, True)]
-    images, order = [], []
+    images: list[Packed] = []
+    order: list[int] = []
     for row in range(0, len(counts), beams):
         place = 0
         while place < counts[row]:

@@ -116,7 +116,9 @@ class ImageRows:
             )
         if order is not None:
             order = self._order(order, mask)
-        new = [] if padding is None else self._padding(merge.mask, padding)
+        new = []
+        if padding is not None:
+            new = self._padding(merge.mask, padding if merge.replaced is None else merge.replaced)
         if merge.added is not None:
             new.append((self.group(merge.added), self.group(merge.added_mask()), *self._anchors(merge)))
         if not new:

@@ -315,9 +315,9 @@ class VisionTap:
         if encoding.before is not None and ids is not None:
             is_video = layout.visual.pick(ids[:, : layout.width], 1) == self.adapter.visual_tokens[-1]
             encoding = self.encoding = joined(encoding, is_video.cpu().numpy(), layout.visual_counts)
-        trace.grids = encoding.grids
-        counts = layout.visual.host_counts.double()
-        trace.projected = counts / counts.sum() * int(encoding.grids.prod(1).sum()) / encoding.vision.merged
+        trace.grids, counts = encoding.grids, layout.visual.host_counts.double()
+        assert trace.grids is not None
+        trace.projected = counts / counts.sum() * int(trace.grids.prod(1).sum()) / encoding.vision.merged
         with suppress(InputError):  # else it is not known who has which
             rows = encoding.rows(layout)
             trace.units_of_row = rows.of_row

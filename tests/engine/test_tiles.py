@@ -6,6 +6,7 @@ import visibench
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 from units import TILE, VISUAL, collate, model_of, sample_of
 from visibench.evals.settings.method_spec import parse
+from visibench.methods import Forward, Merge, Method
 from visibench.models.adapters import Adapter
 
 SIDE, PATCHES = 4, 16
@@ -123,6 +124,28 @@ def test_holov_goes_through_all_tiles_without_newlines(sizes):
             features = torch.stack([hand.features[image][place] for place in places])
             images.append(hand.project(features[attention.topk(9).indices]))
     check(parse("holov:tokens=9,runs=1"), sample, sizes, images)
+
+
+class Doubled(Method):
+    """All patches, of padding too, with other contents."""
+
+    name, hook_points, by_unit, vision_blocks = "doubled", ("projector",), True, ()
+    newlines, unpad = "drop", False
+
+    def begin(self, layout, geometry):
+        forward = Forward()
+        forward.projected = lambda view: Merge(view.present, replaced=2 * view.projected)
+        return forward
+
+
+@every_row
+def test_patches_of_padding_enter_with_the_contents_that_a_method_gives_them(sizes):
+    sample = sample_of("llava_next", 7, sizes)
+    with torch.no_grad():
+        hand = ByHand(sample, sizes)
+        every = [{*range(PATCHES)}] * 5
+        images = [2 * hand.project(torch.stack(hand.in_order(image, every))) for image in range(len(sizes))]
+    check(Doubled(positions="renumber"), sample, sizes, images)
 
 
 def test_newlines_compete_with_patches_under_pyramiddrop():
