@@ -87,7 +87,7 @@ class PruMerge(OnPatches, Budgeted):
         rank = self.ranked(attention)
         kept = rank.isfinite()
         patches, size = view.features.shape[1:]
-        view.scored(patches * patches * size + (patches + 1) * patches * size)
+        view.scored(patches * patches * keys.shape[2] + (patches + 1) * patches * size)
         merged = merge(view.features, keys, attention, kept, self.neighbours, normalise=self.weights == "normalised")
         contents = merged[:, :-1]
         if self.order == "attention":

@@ -32,14 +32,15 @@ SHARED = [
     "cdpruner:tokens=3,condition=none",
 ]
 TOWER = ["tome:keep=0.5", "downsample:tokens=6", "flowcut:tokens=6"]
+HIRED = ["hired:keep=0.5"]
 HOLOV = ["holov:keep=0.5,runs=4", "holov:tokens=13,runs=5,shortfall=zeros"]
 RECEIVED = [f"{text},attention=received" for text in CLS[:4] + HOLOV]
 VSCAN = ["vscan:keep=0.5,window=2,layers=scaled", "vscan:keep=0.8,window=2,cuts=8+24,counts=7+3,layers=scaled"]
 WINDOWS = ["hiprune:keep=0.5,alpha=0.5,middle=1,unpad=true", *SHARED[1:]]
 METHODS = {
-    "llava_next": [*CLS, "hired:keep=0.5", *SHARED, *TOWER, *HOLOV],
-    "vipllava": CLS[:4] + SHARED + TOWER[1:2] + HOLOV + VSCAN,
-    "internvl": CLS[:4] + SHARED + HOLOV + VSCAN,
+    "llava_next": CLS + HIRED + SHARED + TOWER + HOLOV,
+    "vipllava": CLS[:6] + HIRED + SHARED + TOWER[1:2] + HOLOV + VSCAN,
+    "internvl": CLS[:4] + HIRED + SHARED + HOLOV + VSCAN,
     "llava_onevision": RECEIVED + SHARED + TOWER[:2],
     "qwen2_vl": RECEIVED + SHARED,
     "qwen2_5_vl": RECEIVED + WINDOWS,
