@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ..errors import IncompleteError, OptionError, StoppedError
 from ..utils.rows import laid_out
-from .shared import DEVICES, DTYPES, AsJson, check_writable, integers, terminal, wrapped
+from .shared import DEVICES, DTYPES, AsJson, Attention, DeviceMap, Packed, check_writable, integers, terminal, wrapped
 
 if TYPE_CHECKING:
     from ..evals.compute.profile import ProfileConfig
@@ -54,7 +54,9 @@ def profile(
     warmup: Annotated[int | None, typer.Option(min=0, help="Rounds before them. (default: 3)")] = None,
     device: Annotated[str | None, typer.Option(help=DEVICES)] = None,
     dtype: Annotated[str | None, typer.Option(help=DTYPES)] = None,
-    attention: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2 …")] = None,
+    attention: Attention = None,
+    quantization: Packed = None,
+    device_map: DeviceMap = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch on a CPU. (default: all cores)")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the JSON to this file as well.")] = None,
     as_json: AsJson = False,
@@ -79,6 +81,8 @@ def profile(
         "device": device,
         "dtype": dtype,
         "attention": attention,
+        "quantization": quantization,
+        "device_map": device_map,
         "threads": threads,
     }
     if config is None and not (model and methods):

@@ -16,11 +16,16 @@ from . import live, scale
 from .dry_run import show
 from .shared import (
     AsJson,
+    Attention,
     Device,
+    DeviceMap,
     Dtype,
     FeatureCache,
+    FewestPixels,
     Limit,
     Margin,
+    MostPixels,
+    Packed,
     finished,
     print_list,
     run_folder,
@@ -81,6 +86,11 @@ def run(
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 8,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    attention: Attention = None,
+    quantization: Packed = None,
+    device_map: DeviceMap = None,
+    min_pixels: FewestPixels = None,
+    max_pixels: MostPixels = None,
     seed: Annotated[int | None, typer.Option(help="For methods that draw. (default: 0)")] = None,
     data: Annotated[str, typer.Option(help=DATA)] = "embedded",
     include_path: IncludePath = "",
@@ -115,6 +125,11 @@ def run(
         "include_path": include_path,
         "protocol": protocol or "hf",
         "control": control,
+        "attention": attention or "sdpa",
+        "quantization": quantization,
+        "device_map": device_map,
+        "min_pixels": min_pixels,
+        "max_pixels": max_pixels,
     }
     if not timing:
         content["timing"] = None
@@ -140,6 +155,11 @@ def sweep(
     ] = None,
     only_tasks: Annotated[list[str] | None, typer.Option(metavar="A,B", help="Only these tasks.")] = None,
     protocol: AskedBy = None,
+    attention: Attention = None,
+    quantization: Packed = None,
+    device_map: DeviceMap = None,
+    min_pixels: FewestPixels = None,
+    max_pixels: MostPixels = None,
     feature_cache_gb: FeatureCache = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what is done and what is to do, with compute and time, and stop.")
@@ -165,7 +185,9 @@ def sweep(
     from ..evals.sweeps.events import JsonLines, Reporter
     from ..evals.sweeps.sweep import save_tables
 
-    given = [*(settings or []), *_set(limit=limit, feature_cache_gb=feature_cache_gb, protocol=protocol)]
+    placed = _set(attention=attention, quantization=quantization, device_map=device_map)
+    asked = _set(limit=limit, protocol=protocol, min_pixels=min_pixels, max_pixels=max_pixels)
+    given = [*(settings or []), *placed, *asked, *_set(feature_cache_gb=feature_cache_gb)]
     loaded, name = load_config(config, given)
     if out is not None and any(setting.partition("=")[0].strip() == "out" for setting in given):
         raise OptionError(f"out is given twice, in --set and as --out {out}: leave one of them out")

@@ -35,6 +35,16 @@ FeatureCache = Annotated[
 DEVICES, DTYPES = "auto, cpu, cuda, cuda:1 …", "auto, float32, bfloat16, float16."
 Device = Annotated[str, typer.Option(help=DEVICES)]
 Dtype = Annotated[str, typer.Option(help=DTYPES)]
+Attention = Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2 … (default: sdpa)")]
+Packed = Annotated[
+    str | None,
+    typer.Option("--quantization", metavar="4bit|8bit", help="Pack weights, by bitsandbytes."),
+]
+DeviceMap = Annotated[
+    str | None, typer.Option(metavar="auto|…", help="As transformers takes it, in place of --device; decoder on one.")
+]
+FewestPixels = Annotated[int | None, typer.Option("--min-pixels", min=1, help="Of an image, for Qwen-VL.")]
+MostPixels = Annotated[int | None, typer.Option("--max-pixels", min=1, help="Of an image, for Qwen-VL.")]
 SizedLayers = Annotated[int | None, typer.Option(min=1, help="With --weights: only so many decoder layers.")]
 SizedPrompt = Annotated[
     str | None,

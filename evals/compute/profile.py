@@ -109,14 +109,7 @@ def profile(config: ProfileConfig, console: Console, keep: Callable[[Profile], o
     compared = variants(config, dense=False)
     if any(variant.control for variant in compared):
         raise OptionError("a control takes the time of its method and more: leave control out of a profile")
-    loaded = load_model(
-        config.model,
-        device=config.device,
-        dtype=config.dtype,
-        attn_implementation=config.attention,
-        weights=config.weights,
-        layers=config.layers,
-    )
+    loaded = load_model(config.model, **config.loading, weights=config.weights, layers=config.layers)
     for variant in compared:
         with prune(loaded.model, variant.method):
             pass  # as far as can be known before it runs

@@ -78,11 +78,27 @@ class Config(BaseModel):
     """Add to every method *random tokens at its own layers and counts*, question by question, for three seeds."""
     attention: str = "sdpa"
     """The attention implementation of transformers."""
+    quantization: Literal["4bit", "8bit"] | None = None
+    """`4bit` or `8bit`: weights are packed by bitsandbytes while they are read."""
+    device_map: str | dict[str, str | int] | None = None
+    """Where parts of the model lie, as transformers takes it, in place of `device`; the decoder on one device."""
     seeds: Seeds = [0]
     """Seeds of methods that draw."""
     budget: Budget | list[Budget] | None = None
     """`tokens` (T, the mean over decoder-layer inputs) or `tflops` (executed), or a list of such, for every method
     that neither has its own nor is given an option that decides how much it keeps; solved before the run."""
+
+    @property
+    def placed(self) -> dict[str, Any]:
+        """How weights are packed and where they lie, where that is said; as cells keep it."""
+        said = {"quantization": self.quantization, "device_map": self.device_map}
+        return {key: value for key, value in said.items() if value is not None}
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Arguments of :func:`visibench.load_model` beside the name."""
+        where = {"device": self.device, "dtype": self.dtype, "attn_implementation": self.attention}
+        return where | self.placed
 
 
 @dataclass(frozen=True)

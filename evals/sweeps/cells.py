@@ -5,7 +5,6 @@ from __future__ import annotations
 from ...methods import load_method
 from ...methods.files import file_of
 from ...models.load import fingerprint
-from ...models.protocols import find
 from ...results.store import code
 from ...results.store.records import CellConfig
 from ..answers.cell_spec import CellSpec
@@ -53,6 +52,7 @@ def _cell(config: SweepConfig, checkpoint: str, variant: Variant, task: Definiti
         device=config.device,
         dtype=config.dtype,
         attention=config.attention,
+        placed=config.placed,
         method=variant.method.name,
         options=variant.method.hyperparameters(),
         label=variant.label,
@@ -62,7 +62,7 @@ def _cell(config: SweepConfig, checkpoint: str, variant: Variant, task: Definiti
         limit=config.limit_of(task.name),
         batch_size=config.batch_size,
         timing=config.timing,
-        protocol=find(config.protocol).record(),
+        protocol=config.asked.record(),
         method_file=file.path if file else "",
         method_hash=file.digest if file else "",
         control=variant.control,

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from ...errors import OptionError, suggest
+from ...models.protocols import Protocol, find
 from ...results.store.records import TimingConfig
 from ..settings.config import DENSE, Config, Count, MethodEntry, Numeric, expand, parse
 from ..settings.include import chosen, override, read
@@ -34,6 +35,10 @@ class SweepConfig(Config):
     """A folder of task YAMLs as lmms-eval reads them, whose tasks have names too."""
     protocol: str | dict[str, Any] = "hf"
     """How the model is asked: `hf` (as the checkpoint says), `llava-1.5`, `free-form`, FILE.yaml:NAME, or its keys."""
+    min_pixels: Count | None = None
+    """Fewest pixels of an image, for processors that keep its size (Qwen-VL); a protocol may say it as well."""
+    max_pixels: Count | None = None
+    """Most pixels of an image, for the same."""
     limit: Count | Annotated[dict[str, Count], Field(min_length=1)] | None = None
     """The first so many questions of every task, or a number by task."""
     batch_size: Count = 8
@@ -65,6 +70,12 @@ class SweepConfig(Config):
         if stray:
             raise ValueError(f"limit names task {stray[0]!r}, which is not in the sweep; {suggest(stray[0], names)}")
         return self
+
+    @property
+    def asked(self) -> Protocol:
+        """How the model is asked."""
+        limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        return find(self.protocol).model_copy(update={key: pixels for key, pixels in limits.items() if pixels})
 
     def by_model(self) -> list[SweepConfig]:
         """The sweep of each model."""

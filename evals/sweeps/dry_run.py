@@ -124,12 +124,13 @@ def _what(config: CellConfig) -> tuple:
     """What decides the compute of one question, the seed aside."""
     options = {key: value for key, value in config.options.items() if key != "seed"}
     what = config.role, config.method, sorted(map(str, options.items()))
-    return (*_where(config)[:2], *what, config.task, config.origin)
+    return (*_where(config)[:2], str(config.protocol), *what, config.task, config.origin)
 
 
 def _where(config: CellConfig) -> tuple:
     """What decides the speed of the model itself."""
-    return config.model, config.checkpoint, config.device, config.dtype, config.attention, config.batch_size
+    settings = config.device, config.dtype, config.attention, str(config.placed), str(config.protocol)
+    return config.model, config.checkpoint, *settings, config.batch_size
 
 
 class _Known:
@@ -139,7 +140,7 @@ class _Known:
         self, config: SweepConfig, prepared: Prepared, finished: Sequence[Cell], model: LoadedModel | None, rate: Rate
     ) -> None:
         self.config, self.prepared, self.finished, self.model, self.rate = config, prepared, finished, model, rate
-        self.memory = None if model is None else estimate.memory(model, config.batch_size)
+        self.memory = None if model is None else estimate.memory(model, config.batch_size, config.quantization)
         self.prompts = cache(lambda task: _Prompts(config, prepared, task))
         self.pace = cache(self._pace)
 

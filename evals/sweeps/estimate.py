@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+from torch import nn
+
 from ...errors import DataError, OptionError
 from ...methods import Method, load_method
 from ...models import LoadedModel, load_model
 from ...models.geometry import published, typical
 from ...models.load import fingerprint
-from ...models.protocols import Protocol, find
+from ...models.protocols import Protocol
+from ...models.weights import Quantization
 from ..compute.flops import executed
 from ..compute.paper_flops import PREFIX, QUESTION
 from ..compute.prefill_plan import planned_prefill
@@ -28,6 +31,8 @@ QUESTIONS = {"gqa": 12_578, "mme": 2_374, "textvqa_val": 5_000, "pope": 9_000}
 PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "A6000": 155.0, "L40": 181.0, "4090": 165.0, "V100": 125.0}
 """Peak of cards in 10¹² floating-point operations a second: 16 bits, dense, from their makers' data sheets."""
 CARD, SHARE = "A100", 0.4
+PACKED: dict[Quantization, int] = {"4bit": 4, "8bit": 8}
+"""Bits of a packed weight."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,7 @@ def sizes(config: SweepConfig) -> LoadedModel:
 
     Raises :class:`DataError` for a hub model that is not known and cannot be had.
     """
-    asked = find(config.protocol)
-    return _sizes(config.model, config.device, config.dtype, config.attention, asked)
+    return _sizes(config.model, config.device, config.dtype, config.attention, config.asked)
 
 
 @cache
@@ -88,13 +92,17 @@ def macs(model: LoadedModel, method: Method) -> tuple[float | None, Basis | None
         return most, None if most is None else "bound"
 
 
-def memory(model: LoadedModel, batch: int) -> int:
+def memory(model: LoadedModel, batch: int, quantization: Quantization | None = None) -> int:
     """Bytes of a batch of typical prompts at most: weights, KV cache, and what one decoder layer holds at a time.
 
-    In 16 bits, without what the allocator and kernels hold beside it.
+    In 16 bits, weights as they are packed, without what the allocator and kernels hold beside it.
     """
     g, length, width = model.geometry, TEXT + typical(model.adapter), 2
     cache_entries = 2 * g.layers * g.kv_heads * g.head_size
     layer = 4 * g.hidden + 2 * g.intermediate + 2 * (g.heads + g.kv_heads) * g.head_size
-    weights = sum(weight.numel() for weight in model.model.parameters())
-    return width * (weights + batch * length * (cache_entries + layer) + 2 * batch * g.vocabulary)
+    weights: float = sum(weight.numel() for weight in model.model.parameters())
+    if quantization is not None:  # all linear layers but the LM head
+        head = model.model.get_output_embeddings()
+        linear = (part for part in model.model.modules() if isinstance(part, nn.Linear) and part is not head)
+        weights -= sum(part.weight.numel() for part in linear) * (1 - PACKED[quantization] / 16)
+    return int(width * weights) + width * (batch * length * (cache_entries + layer) + 2 * batch * g.vocabulary)

@@ -12,7 +12,6 @@ from ...methods import Method
 from ...models import LoadedModel, load_model
 from ...models.geometry import typical
 from ...models.load import release
-from ...models.protocols import find
 from ...results.store.store import Store
 from ..answers.cell_spec import CellSpec
 from ..compute import budget
@@ -95,14 +94,7 @@ class Prepared:
     @cached_property
     def loaded(self) -> LoadedModel:
         """The model."""
-        config = self.config
-        return load_model(
-            config.model,
-            device=config.device,
-            dtype=config.dtype,
-            attn_implementation=config.attention,
-            protocol=config.protocol,
-        )
+        return load_model(self.config.model, **self.config.loading, protocol=self.config.asked)
 
     def forget(self) -> None:
         """Free the model's memory."""
@@ -114,7 +106,7 @@ class Prepared:
         """Tasks by name."""
         config = self.config
         missing = [entry for entry in config.tasks if called(entry) in names and called(entry) not in self._tasks]
-        loaded = load_tasks(missing, config.data, config.include_path, find(config.protocol)) if missing else []
+        loaded = load_tasks(missing, config.data, config.include_path, config.asked) if missing else []
         if not config.feature_cache_gb:  # who shares nothing means images, too
             loaded = [replace(task, kept=0) for task in loaded]
         self._tasks |= {task.name: task for task in loaded}

@@ -21,7 +21,7 @@ UNHASHED = ("label", "method_file", "sources")
 """What of a cell's configuration does not count: how it is called, and where its code lay."""
 CODE = ("method_file", "method_hash", "code", "sources")
 """What of a cell's configuration is about code."""
-LATER_ON = (*CODE, "protocol", "control")
+LATER_ON = (*CODE, "protocol", "control", "placed")
 """What is left out where it is empty, as in cells of early versions, so that their hashes stay."""
 LONGEST_NAME = 500
 METRICS_SCHEMA: Literal[2] = 2
@@ -80,8 +80,8 @@ class CellConfig(Record):
     alone counts; for others both are empty. ``code``: versions and hashes of the code that decides the numbers, under
     ``method``, ``task`` (definition and prompts) and ``engine``; ``sources``: the module or file of method and task.
     ``protocol``: what a protocol other than ``hf`` says (:meth:`visibench.models.protocols.Protocol.record`).
-    ``control``: random tokens at the layers and counts of the method. All six are left out of what is stored where they
-    are empty.
+    ``placed``: ``quantization`` and ``device_map``, where they were given. ``control``: random tokens at the layers and
+    counts of the method. All seven are left out of what is stored where they are empty.
     """
 
     schemas: ClassVar[tuple[int, ...]] = (CONFIG_SCHEMA,)
@@ -102,6 +102,7 @@ class CellConfig(Record):
     batch_size: int = Field(default=8, ge=1)
     timing: TimingConfig | None = TimingConfig()
     protocol: dict[str, Any] = {}
+    placed: dict[str, Any] = {}
     method_file: str = ""
     method_hash: str = ""
     code: dict[str, str] = {}
