@@ -6,13 +6,13 @@ The registered function runs the model's own kernel. Extra rows cost O(rows · L
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -22,7 +22,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import UnsupportedModelError
 from ..models.adapters import Adapter
-from .layout import TokenSet
+from .layout import TokenLayout, TokenSet
+from .packing import Before, Packing
 
 # Rows of weights that are in memory at one time.
 BLOCK = 256
@@ -142,6 +143,30 @@ def attention_mask(implementation: str, valid: Tensor | None, queries: int, leng
     )
 
 
+def by_row(
+    packing: Packing, kernel: Kernel, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any
+) -> tuple[Tensor, None]:
+    """The output (1, N, H, d) of a ``kernel`` on rows laid one behind the other: of each alone.
+
+    ``mask``: (B or 1, 1, L, L) of the padded rows; None: causal. Flash attention takes all rows in one call.
+    """
+    implementation = implementation_of(module.config)
+    if "flash" in implementation:
+        most = max(packing.lengths)
+        lengths = {"cu_seq_lens_q": packing.ends, "cu_seq_lens_k": packing.ends}
+        given |= lengths | {"max_length_q": most, "max_length_k": most}
+        return kernel(module, query, key, value, None, **given)[0], None
+    rows = []
+    for row, (first, end) in enumerate(pairwise(packing.bounds)):
+        length, own = end - first, (part[:, :, first:end] for part in (query, key, value))
+        if mask is None:
+            rule = attention_mask(implementation, None, length, length, query)
+        else:
+            rule = mask[row % len(mask), None, :, -length:, -length:]
+        rows.append(kernel(module, *own, rule, **given)[0])
+    return torch.cat(rows, dim=1), None
+
+
 def carried(mask: Tensor, queries: Tensor, keys: Tensor, valid: Tensor | None, *, ordered: bool) -> Tensor:
     """The model's own ``mask`` (B or 1, 1, L, columns), bool or added to logits, at the columns that are left.
 
@@ -209,60 +234,6 @@ class Logits:
         return shown.gather(1, rows[:, :, None].expand(-1, -1, shown.shape[2]))
 
 
-@dataclass(frozen=True)
-class Before:
-    """What a layer's KV cache held before this prefill: text that every query reads and no method sees.
-
-    ``keys``, ``values``: (B, kv heads, p, d). ``valid``: bool (B, p), None if all count. ``counts``: how many do, (B,).
-    """
-
-    keys: Tensor
-    values: Tensor
-    valid: Tensor | None
-    counts: np.ndarray
-
-    def seen(self, behind: Tensor) -> Tensor:
-        """Bool (B, p + L): which keys count, with those ``behind``, bool (B, L)."""
-        valid = behind.new_ones(behind.shape[0], self.keys.shape[2]) if self.valid is None else self.valid
-        return torch.cat([valid, behind], dim=1)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Queries, keys, values and mask of a layer: ``first`` cached places, ``width`` of the prompt, and the rest."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Any
-    first: int
-    width: int
-
-    @property
-    def is_all(self) -> bool:
-        """Whether there is nothing but the prompt."""
-        return self.query.shape[2] == self.key.shape[2] == self.width
-
-    @property
-    def seen(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of the prompt alone."""
-        if self.is_all:
-            return self.query, self.key, self.value
-        here = slice(self.first, self.first + self.width)
-        return self.query[:, :, : self.width], self.key[:, :, here], self.value[:, :, here]
-
-    def reading(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """Query, key, value and mask with which the prompt's rows read other ``values`` of its own."""
-        if self.is_all:
-            return self.query, self.key, values, self.mask
-        length = self.first + self.width
-        values = torch.cat([self.value[:, :, : self.first], values], dim=2)
-        mask = self.mask
-        if mask is not None:
-            mask = mask[..., : self.width, :length] if mask.ndim == 4 else mask[:, :length]
-        return self.query[:, :, : self.width], self.key[:, :, :length], values, mask
-
-
 def cap_of(module: Any, given: Mapping[str, Any]) -> float | None:
     """The soft cap with which ``module`` calls its kernel, if the kernel takes one."""
     return None if implementation_of(module.config) == "sdpa" else given.get("softcap")
@@ -274,9 +245,13 @@ def row_weights(query: Tensor, key: Tensor, columns: Tensor | None, valid: Tenso
     ``columns``: int (B, R), where the rows stand; None: they are the last R. ``valid``: bool (B, L); None: all count.
     """
     (batch, heads, rows, size), (kv_heads, length) = query.shape, key.shape[1:3]
+    plain = logits.by_place and columns is None and valid is None
+    if plain and rows == 1 and heads == kv_heads:
+        q, k = query.reshape(batch * heads, size, 1), key.flatten(0, 1)
+        products = torch.baddbmm(query.new_empty(()), k, q, beta=0, alpha=logits.scaling)
+        return fine(products).softmax(1).view(batch, heads, 1, length)
     # Query heads that share keys stand one below the other, so that no key is repeated.
     q, k = query.reshape(batch * kv_heads, -1, size), key.flatten(0, 1).transpose(1, 2)
-    plain = logits.by_place and columns is None and valid is None
     if plain and (rows == 1 or heads == kv_heads):
         rule = query.new_empty(()) if rows == 1 else _later(rows, length, query)
         products = torch.baddbmm(rule, q, k, beta=int(rows > 1), alpha=logits.scaling)
@@ -301,6 +276,47 @@ def _later(rows: int, length: int, like: Tensor) -> Tensor:
 def fine(logits: Tensor) -> Tensor:
     """The same in fp32, or in fp64 if they are: half precision is too coarse for a ranking."""
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def weights_of(
+    query: Tensor, key: Tensor, rows: TokenSet, layout: TokenLayout, before: Before | None, logits: Logits
+) -> Tensor:
+    """Weights (B, H, R, L) of the ``query`` of ``rows``; what was cached before takes its share."""
+    if before is None and layout.is_full and rows.span is not None and rows.span[1] == layout.width and logits.by_place:
+        return row_weights(query, key, None, None, logits)
+    return _at(query, key, rows.index, layout, before, logits)
+
+
+def weights_in_blocks(
+    query: Tensor, key: Tensor, rows: TokenSet, layout: TokenLayout, before: Before | None, logits: Logits
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same in blocks, and which of their rows count."""
+    if rows.span is not None and rows.counts[0] <= BLOCK:
+        yield weights_of(query, key, rows, layout, before, logits), rows.present
+        return
+    for first in range(0, max(rows.counts), BLOCK):
+        block = slice(first, first + BLOCK)
+        index, present = rows.index[:, block], rows.present[:, block]
+        yield _at(query[:, :, block], key, index, layout, before, logits), present
+
+
+def _at(
+    query: Tensor, key: Tensor, index: Tensor, layout: TokenLayout, before: Before | None, logits: Logits
+) -> Tensor:
+    """The same of query rows standing at ``index``, int (B, R)."""
+    cached = places(before)
+    keys = key if before is None else torch.cat([before.keys, key], dim=2)
+    return row_weights(query, keys, index + cached, counting(layout, before), logits)[..., cached:]
+
+
+def counting(layout: TokenLayout, before: Before | None) -> Tensor:
+    """Bool (B, p + L): which keys count."""
+    return layout.valid if before is None else before.seen(layout.valid)
+
+
+def places(before: Before | None) -> int:
+    """Those held before."""
+    return 0 if before is None else int(before.keys.shape[2])
 
 
 def subset_attention(

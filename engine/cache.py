@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ..errors import InputError, UnsupportedModelError, VisibenchError
+from .packing import Packing
 
 OUTSIDE = (
     "this KV cache was made under visibench.prune() and works only inside that `with` block, in calls of the model "
@@ -155,6 +156,11 @@ class PrunedCache(DynamicCache):
     def commit(self, tokens: int, held: list[Held], padding: Tensor | None) -> None:
         """A forward with ``tokens`` new columns is complete, and its layers hold this now."""
         self.fed, self.held, self.padding = self.fed + tokens, held, padding
+
+    def spread(self, layer: int, packing: Packing) -> None:
+        """Lay out by row what ``layer`` was given as rows one behind the other: those to come end at the same place."""
+        own: Any = self.layers[layer]
+        own.keys, own.values = packing.spread(own.keys, 2), packing.spread(own.values, 2)
 
     def hide(self, counts: Tensor) -> None:
         """Of the columns fed so far only those count from now on that do in ``counts``, bool (B, fed)."""

@@ -257,6 +257,11 @@ class Method:
         """
         return None
 
+    def keeps_all(self, layout: TokenLayout, geometry: Geometry) -> bool:
+        """Whether the options say that every token stays: rows then stay padded, as in the model that nobody prunes."""
+        left = self.left(layout, geometry)
+        return left is not None and all(torch.equal(n, layout.visual.host_counts) for n in left.values())
+
     def visual_counts(self, layout: TokenLayout, geometry: Geometry) -> Tensor | None:
         """Int (B, layers): visual tokens at each layer's input, as the trace will find them; None: inputs decide."""
         left, counts = self.left(layout, geometry), [layout.visual.host_counts]

@@ -19,6 +19,8 @@ from ..errors import InputError
 
 PAD, PREFIX, VISUAL, TEXT, ADDED = 0, 1, 2, 3, -2
 Facts = tuple[Tensor, Tensor]
+Made = Tensor | Callable[[], Tensor]
+Span = tuple[int, int] | None
 
 
 class TokenSet:
@@ -28,10 +30,8 @@ class TokenSet:
     then they are reached as a slice, and no index is made.
     """
 
-    def __init__(
-        self, mask: Tensor | Callable[[], Tensor], counts: tuple[int, ...], span: tuple[int, int] | None = None
-    ) -> None:
-        self._mask, self.counts, self.span = mask, counts, span
+    def __init__(self, mask: Made, counts: tuple[int, ...], span: Span = None, device: Any = None) -> None:
+        self._mask, self.counts, self.span, self._device = mask, counts, span, device
         self.sizes = len(counts), max(counts)  # (B, n)
         self._sees: dict[int, tuple[TokenSet, Tensor]] = {}
 
@@ -39,6 +39,10 @@ class TokenSet:
     def mask(self) -> Tensor:
         """Bool (B, L)."""
         return self._mask if isinstance(self._mask, Tensor) else self._mask()
+
+    @property
+    def device(self) -> torch.device:
+        return self.mask.device if self._device is None else self._device
 
     @property
     def is_even(self) -> bool:
@@ -49,15 +53,15 @@ class TokenSet:
     def index(self) -> Tensor:
         """Int (B, n): columns of the tokens in order, n the most over the rows; meaningless past a row's count."""
         if self.span is not None:
-            return torch.arange(*self.span, device=self.mask.device).expand(len(self.counts), -1)
+            return torch.arange(*self.span, device=self.device).expand(len(self.counts), -1)
         return self.mask.sort(dim=1, descending=True, stable=True)[1][:, : max(self.counts)]
 
     @cached_property
     def present(self) -> Tensor:
         """Bool (B, n): which entries of :attr:`index` count."""
         if self.is_even:
-            return torch.ones(self.sizes, dtype=torch.bool, device=self.mask.device)
-        return torch.arange(self.sizes[1], device=self.mask.device) < self.device_counts[:, None]
+            return torch.ones(self.sizes, dtype=torch.bool, device=self.device)
+        return torch.arange(self.sizes[1], device=self.device) < self.device_counts[:, None]
 
     @cached_property
     def host_counts(self) -> Tensor:
@@ -77,9 +81,7 @@ class TokenSet:
             return tokens.narrow(dim, self.span[0], self.counts[0])
         shape = [1] * tokens.ndim
         shape[0], shape[dim] = self.index.shape
-        size = list(tokens.shape)
-        size[dim] = self.index.shape[1]
-        return tokens.gather(dim, self.index.view(shape).expand(size))
+        return tokens.take_along_dim(self.index.view(shape), dim)
 
     def place(self, new: Tensor, onto: Tensor, dim: int) -> Tensor:
         """A copy of ``onto`` with the entries of this set along ``dim`` taken from ``new`` (length n there)."""
@@ -131,7 +133,7 @@ class TokenLayout:
     lengths: tuple[int, ...]
     visual_counts: tuple[int, ...]
     text_counts: tuple[int, ...]
-    span: tuple[int, int] | None = None
+    span: Span = None
     hash_inputs: Callable[[], Tensor] | None = None
     images: tuple[tuple[Any, ...], ...] | None = None
 
@@ -191,9 +193,8 @@ class TokenLayout:
 
     def to(self, device: torch.device) -> TokenLayout:
         """The same layout with its tensors on ``device``."""
-        if device == self.device:
-            return self
-        return replace(self, facts=lambda: (self.roles.to(device), self.visual_id.to(device)), device=device)
+        moved = lambda: (self.roles.to(device), self.visual_id.to(device))  # noqa: E731
+        return self if device == self.device else replace(self, facts=moved, device=device)
 
     @cached_property
     def _facts(self) -> Facts:
@@ -235,30 +236,30 @@ class TokenLayout:
     @cached_property
     def visual(self) -> TokenSet:
         """The visual tokens."""
-        return TokenSet(lambda: self.roles == VISUAL, self.visual_counts, self.span)
+        return TokenSet(lambda: self.roles == VISUAL, self.visual_counts, self.span, self.device)
 
     @cached_property
     def text(self) -> TokenSet:
         """The text after the row's first visual token."""
         behind = self.span and (self.span[1], self.width)
-        return TokenSet(lambda: self.roles == TEXT, self.text_counts, behind)
+        return TokenSet(lambda: self.roles == TEXT, self.text_counts, behind, self.device)
 
     @cached_property
     def nonvisual(self) -> TokenSet:
         """All text."""
         counts = tuple(n - v for n, v in zip(self.lengths, self.visual_counts, strict=True))
-        return TokenSet(lambda: self.valid & (self.roles != VISUAL), counts)
+        return TokenSet(lambda: self.valid & (self.roles != VISUAL), counts, None, self.device)
 
     @cached_property
     def everything(self) -> TokenSet:
         """All valid tokens."""
-        return TokenSet(lambda: self.valid, self.lengths, (0, self.width) if self.is_full else None)
+        return TokenSet(lambda: self.valid, self.lengths, (0, self.width) if self.is_full else None, self.device)
 
     @cached_property
     def last(self) -> TokenSet:
         """The last token of each row."""
-        last = self.width - 1
-        return TokenSet(lambda: self.counted[:, : self.width] == last, (1,) * self.rows, (last, self.width))
+        end, one = self.width, (1,) * self.rows
+        return TokenSet(lambda: self.counted[:, :end] == end - 1, one, (end - 1, end), self.device)
 
     @cached_property
     def counted(self) -> Tensor:
@@ -266,7 +267,7 @@ class TokenLayout:
         return torch.arange(self.width, device=self.device).expand(self.rows, -1)
 
 
-def _run(visual: np.ndarray) -> tuple[int, int] | None:
+def _run(visual: np.ndarray) -> Span:
     """The places of tokens (B, L) of which all rows have the same unbroken run."""
     places = visual[0].nonzero()[0]
     if not len(places) or len(places) != places[-1] - places[0] + 1 or (visual != visual[:1]).any():
@@ -383,10 +384,9 @@ def _arranged(layout: TokenLayout, column: Tensor, stays: Tensor, other_id: Tens
     return Cut(left, index)
 
 
-def _span_left(first: int, lengths: tuple[int, ...], counts: tuple[int, ...]) -> tuple[int, int] | None:
+def _span_left(first: int, lengths: tuple[int, ...], counts: tuple[int, ...]) -> Span:
     """What a cut left of a run of visual tokens from ``first`` on, where all rows have as many."""
-    even = min(counts) == max(counts) > 0 and min(lengths) == max(lengths)
-    return (first, first + counts[0]) if even else None
+    return (first, first + counts[0]) if len({*counts}) == len({*lengths}) == 1 and counts[0] else None
 
 
 def _in_order(layout: TokenLayout, column: Tensor, keep: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ..errors import InputError, UnsupportedModelError, VisibenchError
+from ..errors import InputError, VisibenchError
 from ..models.adapters import Adapter
-from .attention import Before, Logits, Parts, cap_of
+from .attention import Logits, by_row, cap_of
 from .cache import Held, PrunedCache, adopt
 from .contract import Forward, Method
 from .decisions import Join, Keep, Merge, Ranking, as_merge, check_declared, checked
 from .inputs import Inputs
 from .layout import TokenLayout, cut
-from .segment import Aside, Segment, at, joined, parted
+from .packing import Before, Parts
+from .segment import Aside, Deepstack, Segment, joined, parted
 from .trace import Trace
 from .units.rows import RowHashes
 from .views import AttentionView, LayerView, Sublayer, SublayerView
@@ -47,8 +48,8 @@ class Pass:
     ``prompt``: None where text goes on behind what is cached. ``mask``: bool (B, n), which of the new tokens count,
     None: all. ``positions``: what the model hands its rotary table. ``segments``: those of the layers that have run so
     far; ``intercepted``: how many had their attention intercepted; ``sublayers``: how many attentions and MLPs were
-    seen. ``aside``: tokens that are to join a later layer. ``deepstack``: what the model adds to the new tokens
-    (B, n, D) behind each of its first layers.
+    seen. ``aside``: tokens that are to join a later layer. ``recorded``: whether the model keeps hidden states or
+    attention maps of its layers, by row. ``deepstack``: what the model adds behind layers.
     """
 
     adapter: Adapter
@@ -65,7 +66,8 @@ class Pass:
     intercepted: int = 0
     sublayers: int = 0
     aside: list[Aside] = field(default_factory=list)
-    deepstack: list[Tensor] = field(default_factory=list)
+    recorded: bool = False
+    deepstack: Deepstack | None = None
     _before: dict[int, np.ndarray] = field(default_factory=dict)
     _hashes: RowHashes | None = None
 
@@ -78,44 +80,30 @@ class Pass:
 
     def enter_decoder(self, given: dict[str, Any]) -> dict[str, Any]:
         """Keyword arguments with which the decoder goes on: what it adds behind layers comes from here."""
-        features, where = given.get("deepstack_visual_embeds"), given.get("visual_pos_masks")
-        if features is None or where is None:
-            return given
-        if len(features) >= len(self.adapter.layers):
-            raise UnsupportedModelError(
-                f"features are added behind {len(features)} decoder layers, and there are {len(self.adapter.layers)}: "
-                "prune() needs a layer more than those"
-            )
-        nothing = features[0].new_zeros(*where.shape, features[0].shape[-1])
-        self.deepstack = [nothing.masked_scatter(where[..., None], part) for part in features]
-        return given | {"deepstack_visual_embeds": None}
+        names = ("output_hidden_states", "output_attentions")
+        config: Any = self.adapter.decoder.config
+        self.recorded = any(given.get(name, getattr(config, name, None)) not in (None, False) for name in names)
+        self.deepstack = Deepstack.of(given, len(self.adapter.layers))
+        return given if self.deepstack is None else given | {"deepstack_visual_embeds": None}
 
     def enter_layer(self, layer: int, module: nn.Module, hidden: Tensor, given: dict[str, Any]) -> tuple[Tensor, dict]:
         """Hidden states and keyword arguments with which a decoder layer goes on."""
         self._check(layer)
         if layer == 0:
             self._begin(given)
-        hidden = self._deepened(layer, hidden)
+        if layer and self.deepstack is not None:
+            hidden, self.aside = self.deepstack.behind(layer - 1, self.segments[-1], hidden, self.aside)
         with self.tap.watch("method") if self.prompt is not None else nullcontext():
             held = _NOTHING if self.cache is None else self.cache.held[layer]
             segment = self._first(held, hidden) if layer == 0 else self.segments[-1]
+            hidden = segment.laid(hidden) if layer == 0 else hidden
             if segment.held is not held:
                 segment = self._numbered(segment.on(held))
             if self.prompt is not None:
                 segment, hidden = self._decide(self.prompt, layer, module, segment, hidden, given)
-                self.prompt.trace.enter(self._layout(segment), self._cached(held), held.length)
+                self.prompt.trace.enter(self._layout(segment), self._cached(held), held.length, segment.packing)
             self.segments.append(segment)
             return hidden, given | segment.told(self.adapter, layer, hidden, given)
-
-    def _deepened(self, layer: int, hidden: Tensor) -> Tensor:
-        """With what the model adds behind the layer before, to the columns that are left and to those held aside."""
-        if not 0 < layer <= len(self.deepstack):
-            return hidden
-        features, columns = self.deepstack[layer - 1].to(hidden), self.segments[-1].columns
-        self.aside = [
-            replace(aside, hidden=aside.hidden + at(features, aside.columns.clamp(min=0))) for aside in self.aside
-        ]
-        return hidden + (features if columns is None else at(features, columns.clamp(min=0)))
 
     def _check(self, layer: int) -> None:
         due = len(self.segments)
@@ -124,7 +112,8 @@ class Pass:
                 f"decoder layer {layer} ran where layer {due} was due, so that pruning cannot follow: call the model "
                 "itself, uncompiled, and not a part of it"
             )
-        if self.listens and self.intercepted != due:
+        packed = due and self.segments[-1].packing is not None
+        if (self.listens or packed) and self.intercepted != due:
             raise VisibenchError(_UNSEEN.format(self.method.name, due - 1))
         if "sublayers" in self.method.hook_points and self.sublayers != 2 * due:
             raise VisibenchError(
@@ -166,14 +155,24 @@ class Pass:
         assert self.positions is not None
         positions = self.positions.movedim(0, -1) if self.positions.ndim == 3 else self.positions
         positions = positions.expand(hidden.shape[0], *positions.shape[1:])
+        places, layout = hidden.shape[1], None if self.prompt is None else self.prompt.layout
+        return self._numbered(Segment(held, layout, places, positions, self.mask, packs=self._packs(held, places)))
+
+    def _packs(self, held: Held, places: int) -> bool:
+        """Whether rows are laid one behind the other where they differ: if nothing lies before or behind them, nobody
+        asks for those of a layer, and the model is not to run as it would without a method."""
         layout = None if self.prompt is None else self.prompt.layout
-        return self._numbered(Segment(held, layout, hidden.shape[1], positions, self.mask))
+        if layout is None or self.recorded or held.length or layout.width != places:
+            return False
+        if not min(layout.lengths) or not max(layout.visual_counts):
+            return False
+        return layout.is_full or not self.method.keeps_all(layout, self.adapter.geometry)
 
     def _numbered(self, segment: Segment) -> Segment:
         if self.method.positions != "renumber":
             return segment
-        lengths = None if self.prompt is None else self.prompt.layout.everything.device_counts
-        return segment.numbered(self.adapter.family.first_position, lengths)
+        prompt = None if self.prompt is None else self.prompt.layout
+        return segment.numbered(self.adapter.family.first_position, prompt)
 
     @staticmethod
     def _layout(segment: Segment) -> TokenLayout:
@@ -188,9 +187,8 @@ class Pass:
         if not self._has_visual(segment):
             return segment, hidden
         if layer == 0:
-            on_images = self.tap.decide(
-                prompt.forward, prompt.layout, prompt.trace, parted(hidden, prompt.layout.width)[0]
-            )
+            inside = parted(segment.padded(hidden), prompt.layout.width)[0]
+            on_images = self.tap.decide(prompt.forward, prompt.layout, prompt.trace, inside)
             segment, hidden = self._apply(on_images, prompt.trace, segment, hidden)
             self.tap.used(self.inputs.encoded, again=self.cache is None)
         if type(prompt.forward).layer_input is not Forward.layer_input:
@@ -206,19 +204,6 @@ class Pass:
         layout = self._layout(segment)
         width = layout.width
 
-        def told() -> dict[str, Any]:
-            names = ("attention_mask", "position_embeddings", "position_ids")
-            all_told: dict[str, Any] = {name: given.get(name) for name in names}
-            all_told |= segment.told(self.adapter, layer, hidden, given)
-            if segment.places == width:
-                return all_told
-            table, places = all_told["position_embeddings"], all_told["position_ids"]
-            return {
-                "attention_mask": None,
-                "position_embeddings": tuple(part[..., :width, :] for part in table),
-                "position_ids": None if places is None else places[:, :width],
-            }
-
         def mask() -> Tensor | None:
             ruling = given | segment.told(self.adapter, layer, hidden, given)
             return self._carried(layer, ruling.get("attention_mask"), width, segment.held.length + width)
@@ -231,11 +216,12 @@ class Pass:
             layer,
             module,
             layout,
-            parted(hidden, width)[0],
+            hidden if segment.packing is not None else parted(hidden, width)[0],
+            packing=segment.packing,
             positions=parted(segment.positions, width)[0],
             final_norm=self.adapter.decoder.norm,
             read=self.adapter.read,
-            told=told,
+            told=lambda: segment.told_of_prompt(self.adapter, layer, hidden, given),
             mask=mask,
             bias=segment.prompt_bias,
             before=before,
@@ -263,10 +249,10 @@ class Pass:
             best = decision.cut(layout)
             if best is None:
                 return segment, hidden
-            prompt, behind = parted(hidden, layout.width)
-            return self._numbered(segment.cut(best, None, None)), joined(best.gather(prompt), behind)
+            prompt, behind = parted(segment.padded(hidden), layout.width)
+            return self._laid(segment.cut(best, None, None), best.gather(prompt), behind)
         visual, merge = layout.visual, as_merge(decision)
-        prompt, behind = parted(hidden, layout.width)
+        prompt, behind = parted(segment.padded(hidden), layout.width)
         if merge.replaced is not None:
             prompt = visual.place(merge.replaced, prompt, dim=1)
         added = anchor = None
@@ -284,19 +270,23 @@ class Pass:
         segment = segment if merge.positions is None else segment.moved(merge.positions)
         change = cut(layout, merge.mask, added, anchor, merge.order, counts)
         if change is None:
-            return segment, joined(prompt, behind)
+            return segment, segment.laid(joined(prompt, behind))
         if isinstance(decision, Keep) and decision.aside:
             self.aside.append(segment.without(merge.mask, change, prompt))
         left = change.gather(prompt, merge.added)
-        return self._numbered(segment.cut(change, merge.added_positions, anchor)), joined(left, behind)
+        return self._laid(segment.cut(change, merge.added_positions, anchor), left, behind)
 
     def _join(self, segment: Segment, hidden: Tensor) -> tuple[Segment, Tensor]:
         """Take up again all that was held aside."""
-        prompt, behind = parted(hidden, self._layout(segment).width)
+        prompt, behind = parted(segment.padded(hidden), self._layout(segment).width)
         for aside in self.aside:
             segment, prompt = segment.join(aside, prompt)
         self.aside = []
-        return self._numbered(segment), joined(prompt, behind)
+        return self._laid(segment, prompt, behind)
+
+    def _laid(self, segment: Segment, prompt: Tensor, behind: Tensor | None) -> tuple[Segment, Tensor]:
+        """A new segment and its tokens."""
+        return self._numbered(segment), segment.laid(joined(prompt, behind))
 
     def _has_visual(self, segment: Segment) -> bool:
         """Whether a row has visual tokens, there or held aside."""
@@ -318,10 +308,12 @@ class Pass:
         """The attention of a layer: the method may read it, and replace its output."""
         self.intercepted += 1
         segment, prompt = self.segments[layer], self.prompt
-        if prompt is None or max(self._layout(segment).visual_counts) == 0:
+        if segment.packing is not None:
+            kernel = partial(by_row, segment.packing, kernel)
+        if prompt is None or not self.listens or max(self._layout(segment).visual_counts) == 0:
             return kernel(module, q, k, v, mask, **kwargs)
         layout, first = self._layout(segment), segment.held.length
-        parts = Parts(q, k, v, mask, first, layout.width)
+        parts = Parts(q, k, v, mask, first, layout.width, segment.packing)
         results: list[Any] = []  # of the kernel, run once at most
 
         def whole() -> Any:
@@ -332,16 +324,16 @@ class Pass:
 
         def dense(values: Tensor | None = None) -> Tensor:
             if values is None:
-                return parted(whole()[0], layout.width)[0]
+                return parted(segment.padded(whole()[0]), layout.width)[0]
             with prompt.trace.watch("model"):
-                return kernel(module, *parts.reading(values), **kwargs)[0]
+                return segment.padded(kernel(module, *parts.reading(values), **kwargs)[0])
 
         carried = self._carried(layer, mask, layout.width, first + layout.width)
         before = self._seen_before(segment, k[:, :, :first], v[:, :, :first]) if first else None
         view = AttentionView(
             layer,
             layout,
-            parts.seen,
+            parts,
             logits=Logits(kwargs["scaling"], cap_of(module, kwargs), carried, segment.prompt_bias),
             dense=dense,
             project=module.o_proj,
@@ -360,7 +352,7 @@ class Pass:
                 )
             # What runs along behind the prompt attends to whatever is there.
             behind = None if segment.places == layout.width else parted(whole()[0], layout.width)[1]
-            return joined(replaced, behind), None
+            return segment.laid(joined(replaced, behind)), None
 
     def leave_sublayer(self, layer: int, name: Sublayer, taken: Tensor, given: Tensor) -> None:
         """Attention or MLP of a layer made ``given`` of what it has ``taken``: the method may read both."""
@@ -369,9 +361,14 @@ class Pass:
         if prompt is None or max(self._layout(segment).visual_counts) == 0:
             return
         layout = self._layout(segment)
-        inside, out = (parted(tokens, layout.width)[0] for tokens in (taken, given))
+        inside, out = (parted(segment.padded(tokens), layout.width)[0] for tokens in (taken, given))
         with prompt.trace.watch("method"):
             prompt.forward.sublayer(layer, SublayerView(layer, name, layout, inside, out))
+
+    def leave_layers(self, hidden: Tensor) -> Tensor | None:
+        """What the last layer puts out, by row again; None: it is."""
+        segment = self.segments[-1]
+        return None if segment.packing is None else segment.padded(hidden)
 
     # ---- the end --------------------------------------------------------------------------------------------------
 
@@ -386,6 +383,9 @@ class Pass:
         if self.cache is None:
             return
         fed = self.cache.fed
+        for layer, segment in enumerate(self.segments):
+            if segment.packing is not None:
+                self.cache.spread(layer, segment.packing)
         after = {key: segment.after(fed) for key, segment in {id(part): part for part in self.segments}.items()}
         padding = None
         if self.mask is not None or self.cache.padding is not None:

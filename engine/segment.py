@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import VisibenchError
+from ..errors import UnsupportedModelError, VisibenchError
 from ..models.adapters import Adapter
 from .attention import attention_mask, carried, implementation_of
 from .cache import Held
 from .layout import Cut, TokenLayout, TokenSet, join
+from .packing import Packing
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,35 @@ class Aside:
     visual_id: Tensor
 
 
+@dataclass(frozen=True)
+class Deepstack:
+    """What the model adds to the new tokens behind each of its first layers: ``features`` (B, n, D) of all columns."""
+
+    features: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], layers: int) -> Deepstack | None:
+        """From the keyword arguments of a decoder of so many layers, None if there are none."""
+        features, where = given.get("deepstack_visual_embeds"), given.get("visual_pos_masks")
+        if features is None or where is None:
+            return None
+        if len(features) >= layers:
+            raise UnsupportedModelError(
+                f"features are added behind {len(features)} decoder layers, and there are {layers}: "
+                "prune() needs a layer more than those"
+            )
+        nothing = features[0].new_zeros(*where.shape, features[0].shape[-1])
+        return cls(tuple(nothing.masked_scatter(where[..., None], part) for part in features))
+
+    def behind(self, layer: int, segment: Segment, hidden: Tensor, aside: list[Aside]) -> tuple[Tensor, list[Aside]]:
+        """What ``layer`` put out, with it: at the columns that are left and at those held aside."""
+        if layer >= len(self.features):
+            return hidden, aside
+        features, columns = self.features[layer].to(hidden), segment.columns
+        away = [replace(part, hidden=part.hidden + at(features, part.columns.clamp(min=0))) for part in aside]
+        return hidden + segment.laid(features if columns is None else at(features, columns.clamp(min=0))), away
+
+
 @dataclass
 class Segment:
     """Layers whose inputs hold the same B rows of ``places`` new tokens.
@@ -44,7 +75,8 @@ class Segment:
     first new one, -1 for none; None while every column is there. ``positions``: as the model gave them, (B, places) or
     (B, places, 3). ``valid``: bool (B, places), None: all. ``added``: whether some tokens share the column, and not the
     position, of another, or have moved. ``renumbered``: in the form of ``positions``, where the engine counts anew.
-    ``bias``: (B, places), added to the logits of these tokens as keys, None: nothing.
+    ``bias``: (B, places), added to the logits of these tokens as keys, None: nothing. ``packs``: whether rows of
+    unequal length are laid one behind the other.
     """
 
     held: Held
@@ -56,7 +88,23 @@ class Segment:
     added: bool = False
     renumbered: Tensor | None = None
     bias: Tensor | None = None
+    packs: bool = False
     _told: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @cached_property
+    def packing(self) -> Packing | None:
+        """How its layers are handed the rows; None: padded, (B, places, D)."""
+        if not self.packs or self.layout is None or self.layout.is_full:
+            return None
+        return Packing(self.layout.lengths, self.layout.width, self.positions.device)
+
+    def laid(self, tokens: Tensor) -> Tensor:
+        """(1, N, …) or (B, places, …): padded ``tokens`` (B, places, …) as its layers are handed them."""
+        return tokens if self.packing is None else self.packing.pack(tokens)
+
+    def padded(self, tokens: Tensor) -> Tensor:
+        """The way back."""
+        return tokens if self.packing is None else self.packing.spread(tokens)
 
     @property
     def is_whole(self) -> bool:
@@ -93,15 +141,18 @@ class Segment:
         """The same tokens in front of layers whose caches held something else."""
         return replace(self, held=held, renumbered=None, _told={})
 
-    def numbered(self, start: int, lengths: Tensor | None) -> Segment:
+    def numbered(self, start: int, prompt: TokenLayout | None) -> Segment:
         """With positions counted anew from ``start``, or behind those in the cache, unless every column is there.
 
-        ``lengths``: int (B,), tokens of each row that the method saw at first.
+        ``prompt``: the tokens that the method saw at first.
         """
         if self.is_whole:
             return self
         if self.held.positions is not None and self.valid is None and self.places == 1:  # a step of decoding
             return replace(self, renumbered=self.held.positions[:, -1:] + 1, _told={})
+        if self.valid is None and not self.held.length and self.positions.ndim == 2:
+            count = torch.arange(start, start + self.places, device=self.positions.device)
+            return replace(self, renumbered=count.expand_as(self.positions), _told={})
         valid, first = self.valid, self.positions[:, :1]
         if valid is None:
             count = torch.arange(1, self.places + 1, device=self.positions.device)[None]
@@ -115,13 +166,15 @@ class Segment:
         elif not self.held.length:
             first = torch.full_like(first, start)
         counted = (first + count - 1).clamp(min=0)
-        if lengths is not None and self.positions.ndim == 3 and not self.held.length:
+        if prompt is not None and self.positions.ndim == 3 and not self.held.length:
             # On three axes they are no plain count: rows that lost nothing keep theirs, as they do alone.
-            counted = torch.where(self._whole_rows(lengths)[:, None, None], self.positions, counted)
+            counted = torch.where(
+                self._whole_rows(prompt.everything.device_counts)[:, None, None], self.positions, counted
+            )
         return replace(self, renumbered=counted, _told={})
 
     def _whole_rows(self, lengths: Tensor) -> Tensor:
-        """Bool (B,): rows that hold every column."""
+        """Bool (B,): rows that hold every column of the ``lengths``, int (B,), that they had."""
         assert self.layout is not None
         columns, valid = self.every_column[:, : self.layout.width], self.layout.valid
         in_order = (columns.diff(dim=1) == 1) | ~valid[:, :-1]
@@ -179,29 +232,49 @@ class Segment:
             left = torch.cat([left, before[:, width:]], dim=1)
             valid = None if valid is None else torch.cat([valid, valid.new_ones(valid.shape[0], behind)], dim=1)
         places = change.layout.width + behind
-        return Segment(self.held, change.layout, places, positions, valid, left, self.added, bias=bias)
+        more = {"bias": bias, "packs": self.packs}
+        return Segment(self.held, change.layout, places, positions, valid, left, self.added, **more)
 
     def told(self, adapter: Adapter, layer: int, hidden: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
-        """What a layer is told in place of what the model has ``given`` it; ``hidden``: (B, places, D)."""
-        if self.is_whole and self.bias is None and self.held.bias is None:
+        """What a layer is told in place of what the model has ``given`` it; ``hidden``: what it gets.
+
+        Tables and positions are laid as the tokens are, masks are of padded rows (B, 1, places, keys).
+        """
+        if self.is_whole and self.packing is None and self.bias is None and self.held.bias is None:
             return {}
         kind = adapter.layer_types[layer]
         if kind not in self._told:
             self._told[kind] = self._rule(adapter, kind, hidden, given)
         return self._told[kind]
 
+    def told_of_prompt(self, adapter: Adapter, layer: int, hidden: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The whole of it, for the tokens alone that the method sees."""
+        names = ("attention_mask", "position_embeddings", "position_ids")
+        told: dict[str, Any] = {name: given.get(name) for name in names} | self.told(adapter, layer, hidden, given)
+        width = self.places if self.layout is None else self.layout.width
+        if self.places == width:
+            return told
+        table, places = told["position_embeddings"], told["position_ids"]
+        return {
+            "attention_mask": None,
+            "position_embeddings": tuple(part[..., :width, :] for part in table),
+            "position_ids": None if places is None else places[:, :width],
+        }
+
     def _rule(self, adapter: Adapter, kind: str, hidden: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
         told: dict[str, Any] = {"attention_mask": self._mask(adapter, kind, hidden, given["attention_mask"])}
-        if self.renumbered is None and self.columns is None:
+        if self.renumbered is None and self.columns is None and self.packing is None:
             return told
         positions = self.positions if self.renumbered is None else self.renumbered
         if self.renumbered is None and not self.added:
             columns = self.every_column if self.valid is None else self.every_column.clamp(min=0)
-            told["position_embeddings"] = tuple(_along(part, columns) for part in given["position_embeddings"])
+            table = tuple(_along(part, columns) for part in given["position_embeddings"])
         else:
-            told["position_embeddings"] = adapter.rotary(hidden, positions, kind)
+            table = adapter.rotary(hidden, positions, kind)
+        packing = self.packing
+        told["position_embeddings"] = table if packing is None else tuple(packing.pack_table(part) for part in table)
         # Layers take positions of one axis alone, to tell packed sequences apart.
-        return told | {"position_ids": positions if positions.ndim == 2 else None}
+        return told | {"position_ids": self.laid(positions) if positions.ndim == 2 else None}
 
     def _mask(self, adapter: Adapter, kind: str, hidden: Tensor, model: Tensor | None) -> Tensor | None:
         """``model``: the mask that the model made, of all columns; None where it needs none."""
@@ -220,6 +293,8 @@ class Segment:
         """The mask without a bias; ``written``: in any case, and not None where a kernel needs none."""
         valid, length = self.held.with_valid(self.places, self.valid), self.held.length + self.places
         if model is None or kind not in adapter.carried_types:
+            if self.packing is not None and not written:
+                return None  # each row is causal by itself
             form = "eager" if written else implementation_of(adapter.decoder.config)
             return attention_mask(form, valid, self.places, length, hidden)
         new = self.every_column

@@ -106,6 +106,8 @@ class PruningSession:
             hook(decoder.rotary_emb.register_forward_pre_hook, self._on_rotary)
             for number, layer in enumerate(self.adapter.layers):
                 hook(layer.register_forward_pre_hook, partial(self._on_layer, number))
+                if number == len(self.adapter.layers) - 1:
+                    hook(layer.register_forward_hook, self._behind_layers)
                 if "sublayers" in self.method.hook_points:
                     hook(layer.self_attn.register_forward_hook, partial(self._behind_sublayer, number, "attention"))
                     hook(layer.mlp.register_forward_hook, partial(self._behind_sublayer, number, "mlp"))
@@ -122,8 +124,6 @@ class PruningSession:
             self._tap.forget()
 
     def _interceptors(self) -> dict[Any, Callable]:
-        if "attention" not in self.method.hook_points:
-            return {}
         return {layer.self_attn: partial(self._on_attention, i) for i, layer in enumerate(self.adapter.layers)}
 
     @contextmanager
@@ -220,6 +220,11 @@ class PruningSession:
             raise InputError("under prune() call the model itself, not a part of it")
         hidden, kwargs = self._pass.enter_layer(layer, module, hidden, kwargs)
         return (hidden, *args), kwargs
+
+    def _behind_layers(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        assert self._pass is not None
+        laid = self._pass.leave_layers(output[0] if isinstance(output, tuple) else output)
+        return (laid, *output[1:]) if isinstance(output, tuple) and laid is not None else laid
 
     def _on_attention(self, layer: int, kernel: Callable, module: nn.Module, *qkv_mask: Any, **kwargs: Any) -> Any:
         assert self._pass is not None

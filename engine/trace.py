@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .layout import TokenLayout
+from .packing import Packing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,7 +36,7 @@ class Trace:
 
     Attention work is kept as *pairs*, query-key products a head: a layer that attends fully over n tokens has n²
     (kernels and papers count the masked half as well). Work of a sample is that of the sample alone; what the batch ran
-    besides, since its rows are padded to the longest, is kept for the batch as a whole.
+    besides, where its rows are padded to the longest, is kept for the batch as a whole.
     """
 
     def __repr__(self) -> str:
@@ -70,18 +71,24 @@ class Trace:
         # Entries that each layer's KV cache held before, int (B,), and the places they take.
         self._cached: list[np.ndarray] = []
         self._cached_places: list[int] = []
+        # How each layer's rows lie one behind the other; None where they are padded.
+        self._packings: list[Packing | None] = []
         self._scoring: dict[int, np.ndarray] = {}
         self._batch_pairs: dict[int, int] = {}
         self._batch_scoring: dict[int, int] = {}
 
     # ---- written by the engine -------------------------------------------------------------------------------
 
-    def enter(self, layout: TokenLayout, cached: np.ndarray | None = None, places: int = 0) -> None:
+    def enter(
+        self, layout: TokenLayout, cached: np.ndarray | None = None, places: int = 0, packing: Packing | None = None
+    ) -> None:
         """The next decoder layer starts with this layout, and will attend fully unless it says otherwise.
 
         ``cached``: int (B,), what its KV cache holds already, in so many ``places``; None: nothing.
+        ``packing``: how its rows lie one behind the other; None: padded to the longest.
         """
         self.layouts.append(layout)
+        self._packings.append(packing)
         self._cached.append(np.zeros(layout.rows, dtype=np.int64) if cached is None else cached)
         self._cached_places.append(places)
 
@@ -162,20 +169,21 @@ class Trace:
     def _scored(self, layer: int) -> np.ndarray:
         return self._scoring.get(layer, np.zeros(self.prompt.rows, dtype=np.int64))
 
-    # ---- of the whole batch, padding included -----------------------------------------------------------------
+    # ---- of the whole batch -----------------------------------------------------------------
 
     def batch_tokens(self) -> list[int]:
-        """Tokens that each layer ran over: every row as long as the longest."""
-        return [layout.rows * layout.width for layout in self.layouts]
+        """Tokens that each layer ran over: those of all rows, and padding where there is some."""
+        layers = zip(self.layouts, self._packings, strict=True)
+        return [layout.rows * layout.width if packing is None else packing.tokens for layout, packing in layers]
 
     def batch_attention_pairs(self) -> list[int]:
         """Query-key pairs a head that attention really computed in each layer."""
         return [self._batch_attention(layer) for layer in range(len(self.layouts))]
 
     def _batch_attention(self, layer: int) -> int:
-        layout = self.layouts[layer]
+        layout, packing = self.layouts[layer], self._packings[layer]
         full = layout.rows * layout.width * (layout.width + self._cached_places[layer])
-        return self._batch_pairs.get(layer, full)
+        return self._batch_pairs.get(layer, full if packing is None else packing.pairs)
 
     def batch_scoring_macs(self) -> list[int]:
         """Matrix multiply-adds spent on scoring tokens, for each layer."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import attention
-from .attention import Before
 from .layout import TEXT, VISUAL, TokenLayout, TokenSet
+from .packing import Before, Packing, Parts
 from .trace import Trace
 
 Edit = Callable[[Tensor], Tensor]
@@ -24,7 +24,7 @@ Sublayer = Literal["attention", "mlp"]
 class LayerView:
     """The input of a decoder layer: B rows, L tokens, V visual tokens.
 
-    ``tokens``: hidden states of all tokens (B, L, D). ``layout``: their roles. ``final_norm``: the decoder's last norm,
+    ``layout``: the roles of all tokens. ``final_norm``: the decoder's last norm,
     as a function. ``read``: logits (B, n, vocabulary) of hidden states (B, n, D), by that norm and the LM head.
     ``told``: the layer's keyword arguments for these tokens; ``mask``: who sees whom in it, None: causal by place.
     ``bias``: what is added to the logits of all keys. ``before``: what its cache held.
@@ -37,6 +37,7 @@ class LayerView:
         layout: TokenLayout,
         hidden: Tensor,
         *,
+        packing: Packing | None,
         positions: Tensor,
         final_norm: Norm,
         read: Norm,
@@ -46,8 +47,8 @@ class LayerView:
         before: Before | None,
         trace: Trace,
     ) -> None:
-        self.layer, self.layout, self.tokens, self.final_norm = layer, layout, hidden, final_norm
-        self.read = read
+        self.layer, self.layout, self.final_norm, self.read = layer, layout, final_norm, read
+        self._laid, self._packing = hidden, packing
         self._module, self._told, self._mask, self._before, self._trace = module, told, mask, before, trace
         self._bias, self._positions = bias, positions
 
@@ -55,6 +56,11 @@ class LayerView:
     def present(self) -> Tensor:
         """Bool (B, V): which of the V places hold a visual token of the row."""
         return self.layout.visual.present
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """Hidden states of all tokens (B, L, D)."""
+        return self._laid if self._packing is None else self._packing.spread(self._laid)
 
     @cached_property
     def hidden(self) -> Tensor:
@@ -84,33 +90,41 @@ class LayerView:
         if not rotated:
             cosine, sine = told["position_embeddings"]
             told["position_embeddings"] = torch.ones_like(cosine), torch.zeros_like(sine)
-        projected = attention.captured(self._module, self.tokens, told)
-        token, layout = self._token_macs(projected), self.layout
-        macs = _with_images(layout, token * np.array(layout.everything.counts))
-        self._trace.scored(self.layer, macs, layout.rows * layout.width * token)
-        return projected.query, projected.key, projected.logits.scaling
+        query, key, logits, token = self._captured(told)
+        macs = _with_images(self.layout, token * np.array(self.layout.everything.counts))
+        self._trace.scored(self.layer, macs, self._laid.shape[:2].numel() * token)
+        return query, key, logits.scaling
 
-    def _token_macs(self, projected: attention.Projected) -> int:
-        return sum(_size(part) for part in projected[:3]) * int(self.tokens.shape[2])
+    def _captured(self, told: dict[str, Any]) -> tuple[Tensor, Tensor, attention.Logits, int]:
+        """Queries and keys of all tokens by row, how logits are made of them, and the multiply-adds of a token."""
+        query, key, value, logits = attention.captured(self._module, self._laid, told)
+        macs = sum(_size(part) for part in (query, key, value)) * int(self._laid.shape[2])
+        if self._packing is not None:
+            query, key = self._packing.spread(query, 2), self._packing.spread(key, 2)
+        return query, key, logits, macs
 
     def preview(self, rows: TokenSet | None = None) -> Tensor:
         """Attention weights (B, H, R, L), fp32, that the layer would compute for ``rows`` (default: the last token)."""
-        (weights, _), *more = self.scan(rows or self.layout.last)
-        return torch.cat([weights, *(weights for weights, _ in more)], dim=2) if more else weights
+        rows = rows or self.layout.last
+        query, key, logits = self._asked(rows)
+        return attention.weights_of(query, key, rows, self.layout, self._before, logits)
 
     def scan(self, rows: TokenSet) -> Iterator[tuple[Tensor, Tensor]]:
         """The same for many ``rows`` in blocks: (B, H, r, L), fp32, and which of the r rows count (B, r)."""
+        query, key, logits = self._asked(rows)
+        yield from attention.weights_in_blocks(query, key, rows, self.layout, self._before, logits)
+
+    def _asked(self, rows: TokenSet) -> tuple[Tensor, Tensor, attention.Logits]:
+        """Queries of the ``rows`` and keys of all tokens that the layer would compute, and how logits come of them."""
         everything, before = self.layout.everything, self._before
-        projected = attention.captured(self._module, self.tokens, self._told())
-        query, key = rows.pick(projected.query, 2), projected.key
-        token = self._token_macs(projected)
+        queries, key, logits, token = self._captured(self._told())
+        query = rows.pick(queries, 2)
         pair, width = _size(query), self.layout.width
         macs = token * np.array(everything.counts) + pair * _pairs(rows, everything, before)
-        batch = self.layout.rows * (width * token + pair * max(rows.counts) * (width + _places(before)))
+        batch = self.layout.rows * pair * max(rows.counts) * (width + attention.places(before))
+        batch += self._laid.shape[:2].numel() * token
         self._trace.scored(self.layer, _with_images(self.layout, macs), batch)
-        yield from _blocks(
-            query, key, rows, self.layout, before, replace(projected.logits, mask=self._mask(), bias=self._bias)
-        )
+        return query, key, replace(logits, mask=self._mask(), bias=self._bias)
 
 
 class AttentionView:
@@ -125,7 +139,7 @@ class AttentionView:
         self,
         layer: int,
         layout: TokenLayout,
-        qkv: tuple[Tensor, Tensor, Tensor],
+        parts: Parts,
         *,
         logits: attention.Logits,
         dense: Callable[..., Tensor],
@@ -136,13 +150,25 @@ class AttentionView:
     ) -> None:
         self.layer, self.layout = layer, layout
         self.project, self.read = project, read
-        self._query, self._key, self._value = qkv
+        self._parts = parts
         self._logits, self._dense, self._before, self._trace = logits, dense, before, trace
 
     @property
     def present(self) -> Tensor:
         """Bool (B, V): which of the V places hold a visual token of the row."""
         return self.layout.visual.present
+
+    @property
+    def _query(self) -> Tensor:
+        return self._parts.seen[0]
+
+    @property
+    def _key(self) -> Tensor:
+        return self._parts.seen[1]
+
+    @property
+    def _value(self) -> Tensor:
+        return self._parts.seen[2]
 
     @cached_property
     def keys(self) -> Tensor:
@@ -168,7 +194,8 @@ class AttentionView:
     def scan(self, rows: TokenSet) -> Iterator[tuple[Tensor, Tensor]]:
         """Attention weights of many ``rows`` in blocks: (B, H, r, L), fp32, and which of the r rows count (B, r)."""
         self._scored(rows)
-        yield from _blocks(rows.pick(self._query, 2), self._key, rows, self.layout, self._before, self._logits)
+        query, before = rows.pick(self._query, 2), self._before
+        yield from attention.weights_in_blocks(query, self._key, rows, self.layout, before, self._logits)
 
     def received(self) -> tuple[Tensor, Tensor]:
         """Attention (B, V), fp32, that each visual token gets from visual tokens and from the text behind the image.
@@ -177,9 +204,9 @@ class AttentionView:
         from there, with the keys up to the block's last row.
         """
         layout, before = self.layout, self._before
-        cached = _places(before)
+        cached = attention.places(before)
         key = self._key if before is None else torch.cat([before.keys, self._key], dim=2)
-        valid = None if layout.is_full and before is None else _valid(layout, before)
+        valid = None if layout.is_full and before is None else attention.counting(layout, before)
         self._scored_behind()
         sums: list[Tensor] = []
         for first, end, seen in self._behind():
@@ -243,7 +270,7 @@ class AttentionView:
         for first, end, seen in self._behind():
             of_block = (rows - (layout.width - end)).clip(0, attention.BLOCK)
             pairs += of_block * (there - (layout.width - seen))
-            batch += layout.rows * (end - first) * (_places(before) + seen)
+            batch += layout.rows * (end - first) * (attention.places(before) + seen)
         self._trace.scored(self.layer, _with_images(layout, pairs * size), batch * size)
 
     def reread(self, edit: Edit, rows: TokenSet | None = None, onto: Tensor | None = None) -> Tensor:
@@ -291,13 +318,13 @@ class AttentionView:
 
     def _scored(self, rows: TokenSet) -> None:
         """Weights of ``rows`` are computed, over all columns."""
-        size, width = _size(self._query), self.layout.width + _places(self._before)
+        size, width = _size(self._query), self.layout.width + attention.places(self._before)
         macs = _with_images(self.layout, _pairs(rows, self.layout.everything, self._before) * size)
         self._trace.scored(self.layer, macs, self.layout.rows * max(rows.counts) * width * size)
 
     def _weights(self, rows: TokenSet) -> Tensor:
         query = rows.pick(self._query, 2)
-        return _weights(query, self._key, rows, self.layout, self._before, self._logits)
+        return attention.weights_of(query, self._key, rows, self.layout, self._before, self._logits)
 
     def _subset(self, values: Tensor, queries: TokenSet, keys: TokenSet) -> Tensor:
         before = self._before
@@ -321,42 +348,6 @@ class SublayerView:
         return self.layout.visual.present
 
 
-def _weights(
-    query: Tensor, key: Tensor, rows: TokenSet, layout: TokenLayout, before: Before | None, logits: attention.Logits
-) -> Tensor:
-    """Weights (B, H, R, L) of the ``query`` of ``rows``; what was cached before takes its share."""
-    if before is None and layout.is_full and rows.span is not None and rows.span[1] == layout.width and logits.by_place:
-        return attention.row_weights(query, key, None, None, logits)
-    return _at(query, key, rows.index, layout, before, logits)
-
-
-def _blocks(
-    query: Tensor, key: Tensor, rows: TokenSet, layout: TokenLayout, before: Before | None, logits: attention.Logits
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same in blocks, and which of their rows count."""
-    if rows.span is not None and rows.counts[0] <= attention.BLOCK:
-        yield _weights(query, key, rows, layout, before, logits), rows.present
-        return
-    for first in range(0, max(rows.counts), attention.BLOCK):
-        block = slice(first, first + attention.BLOCK)
-        index, present = rows.index[:, block], rows.present[:, block]
-        yield _at(query[:, :, block], key, index, layout, before, logits), present
-
-
-def _at(
-    query: Tensor, key: Tensor, index: Tensor, layout: TokenLayout, before: Before | None, logits: attention.Logits
-) -> Tensor:
-    """The same of query rows standing at ``index``, int (B, R)."""
-    cached = _places(before)
-    keys = key if before is None else torch.cat([before.keys, key], dim=2)
-    return attention.row_weights(query, keys, index + cached, _valid(layout, before), logits)[..., cached:]
-
-
-def _valid(layout: TokenLayout, before: Before | None) -> Tensor:
-    """Bool (B, p + L): which keys count."""
-    return layout.valid if before is None else before.seen(layout.valid)
-
-
 def _summed(most: Tensor, layout: TokenLayout, first: int) -> tuple[Tensor, Tensor]:
     """Sums of weights (B, R, n) over visual and over text rows, which stand from column ``first`` on.
 
@@ -376,17 +367,13 @@ def _size(part: Tensor) -> int:
     return int(part.shape[1]) * int(part.shape[3])
 
 
-def _places(before: Before | None) -> int:
-    return 0 if before is None else int(before.keys.shape[2])
-
-
 def _pairs(queries: TokenSet, keys: TokenSet, before: Before | None) -> np.ndarray:
     return np.array(queries.counts) * (np.array(keys.counts) + (0 if before is None else before.counts))
 
 
 def _batch_pairs(queries: TokenSet, keys: TokenSet, before: Before | None) -> int:
     """Pairs that compact tensors of both have: rows are padded to the one with the most."""
-    return len(queries.counts) * max(queries.counts) * (max(keys.counts) + _places(before))
+    return len(queries.counts) * max(queries.counts) * (max(keys.counts) + attention.places(before))
 
 
 def _with_images(layout: TokenLayout, work: np.ndarray) -> np.ndarray:

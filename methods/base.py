@@ -75,6 +75,9 @@ class Budgeted(Method):
         one = ImageShape((vision.shape,))
         return {0: layout.visual.host_counts // vision.tokens * self.image_left(one)}
 
+    def keeps_all(self, layout: TokenLayout, geometry: Geometry) -> bool:
+        return self.keep == 1 or super().keeps_all(layout, geometry)
+
     def image_left(self, image: ImageShape) -> int:
         """Tokens of an image that enter the decoder."""
         loose = image.loose if self.newlines == "keep" else 0

@@ -35,7 +35,7 @@ def cls_attention(view: VisionView) -> Tensor:
 
 def last_token_attention(view: AttentionView | LayerView, weights: Tensor) -> Tensor:
     """(B, V): the mean over heads of the last token's ``weights`` (B, H, 1, L) on each visual token."""
-    return view.layout.visual.pick(weights, 3).mean(1).squeeze(1)
+    return view.layout.visual.pick(weights, 3).mean((1, 2))
 
 
 def text_attention(view: LayerView) -> Tensor:

@@ -122,6 +122,9 @@ class SparseVLM(Layered):
             left[self.at(layer, geometry) + 1] = now
         return left
 
+    def keeps_all(self, layout: TokenLayout, geometry: Geometry) -> bool:
+        return (self.rank == "paper" and self.scale == 0) or super().keeps_all(layout, geometry)
+
     def kept(self, cut: int, prompt: Tensor, now: Tensor) -> Tensor:
         """Int (B,): visual tokens to keep at a cut, of those there are ``now`` and were in the ``prompt``."""
         return (now - 1).clamp(max=share(self.schedule[cut], self.out_of, prompt)).clamp(min=0)

@@ -115,12 +115,19 @@ class VisiPruner(Layered):
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor] | None:
         return None if "middle" in self.stages else {}
 
+    def keeps_all(self, layout: TokenLayout, geometry: Geometry) -> bool:
+        nothing = self.token_threshold == 0 and "deep" not in self.stages
+        return nothing or super().keeps_all(layout, geometry)
+
     def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
         return VisiPrunerForward(self, layout, geometry)
 
 
 class VisiPrunerForward(Forward):
-    """State of one prefill: for each row, whether it has filtered and how many layers were without effect."""
+    """State of one prefill: for each row, whether it has filtered and how many layers were without effect.
+
+    ``unread``: the smallest cosine of each row, (B,), in layers that could not let any row exit, whatever was found.
+    """
 
     def __init__(self, method: VisiPruner, layout: TokenLayout, geometry: Geometry) -> None:
         self.method = method
@@ -128,6 +135,7 @@ class VisiPrunerForward(Forward):
         self.total = layout.visual_counts
         self.filtered = [False] * layout.rows
         self.idle_layers = [0] * layout.rows
+        self.unread: list[Tensor] = []
         self.keep: Keep | Ranking | None = None
         self.others: Tensor | None = None
 
@@ -194,15 +202,22 @@ class VisiPrunerForward(Forward):
         self.keep = self.rule(view, *contributions(view))
 
     def rule(self, view: AttentionView, effect: Tensor, norm: Tensor) -> Keep | Ranking | None:
-        """What stays by the thresholds, None for everything. Two numbers a row are read, in one transfer."""
-        method, visual = self.method, view.layout.visual
-        chosen = norm > method.token_threshold
+        """What stays by the thresholds, None for everything. It is read in one transfer, where it can matter yet."""
+        method, visual, rows = self.method, view.layout.visual, range(view.layout.rows)
         if not visual.is_even:
-            effect, chosen = effect.masked_fill(~view.present, torch.inf), chosen & view.present
-        weakest, number = view.on_host(torch.stack([effect.amin(1), chosen.sum(1)]))
-        rows = range(len(weakest))
+            effect = effect.masked_fill(~view.present, torch.inf)
+        self.unread.append(effect.amin(1))
+        if self._can_wait(visual.counts):
+            return None
+        chosen = norm > method.token_threshold
+        chosen = chosen if visual.is_even else chosen & view.present
+        *before, weakest, number = view.on_host(torch.stack([*self.unread, chosen.sum(1)]))
+        self.unread = []
+        for weak in before:
+            self._count(visual.counts, weak)
         filters = [not self.filtered[row] and weakest[row] < method.layer_threshold for row in rows]
-        exits = self._exits(visual.counts, weakest)
+        self._count(visual.counts, weakest)
+        exits = [idle >= method.exit_layers for idle in self.idle_layers]
         self.filtered = [self.filtered[row] or filters[row] for row in rows]
         if not any(filters) and not any(exits):
             return None
@@ -212,18 +227,25 @@ class VisiPrunerForward(Forward):
         counts = tuple(0 if exits[row] else left[row] for row in rows)
         return Keep((chosen | others) & any_of & view.present, counts=counts)
 
-    def _exits(self, there: Sequence[int], weakest: list[float]) -> list[bool]:
-        """Which rows lose all visual tokens that are ``there``, after too many layers without effect."""
+    def _can_wait(self, there: Sequence[int]) -> bool:
+        """Whether nothing that a row has not read yet can make it lose tokens, of which so many are ``there``."""
+        if not all(self.filtered):
+            return False
+        layers = zip(self.idle_layers, there, self.total, strict=True)
+        most = max((idle for idle, now, total in layers if 0 < now < total), default=-len(self.unread))
+        return "deep" not in self.method.stages or most + len(self.unread) < self.method.exit_layers
+
+    def _count(self, there: Sequence[int], weakest: list[float]) -> None:
+        """Count a layer without effect in the rows that have filtered; so many visual tokens were ``there``."""
         method = self.method
         if "deep" not in method.stages:
-            return [False] * len(there)
+            return
         for row, weak in enumerate(weakest):
             # A row that kept everything still has its full length, and the authors' exit waits for a shorter one.
             if self.filtered[row] and there[row] < self.total[row]:
                 idle = not weak < method.exit_threshold
                 kept = 0 if method.consecutive_exit else self.idle_layers[row]
                 self.idle_layers[row] = self.idle_layers[row] + 1 if idle else kept
-        return [idle >= method.exit_layers for idle in self.idle_layers]
 
 
 def contributions(view: AttentionView) -> tuple[Tensor, Tensor]:

@@ -58,9 +58,10 @@ def executed(trace: Trace, geometry: Geometry, logits: int | None = 1) -> Flops:
 def executed_by_batch(trace: Trace, geometry: Geometry, logits: int | None = 1) -> Flops:
     """What one traced prefill computed for its whole batch, as arrays (1,).
 
-    That is more than the sum of :func:`executed` where rows differ: in each decoder layer a row is as long as the
-    longest there, in attention and scoring too. What a method multiplies by itself (``view.scored``) counts as if every
-    row were the largest.
+    Rows of unequal length are laid one behind the other, so the layers' own work is the sum of :func:`executed`. More
+    is what runs on padded rows all the same: scoring, attention that a method computes itself, logits of all positions,
+    and everything where a cache holds something already. What a method multiplies by itself (``view.scored``) counts as
+    if every row were the largest.
     ``logits``: as there, of each row.
     """
     tower, projector = (np.array([macs.sum()]) for macs in _vision(trace, geometry.vision, trace.batch_tower))
@@ -69,7 +70,8 @@ def executed_by_batch(trace: Trace, geometry: Geometry, logits: int | None = 1) 
     if trace.batch_projected is not None and geometry.vision is not None:
         projector = np.array([float(trace.batch_projected * geometry.vision.projector_macs)])
     tokens = trace.batch_tokens()
-    head = tokens[-1] if logits is None else trace.prompt.rows * logits
+    last = trace.layouts[-1]
+    head = last.rows * (last.width if logits is None else logits)
     sums = sum(tokens), sum(trace.batch_attention_pairs()), sum(trace.batch_scoring_macs()), head
     return _prefill(geometry, (tower, projector), *(np.array([float(work)]) for work in sums))
 

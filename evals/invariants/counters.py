@@ -26,7 +26,7 @@ eye fill_ flip floor full full_like gather ge gelu gt index index_put_ index_sel
 linalg_svdvals linalg_vector_norm log logical_not lt masked_fill masked_fill_ masked_scatter max maximum mean min
 minimum mul ne neg new_empty new_full new_ones new_zeros norm ones_like pad pad_sequence pow quantile reciprocal
 repeat_interleave reshape_as rsqrt rsub scatter scatter_ scatter_add sigmoid silu sin slice_scatter softmax sort sqrt
-square sub sum tensor_split topk triu unbind unflatten upsample_bicubic2d view_as where zeros_like
+square sub sum take_along_dim tensor_split topk triu unbind unflatten upsample_bicubic2d view_as where zeros_like
 """.split()
 
 UNEVEN: list[tuple[int, ...]] = [(5, 9, 1), (3, 14, 2), (7, 4, 1), (6, 9, 0)]
@@ -66,16 +66,19 @@ def torch_agrees(bench: Bench, method: Method) -> None:
 
 
 def torch_agrees_on_batches(bench: Bench, method: Method, rows: list[tuple[int, ...]] = UNEVEN) -> None:
-    """torch's count of a batch of uneven rows, padding included, equals the closed form"""
+    """torch's count of a batch of uneven rows equals the closed form, and layers run what its rows need alone"""
     samples, model = make_batch(rows), bench.grouped[0]
     with (
         prune(model, method) as session,
         FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter,
     ):
         model(**collate(samples), logits_to_keep=1)
-    (together, *_), each = (count(session.trace, session.geometry).total() for count in (by_batch, flops.executed))
-    same(together, counter.get_total_flops() / 2, "multiply-adds by the closed form and by torch")
-    hold(together > sum(each), "the rows alone cost as much as their batch with its padding")
+    together, each = (count(session.trace, session.geometry) for count in (by_batch, flops.executed))
+    same(together.total()[0], counter.get_total_flops() / 2, "multiply-adds by the closed form and by torch")
+    for part in () if method.keeps_all(session.trace.prompt, session.geometry) else ("projections", "ffn"):
+        sums = [float(getattr(of, part).sum()) for of in (together, each)]
+        same(*sums, f"{part} of the batch and of its rows alone")
+    hold(together.total()[0] >= sum(each.total()), "the batch cost less than its rows alone")
     with prune(model, method) as session:
         model(**samples[0])
     alone = flops.executed(session.trace, session.geometry).total()

@@ -9,7 +9,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from ...engine import prune
+from ...engine import TokenLayout, prune
 from ...engine.trace import Trace
 from ...methods import Method
 from ...methods.base import Ranked, Scored
@@ -246,7 +246,7 @@ def order_and_positions(bench: Bench, method: Method) -> None:
             visual, number = layout.visual.mask[row][valid], layout.visual_id[row][valid]
             stays, where = number >= 0, f"row {row}, layer {layer}"
             _in_order(method, run.trace, number[stays], where)
-            given = run.positions[layer][0].expand(len(ROWS), -1)[row][valid]
+            given = _of_row(run.positions[layer][0], layout, row)
             if method.positions == "renumber":
                 same(given.tolist(), list(range(len(given))), f"{where}: positions and numbers from 0")
                 continue
@@ -255,6 +255,13 @@ def order_and_positions(bench: Bench, method: Method) -> None:
             same(given[~visual], was[~was_visual], f"{where}: positions of text tokens now and at first")
             rise = given[~visual] if method.reorders else given
             hold((rise.diff() > 0).all(), f"{where}: positions that do not rise")
+
+
+def _of_row(positions: Tensor, layout: TokenLayout, row: int) -> Tensor:
+    """Those of the tokens of ``row``: of padded rows (B or 1, L), or of all rows one behind the other, (1, N)."""
+    if positions.shape[1] == layout.width:
+        return positions.expand(layout.rows, -1)[row][layout.valid[row]]
+    return positions[0].split(layout.lengths)[row]
 
 
 def _in_order(method: Method, trace: Trace, number: Tensor, where: str) -> None:
