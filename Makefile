@@ -1,4 +1,4 @@
-.PHONY: install test lint quick bench-sweep bench-none bench-attainable bench-launches bench-memory bench-tables
+.PHONY: install test lint quick bench-sweep bench-none bench-launches bench-memory bench-tables
 
 install:
 	pip install -c constraints.txt -e ".[dev]"
@@ -20,9 +20,6 @@ bench-sweep:
 
 bench-none:
 	python benchmarks/generate.py
-
-bench-attainable:
-	python benchmarks/attainable.py
 
 bench-launches:
 	python benchmarks/launches.py

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -21,7 +22,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import UnsupportedModelError
-from ..models.adapters import Adapter
 from .layout import TokenLayout, TokenSet
 from .packing import Before, Packing
 
@@ -60,21 +60,6 @@ def implementation_of(config: Any) -> str:
             "load the model with attn_implementation='sdpa'"
         )
     return implementation
-
-
-def check_implementation(adapter: Adapter, method: Any) -> None:
-    """Raise :class:`UnsupportedModelError` unless the decoder's layers can be told who sees whom, and how much."""
-    implementation = implementation_of(adapter.decoder.config)
-    if "flash" in implementation and method.biases_keys:
-        raise UnsupportedModelError(
-            f"{method.name} adds to the attention logits of keys, and {implementation} cannot: load the model with "
-            "attn_implementation='sdpa'"
-        )
-    if "flash" in implementation and adapter.carried_types & {*adapter.layer_types}:
-        raise UnsupportedModelError(
-            f"{type(adapter.model).__name__} has layers that attend within a window, or in both directions, and "
-            f"{implementation} goes by places, which a cut moves: load the model with attn_implementation='sdpa'"
-        )
 
 
 def kernel_of(module: nn.Module, implementation: str) -> Kernel:
@@ -270,7 +255,15 @@ def row_weights(query: Tensor, key: Tensor, columns: Tensor | None, valid: Tenso
 
 def _later(rows: int, length: int, like: Tensor) -> Tensor:
     """(R, L): minus infinity where one of the last R of L tokens would see a later one, 0 elsewhere."""
-    return like.new_full((rows, length), float("-inf")).triu(length - rows + 1)
+    size = -(-length // 512) * 512
+    return _above_diagonal(size, like.dtype, like.device).as_strided((rows, length), (size, 1), (length - rows) * size)
+
+
+@lru_cache(maxsize=4)
+def _above_diagonal(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(size, size): minus infinity above the diagonal, 0 elsewhere. A table that layers share, of no batch."""
+    with torch.inference_mode(False):
+        return torch.full((size, size), float("-inf"), dtype=dtype, device=device).triu(1)
 
 
 def fine(logits: Tensor) -> Tensor:

@@ -268,7 +268,7 @@ class Segment:
         positions = self.positions if self.renumbered is None else self.renumbered
         if self.renumbered is None and not self.added:
             columns = self.every_column if self.valid is None else self.every_column.clamp(min=0)
-            table = tuple(_along(part, columns) for part in given["position_embeddings"])
+            table = _along(given["position_embeddings"], columns)
         else:
             table = adapter.rotary(hidden, positions, kind)
         packing = self.packing
@@ -316,12 +316,14 @@ def on_every_axis(places: Tensor, positions: Tensor) -> Tensor:
     return places if positions.ndim == 2 else places[..., None].expand(-1, -1, positions.shape[2])
 
 
-def _along(table: Tensor, columns: Tensor) -> Tensor:
-    """(…, B, n, d): a rotary table (…, B or 1, L, d) at ``columns``, int (B, n)."""
+def _along(tables: tuple[Tensor, ...], columns: Tensor) -> tuple[Tensor, ...]:
+    """(…, B, n, d): rotary tables (…, B or 1, L, d) at ``columns``, int (B, n)."""
     if len(columns) == 1:
-        return table.index_select(-2, columns[0])
-    index = columns[..., None].expand(*table.shape[:-3], -1, -1, table.shape[-1])
-    return table.expand(*index.shape[:-2], *table.shape[-2:]).gather(-2, index)
+        only = columns[0]
+        return tuple(table.index_select(-2, only) for table in tables)
+    index = [columns[..., None].expand(*table.shape[:-3], -1, -1, table.shape[-1]) for table in tables]
+    wide = (table.expand(*at.shape[:-2], *table.shape[-2:]) for table, at in zip(tables, index, strict=True))
+    return tuple(table.gather(-2, at) for table, at in zip(wide, index, strict=True))
 
 
 def at(tokens: Tensor, index: Tensor) -> Tensor:

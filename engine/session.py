@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ..errors import InputError, UnsupportedModelError, VisibenchError
 from ..models.adapters import Adapter
-from .attention import Interception, check_implementation
+from .attention import Interception, implementation_of
 from .cache import OUTSIDE, PrunedCache, check_cache
 from .contract import Method
 from .features import FeatureStore
@@ -56,7 +56,7 @@ class PruningSession:
         self.model, self.method, self.layout, self.watch = model, method, layout, watch
         self.features = features
         self.adapter = Adapter(model)
-        check_implementation(self.adapter, method)
+        _check_attention(self.adapter, method)
         self.geometry = self.adapter.geometry
         self._tap = VisionTap(self.adapter, method, watch, features)
         method.check_images(self.geometry)
@@ -254,6 +254,21 @@ class PruningSession:
 
 def _hooked(stack: ExitStack, register: Callable, hook: Callable) -> None:
     stack.callback(register(hook, with_kwargs=True).remove)
+
+
+def _check_attention(adapter: Adapter, method: Any) -> None:
+    """Raise :class:`UnsupportedModelError` unless the decoder's layers can be told who sees whom, and how much."""
+    implementation = implementation_of(adapter.decoder.config)
+    if "flash" in implementation and method.biases_keys:
+        raise UnsupportedModelError(
+            f"{method.name} adds to the attention logits of keys, and {implementation} cannot: load the model with "
+            "attn_implementation='sdpa'"
+        )
+    if "flash" in implementation and adapter.carried_types & {*adapter.layer_types}:
+        raise UnsupportedModelError(
+            f"{type(adapter.model).__name__} has layers that attend within a window, or in both directions, and "
+            f"{implementation} goes by places, which a cut moves: load the model with attn_implementation='sdpa'"
+        )
 
 
 def _refuse_compiled(model: nn.Module) -> None:

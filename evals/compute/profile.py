@@ -28,7 +28,7 @@ from ...models.load import release
 from ...results.store.profiles import DENSE, Lengths, Profile, ProfileRow, RepeatedTimes, speedup
 from ...results.store.records import Record, environment
 from ..settings.config import Config, Count, Variant, variants
-from . import flops, timing
+from . import attainable, flops, timing
 from .memory import keep_freed_memory, out_of_memory, peak_memory
 
 
@@ -91,6 +91,7 @@ class Contender:
 class Facts:
     """What does not change from repeat to repeat; as in :class:`ProfileRow`."""
 
+    schedule: list[int] | None
     executed_macs: float
     visual_tokens: list[float]
     kv_bytes: int
@@ -168,7 +169,7 @@ def compare(
         inputs = loaded.synthetic_inputs(batch, lengths.prompt, lengths.visual_tokens)
         with torch.inference_mode():
             facts = [_facts(loaded, contender, inputs, lengths.new_tokens) for contender in contenders]
-            times = _round_robin(loaded, contenders, inputs, lengths.new_tokens, config)
+            times = _round_robin(loaded, contenders, facts, inputs, lengths.new_tokens, config)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -177,7 +178,7 @@ def compare(
     dense_facts, dense_times = facts[0], times[0]
     rows = []
     for contender, fact, measured in zip(contenders, facts, times, strict=True):
-        overhead = measured.pop("overhead", None)
+        overhead, plain = measured.pop("overhead", None), measured.pop("plain", None)
         end_to_end = statistics.median(measured["end_to_end"]) / 1e3
         rows.append(
             ProfileRow(
@@ -187,27 +188,38 @@ def compare(
                 lengths=lengths,
                 ms={phase: RepeatedTimes.of(measured[phase]) for phase in timing.PHASES if phase in measured},
                 overhead_ms=RepeatedTimes.of(overhead) if overhead else None,
+                plain_ms=RepeatedTimes.of(plain) if plain else None,
                 speedup={phase: speedup(dense_times[phase], measured[phase]) for phase in ("prefill", "end_to_end")},
                 promised=dense_facts.executed_macs / fact.executed_macs,
                 tokens_per_second=batch * lengths.new_tokens / end_to_end,
                 clocks_mhz=clocks,
-                **vars(fact),
+                **{name: value for name, value in vars(fact).items() if name != "schedule"},
             )
         )
     return rows
 
 
 def _round_robin(
-    loaded: LoadedModel, contenders: list[Contender], inputs: dict[str, Any], new_tokens: int, config: ProfileConfig
+    loaded: LoadedModel,
+    contenders: list[Contender],
+    facts: list[Facts],
+    inputs: dict[str, Any],
+    new_tokens: int,
+    config: ProfileConfig,
 ) -> list[dict[str, list[float]]]:
-    """Times by phase of each contender, one for each repeat. Each round starts with another contender."""
+    """Times by phase of each contender, one for each repeat. Each round starts with another contender.
+
+    Right behind a method plain layers run on its schedule of tokens.
+    """
     times: list[dict[str, list[float]]] = [{} for _ in contenders]
     for number in range(-config.warmup, config.repeats):
         for turn in range(len(contenders)):
             which = (turn + number + config.warmup) % len(contenders)
-            contender = contenders[which]
+            contender, schedule = contenders[which], facts[which].schedule
             with contender.under(loaded):
                 measured = timing.time_phases(loaded, inputs, new_tokens)
+            if schedule is not None:
+                measured["plain"] = attainable.time_plain(loaded, inputs, schedule)
             if contender.method is not None and number % config.overhead_every == 0:
                 measured["overhead"] = timing.time_method(loaded, contender.method, inputs)
             if number >= 0:
@@ -231,7 +243,9 @@ def _facts(loaded: LoadedModel, contender: Contender, inputs: dict[str, Any], ne
     with prune(loaded.model, contender.method or load_method("none")) as session:
         loaded.model(**inputs, use_cache=True, logits_to_keep=1)
     first, last = waits[0], waits[-1]
+    method = contender.method
     return Facts(
+        schedule=None if method is None else attainable.schedule(session.trace, method, loaded),
         executed_macs=sum(flops.executed(session.trace, loaded.geometry).total()),
         visual_tokens=session.trace.visual_counts().double().mean(0).tolist(),
         kv_bytes=kv_bytes[0],

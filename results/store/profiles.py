@@ -68,12 +68,13 @@ class ProfileRow(Record):
     """One method at one batch size and length.
 
     ``ms``: times by phase, see :func:`~visibench.evals.compute.timing.time_phases`; ``decode`` is per generated token.
-    ``overhead_ms``: of prefill, what the method itself takes: scoring, merging and carrying out its cuts. ``speedup``:
-    over dense, for prefill and end to end; ``promised``: what executed multiply-adds of prefill promise.
-    ``tokens_per_second``: generated ones of the whole batch, end to end. ``peak_memory``: most bytes allocated on the
-    device at one time, weights included. ``kv_bytes``: keys and values that the cache holds after prefill.
-    ``host_syncs``: times that Python waited for the device, in prefill and in one decoding step. ``visual_tokens``: at
-    each layer's input.
+    ``plain_ms``: a prefill of the model alone whose layers get as many tokens as the method leaves them; None for the
+    dense model, where plain layers cannot follow it, and in files of early versions. ``overhead_ms``: of prefill, what
+    the method itself takes: scoring, merging and carrying out its cuts. ``speedup``: over dense, for prefill and
+    end to end; ``promised``: what executed multiply-adds of prefill promise. ``tokens_per_second``: generated ones of
+    the whole batch, end to end. ``peak_memory``: most bytes allocated on the device at one time, weights included.
+    ``kv_bytes``: keys and values that the cache holds after prefill. ``host_syncs``: times that Python waited for the
+    device, in prefill and in one decoding step. ``visual_tokens``: at each layer's input.
     """
 
     method: str
@@ -82,6 +83,7 @@ class ProfileRow(Record):
     lengths: Lengths
     ms: dict[str, RepeatedTimes]
     overhead_ms: RepeatedTimes | None
+    plain_ms: RepeatedTimes | None = None
     speedup: dict[str, float]
     promised: float
     executed_macs: float
@@ -228,8 +230,10 @@ def _wrong(row: ProfileRow, dense: ProfileRow, repeats: int) -> Iterator[str]:
             yield f"{len(measured.times)} times of {phase} in {repeats} rounds"
         if not all(math.isfinite(time) and time > 0 for time in measured.times):
             yield f"a time of {phase} is no positive number"
-    overhead = {} if row.overhead_ms is None else {"overhead": row.overhead_ms}
-    for phase, measured in (row.ms | overhead).items():
+    if row.plain_ms is not None and len(row.plain_ms.times) != repeats:
+        yield f"{len(row.plain_ms.times)} times of plain layers in {repeats} rounds"
+    others = {"overhead": row.overhead_ms, "plain layers": row.plain_ms}
+    for phase, measured in (row.ms | {name: times for name, times in others.items() if times is not None}).items():
         if not all(map(math.isfinite, measured.times)) or not _agree(measured, RepeatedTimes.of(measured.times)):
             yield f"median, range or minimum of {phase} are not those of its times"
     nested = [row.ms[phase].times for phase in _NESTED if phase in row.ms]

@@ -85,6 +85,8 @@ def test_summaries_are_those_of_the_times(result):
         new = row.batch_size * 3
         assert row.tokens_per_second == pytest.approx(1e3 * new / row.ms["end_to_end"].median)
     assert [row.overhead_ms is None for row in result.rows] == [True, False, False] * 2
+    assert [row.plain_ms is None for row in result.rows] == [True, False, False] * 2
+    assert {len(row.plain_ms.times) for row in result.rows if row.plain_ms} == {3}
     assert all(row.overhead_ms.min > 0 for row in result.rows if row.overhead_ms)
     assert {len(row.overhead_ms.times) for row in result.rows if row.overhead_ms} == {3}
 
