@@ -1,4 +1,4 @@
-.PHONY: install test lint quick bench-sweep bench-none bench-launches bench-memory bench-tables
+.PHONY: install test lint quick bench-sweep bench-none bench-batches bench-harness bench-launches bench-memory bench-tables
 
 install:
 	pip install -c constraints.txt -e ".[dev]"
@@ -20,6 +20,12 @@ bench-sweep:
 
 bench-none:
 	python benchmarks/generate.py
+
+bench-batches:
+	python benchmarks/batches.py
+
+bench-harness:
+	python benchmarks/harness.py
 
 bench-launches:
 	python benchmarks/launches.py

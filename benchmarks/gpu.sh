@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What only a GPU can show, in under ten minutes on one of 80 GB: CUDA tests, LLaVA-1.5-7B in time, memory and waits,
-# and flash attention.
+# flash attention, and what a batch that does not fit comes to.
 #
 #     benchmarks/gpu.sh                           on the machine with the GPU, in the repository's root
 #     benchmarks/gpu.sh --device cpu              the same steps on a CPU, with a small model: a rehearsal
@@ -50,6 +50,7 @@ step tests 150 python -m pytest -q -p no:cacheprovider tests/engine/test_syncs.p
 step profile 240 python -m visibench profile "${profile[@]}" --out "$(measured profile_7b).json"
 cp "$OUT/profile.log" "$(measured profile_7b).txt"
 step launches 60 python benchmarks/launches.py --batch 1
+step halving 60 python benchmarks/halving.py --device "$DEVICE"
 step flash 90 python -m visibench profile "${flash[@]}" --out "$(measured profile_7b_flash).json"
 
 cat "$OUT/profile.log"

@@ -232,8 +232,8 @@ class Segment:
             left = torch.cat([left, before[:, width:]], dim=1)
             valid = None if valid is None else torch.cat([valid, valid.new_ones(valid.shape[0], behind)], dim=1)
         places = change.layout.width + behind
-        more = {"bias": bias, "packs": self.packs}
-        return Segment(self.held, change.layout, places, positions, valid, left, self.added, **more)
+        after = Segment(self.held, change.layout, places, positions, valid, left, self.added)
+        return replace(after, bias=bias, packs=self.packs)
 
     def told(self, adapter: Adapter, layer: int, hidden: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
         """What a layer is told in place of what the model has ``given`` it; ``hidden``: what it gets.

@@ -74,9 +74,9 @@ class Plain:
 
 def _cut(kwargs: dict[str, Any], count: int) -> dict[str, Any]:
     """What a layer is told about ``count`` tokens alone."""
-    mask, places, table = (kwargs.get(name) for name in ("attention_mask", "position_ids", "position_embeddings"))
+    mask, places = kwargs.get("attention_mask"), kwargs.get("position_ids")
     return {
         "attention_mask": mask if mask is None or mask.ndim != 4 else mask[..., :count, :count],
         "position_ids": places if places is None else places[..., :count],
-        "position_embeddings": tuple(part[..., :count, :] for part in table),
+        "position_embeddings": tuple(part[..., :count, :] for part in kwargs["position_embeddings"]),
     }

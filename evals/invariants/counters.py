@@ -76,8 +76,8 @@ def torch_agrees_on_batches(bench: Bench, method: Method, rows: list[tuple[int, 
     together, each = (count(session.trace, session.geometry) for count in (by_batch, flops.executed))
     same(together.total()[0], counter.get_total_flops() / 2, "multiply-adds by the closed form and by torch")
     for part in () if method.keeps_all(session.trace.prompt, session.geometry) else ("projections", "ffn"):
-        sums = [float(getattr(of, part).sum()) for of in (together, each)]
-        same(*sums, f"{part} of the batch and of its rows alone")
+        one, other = (float(getattr(of, part).sum()) for of in (together, each))
+        same(one, other, f"{part} of the batch and of its rows alone")
     hold(together.total()[0] >= sum(each.total()), "the batch cost less than its rows alone")
     with prune(model, method) as session:
         model(**samples[0])
