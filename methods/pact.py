@@ -82,7 +82,7 @@ class PACT(Method):
         self.check_layers("layer", (self.layer,), geometry)
 
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor] | None:
-        return None if self.cluster else {self.layer: floored(layout.visual.device_counts, self.keep)}
+        return None if self.cluster else {self.layer: floored(layout.visual.host_counts, self.keep)}
 
     def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
         return PACTForward(self)
