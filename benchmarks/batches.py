@@ -56,7 +56,7 @@ def main() -> None:
     with torch.inference_mode():
         for number in range(1 + given.repeats):
             for name in [*times][:: 1 if number % 2 else -1]:
-                session = nullcontext() if name == "dense" else visibench.prune(model, method)
+                session: Any = nullcontext() if name == "dense" else visibench.prune(model, method)
                 with session, undisturbed(clock):
                     start = clock.mark()
                     model(**inputs, use_cache=True, logits_to_keep=1)

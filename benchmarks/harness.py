@@ -57,7 +57,8 @@ def harness(loaded: LoadedModel, task: Task, asked: list[Question], size: int) -
 
 def plain(loaded: LoadedModel, prepared: list[tuple[list[Question], Any]]) -> dict[int, str]:
     """What a loop of ``generate`` answers."""
-    said, model = {}, loaded.model
+    said: dict[int, str] = {}
+    model: Any = loaded.model
     for chunk, inputs in prepared:
         with torch.inference_mode():
             ids = model.generate(**inputs, **generation(chunk[0].options), temperature=None, top_p=None, top_k=None)

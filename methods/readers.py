@@ -52,6 +52,9 @@ class Readers(Layered):
             self.require(last > first, f"exit must lie behind layer: here they are layers {last} and {first}")
             self.require(last < geometry.layers, f"exit={self.exit}, but the model has {geometry.layers} layers")
 
+    def keeps_all(self, layout: TokenLayout, geometry: Geometry) -> bool:
+        return self.threshold == 0 and self.exit is None
+
     def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
         return ReadersForward(self, geometry)
 

@@ -146,12 +146,14 @@ class SparseVLMForward(Forward):
 
     def __init__(self, method: SparseVLM, layout: TokenLayout, after: list[int]) -> None:
         self.method, self.prompt, self.after = method, layout.visual, after
+        self.numbers: Tensor | None = None
 
     def attention(self, layer: int, view: AttentionView) -> None:
         if layer in self.after:
             visual, text = view.layout.visual, view.layout.text
             relation = torch.cat([visual.pick(weights.mean(1), 2) for weights, _ in view.scan(text)], dim=1)
-            self.relation = relation * (self.raters[:, :, None] & view.present[:, None])
+            raters = self.raters[:, :, None]
+            self.relation = relation * (raters if visual.is_even else raters & view.present[:, None])
 
     def layer_input(self, layer: int, view: LayerView) -> Keep | Merge | None:
         if layer == 0:
@@ -166,34 +168,45 @@ class SparseVLMForward(Forward):
     def budget(self, cut: int, view: LayerView) -> tuple[Tensor, list[int]]:
         """Visual tokens to keep, int (B,), and a number for each row, on the host, that this is not below."""
         method, visual = self.method, view.layout.visual
-        there = visual.device_counts
         if not method.rank:
             most = partial(share, method.schedule[cut], method.out_of)
             exact = [max(0, min(most(n), now - 1)) for n, now in zip(self.prompt.counts, visual.counts, strict=True)]
-            return method.kept(cut, self.prompt.device_counts, there), exact
+            return torch.tensor(exact).to(view.hidden.device, non_blocking=True), exact
+        there = visual.device_counts
         rank = matrix_rank(self.relation, self.raters.sum(1), there)
         if method.rank == "paper":
             return there - floored(there - rank, method.scale), [0] * len(visual.counts)
         some = (rank.double() * method.scale + method.bias).long().clamp(min=0).minimum(there - 1)
         return torch.where(rank == there, rank, some), [0] * len(visual.counts)
 
+    def drawn(self, view: LayerView) -> Tensor:
+        """Noise (B, cuts, V), which depends on the row's inputs and the layer alone: drawn for all cuts at once."""
+        if self.numbers is None:
+            layers = torch.tensor([layer + 1 for layer in self.after]).to(view.hidden.device, non_blocking=True)
+            seeds = view.layout.fingerprint[:, None] + layers
+            drawn = draw(seeds.flatten(), view.hidden.shape[1]).unflatten(0, seeds.shape)
+            self.numbers = (drawn * self.method.noise).to(precise(view.hidden[:, :0]).dtype)
+        return self.numbers
+
     def recycle(self, scores: Tensor, keep: Tensor, fewest: list[int], view: LayerView) -> Merge:
         """Merge the best of the dropped tokens into new ones."""
         method, device = self.method, scores.device
-        used, clusters = method.recycled(view.layout.visual.device_counts - keep.sum(1))
-        # Shapes come from the host: as many as the row could drop at most.
+        # Shapes come from the host: as many as the row could drop at most, which is what it drops but under a rank.
         room = [n - least for n, least in zip(view.layout.visual.counts, fewest, strict=True)]
         room = [min(n, int(method.recycle * n + 1e-9) + 1) for n in room]
         centres = [min(n, n // method.cluster_size + 1) for n in room]
         width, most = max(room), max(centres)
+        if method.rank:
+            used, clusters = method.recycled(view.layout.visual.device_counts - keep.sum(1))
+        else:
+            used, clusters = torch.tensor([room, centres]).to(device, non_blocking=True)
         view.scored(torch.tensor([n * (n + c) for n, c in zip(room, centres, strict=True)]) * view.hidden.shape[2])
 
-        best = scores.masked_fill(keep | ~view.present, -torch.inf).argsort(dim=1, descending=True, stable=True)[
-            :, :width
-        ]
+        gone = keep if view.layout.visual.is_even else keep | ~view.present
+        best = scores.masked_fill(gone, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :width]
         tokens, present = precise(pick(view.hidden, best)), torch.arange(width, device=device) < used[:, None]
-        noise = draw(view.layout.fingerprint + view.layer, width) * method.noise
-        _, cluster = density_peaks(tokens, present, clusters, most, noise.to(tokens.dtype))
+        noise = self.drawn(view)[:, self.after.index(view.layer - 1), :width]
+        _, cluster = density_peaks(tokens, present, clusters, most, noise)
         merged = pooled(tokens, cluster.masked_fill(~present, -1), most, mean=method.merge == "mean")
         return Merge(keep, added=merged, added_present=torch.arange(most, device=device) < clusters[:, None])
 

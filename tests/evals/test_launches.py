@@ -6,6 +6,7 @@ should say why.
 
 import pytest
 import torch
+import visibench
 from visibench.evals.compute.launches import PHASES, Launched, count_launches, narrow
 from visibench.evals.settings.method_spec import parse
 
@@ -13,15 +14,36 @@ from visibench.evals.settings.method_spec import parse
 # how often more than the dense model it waits for a value. The engine's own reads of the prompt's masks are three.
 BOUNDS = {
     "none": (1.01, 1.01, 3),
-    "vtw": (1.03, 1.03, 3),
-    "fastv:keep=0.5": (1.03, 1.03, 3),
-    "dart:keep=0.5": (1.10, 1.10, 3),
-    "divprune:tokens=64": (1.13, 1.10, 4),
-    "visionzip:tokens=64": (1.10, 1.10, 5),
-    "pyramiddrop": (1.12, 1.10, 3),
-    "sparsevlm:tokens=192": (1.36, 1.26, 6),
-    "visipruner:forced=true": (1.30, 1.21, 3),
-    "fitprune:ratio=80": (1.32, 1.23, 3),
+    "vtw": (1.02, 1.02, 3),
+    "fastv:keep=0.5": (1.03, 1.02, 3),
+    "random:keep=0.5": (1.05, 1.03, 3),
+    "v2drop": (1.05, 1.04, 3),
+    "dart:keep=0.5": (1.09, 1.06, 3),
+    "pyramiddrop": (1.10, 1.08, 3),
+    "staged:enter=6,exit=9": (1.10, 1.10, 3),
+    "readers": (1.10, 1.10, 4),
+    "pact": (1.15, 1.11, 5),
+    "transprune": (1.19, 1.13, 3),
+    "sparsevlm:tokens=192": (1.30, 1.25, 6),
+    "fitprune:ratio=80": (1.30, 1.22, 3),
+    "visipruner:forced=true": (1.28, 1.20, 3),
+    "visipruner": (1.41, 1.29, 28),
+    "divprune:tokens=64": (1.12, 1.09, 4),
+    "holov:tokens=64": (1.14, 1.10, 4),
+    "cdpruner:tokens=64,condition=none": (1.78, 1.56, 4),
+    "scope:tokens=64": (1.03, 1.25, 5),
+    "fastervlm:tokens=64": (1.03, 1.04, 5),
+    "hiprune:tokens=64": (1.03, 1.06, 5),
+    "hired:tokens=64": (1.10, 1.10, 5),
+    "visionzip:tokens=64": (1.06, 1.07, 5),
+    "vispruner:tokens=64": (1.03, 1.28, 5),
+    "prumerge": (1.06, 1.08, 5),
+    "prumerge_plus": (1.06, 1.09, 5),
+    "pooling:tokens=64": (1.06, 1.05, 5),
+    "downsample:keep=0.25": (1.07, 1.05, 4),
+    "tome:tokens=64": (1.07, 1.44, 4),
+    "flowcut:tokens=64": (1.04, 1.30, 14),
+    "vscan:tokens=64": (1.10, 1.07, 4),
 }
 STEP = 1.02
 
@@ -47,6 +69,10 @@ def test_operations_stay_within_their_bound(loaded, dense, method):
     assert operations["decode"][0] <= STEP * operations["decode"][1]
     more = sum(counts[phase].reads - dense[phase].reads for phase in ("vision", "prefill"))
     assert more <= reads
+
+
+def test_every_method_has_its_bound():
+    assert {parse(text).name for text in BOUNDS} == {*visibench.list_methods()}
 
 
 def test_what_is_counted():
