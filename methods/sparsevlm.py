@@ -139,14 +139,15 @@ class SparseVLM(Layered):
 
 
 class SparseVLMForward(Forward):
-    """State of one prefill: the raters, bool (B, T) over the text tokens, and their latest attention (B, T, V)."""
+    """State of one prefill: the raters, bool (B, T) over the text tokens, their latest attention (B, T, V), and how
+    many ``rating`` there are, (B, 1), one at least."""
 
     raters: Tensor
+    rating: Tensor
     relation: Tensor
 
     def __init__(self, method: SparseVLM, layout: TokenLayout, after: list[int]) -> None:
         self.method, self.prompt, self.after = method, layout.visual, after
-        self.numbers: Tensor | None = None
 
     def attention(self, layer: int, view: AttentionView) -> None:
         if layer in self.after:
@@ -158,9 +159,10 @@ class SparseVLMForward(Forward):
     def layer_input(self, layer: int, view: LayerView) -> Keep | Merge | None:
         if layer == 0:
             self.raters = find_raters(view)
+            self.rating = self.raters.sum(1, keepdim=True).clamp(min=1)
         if layer - 1 not in self.after:
             return None
-        scores = self.relation.sum(1) / self.raters.sum(1, keepdim=True).clamp(min=1)
+        scores = self.relation.sum(1) / self.rating
         number, fewest = self.budget(self.after.index(layer - 1), view)
         keep = top(scores, number, view.present)
         return self.recycle(scores, keep, fewest, view) if self.method.recycle else Keep(keep)
@@ -179,15 +181,6 @@ class SparseVLMForward(Forward):
         some = (rank.double() * method.scale + method.bias).long().clamp(min=0).minimum(there - 1)
         return torch.where(rank == there, rank, some), [0] * len(visual.counts)
 
-    def drawn(self, view: LayerView) -> Tensor:
-        """Noise (B, cuts, V), which depends on the row's inputs and the layer alone: drawn for all cuts at once."""
-        if self.numbers is None:
-            layers = torch.tensor([layer + 1 for layer in self.after]).to(view.hidden.device, non_blocking=True)
-            seeds = view.layout.fingerprint[:, None] + layers
-            drawn = draw(seeds.flatten(), view.hidden.shape[1]).unflatten(0, seeds.shape)
-            self.numbers = (drawn * self.method.noise).to(precise(view.hidden[:, :0]).dtype)
-        return self.numbers
-
     def recycle(self, scores: Tensor, keep: Tensor, fewest: list[int], view: LayerView) -> Merge:
         """Merge the best of the dropped tokens into new ones."""
         method, device = self.method, scores.device
@@ -205,8 +198,8 @@ class SparseVLMForward(Forward):
         gone = keep if view.layout.visual.is_even else keep | ~view.present
         best = scores.masked_fill(gone, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :width]
         tokens, present = precise(pick(view.hidden, best)), torch.arange(width, device=device) < used[:, None]
-        noise = self.drawn(view)[:, self.after.index(view.layer - 1), :width]
-        _, cluster = density_peaks(tokens, present, clusters, most, noise)
+        noise = draw(view.layout.fingerprint + view.layer, width) * method.noise
+        _, cluster = density_peaks(tokens, present, clusters, most, noise.to(tokens.dtype))
         merged = pooled(tokens, cluster.masked_fill(~present, -1), most, mean=method.merge == "mean")
         return Merge(keep, added=merged, added_present=torch.arange(most, device=device) < clusters[:, None])
 

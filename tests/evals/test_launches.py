@@ -24,7 +24,7 @@ BOUNDS = {
     "readers": (1.10, 1.10, 4),
     "pact": (1.15, 1.11, 5),
     "transprune": (1.19, 1.13, 3),
-    "sparsevlm:tokens=192": (1.30, 1.25, 6),
+    "sparsevlm:tokens=192": (1.33, 1.24, 6),
     "fitprune:ratio=80": (1.30, 1.22, 3),
     "visipruner:forced=true": (1.28, 1.20, 3),
     "visipruner": (1.41, 1.29, 28),
