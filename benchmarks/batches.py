@@ -2,9 +2,10 @@
 
     python benchmarks/batches.py [--model llava-cpu] [--batch-size 16] [--method …] [--repeats 5]
 
-Random weights, random images, texts of 32 to 64 tokens. By default VisiPruner by its own rule, with thresholds at which
-rows of random weights filter, and keep different numbers of tokens. Executed multiply-adds of the batch are divided by
-the sum of what its rows execute alone (1: no padding), and times of prefill by those of the dense model, in turn.
+Random weights, random images, texts of 32 to 64 tokens. By default VisiPruner by its own rule, with a threshold at
+which rows of random weights keep some 30 tokens, each another number, searched on two of them. Executed multiply-adds
+of the batch are divided by the sum of what its rows execute alone (1: no padding), and times of prefill by those of the
+dense model, in turn.
 """
 
 import argparse
@@ -19,7 +20,8 @@ from visibench.evals.compute.memory import keep_freed_memory
 from visibench.evals.compute.timing import clock_of, iqr, undisturbed
 from visibench.evals.settings.method_spec import parse
 
-RULE = "visipruner:layers=scaled,layer_threshold=1,token_threshold=0.002"
+RULE = "visipruner:layers=scaled,layer_threshold=1,exit_threshold=1,token_threshold={:.4g}"
+LEFT = 30
 
 
 def uneven(inputs: dict[str, Any], texts: list[int], longest: int) -> dict[str, Any]:
@@ -30,6 +32,20 @@ def uneven(inputs: dict[str, Any], texts: list[int], longest: int) -> dict[str, 
     return inputs | {"attention_mask": mask}
 
 
+def rule(model: Any, inputs: dict[str, Any]) -> str:
+    """VisiPruner with a threshold at which about ``LEFT`` visual tokens stay."""
+    few, many = 10.0, 1e-4
+    for _ in range(12):
+        between = (few * many) ** 0.5
+        with torch.inference_mode(), visibench.prune(model, parse(RULE.format(between))) as session:
+            model(**inputs, logits_to_keep=1)
+        if session.trace.visual_counts()[:, -1].double().mean() > LEFT:
+            many = between
+        else:
+            few = between
+    return RULE.format(few)
+
+
 def main() -> None:
     """Count, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -37,7 +53,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--layers", type=int, default=None)
-    parser.add_argument("--method", default=RULE)
+    parser.add_argument("--method", default=None)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--visual-tokens", type=int, default=576)
     parser.add_argument("--repeats", type=int, default=5)
@@ -49,9 +65,11 @@ def main() -> None:
         given.model, weights="random", device=given.device, dtype=given.dtype, layers=given.layers
     )
     model: Any = loaded.model
-    clock, rows, method = clock_of(model.device), given.batch_size, parse(given.method)
+    clock, rows = clock_of(model.device), given.batch_size
     texts = [32 + 32 * row // max(rows - 1, 1) for row in range(rows)]
     inputs = uneven(loaded.synthetic_inputs(rows, 64, given.visual_tokens), texts, 64)
+    two = uneven(loaded.synthetic_inputs(2, 64, given.visual_tokens), texts[:2], 64)
+    method = parse(given.method or rule(model, two))
     times: dict[str, list[float]] = {"dense": [], str(method): []}
     with torch.inference_mode():
         for number in range(1 + given.repeats):
