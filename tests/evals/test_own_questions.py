@@ -2,14 +2,16 @@
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import visibench
 from PIL import Image
 from visibench.errors import VisibenchError
 from visibench.evals.sweeps.cells import cell_specs
-from visibench.evals.sweeps.config import parse_config, select
+from visibench.evals.sweeps.config import load_config, parse_config, select
 from visibench.evals.tasks.definitions import called, find
 from visibench.evals.tasks.scorers import SCORERS
 from visibench.evals.tasks.tasks import load_tasks
@@ -233,3 +235,11 @@ def test_images_as_pandas_writes_them_are_decoded_in_data_laid_out_like_the_hub(
     (task,) = load_tasks(["pope"], str(tmp_path))
     assert task.question(0)[1][0].size == (40, 30)
     assert "image" not in task.docs.column_names
+
+
+def test_the_example_can_be_run_as_it_is(monkeypatch):
+    monkeypatch.chdir(Path(visibench.__file__).parent / "examples" / "own_data")
+    config, _ = load_config("sweep.yaml", [])
+    (task,) = load_tasks(config.tasks)
+    assert (task.name, len(task.docs)) == ("shapes", 4)
+    assert [str(cell.method) for cell in cell_specs(config)][-1].startswith("largest_norm")

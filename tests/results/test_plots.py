@@ -315,8 +315,8 @@ def test_one_cell_without_times(plot, store):
     [
         (["--kind", "paretto"], "did you mean 'pareto'"),
         (["--task", "gpa"], "did you mean 'gqa'"),
-        (["--format", "pdf"], "Known: png, svg"),
-        (["--kind", "pareto", "--out", "a.pdf"], "must end in .png or .svg"),
+        (["--format", "gif"], "Known: pdf, png, svg"),
+        (["--kind", "pareto", "--out", "a.gif"], "must end in .png, .svg or .pdf"),
         (["--out", "a.png"], "choose one with --kind"),
         (["--kind", "pareto", "--out", "a.png", "--format", "svg"], "both say the format"),
     ],

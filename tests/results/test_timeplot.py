@@ -380,8 +380,8 @@ def test_command_draws_beside_the_file_or_where_it_is_told(cli, tmp_path):
     [
         (["--kind", "stages"], "--kind is for the folder of a run, while a profile has one figure: leave it out"),
         (["--task", "gqa"], "--task is for the folder of a run, while a profile has one figure: leave it out"),
-        (["--format", "pdf"], "Known: png, svg"),
-        (["--out", "a.pdf"], "must end in .png or .svg"),
+        (["--format", "gif"], "Known: pdf, png, svg"),
+        (["--out", "a.gif"], "must end in .png, .svg or .pdf"),
         (["--out", "a.png", "--format", "svg"], "both say the format"),
         (["--out", "p.json"], "would take the place of p.json itself"),
     ],
