@@ -116,7 +116,7 @@ configuration, visual tokens of a row, rows. Raises :class:`InputError` where no
 Packing = Callable[[Any, VisionGeometry, Mapping[str, Any]], list[tuple[Tensor, int, Tensor]]]
 """For each image, which features of its tiles its tokens are (int (n,), -1 for none, -2 for a mixture of several), how
 many tiles it has, and all features in order, those of padding too. Arguments: the model without its head, sizes of the
-vision side, and the arguments of ``get_image_features``."""
+vision side, and the arguments of ``get_image_features`` or ``get_video_features``."""
 
 
 @dataclass(frozen=True)
