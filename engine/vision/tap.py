@@ -54,9 +54,10 @@ class VisionTap:
         self._hooks_side = bool(VISION_SIDE & set(method.hook_points))
         self._hooks_features = self._hooks_side and "vision" in adapter.family.sides
         if self._needed(adapter) - set(adapter.family.sides) and adapter.vision_tower is not None:
+            behind = ", or behind the projector alone, such as divprune" * ("projector" in adapter.family.sides)
             raise UnsupportedModelError(
                 f"{method.name} acts on the vision side, which cannot be pruned in architecture {adapter.known_as}: "
-                "choose a method that acts in the decoder"
+                f"choose a method that acts in the decoder{behind}"
             )
         if adapter.vision_tower is None and self._hooks_side:
             raise UnsupportedModelError(
