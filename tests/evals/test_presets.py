@@ -84,9 +84,9 @@ def test_methods_in_files_have_presets_too(tmp_path):
     ("reference", "error", "message"),
     [
         ("vscan@published-65", UnknownNameError, "did you mean 'published-64'"),
-        ("fastv@nothing", UnknownNameError, "the package has none of fastv"),
+        ("dart@nothing", UnknownNameError, "the package has none of dart"),
         ("fastvv@nothing", UnknownNameError, "did you mean 'fastv'"),
-        ("fastv@nothing.yaml", DataError, "no file nothing.yaml"),
+        ("dart@nothing.yaml", DataError, "no file nothing.yaml"),
         ("vtw@{mine}", OptionError, "is a preset of fastv: write fastv@"),
         ("fastv@{typo}", OptionError, "is no preset: sources: extra inputs"),
         ("fastv@{list}", OptionError, "expected a mapping with method, options and source"),
