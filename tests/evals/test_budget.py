@@ -18,6 +18,7 @@ from visibench.models import LoadedModel
 # ---- solutions ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", TURNED, ids=lambda cls: cls.name)
 def test_achieved_is_what_a_trace_finds_and_no_neighbour_is_nearer(cls, llava, prompts):
     options = open_options(cls)

@@ -111,6 +111,7 @@ def test_promised_counts_are_those_of_the_published_settings(text, left, publish
     assert method.visual_counts(layout, published_geometry).tolist() == [expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", REGISTERED, ids=str)
 def test_examples_run_on_published_sizes_too(bench, method):
     fits_published_sizes(bench, method)

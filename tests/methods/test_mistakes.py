@@ -52,6 +52,7 @@ def test_a_wrong_answer_is_named(template, facts, answer, message, llava, tmp_pa
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_nan_scores_break_an_invariant(cli, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(HEAD + SCORE.format(point="projector", answer="view.projected.norm(dim=2) * float('nan')"))

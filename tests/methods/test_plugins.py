@@ -32,6 +32,7 @@ def installed(tmp_path_factory) -> Path:
     return work / "site"
 
 
+@pytest.mark.slow
 def test_example_is_listed(installed):
     done = python("-m", "visibench", "methods", "--json", path=installed)
     (stride,) = (method for method in json.loads(done.stdout) if method["name"] == "stride")
@@ -41,6 +42,7 @@ def test_example_is_listed(installed):
     assert stride["options"]["n"] == {"type": "int", "default": 2, "meaning": meaning}
 
 
+@pytest.mark.slow
 def test_example_runs(installed, tmp_path):
     command = ["run", "--model", "tiny", "--method", "stride:n=3", "--tasks", "pope", "--limit", 4, "--json"]
     done = python("-m", "visibench", *command, path=installed, cwd=tmp_path)

@@ -163,6 +163,7 @@ def test_cut_equals_the_models_own_layers_on_the_tokens_left(model, inputs, dens
     torch.testing.assert_close(state, adapter.decoder.norm(hidden)[:, -1], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
 def test_generation_of_a_batch_equals_each_row_alone(model, inputs, positions):
     method = visibench.load_method("pyramiddrop", cuts=(CUT, 3, 5), positions=positions)

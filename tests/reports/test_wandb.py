@@ -87,6 +87,7 @@ def written(tmp_path_factory):
 FASTV = "fastv · gqa · seed 0"
 
 
+@pytest.mark.slow
 def test_one_run_for_each_cell_and_one_for_the_sweep(written):
     _, said, runs = written
     assert set(runs) == {"none · gqa · seed 0", FASTV, "run"}

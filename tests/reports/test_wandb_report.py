@@ -151,6 +151,7 @@ def server():
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_save_sends_the_same_blocks(server, tmp_path):
     full(Store(tmp_path / "mine"))
     mine = {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}", "WANDB_API_KEY": KEY, "HOME": str(tmp_path)}

@@ -77,6 +77,7 @@ def table(rng, skills, images=34, each=3):
     return family([(other, dense) for other in others])
 
 
+@pytest.mark.slow
 def test_of_tables_of_equal_methods_one_in_twenty_has_any_mark():
     rng, runs = np.random.default_rng(40), 500
     tables = [table(rng, [1.0] * 8) for _ in range(runs)]

@@ -20,6 +20,7 @@ def churned(rng, images, each, rate, gain):
     return compare(quick(high), quick(low), flips=1000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("images", "each", "rate", "least"),
     # Of 20 questions, one that changes the other way costs an exact test more than the spread has room for.

@@ -221,6 +221,7 @@ def run_fastv(out, **settings) -> list:
     return sweep(parse_config(content | settings, "test"), out, Console(quiet=True), dense=False)
 
 
+@pytest.mark.slow
 def test_keeping_the_wrong_tokens_is_a_shown_drop(tmp_path, monkeypatch, cli):
     text = {"tasks": ["textvqa_val"], "limit": 40}
     before = run_fastv(tmp_path / "before", **text)
@@ -234,6 +235,7 @@ def test_keeping_the_wrong_tokens_is_a_shown_drop(tmp_path, monkeypatch, cli):
     assert report["cells"][0]["metrics"][0]["verdict"]["p_holm"] < ALPHA
 
 
+@pytest.mark.slow
 def test_one_token_more_fails_on_every_question(tmp_path, monkeypatch, checkpoint, disk_data):
     small = {"model": str(checkpoint), "data": str(disk_data)}
     baseline = baselines.baseline_of(run_fastv(tmp_path / "before", **small))

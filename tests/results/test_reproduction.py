@@ -86,6 +86,7 @@ def test_the_command_prices_a_paper_without_a_download(cli):
     assert "Memory: about" in out
 
 
+@pytest.mark.slow
 def test_the_command_runs_end_to_end_on_a_miniature_laid_out_like_the_hub(
     cli, checkpoint, hub_data, tmp_path, monkeypatch
 ):

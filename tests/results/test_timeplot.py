@@ -224,6 +224,7 @@ def test_labels_are_shown_as_they_are(label, drawn, tmp_path):
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_measured_can_be_drawn(cli, tmp_path):
     """From one command to the other; the file says its schema, and reads back as it was."""
     methods = ["--methods", "fastv:layer=1,keep=0.5", "--methods", "divprune:tokens=9", "--methods", "none"]

@@ -47,6 +47,7 @@ def test_questions_longer_than_the_models_positions_fail_by_name_and_the_others_
         loaded.inputs(["red " * 9999], [[]])
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_fit_is_halved_before_it_is_tried(loaded, pope, tmp_path, monkeypatch):
     whole = run_cell(loaded, CellSpec(pope_config(batch_size=4), DENSE), pope, Store(tmp_path / "whole"))
     halves = run_cell(loaded, CellSpec(pope_config(batch_size=2), DENSE), pope, Store(tmp_path / "halves"))

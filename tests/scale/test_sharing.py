@@ -46,6 +46,7 @@ def test_a_failure_is_not_kept():
     assert album.get(0, lambda: picture(4))[0].size == (4, 4)
 
 
+@pytest.mark.slow
 def test_a_sweep_processes_every_batch_once_unless_nothing_is_shared(disk_data, tmp_path, monkeypatch):
     asked, encoded = Counter(), LoadedModel.encoded
 
@@ -66,6 +67,7 @@ def test_a_sweep_processes_every_batch_once_unless_nothing_is_shared(disk_data, 
         assert one.samples()[columns].equals(other.samples()[columns])
 
 
+@pytest.mark.slow
 def test_a_sweep_decodes_every_image_once(disk_data, tmp_path, monkeypatch):
     asked, look = Counter(), tasks.decoded
 

@@ -174,6 +174,7 @@ def test_damaged_lines_are_asked_again(tmp_path):
 # ---- memory, failures, logits -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_batches_without_room_run_in_halves_and_tables_say_so(loaded, pope, tmp_path, ran, monkeypatch):
     method, at = visibench.load_method("fastv", keep=0.5), loaded.adapter.layers[5]
     config = pope_config(method, batch_size=4)
