@@ -110,11 +110,11 @@ def grid(
 ) -> tuple[Figure, list[Axes]]:
     """A figure with so many ``places`` of ``size`` inches, ``most`` a row, room ``beside``, and ``least`` high.
 
-    A look with a width has places of half the size and more, as many a row as fit, and nothing beside them.
+    A look with a width has smaller places, from 0.45 of the size on, as many a row as fit, and nothing beside them.
     """
     columns = min(places, most)
     if look.width is not None:
-        columns = min(places, max(int(look.width / (size[0] / 2)), 1))
+        columns = min(places, max(int(look.width / (0.45 * size[0])), 1))
         columns = -(-places // -(-places // columns))  # no fuller a row than it must be
         size, beside, least = (look.width / columns, 0.62 * size[1]), 0.0, 0.0
     rows = -(-places // columns)

@@ -220,8 +220,8 @@ def test_a_key_that_cannot_be_one_is_refused_unprinted(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("viewer", "says"),
     [
-        (ValueError("verify your API key"), "does not take the API key (verify your API key)"),
-        (ConnectionError("refused"), "does not answer (refused): nothing was sent"),
+        (ValueError("verify your API key"), "does not take the API key (ValueError: verify your API key)"),
+        (ConnectionError("refused"), "does not answer (ConnectionError: refused): nothing was sent"),
         (SimpleNamespace(username="me", entity="me", teams=["lab"]), "cannot write to entity 'other': it has lab, me"),
     ],
 )
