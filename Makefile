@@ -32,6 +32,7 @@ bench-launches:
 
 bench-memory:
 	python benchmarks/memory.py --set feature_cache_gb=0
+	python benchmarks/memory.py --set feature_cache_gb=0.002
 
 bench-tables:
 	python benchmarks/tables.py

@@ -3,9 +3,9 @@
     python benchmarks/memory.py [--questions 100,700] [--most 1.1] [--set KEY=VALUE …]
 
 Peak resident memory (RSS) of one process that sweeps methods on `tiny`, in a temporary folder. `make bench-memory` sets
-`feature_cache_gb=0`, so that nothing is kept between batches but answers; by default images, inputs and vision features
-that fit into the bounds of docs/scale.md stay in memory, and more of them do with more questions. Exit code 1 if the
-last is more than `--most` times the first.
+`feature_cache_gb=0`, so that nothing is kept between batches but answers, then a bound that 100 questions fill. With
+the default of 1 GiB more images, inputs and features stay in memory with more questions, until that is full. Exit code
+1 if the last is more than `--most` times the first.
 """
 
 import argparse

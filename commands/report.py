@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import sys
+from importlib.abc import SourceLoader
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,18 +66,24 @@ def _images() -> ImageSource:
 
 def _about() -> dict[str, dict[str, Any]]:
     """Facts about all methods by name, with the description of the file that each is written in."""
-    from ..evals.answers import control as controls
     from ..evals.settings.method_spec import describe_methods
     from ..methods import list_methods
 
     control = {
         "title": "Control",
         "about": "Random tokens at a method's own layers and counts, question by question.",
-        "algorithm": inspect.getdoc(controls) or "",
+        "algorithm": _description("visibench.evals.answers.control"),
     }
     methods = {facts["name"]: facts for facts in describe_methods()}
     algorithms = {name: {"algorithm": _files(list_methods()[name])} for name in methods}
     return {"control": control} | {name: facts | algorithms[name] for name, facts in methods.items()}
+
+
+def _description(module: str) -> str:
+    """The docstring of a module, which is not imported for it."""
+    spec = find_spec(module)
+    source = spec.loader.get_source(module) if spec and isinstance(spec.loader, SourceLoader) else None
+    return ast.get_docstring(ast.parse(source or "")) or ""
 
 
 def _files(method: type[Method]) -> str:

@@ -16,9 +16,10 @@ from PIL import Image
 from transformers import AutoConfig, AutoProcessor, BatchFeature, PreTrainedModel
 
 from ..errors import DataError, InputError, OptionError, UnknownNameError, UnsupportedModelError, boundary, suggest
-from ..utils.bounded_cache import BoundedCache
+from ..utils.bounded_cache import GIB, BoundedCache
 from ..utils.machine import processor, version
 from ..utils.sources import ends
+from . import sizes
 from .adapters import Adapter, Geometry, family_of
 from .geometry import Weights, about, build, check_weights, configuration, nbytes, published, synthetic_inputs
 from .inputs import as_text, prepared, special_tokens
@@ -35,7 +36,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class LoadedModel:
     """A vision-language model ready to answer questions: ``model`` and ``processor`` are plain transformers objects.
 
-    A model known by its sizes alone has no processor (None); ``weights`` says whether its own are in it.
+    A model known by its sizes alone has no processor (None); ``weights`` says whether its own are in it. ``kept``:
+    bytes of processed inputs that stay on the host at most.
     """
 
     name: str
@@ -43,6 +45,7 @@ class LoadedModel:
     processor: Any
     weights: Weights = "pretrained"
     protocol: Protocol = HF
+    kept: int = GIB
 
     def __repr__(self) -> str:
         dtype = str(self.model.dtype).removeprefix("torch.")
@@ -67,7 +70,7 @@ class LoadedModel:
 
     @cached_property
     def _processed(self) -> BoundedCache[BatchFeature]:
-        return BoundedCache(lambda inputs: sum(tensor.nbytes for tensor in inputs.values()))
+        return BoundedCache(lambda inputs: sum(tensor.nbytes for tensor in inputs.values()), self.kept)
 
     def inputs(
         self, questions: list[str], images: list[list[Image.Image]], key: Hashable | None = None
@@ -76,7 +79,7 @@ class LoadedModel:
 
         ``images[i]`` are the images of ``questions[i]``, possibly none, each as :func:`~visibench.models.inputs.as_rgb`
         takes it. Token ids are (B, L). ``key``: names questions and images, so that those which come again need not be
-        processed again; up to 1 GiB of such inputs stay on the host.
+        processed again.
         """
         encoded = (
             self.encoded(questions, images)
@@ -188,6 +191,7 @@ def load_model(
         if name_or_path in published():
             config = configuration(name_or_path)
         else:
+            sizes.check(name_or_path, source)
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
             _check_family(name_or_path, config)
             processor = _processor(source, config, trust_remote_code)

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from ...errors import OptionError, suggest
 from ...models.protocols import Protocol, find
 from ...results.store.records import TimingConfig
+from ...utils.bounded_cache import GIB
 from ..settings.config import DENSE, Config, Count, MethodEntry, Numeric, expand, parse
 from ..settings.include import chosen, override, read
 from ..settings.method_spec import MethodSpec
@@ -46,13 +47,18 @@ class SweepConfig(Config):
     timing: Annotated[TimingConfig | None, Numeric] = TimingConfig()
     """How prefill is timed, with the keys below; null: not at all."""
     feature_cache_gb: Annotated[float, Numeric] = Field(default=1.0, ge=0, allow_inf_nan=False)
-    """Memory for vision features that cells share, in GiB, and four times as much on disk; 0: none is kept."""
+    """GiB of memory for vision features that cells share, as much for images, as much for inputs; 0: none is kept."""
     keep_features: bool = False
     """Leave vision features on disk for the next sweep."""
     references: bool = False
     """Add random, pooling and downsample at the budgets of the other methods, once those have run."""
     out: str | None = None
     """The run folder, `runs/<name of the file>` by default."""
+
+    @property
+    def kept(self) -> int:
+        """Bytes that stay in memory at most: of vision features, of a task's decoded images, of processed inputs."""
+        return int(self.feature_cache_gb * GIB)
 
     @model_validator(mode="after")
     def _some_model(self) -> SweepConfig:

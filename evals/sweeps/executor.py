@@ -94,7 +94,9 @@ class Prepared:
     @cached_property
     def loaded(self) -> LoadedModel:
         """The model."""
-        return load_model(self.config.model, **self.config.loading, protocol=self.config.asked)
+        loaded = load_model(self.config.model, **self.config.loading, protocol=self.config.asked)
+        loaded.kept = self.config.kept
+        return loaded
 
     def forget(self) -> None:
         """Free the model's memory."""
@@ -107,9 +109,7 @@ class Prepared:
         config = self.config
         missing = [entry for entry in config.tasks if called(entry) in names and called(entry) not in self._tasks]
         loaded = load_tasks(missing, config.data, config.include_path, config.asked) if missing else []
-        if not config.feature_cache_gb:  # who shares nothing means images, too
-            loaded = [replace(task, kept=0) for task in loaded]
-        self._tasks |= {task.name: task for task in loaded}
+        self._tasks |= {task.name: replace(task, kept=config.kept) for task in loaded}
         return {name: self._tasks[name] for name in names}
 
     def sizes(self, names: Collection[str]) -> dict[str, int]:

@@ -13,12 +13,10 @@ from ...models.load import fingerprint
 from ...results.store.records import digest
 from .config import SweepConfig
 
-GIB = 2**30
-
 
 def feature_store(loaded: LoadedModel, config: SweepConfig, say: Callable[[str], Any]) -> FeatureStore:
     """The store of a process that works for a sweep; see :func:`store_of`."""
-    return store_of(loaded, config.model, int(config.feature_cache_gb * GIB), config.keep_features, say)
+    return store_of(loaded, config.model, config.kept, config.keep_features, say)
 
 
 def store_of(loaded: LoadedModel, name: str, limit: int, keep: bool, say: Callable[[str], Any]) -> FeatureStore:

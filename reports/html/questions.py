@@ -10,10 +10,10 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from ...results.statistics.inference import DENSE
@@ -69,6 +69,16 @@ class ShownQuestion:
     answers: list[MethodAnswer]
 
 
+_SHOWN = ("doc_id", "question_id", "image", "category", "prompt", "target", "answer", "score", "latency_ms")
+_SHOWN += ("batch_questions", "prompt_visual_tokens", "visual_tokens", "kept", "places")
+
+
+def _row(table: pa.Table, place: int) -> dict[str, Any]:
+    """The question at ``place``, by column."""
+    row: dict[str, Any] = table.slice(place, 1).to_pylist()[0]
+    return row
+
+
 class TaskAnswers:
     """The answers of all rows to one task: ``scores`` (rows, questions), means over seeds."""
 
@@ -76,10 +86,8 @@ class TaskAnswers:
         self.task = task
         self.rows = [row for row in rows if any(cell.config.task == task for cell in row.cells)]
         self.cells = [[cell for cell in row.cells if cell.config.task == task] for row in self.rows]
-        self.runs = [
-            [cell.samples().sort_values("doc_id", ignore_index=True) for cell in cells] for cells in self.cells
-        ]
-        seeds = [np.stack([run["score"].to_numpy(float) for run in runs]) for runs in self.runs]
+        self.runs = [[cell.table(*_SHOWN).sort_by("doc_id") for cell in cells] for cells in self.cells]
+        seeds = [np.stack([run["score"].to_numpy().astype(float) for run in runs]) for runs in self.runs]
         self.scores = np.stack([scores.mean(0) for scores in seeds])
         self.right = np.stack([(scores >= RIGHT).all(0) for scores in seeds])
         self.wrong = np.stack([(scores < RIGHT).all(0) for scores in seeds])
@@ -94,31 +102,31 @@ class TaskAnswers:
     @cached_property
     def images(self) -> list[str]:
         """The image of each question."""
-        return [str(image) for image in self.runs[0][0]["image"]]
+        return [str(image) for image in self.runs[0][0]["image"].to_pylist()]
 
     def question(self, place: int, kind: Parting) -> ShownQuestion:
         """The question at ``place``."""
         assert self.dense is not None
-        sample = self.runs[self.dense][0].iloc[place]
+        sample = _row(self.runs[self.dense][0], place)
         parting = self.parting(kind)[:, place]
         return ShownQuestion(
             config=self.cells[self.dense][0].config,
             doc_id=int(sample["doc_id"]),
             question_id=str(sample["question_id"]),
             image=str(sample["image"]),
-            category=str(sample["category"]) if pd.notna(sample["category"]) else "",
+            category=sample["category"] or "",
             prompt=str(sample["prompt"]),
             target=str(sample["target"]),
             kind=kind,
-            visual_tokens=int(sample.get("prompt_visual_tokens", 0)),
+            visual_tokens=int(sample.get("prompt_visual_tokens") or 0),
             places=read(sample.get("places")),
             answers=[self._answer(row, place, bool(parts)) for row, parts in enumerate(parting)],
         )
 
     def _answer(self, row: int, place: int, parts: bool) -> MethodAnswer:
-        samples = [run.iloc[place] for run in self.runs[row]]
+        samples = [_row(run, place) for run in self.runs[row]]
         first = samples[0]
-        timed = pd.notna(first["latency_ms"])
+        timed = first["latency_ms"] is not None
         right, wrong = bool(self.right[row, place]), bool(self.wrong[row, place])
         return MethodAnswer(
             row=self.rows[row],
@@ -127,7 +135,7 @@ class TaskAnswers:
             right=right if right or wrong else None,
             parts=parts,
             left=int(first["visual_tokens"][-1]),
-            kept=kept_tokens(first.get("kept"), int(first.get("prompt_visual_tokens", 0))),
+            kept=kept_tokens(first.get("kept"), int(first.get("prompt_visual_tokens") or 0)),
             latency_ms=float(first["latency_ms"]) if timed else None,
             batch=int(first["batch_questions"]) if timed else None,
             reused=self.cells[row][0].metrics.reused_images > 0,

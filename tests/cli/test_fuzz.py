@@ -201,7 +201,15 @@ def test_entries_of_questions(checkpoint, key, value):
         assert code == 0 or (code == 2 and "mine.jsonl" in said)
 
 
-NUMBERS = st.integers(-2, 300) | st.none() | st.text(max_size=3) | st.floats(-1, 1) | st.just([]) | st.just({})
+NUMBERS = (
+    st.integers(-2, 300)
+    | st.integers(-1, 5).map(lambda power: 10 ** (3 * power))
+    | st.none()
+    | st.text(max_size=3)
+    | st.floats(-1, 1)
+    | st.just([])
+    | st.just({})
+)
 
 
 @asked(10)

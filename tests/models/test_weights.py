@@ -56,6 +56,38 @@ BROKEN = {
 }
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value", "most"),
+    [
+        ("text_config", "num_hidden_layers", 5_000_000, "2,000"),
+        ("text_config", "hidden_size", 10**9, "100,000,000"),
+        ("text_config", "vocab_size", 10**12, "100,000,000"),
+        ("text_config", "max_position_embeddings", 10**30, "100,000,000"),
+        ("vision_config", "num_hidden_layers", 10**7, "2,000"),
+        ("vision_config", "image_size", 10**6, "10,000"),
+        (None, "vision_feature_layer", [-2, -(10**9)], "2,000"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_before_anything_is_made(folder, part, key, value, most, monkeypatch):
+    content = json.loads((folder / "config.json").read_text())
+    (content[part] if part else content)[key] = value
+    (folder / "config.json").write_text(json.dumps(content))
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("made"))
+    with pytest.raises(DataError, match=rf"{key} is .* in its config\.json, and no model has more than {most}") as told:
+        visibench.load_model(str(folder))
+    assert len(str(told.value).splitlines()) == 1
+    assert len(str(told.value)) < 500
+
+
+def test_images_of_sizes_that_no_model_sees_are_refused(folder):
+    file = folder / "processor_config.json"
+    content = json.loads(file.read_text())
+    content["image_processor"]["crop_size"]["height"] = 10**7
+    file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"height is 10,000,000 in its processor_config\.json"):
+        visibench.load_model(str(folder))
+
+
 @pytest.mark.parametrize("kind", BROKEN)
 def test_weights_that_do_not_fit_are_refused_by_name(folder, kind, capfd):
     breaks, says = BROKEN[kind]
