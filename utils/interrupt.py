@@ -58,6 +58,9 @@ def stoppable(say: Callable[[str], Any]) -> Iterator[Callable[[], None]]:
     before: dict[int, Any] = {one: signal.signal(one, note) or ignored[one] for one in RAISED}
     try:
         yield check
+    except KeyboardInterrupt:  # raised behind the batches that ran: it is the signal that came
+        check()
+        raise
     finally:
         restore()
 

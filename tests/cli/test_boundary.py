@@ -14,7 +14,7 @@ from refusals import assert_refused
 from storing import full
 from visibench.cli import main
 from visibench.results.store.store import Store
-from visibench.utils import output
+from visibench.utils import interrupt, output
 
 ODD = ["EOFError", "KeyError('a\\nb')", "SystemExit", "MemoryError", "RecursionError"]
 METHODS = "visibench.evals.settings.method_spec.describe_methods"
@@ -105,6 +105,16 @@ def test_sigterm_is_like_ctrl_c_with_a_code_of_its_own(cli, monkeypatch):
         monkeypatch.setattr(METHODS, lambda number=number: signal.raise_signal(number))
         assert cli("methods") == (code, "", "error: interrupted\n")
     signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_stops_behind_a_signal_is_called_by_it(number, monkeypatch):
+    """Workers say only that they were stopped."""
+    monkeypatch.setattr(interrupt, "_terminated", False)
+    with pytest.raises(interrupt.RAISED[number]) as raised, interrupt.stoppable(lambda text: None):  # noqa: PT012
+        signal.raise_signal(number)
+        raise KeyboardInterrupt
+    assert type(raised.value) is interrupt.RAISED[number]
 
 
 def test_ranks_that_are_none_are_refused(cli, monkeypatch):
