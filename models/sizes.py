@@ -33,10 +33,10 @@ def check(name: str, source: str) -> None:
     content, _ = PretrainedConfig.get_config_dict(source)
     _check(name, "config.json", content)
     for file in IMAGES:
-        content = None
+        images: Any = None
         with suppress(OSError, ValueError):  # whoever reads it says what is wrong
-            content = json.loads((Path(source) / file).read_text(encoding="utf-8"))
-        _check(name, file, content)
+            images = json.loads((Path(source) / file).read_text(encoding="utf-8"))
+        _check(name, file, images)
 
 
 def _check(name: str, file: str, content: Any) -> None:

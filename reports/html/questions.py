@@ -69,8 +69,8 @@ class ShownQuestion:
     answers: list[MethodAnswer]
 
 
-_SHOWN = ("doc_id", "question_id", "image", "category", "prompt", "target", "answer", "score", "latency_ms")
-_SHOWN += ("batch_questions", "prompt_visual_tokens", "visual_tokens", "kept", "places")
+_ASKED = ("doc_id", "question_id", "image", "category", "prompt", "target", "places", "prompt_visual_tokens")
+_SHOWN = (*_ASKED, "answer", "score", "latency_ms", "batch_questions", "visual_tokens", "kept")
 
 
 def _row(table: pa.Table, place: int) -> dict[str, Any]:
