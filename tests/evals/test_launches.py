@@ -40,7 +40,7 @@ BOUNDS = {
     "prumerge": (1.06, 1.08, 5),
     "prumerge_plus": (1.06, 1.10, 5),
     "pooling:tokens=64": (1.06, 1.05, 5),
-    "downsample:keep=0.25": (1.07, 1.05, 4),
+    "downsample:keep=0.25": (1.07, 1.06, 4),
     "tome:tokens=64": (1.07, 1.44, 4),
     "flowcut:tokens=64": (1.04, 1.30, 14),
     "vscan:tokens=64": (1.10, 1.07, 4),
