@@ -90,12 +90,15 @@ def test_a_table_and_a_figure_for_a_two_column_paper(here, swept, visit):
     table = visit(
         "table", "runs/mine", "--format", "latex", "--style", "paper", "--caption", "Ours.", "--label", "tab:us"
     )
-    figure = here / "front.pdf"
-    visit("plot", "runs/mine", "--kind", "pareto", "--width", "column", "--no-notes", "--out", "front.pdf")
+    drawn = ("--kind", "pareto", "--width", "column", "--no-notes", "--out", "figures", "--format", "pdf")
+    visit("plot", "runs/mine", *drawn)  # into a folder: the edited method's old row has a table of its own
+    figure = min((here / "figures").glob("pareto*.pdf"))
     assert figure.read_bytes().startswith(b"%PDF")
     if shutil.which("pdflatex"):
         head = r"\documentclass[twocolumn]{article}\usepackage{booktabs,graphicx}\begin{document}"
-        (here / "paper.tex").write_text("\n".join([head, table, r"\includegraphics{front.pdf}", r"\end{document}"]))
+        (here / "paper.tex").write_text(
+            "\n".join([head, table, rf"\noindent\includegraphics{{{figure}}}", r"\end{document}"])
+        )
         command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
         done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout[-2000:]
