@@ -31,6 +31,28 @@ def listen() -> None:
 
 
 @contextmanager
+def as_before() -> Iterator[None]:
+    """Within, code of others may answer signals to stop as it likes, such as by printing stacks; not behind it.
+
+    Where it leaves with ``sys.exit(SIGTERM)``, that is :class:`Terminated`.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {one: signal.getsignal(one) for one in RAISED}
+    try:
+        yield
+    except SystemExit as stopped:
+        if stopped.code == signal.SIGTERM:
+            _raise(signal.SIGTERM, None)
+        raise
+    finally:
+        for one, handler in before.items():
+            if handler is not None:  # nothing that Python knows
+                signal.signal(one, handler)
+
+
+@contextmanager
 def stoppable(say: Callable[[str], Any]) -> Iterator[Callable[[], None]]:
     """Within: the first signal to stop is put off until the function that is yielded is called; the second is not.
 

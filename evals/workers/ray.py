@@ -14,14 +14,17 @@ from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
+from subprocess import DEVNULL, PIPE, Popen
 from typing import Any
 from unittest.mock import patch
 
 from rich.text import Text
 
 from ...errors import OptionError, VisibenchError
+from ...utils import interrupt
 from ..sweeps.events import Reporter
 from ..sweeps.executor import Job, Prepared
+from . import watchdog
 from .devices import share_of_threads
 from .driver import SHARD, LostError, TaskError, drive
 from .worker import Worker
@@ -88,7 +91,7 @@ def _cluster(address: str | None, workers: int | None) -> Iterator[Any]:
     if address is None:
         options |= {"num_cpus": workers, "include_dashboard": False}
     try:
-        with _alone(workers) if address is None else nullcontext():
+        with _alone(workers) if address is None else nullcontext(), interrupt.as_before():
             ray.init(**options)
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -101,20 +104,36 @@ def _cluster(address: str | None, workers: int | None) -> Iterator[Any]:
         with redirect_stdout(sys.stderr):
             yield ray
     finally:
-        ray.shutdown()
+        with interrupt.as_before():
+            ray.shutdown()
 
 
 @contextmanager
 def _alone(workers: int | None) -> Iterator[None]:
-    """Within, a cluster that starts listens to this machine alone, and to those who know its token."""
+    """Within, a cluster that starts listens to this machine alone, and to those who know its token.
+
+    Its processes end when this one has, also when it is killed.
+    """
     from ray._private import ray_constants
 
     # What Ray does by itself on desktop systems; on Linux it would listen on all addresses, whatever it is told.
     variables = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"} | (share_of_threads(workers) if workers else {})
     # Kept, since Ray reads it once a process. Without it Ray would leave a token in the home directory.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    with patch.dict(os.environ, variables), patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False):
+    with (
+        patch.dict(os.environ, variables | {watchdog.NAME: _watched()}),
+        patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False),
+    ):
         yield
+
+
+def _watched() -> str:
+    """A mark for the environment of processes that are to end with this one."""
+    mark = secrets.token_hex(16)
+    command = [sys.executable, "-P", watchdog.__file__, mark]  # without this folder among those of modules
+    # Ctrl-C in a terminal is for this process; the pipe closes when it ends, since no other process has its end.
+    Popen(command, stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL, start_new_session=True, close_fds=True)
+    return mark
 
 
 def _needs(device: str, resources: Mapping[str, float]) -> tuple[dict[str, int], int]:
