@@ -10,7 +10,7 @@ import pandas as pd
 
 from ..engine import prune
 from ..engine.features import FeatureStore
-from ..evals.answers.checkpoint import Answers
+from ..evals.answers.checkpoint import KeptAnswers
 from ..evals.answers.generate import Bridge, OnFirst, questions
 from ..evals.answers.score import Evaluation, score
 from ..evals.tasks import lmms_eval
@@ -42,11 +42,11 @@ class Asker:
     _questions: dict[str, list[Question]] = field(default_factory=dict)
     _known: dict[tuple[str, int, str], tuple[str, float]] = field(default_factory=dict)
 
-    def answers(self, method: Method, task: Task, on_first: OnFirst | None = None) -> Answers:
+    def answers(self, method: Method, task: Task, on_first: OnFirst | None = None) -> KeptAnswers:
         """What is answered under ``method``; ``on_first``: see :class:`~visibench.evals.answers.generate.Bridge`."""
         if task.name not in self._questions:
             self._questions[task.name] = questions(task, task.size(self.limit)[0])[self.skip :]
-        answers = Answers()
+        answers = KeptAnswers()
         with lmms_eval.quiet(), prune(self.loaded.model, method, features=self.features) as session:
             bridge = Bridge(
                 self.loaded, session, task, self.batch_size, self.on_batch, answers, self.seed, on_first=on_first
@@ -74,13 +74,13 @@ class Asker:
         ]
         return pd.DataFrame(rows, columns=["doc_id", "output", "answer", "score"])
 
-    def _scored(self, task: Task, answers: Answers) -> Evaluation:
+    def _scored(self, task: Task, answers: KeptAnswers) -> Evaluation:
         evaluation = score(task, answers, limit=self.limit, batch_size=self.batch_size, seed=self.seed)
         for sample in evaluation.samples.itertuples():
             self._known[task.name, sample.doc_id, sample.output] = (sample.answer, sample.score)
         return evaluation
 
 
-def of_questions(answers: Answers) -> dict[int, Answer]:
+def of_questions(answers: KeptAnswers) -> dict[int, Answer]:
     """The record of each question, by doc_id."""
     return {doc_id: record for batch in answers.batches.values() for doc_id, record in batch.records.items()}

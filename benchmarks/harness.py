@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import visibench
 from transformers import AutoConfig
-from visibench.evals.answers.checkpoint import Answers
+from visibench.evals.answers.checkpoint import KeptAnswers
 from visibench.evals.answers.generate import Bridge, batches, generation, questions
 from visibench.evals.compute.memory import keep_freed_memory
 from visibench.evals.compute.timing import clock_of, iqr, undisturbed
@@ -50,7 +50,7 @@ def harness(loaded: LoadedModel, task: Task, asked: list[Question], size: int) -
     """What the harness answers, in the order of the questions."""
     session = visibench.prune(loaded.model, visibench.load_method("none"))
     with tempfile.TemporaryDirectory() as folder, lmms_eval.quiet(), session:
-        bridge = Bridge(loaded, session, task, size, answers=Answers(Path(folder), "benchmark"))
+        bridge = Bridge(loaded, session, task, size, answers=KeptAnswers(Path(folder), "benchmark"))
         bridge.answer(asked)
     return [bridge.records[question.doc_id].output for question in asked]
 

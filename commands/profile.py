@@ -82,11 +82,9 @@ def profile(
         "warmup": warmup,
         "device": device,
         "dtype": dtype,
-        "attention": attention,
-        "quantization": quantization,
-        "device_map": device_map,
         "threads": threads,
     }
+    given |= {"attention": attention, "quantization": quantization, "device_map": device_map}
     if config is None and not (model and methods):
         raise OptionError("nothing to profile: give a configuration such as profile_cpu, or --model and --methods")
     content, source = read(config) if config else ({}, "visibench profile")

@@ -125,16 +125,11 @@ def run(
         "include_path": include_path,
         "protocol": protocol or "hf",
         "control": control,
-        "attention": attention or "sdpa",
-        "quantization": quantization,
-        "device_map": device_map,
-        "min_pixels": min_pixels,
-        "max_pixels": max_pixels,
     }
+    content |= _said(attention=attention, quantization=quantization, device_map=device_map)
+    content |= _said(min_pixels=min_pixels, max_pixels=max_pixels, feature_cache_gb=feature_cache_gb)
     if not timing:
         content["timing"] = None
-    if feature_cache_gb is not None:
-        content["feature_cache_gb"] = feature_cache_gb
     folder = out or run_folder(model)
     parsed = parse_config(content, "visibench run")
     destination = live.destination_asked(folder, wandb, wandb_project, wandb_entity, wandb_group, wandb_tags)
@@ -155,11 +150,6 @@ def sweep(
     ] = None,
     only_tasks: Annotated[list[str] | None, typer.Option(metavar="A,B", help="Only these tasks.")] = None,
     protocol: AskedBy = None,
-    attention: Attention = None,
-    quantization: Packed = None,
-    device_map: DeviceMap = None,
-    min_pixels: FewestPixels = None,
-    max_pixels: MostPixels = None,
     feature_cache_gb: FeatureCache = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what is done and what is to do, with compute and time, and stop.")
@@ -185,9 +175,7 @@ def sweep(
     from ..evals.sweeps.events import JsonLines, Reporter
     from ..evals.sweeps.sweep import save_tables
 
-    placed = _set(attention=attention, quantization=quantization, device_map=device_map)
-    asked = _set(limit=limit, protocol=protocol, min_pixels=min_pixels, max_pixels=max_pixels)
-    given = [*(settings or []), *placed, *asked, *_set(feature_cache_gb=feature_cache_gb)]
+    given = [*(settings or []), *_set(limit=limit, feature_cache_gb=feature_cache_gb, protocol=protocol)]
     loaded, name = load_config(config, given)
     if out is not None and any(setting.partition("=")[0].strip() == "out" for setting in given):
         raise OptionError(f"out is given twice, in --set and as --out {out}: leave one of them out")
@@ -334,7 +322,12 @@ def _check_seed(method: str, seed: int | None) -> None:
 
 def _set(**given: float | str | None) -> list[str]:
     """Options that stand for values of the configuration, as ``--set`` takes them."""
-    return [f"{name}={value}" for name, value in given.items() if value is not None]
+    return [f"{name}={value}" for name, value in _said(**given).items()]
+
+
+def _said(**given: Any) -> dict[str, Any]:
+    """Options that were given."""
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _print_run(cells: list[Cell], folder: Path, *, as_json: bool) -> None:

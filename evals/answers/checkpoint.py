@@ -54,7 +54,7 @@ class Batch:
                 sums[key] = sums.get(key, 0.0) + value
 
 
-class Answers:
+class KeptAnswers:
     """The batches of one cell that are answered. In memory alone unless there is a folder.
 
     ``bound``: what the answers depend on beside the questions (see :func:`bound_to`); files bound to something else

@@ -36,7 +36,7 @@ from ..tasks import lmms_eval
 from ..tasks.question import Question
 from ..tasks.tasks import Task
 from .cell_spec import CellSpec
-from .checkpoint import Answers, Batch, bound_to
+from .checkpoint import Batch, KeptAnswers, bound_to
 from .control import ControlSession
 
 DEFAULT_MAX_NEW_TOKENS = 32
@@ -54,7 +54,7 @@ def answer(
     shard: tuple[int, int] = (0, 1),
     on_batch: Callable[[int], Any] | None = None,
     features: FeatureStore | None = None,
-) -> Answers:
+) -> KeptAnswers:
     """Answer the questions of a cell, or a share of them, and keep the answers in ``folder``.
 
     The basis of executors. A cell is cut into the same batches whoever runs it; ``shard`` (k, n) takes every n-th of
@@ -70,7 +70,7 @@ def answer(
     one, or with another one, the answers are the same.
     """
     config = spec.config
-    answers = Answers(folder, bound_to(config, loaded.describe()), shard)
+    answers = KeptAnswers(folder, bound_to(config, loaded.describe()), shard)
     session: Any
     if config.control:
         session = ControlSession(loaded.model, spec.method, config.seed, features or FeatureStore(0))
@@ -118,7 +118,7 @@ class Bridge:
         task: Pictured,
         batch_size: int,
         on_batch: Callable[[int], Any] | None = None,
-        answers: Answers | None = None,
+        answers: KeptAnswers | None = None,
         seed: int | None = None,
         *,
         forgiving: bool = False,
@@ -126,7 +126,7 @@ class Bridge:
     ) -> None:
         self.loaded, self.session, self.task = loaded, session, task
         self.batch_size, self.on_batch = batch_size, on_batch or (lambda answered: None)
-        self.answers = answers if answers is not None else Answers()
+        self.answers = answers if answers is not None else KeptAnswers()
         self.seed, self.forgiving, self.on_first = seed, forgiving, on_first
         self.hardware = loaded.describe()["hardware"]
         self.clock = clock_of(loaded.model.device)

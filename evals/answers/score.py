@@ -27,7 +27,7 @@ from ..tasks import lmms_eval
 from ..tasks.known import TaskMetric
 from ..tasks.question import Question
 from ..tasks.tasks import MME_CATEGORY_MAXIMUM, Task
-from .checkpoint import Answers, Batch
+from .checkpoint import Batch, KeptAnswers
 from .generate import Bridge, batch_key, batches, generation, questions
 
 
@@ -64,7 +64,7 @@ def evaluate(
     if batch_size < 1:
         raise OptionError(f"batch size must be at least 1, not {batch_size}")
     size, _ = task.size(limit)
-    answers = Answers()
+    answers = KeptAnswers()
     with lmms_eval.quiet(), prune(loaded.model, method) as session:
         Bridge(loaded, session, task, batch_size, on_batch, answers, seed).answer(questions(task, size))
     return score(task, answers, limit=limit, batch_size=batch_size, seed=seed, output_dir=output_dir)
@@ -72,7 +72,7 @@ def evaluate(
 
 def score(
     task: Task,
-    answers: Answers,
+    answers: KeptAnswers,
     *,
     limit: int | None = None,
     batch_size: int = 8,

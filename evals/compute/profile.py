@@ -32,7 +32,7 @@ from . import attainable, flops, timing
 from .memory import keep_freed_memory, out_of_memory, peak_memory
 
 
-class Asked(Record):
+class AskedLengths(Record):
     """Lengths as a configuration gives them: what it leaves out has a default, of visual tokens those of one image."""
 
     prompt: Count = 64
@@ -48,7 +48,7 @@ class Asked(Record):
 class ProfileConfig(Config):
     """Methods × batch sizes × lengths on one model."""
 
-    parts: ClassVar = {"lengths": Asked}
+    parts: ClassVar = {"lengths": AskedLengths}
 
     weights: Weights = "pretrained"
     """`random`: the model's sizes with random weights; nothing is downloaded."""
@@ -58,7 +58,7 @@ class ProfileConfig(Config):
     """Threads of torch on a CPU; null leaves them as they are."""
     batch_sizes: list[Count] = Field(default=[1], min_length=1)
     """Rows of the batches that are timed."""
-    lengths: list[Asked] = Field(default=[Asked()], min_length=1)
+    lengths: list[AskedLengths] = Field(default=[AskedLengths()], min_length=1)
     """Text tokens, visual tokens (null: those of one image) and new tokens of a row."""
     warmup: Annotated[int, Field(ge=0, strict=True)] = 3
     """Rounds before the first that counts."""

@@ -129,8 +129,16 @@ class Adapter:
         return "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters
 
     def read(self, hidden: Tensor) -> Tensor:
-        """Logits (…, vocabulary) of the token behind, from hidden states (…, D): the last norm and the LM head."""
-        return self.model.get_output_embeddings()(self.decoder.norm(hidden))
+        """Logits (…, vocabulary) of the token behind, from hidden states (…, D): the last norm and the LM head.
+
+        Scaled and capped as the model's own are.
+        """
+        text, logits = self.decoder.config, self.model.get_output_embeddings()(self.decoder.norm(hidden))
+        if not self.family.scales_logits:
+            return logits
+        logits = logits * getattr(text, "logit_scale", 1) / getattr(text, "logits_scaling", 1)
+        cap = getattr(text, "final_logit_softcapping", None)
+        return logits if cap is None else cap * (logits / cap).tanh()
 
     @cached_property
     def geometry(self) -> Geometry:

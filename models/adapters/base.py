@@ -150,6 +150,8 @@ class Family:
     bidirectional: bool = False
     # Where positions of a prompt begin.
     first_position: int = 0
+    # Whether its LM head scales and caps logits as the text configuration says; most models with images leave that out.
+    scales_logits: bool = False
     # What a processor writes for a visual token into ``token_type_ids``, 0 for text; None: it has no such input.
     token_type: int | None = None
     sides: tuple[str, ...] = ()

@@ -22,6 +22,7 @@ FAMILY = Family(
     bidirectional=True,
     first_position=1,
     token_type=0,
+    scales_logits=True,
     views=LLAVA.views,
     images=LLAVA.images,
     towers={"siglip_vision_model": None},

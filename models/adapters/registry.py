@@ -13,7 +13,7 @@ _OTHERS = {"adapter", "base", "registry"}
 _PACKAGE = __name__.rpartition(".")[0]
 _HERE = sorted({module.name for module in iter_modules(import_module(_PACKAGE).__path__)} - _OTHERS)
 
-FAMILIES: dict[str, Family] = dict.fromkeys(DECODERS, Family(decoder="model")) | {
+FAMILIES: dict[str, Family] = dict.fromkeys(DECODERS, Family(decoder="model", scales_logits=True)) | {
     name: import_module(f"{_PACKAGE}.{name}").FAMILY for name in _HERE
 }
 """All that have an adapter; those of images last."""

@@ -17,7 +17,7 @@ from visibench.errors import IncompleteError, StorageError
 from visibench.evals.answers import generate
 from visibench.evals.answers.cell import run_cell
 from visibench.evals.answers.cell_spec import CellSpec
-from visibench.evals.answers.checkpoint import Answers, Batch
+from visibench.evals.answers.checkpoint import Batch, KeptAnswers
 from visibench.evals.answers.generate import HOPELESS, Bridge, Nonfinite, answer
 from visibench.evals.sweeps.config import parse_config
 from visibench.evals.sweeps.sweep import sweep
@@ -140,7 +140,7 @@ def made(number) -> Batch:
 
 
 def test_a_file_cut_anywhere_keeps_its_whole_lines_and_takes_new_ones(tmp_path):
-    whole = Answers(tmp_path, "b")
+    whole = KeptAnswers(tmp_path, "b")
     lengths = [(tmp_path / "answers.jsonl").stat().st_size]
     for number in range(3):
         whole.add(made(number))
@@ -148,27 +148,27 @@ def test_a_file_cut_anywhere_keeps_its_whole_lines_and_takes_new_ones(tmp_path):
     content = (tmp_path / "answers.jsonl").read_bytes()
     for length in range(0, len(content) + 1, 23):
         (tmp_path / "answers.jsonl").write_bytes(content[:length])
-        cut = Answers(tmp_path, "b")
+        cut = KeptAnswers(tmp_path, "b")
         kept = max(sum(length >= end for end in lengths) - 1, 0)
         assert list(cut.batches) == [f"key{number}" for number in range(kept)]
         cut.add(made(7))
-        again = Answers(tmp_path, "b").batches
+        again = KeptAnswers(tmp_path, "b").batches
         assert again == {batch.asked: batch for batch in [*map(made, range(kept)), made(7)]}
 
 
 def test_answers_to_something_else_count_for_nothing(tmp_path):
-    Answers(tmp_path, "old").add(made(0))
+    KeptAnswers(tmp_path, "old").add(made(0))
     (tmp_path / "answers-1of2.jsonl").write_bytes(b"\xff\x00 no JSON\n{}\n")
-    assert Answers(tmp_path, "new").batches == {}
-    assert Answers(tmp_path, "old").batches == {}, "the new one has begun the file again"
+    assert KeptAnswers(tmp_path, "new").batches == {}
+    assert KeptAnswers(tmp_path, "old").batches == {}, "the new one has begun the file again"
 
 
 def test_damaged_lines_are_asked_again(tmp_path):
-    Answers(tmp_path, "b").add(made(0))
+    KeptAnswers(tmp_path, "b").add(made(0))
     with (tmp_path / "answers.jsonl").open("ab") as stream:
         stream.write(b'{"asked": "x"}\nnonsense\n[1]\n{"asked": "y", "records": {"1": {"prompt": "p"}}}\n')
-    Answers(tmp_path, "b").add(made(1))
-    assert list(Answers(tmp_path, "b").batches) == ["key0", "key1"]
+    KeptAnswers(tmp_path, "b").add(made(1))
+    assert list(KeptAnswers(tmp_path, "b").batches) == ["key0", "key1"]
 
 
 # ---- memory, failures, logits -------------------------------------------------------------------------------------
