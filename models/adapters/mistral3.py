@@ -36,7 +36,10 @@ def _merge(config: Any) -> int:
 
 
 def sized(vision: VisionGeometry, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
-    sizes = torch.as_tensor(kwargs["image_sizes"]) // isqrt(vision.patch_inputs // 3)
+    if (sizes := kwargs.get("image_sizes")) is None:  # as the tower takes it: no image is padded
+        pixels = next(value for value in (*args, kwargs.get("pixel_values")) if value is not None)
+        sizes = [pixels.shape[-2:]] * len(pixels)
+    sizes = torch.as_tensor(sizes) // isqrt(vision.patch_inputs // 3)
     return torch.cat([torch.ones_like(sizes[:, :1]), sizes], dim=1).cpu()
 
 

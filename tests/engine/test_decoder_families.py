@@ -140,6 +140,19 @@ def test_methods_of_the_vision_side_are_refused_with_the_tower_by_name(kind, tow
         visibench.prune(decoder_model(kind), visibench.load_method(name, tokens=9))
 
 
+def test_pixtrals_images_without_sizes_are_as_large_as_their_tensor():
+    model, inputs = decoder_model("llava+pixtral"), row_samples("llava+pixtral")[1]
+    height, width = inputs["pixel_values"].shape[-2:]
+    assert inputs["image_sizes"].tolist() == [[height, width]]
+    method = visibench.load_method("divprune", keep=0.5)
+    given, got = (last_state(model, method, each)[0] for each in (inputs, without(inputs, "image_sizes")))
+    assert torch.equal(given, got)
+
+
+def without(inputs, name):
+    return {key: value for key, value in inputs.items() if key != name}
+
+
 # torch's tracer fails on Gemma 3's masks.
 TRACED = [kind for kind in CONFIGS if kind != "gemma3"]
 

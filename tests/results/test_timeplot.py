@@ -22,8 +22,8 @@ PARTS = ("vision", "prefill", "decode")
 
 
 def spread(times):
-    lower, upper = np.percentile(times, [25, 75])
-    return {"median": statistics.median(times), "iqr": upper - lower, "min": min(times), "times": list(times)}
+    iqr = float(np.subtract(*np.percentile(times, [75, 25])))
+    return {"median": statistics.median(times), "iqr": iqr, "min": min(times), "times": list(times)}
 
 
 def made(settings=((1, 576, 3),), methods=("fastv:keep=0.5",), **changes):
@@ -63,7 +63,6 @@ def written(path, content):
 
 @pytest.fixture
 def drawn(tmp_path):
-    """Draw the file that holds this."""
     return lambda **content: timeplot.draw(profiles.read(written(tmp_path / "p.json", made(**content))))
 
 
@@ -395,7 +394,7 @@ def test_what_cannot_be_drawn_is_one_line(arguments, message, cli, tmp_path):
 
 
 def test_a_profile_named_like_a_picture_is_not_overwritten(cli, tmp_path):
-    file = written(tmp_path / "p.png", made())
+    written(tmp_path / "p.png", made())
     assert_refused(cli("plot", "p.png"), "would take the place of p.png itself")
-    assert json.loads(file.read_text())["rows"]
+    assert json.loads((tmp_path / "p.png").read_text())["rows"]
     assert cli("plot", "p.png", "--format", "svg")[:2] == (0, "p.svg\n")
