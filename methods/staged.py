@@ -69,7 +69,7 @@ class Staged(Method):
         return left if self.exit is None else left | {self.exit: torch.zeros_like(layout.visual.host_counts)}
 
     def keeps_all(self, layout: TokenLayout, geometry: Geometry) -> bool:
-        return not self.enter and self.exit is None
+        return not self.enter and self.exit in (None, geometry.layers)
 
     def sinks(self, layout: TokenLayout) -> Tensor:
         """Bool (B, L): the visual tokens that are there before ``enter``, of each image the first or none."""

@@ -17,6 +17,7 @@ from . import disk
 KEPT = 2**29
 """Bytes of samples that stay in memory once they are read: tables and reports ask for them again and again."""
 _tables: BoundedCache[pa.Table] = BoundedCache(lambda table: int(table.nbytes), KEPT)
+_files: BoundedCache[bytes] = BoundedCache(len, KEPT // 8)  # as they lie on disk, for columns that are asked for later
 Kind = Callable[[pa.DataType], bool]
 
 
@@ -51,7 +52,7 @@ LATER: dict[str, tuple[pa.DataType, Kind]] = {
 def read(file: Path, samples_hash: str, size: int, columns: Sequence[str] | None = None) -> pa.Table:
     """Those of ``columns`` that the file has (None: all), and of :data:`LATER` also those that it lacks.
 
-    A file is read and checked once as long as it stays as it is, and all that is read fits into ``KEPT`` bytes. Raises
+    A file is read and checked once as long as it stays as it is, and all that is read fits into memory. Raises
     :class:`DataError` unless it is whole, has ``size`` questions, and is the one that ``samples_hash`` was made of.
     """
     try:
@@ -59,17 +60,25 @@ def read(file: Path, samples_hash: str, size: int, columns: Sequence[str] | None
     except OSError as error:
         raise unreadable(file, error) from error
     wanted = None if columns is None else tuple(columns)
-    which = (file, samples_hash, size, wanted, state.st_ino, state.st_size, state.st_mtime_ns)
-    return _tables.get(which, lambda: _checked(file, samples_hash, size, wanted))
+    which = (file, samples_hash, state.st_ino, state.st_size, state.st_mtime_ns)
+
+    def checked() -> pa.Table:
+        return _checked(file, _files.get(which, lambda: _intact(file, samples_hash)), samples_hash, size, wanted)
+
+    return _tables.get((which, size, wanted), checked)
 
 
-def _checked(file: Path, samples_hash: str, size: int, columns: Sequence[str] | None) -> pa.Table:
+def _intact(file: Path, samples_hash: str) -> bytes:
     try:
         content = disk.read(file)
     except OSError as error:
         raise unreadable(file, error) from error
     if samples_hash and samples_hash != hash_of(content):
         raise DataError(f"{file} is damaged, or was changed after its run (its hash differs): {remedy(file)}")
+    return content
+
+
+def _checked(file: Path, content: bytes, samples_hash: str, size: int, columns: Sequence[str] | None) -> pa.Table:
     try:
         parquet = pq.ParquetFile(pa.BufferReader(content))
         schema, rows = parquet.schema_arrow, parquet.metadata.num_rows

@@ -34,6 +34,8 @@ from .records import UNHASHED, CellConfig, CellMetrics, Failure, Record, digest
 CONFIG, SAMPLES, METRICS = "config.json", "samples.parquet", "metrics.json"
 ANSWERS, FAILURES, LOCK = "answers", "failures.jsonl", "lock"
 DONE = CONFIG, SAMPLES, METRICS
+NULLABLE = {"batch_questions": "Int64", "dense_agreement": "boolean"}
+"""Types of pandas for columns that may hold nothing at all; otherwise it takes their nulls for floats or objects."""
 LEASE = 60.0
 """Seconds without a sign of life after which a claim of another machine is taken over."""
 AnyRecord = TypeVar("AnyRecord", CellConfig, CellMetrics)
@@ -64,10 +66,10 @@ class Cell:
 
         Raises :class:`DataError` as :meth:`table`.
         """
-        samples: pd.DataFrame = columns.read(
-            self.path / SAMPLES, self.metrics.samples_hash, self.metrics.size
-        ).to_pandas()
-        return samples
+        table = columns.read(self.path / SAMPLES, self.metrics.samples_hash, self.metrics.size)
+        samples: pd.DataFrame = table.to_pandas()
+        empty = {name: kind for name, kind in NULLABLE.items() if table[name].null_count == len(table)}
+        return samples.astype(empty)
 
 
 class Store:

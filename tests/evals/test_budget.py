@@ -150,7 +150,7 @@ def test_without_weights_a_plan_solves_what_runs_solve(cls, llava, prompts):
     planned, run = Planned(prompts.loaded, 14, 16), Prompts(prompts.loaded, inputs, inputs[0])
     found = solve(cls.name, options, half, run)
     adapts = found.method.visual_counts(run.layouts[0], prompts.loaded.geometry) is None
-    if adapts or {"image", "tower"} & set(cls.hook_points):
+    if adapts or cls.name == "flowcut":  # its entropies say when tokens leave, not how many
         with pytest.raises(OptionError, match="give --weights random"):
             solve(cls.name, options, half, planned)
         return

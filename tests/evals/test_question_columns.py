@@ -1,6 +1,5 @@
 """What is stored of each question and of a cell: names and types, the time of its batch, what is read again."""
 
-import hashlib
 import json
 import statistics
 import time
@@ -25,6 +24,7 @@ from visibench.evals.sweeps.config import parse_config
 from visibench.evals.sweeps.sweep import save_tables, sweep
 from visibench.evals.tasks.tasks import load_tasks
 from visibench.methods import Forward, Keep, Method
+from visibench.results.store import columns
 from visibench.results.store.records import TimingConfig
 from visibench.results.store.store import Store
 from visibench.results.tables.render import render
@@ -72,7 +72,7 @@ COLUMNS = """task large_string, doc_id int64, question_id large_string, image la
 prompt large_string, target large_string, output large_string, answer large_string, score double, prompt_tokens int64,
 new_tokens int64, prompt_visual_tokens int64, visual_tokens list<element: int64>, kv_lengths list<element: int64>,
 executed_macs double, kept large_string, nonfinite bool, latency_ms double, batch_questions int64, places large_string,
-batch_macs double, dense_agreement bool"""
+batch_macs double, pixels large_string, dense_agreement bool"""
 ANSWER = """prompt output pixels prompt_tokens new_tokens prompt_visual_tokens visual_tokens kv_lengths executed_macs
 kept nonfinite latency_ms batch_questions places batch_macs"""
 CONFIG = """schema_version model checkpoint device dtype attention method options label seed task
@@ -263,20 +263,20 @@ def test_an_adaptive_methods_prefill_is_timed_on_typical_questions(method, count
 
 
 def test_a_sweep_and_its_tables_read_each_file_once(settings, tmp_path, monkeypatch):
-    reads, read = Counter(), pd.read_parquet
+    reads, read = Counter(), columns.disk.read
 
-    def counted(source, *arguments, **options):
-        reads[hashlib.sha256(source.getvalue()).hexdigest()] += 1
-        return read(source, *arguments, **options)
+    def counted(file):
+        reads[file] += file.suffix == ".parquet"
+        return read(file)
 
-    monkeypatch.setattr(pd, "read_parquet", counted)
+    monkeypatch.setattr(columns.disk, "read", counted)
     cells = sweep(parse_config(settings, "test"), tmp_path, QUIET)
     tables = save_tables(cells, tmp_path)
     render(tables, "md", ["method", "latency", "loyalty"])
     again = sweep(parse_config(settings, "test"), tmp_path, QUIET)
     assert [one.config for one in again] == [one.config for one in cells]
-    assert len(reads) == len(cells) == 8
-    assert set(reads.values()) == {1}
+    assert len(cells) == 8
+    assert {reads[one.path / "samples.parquet"] for one in cells} == {1}
 
 
 def test_what_was_read_does_not_hide_a_later_change(tmp_path):

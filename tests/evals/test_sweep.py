@@ -20,6 +20,7 @@ from visibench.evals.settings.include import PACKAGED
 from visibench.evals.sweeps.cells import cell_specs
 from visibench.evals.sweeps.config import load_config, parse_config
 from visibench.evals.sweeps.sweep import sweep
+from visibench.methods import list_methods
 from visibench.models.load import fingerprint
 from visibench.results.store.store import Store
 from visibench.results.tables.tables import build
@@ -164,7 +165,12 @@ SWEEPS = [file.stem for file in PACKAGED.glob("*.yaml") if not file.stem.startsw
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_packaged_configurations_are_valid(name):
-    assert cell_specs(load_config(name)[0])
+    assert cell_specs(load_config(name)[0], solve=first_example)
+
+
+def first_example(name, options, target):
+    cls = list_methods()[name]
+    return method_spec.parse(method_spec.spell(cls, cls.examples[0]))
 
 
 def test_fingerprint_follows_the_weights(tmp_path):

@@ -108,8 +108,9 @@ def test_ctrl_c_ends_the_wait_and_what_is_waited_for(tmp_path, monkeypatch, caps
     finally:
         signal.signal(signal.SIGINT, before)
     assert time.monotonic() - began < 20
-    status = Path(f"/proc/{inner.strip()}/status")
-    assert not status.exists() or "Z (zombie)" in status.read_text()
+    while (status := Path(f"/proc/{inner.strip()}/status")).exists() and "Z (zombie)" not in status.read_text():
+        assert time.monotonic() - began < 50, "it was told to end, and on a busy machine takes its time"
+        time.sleep(0.01)
     assert "warning: not all is in W&B (interrupted); results are complete" in capsys.readouterr().err
 
 

@@ -31,7 +31,7 @@ def test_a_table_reads_each_file_of_samples_once_and_holds_what_was_asked_once(t
     read, columns_read = [], []
     monkeypatch.setattr(disk, "read", lambda file, old=disk.read: read.append(file.name) or old(file))
     monkeypatch.setattr(
-        columns, "_checked", lambda *args, old=columns._checked: columns_read.append(args[3]) or old(*args)
+        columns, "_checked", lambda *args, old=columns._checked: columns_read.append(args[-1]) or old(*args)
     )
     tables = build(store.cells())
     fitted(tables, None, None)

@@ -108,11 +108,8 @@ def test_totals_and_speed_ups_stand_beside_the_bars():
     (place,) = timeplot.draw(profiles.read(COMMITTED)).axes
     for number, row in enumerate(rows):
         texts = [t.get_text() for t in place.texts if t.xy[1] == number and t.get_va() == "center"]
-        assert texts[:3] == [
-            f"{row['ms']['end_to_end']['median']:.0f} ms",
-            f"{row['speedup']['prefill']:.2f}×",
-            f"{row['promised']:.2f}×",
-        ]
+        times = [f"{row['speedup']['prefill']:.2f}×", f"{row['promised']:.2f}×"]
+        assert texts[:3] == [f"{row['ms']['end_to_end']['median']:.0f} ms", *times]
         assert texts[3:] == [f"{row['overhead_ms']['median']:.3g}" if row["overhead_ms"] else "–"]
 
 
@@ -241,7 +238,8 @@ def test_a_file_of_an_early_version_is_read_in_full(tmp_path):
     """It has no schema version and lacks what could be left out, which then was nothing."""
     content = json.loads(COMMITTED.read_text())
     early = {key: value for key, value in content.items() if key not in ("schema_version", "left_out")}
-    found = profiles.read(written(tmp_path / "early.json", early))
+    found = profiles.read(written(tmp_path / "p.json", early))
+    early["rows"] = [row | {"plain_ms": None} for row in early["rows"]]
     assert json.loads(found.model_dump_json()) == early | {"schema_version": 1, "left_out": []}
     content = early | {"schema_version": 1}
     with pytest.raises(DataError, match="left_out: Field required"):
