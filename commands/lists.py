@@ -76,19 +76,23 @@ def models(
 
 def _matrix(*, as_json: bool) -> None:
     """Families by methods; holes with the reason that pruning gives."""
-    from ..evals.invariants.families import families, reasons
+    from ..evals.invariants.families import families, verdicts
     from ..models.adapters import UNFIT
 
-    found = {kind: reasons(kind) for kind in families()}
+    found = {kind: verdicts(kind) for kind in families()}
     if as_json:
-        print(json.dumps(found, indent=1))
+        told = {kind: {name: one._asdict() for name, one in methods.items()} for kind, methods in found.items()}
+        print(json.dumps(told, indent=1))
         return
     for kind, methods in found.items():
-        print(f"{kind}\n  runs    {', '.join(name for name, reason in methods.items() if not reason)}")
-        for why in dict.fromkeys(reason for reason in methods.values() if reason):
-            print(f"  refused {', '.join(name for name, reason in methods.items() if reason == why)}: {why}")
+        print(kind)
+        for one in dict.fromkeys(sorted(methods.values())):
+            names = ", ".join(name for name, verdict in methods.items() if verdict == one)
+            given = f": with {one.given}" if one.given else ""
+            wrapped(f"  refused {names}: {one.reason}" if one.reason else f"  runs    {names}{given}")
     for kind, why in UNFIT.items():
-        print(f"{kind}\n  refused all methods: {why}")
+        print(kind)
+        wrapped(f"  refused all methods: {why}")
 
 
 def tasks(as_json: AsJson = False) -> None:

@@ -1,8 +1,12 @@
-"""Which methods run on which family: asked of the code that refuses, on models without weights."""
+"""Which methods run on which family: asked of the code that refuses, on models without weights.
+
+``python -m visibench.evals.invariants.families`` prints the table of docs/families.md.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import fields
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig
@@ -16,6 +20,15 @@ from ..settings.method_spec import parse, spell
 
 DEPTH = 32
 """Decoder layers, so that layers that methods name by default exist."""
+NAMED = {"attention": "received"}
+"""Options that let a method run where its defaults do not, and that nobody takes for them in silence."""
+
+
+class Verdict(NamedTuple):
+    """Whether a method runs on a family: ``reason`` is why not, ``given`` the option that it runs with, if any."""
+
+    reason: str = ""
+    given: str = ""
 
 
 def families() -> list[str]:
@@ -32,13 +45,43 @@ def example(kind: str) -> Any:
     return build(config, "meta", None, torch.device("cpu"), "auto", "sdpa")
 
 
-def reasons(kind: str) -> dict[str, str]:
-    """For each method, why it does not run on a family: empty if it does."""
+def verdicts(kind: str) -> dict[str, Verdict]:
+    """Of each method on a family, with its defaults or else with one of the options that are :data:`NAMED`."""
     model, found = example(kind), {}
     for name, cls in list_methods().items():
-        try:
-            prune(model, parse(spell(cls, cls.examples[0])))
-            found[name] = ""
-        except VisibenchError as error:
-            found[name] = str(error).removeprefix(name).lstrip(": ")
+        options = cls.examples[0]
+        reason = _refusal(model, spell(cls, options))
+        found[name] = Verdict(reason)
+        for option in NAMED.keys() & {field.name for field in fields(cls)} if reason else ():
+            given = f"{option}={NAMED[option]}"
+            if not _refusal(model, spell(cls, ",".join(filter(None, (options, given))))):
+                found[name] = Verdict(given=given)
     return found
+
+
+def _refusal(model: Any, text: str) -> str:
+    try:
+        prune(model, parse(text))
+    except VisibenchError as error:
+        return str(error).removeprefix(text.partition(":")[0]).lstrip(": ")
+    return ""
+
+
+def markdown() -> str:
+    """The table of docs/families.md: what does not run on each family as it is. All else does."""
+    lines = ["| `model_type` | with an option | refused |", "|---|---|---|"]
+    for kind in families():
+        found = verdicts(kind)
+        given = sorted({verdict.given for verdict in found.values() if verdict.given})
+        some = [f"`{one}`: {_named(found, lambda verdict, one=one: verdict.given == one)}" for one in given]
+        refused = _named(found, lambda verdict: verdict.reason)
+        lines.append(f"| `{kind}` | {'; '.join(some) or '–'} | {refused or '–'} |")
+    return "\n".join(lines)
+
+
+def _named(found: dict[str, Verdict], which: Any) -> str:
+    return ", ".join(name for name, verdict in found.items() if which(verdict))
+
+
+if __name__ == "__main__":
+    print(markdown())

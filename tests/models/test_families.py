@@ -1,12 +1,13 @@
 """What `visibench models --matrix` says of each family, and that it says what pruning does."""
 
 import json
+from pathlib import Path
 
 import pytest
 import visibench
 from decoders import CONFIGS, decoder_model
 from visibench.errors import VisibenchError
-from visibench.evals.invariants.families import families, reasons
+from visibench.evals.invariants.families import Verdict, families, markdown, verdicts
 from visibench.models.adapters import FAMILIES
 
 DECODER = ["none", "random", "fastv", "pyramiddrop", "sparsevlm", "dart", "vtw", "staged", "visipruner"]
@@ -21,7 +22,7 @@ def test_every_family_of_images_has_its_line_of_test():
     "kind", ["qwen3_vl", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llava", "gemma3"))]
 )
 def test_holes_are_what_pruning_refuses(kind):
-    found = reasons(kind)
+    found = {name: verdict.reason for name, verdict in verdicts(kind).items()}
     assert set(found) == set(visibench.list_methods())
     assert {found[name] for name in DECODER} == {""}
     for name, reason in found.items():
@@ -33,7 +34,8 @@ def test_holes_are_what_pruning_refuses(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", families())
 def test_methods_of_the_decoder_run_on_every_family(kind):
-    assert {name: reasons(kind)[name] for name in DECODER} == dict.fromkeys(DECODER, "")
+    found = verdicts(kind)
+    assert {name: found[name] for name in DECODER} == dict.fromkeys(DECODER, Verdict())
 
 
 @pytest.mark.slow
@@ -41,4 +43,18 @@ def test_the_command_prints_the_matrix(cli):
     code, out, _ = cli("models", "--matrix", "--json")
     assert code == 0
     assert set(json.loads(out)) == {*families()}
+    assert json.loads(out)["qwen2_5_vl"]["fastervlm"] == {"reason": "", "given": "attention=received"}
     assert "llama4" in cli("models", "--matrix")[1]
+
+
+@pytest.mark.slow
+def test_the_page_holds_what_the_refusing_code_says():
+    assert markdown() in (Path(visibench.__file__).parent / "docs" / "families.md").read_text()
+
+
+def test_an_option_that_a_method_runs_with_is_named():
+    found = verdicts("qwen2_5_vl")["vispruner"]
+    model = decoder_model("qwen2_5_vl")
+    with pytest.raises(VisibenchError, match="attention='received'"):
+        visibench.prune(model, visibench.load_method("vispruner", keep=0.5))
+    assert found == Verdict(given="attention=received")
