@@ -100,11 +100,13 @@ def test_a_reader_that_goes_away_is_one_line():
 
 
 def test_sigterm_is_like_ctrl_c_with_a_code_of_its_own(cli, monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
+    # A shell starts what runs in its background with Ctrl-C ignored.
+    before = {one: signal.signal(one, signal.default_int_handler) for one in (signal.SIGINT, signal.SIGTERM)}
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         monkeypatch.setattr(METHODS, lambda number=number: signal.raise_signal(number))
         assert cli("methods") == (code, "", "error: interrupted\n")
-    signal.signal(signal.SIGTERM, before)
+    for one, handler in before.items():
+        signal.signal(one, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
