@@ -127,6 +127,8 @@ def test_command_refuses(cli, checkpoint, disk_data):
     for weights in ("meta", "random"):
         refused = cli("analyze", "--model", "llava-1.5-7b", "--weights", weights)
         assert_refused(refused, "such weights were never trained: leave --weights out")
+        shown = ["--image", "a.png", "--question", "?", "--model", "llava-1.5-7b", "--methods", "vtw"]
+        assert_refused(cli("show", *shown, "--weights", weights), "such weights were never trained")
     assert_refused(cli("analyze", "--model", "tiny", "--only", "atention"), "did you mean 'attention'")
     assert_refused(cli("analyze", "--model", "tiny", "--layers", "3-1"), "numbers and ranges such as 0,2,4-7")
     assert_refused(cli("analyze", "--model", "tiny", "--against", "no.json"), "give a file of `visibench analyze`")
