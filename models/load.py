@@ -19,7 +19,7 @@ from ..errors import DataError, InputError, OptionError, UnknownNameError, Unsup
 from ..utils.bounded_cache import GIB, BoundedCache
 from ..utils.machine import processor, version
 from ..utils.sources import ends
-from . import sizes
+from . import lora, sizes
 from .adapters import Adapter, Geometry, family_of
 from .geometry import Weights, about, build, check_weights, configuration, nbytes, published, synthetic_inputs
 from .inputs import as_text, prepared, special_tokens
@@ -37,7 +37,7 @@ class LoadedModel:
     """A vision-language model ready to answer questions: ``model`` and ``processor`` are plain transformers objects.
 
     A model known by its sizes alone has no processor (None); ``weights`` says whether its own are in it. ``kept``:
-    bytes of processed inputs that stay on the host at most.
+    bytes of processed inputs that stay on the host at most. ``base``: where it is an adapter's, the model without it.
     """
 
     name: str
@@ -46,6 +46,7 @@ class LoadedModel:
     weights: Weights = "pretrained"
     protocol: Protocol = HF
     kept: int = GIB
+    base: str = ""
 
     def __repr__(self) -> str:
         dtype = str(self.model.dtype).removeprefix("torch.")
@@ -145,6 +146,7 @@ class LoadedModel:
             "image_processor": self.processor and type(self.processor.image_processor).__name__,
             "image_backend": self.processor and getattr(self.processor.image_processor, "backend", None),
             "weights": self.weights,
+            **({"base": self.base} if self.base else {}),
             **self._placed(),
             "template": self.processor and self.protocol.template_of(self.processor),
             "versions": {name: version(name) for name in ("torch", "transformers", "visibench")},
@@ -172,6 +174,7 @@ def load_model(
 ) -> LoadedModel:
     """Load a model by name (``tiny``), local folder or hub id such as ``llava-hf/llava-1.5-7b-hf``.
 
+    A local folder may be a LoRA adapter, which is merged into the base model that it names.
     ``device``: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``, ``cuda:1`` … ``dtype``: ``auto`` (fp32 on CPU,
     the checkpoint's own on GPU), ``float32``, ``bfloat16``, ``float16``. Weights are read from safetensors only.
     ``weights``: ``random`` needs no download for the names in ``geometry.yaml``, ``meta`` no memory either, for sizes
@@ -184,14 +187,18 @@ def load_model(
     if weights != "pretrained" and (device_map is not None or quantization is not None):
         raise OptionError("device_map and quantization are about weights that are read: leave weights out")
     asked = protocol if isinstance(protocol, Protocol) else find(protocol)
-    source, place = _source(name_or_path), _device(device)
+    place = _device(device)
     precision = _precision(dtype, place)
     processor = None
     with boundary(f"cannot load model {name_or_path!r}", DataError):  # whatever stands in its files
-        if name_or_path in published():
-            config = configuration(name_or_path)
+        base = lora.base_of(name_or_path)
+        adapted, source = base if base != name_or_path else "", _source(base)
+        if adapted:
+            lora.check(name_or_path, packed=quantization is not None)
+        if base in published():
+            config = configuration(base)
         else:
-            sizes.check(name_or_path, source)
+            sizes.check(base, source)
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
             _check_family(name_or_path, config)
             processor = _processor(source, config, trust_remote_code)
@@ -199,12 +206,14 @@ def load_model(
         if weights == "pretrained":
             options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
             options |= placement(device_map, quantization, place, precision)
-            model = read_weights(name_or_path, source, config, dtype=precision, **options)
+            model = read_weights(base, source, config, dtype=precision, **options)
+            if adapted:
+                model = lora.merged(model, name_or_path)
             if "device_map" not in options:
                 model.to(place)
         else:
             model = build(config, weights, layers, place, precision, attn_implementation)
-        loaded = LoadedModel(name_or_path, model.eval(), processor, weights, asked)
+        loaded = LoadedModel(name_or_path, model.eval(), processor, weights, asked, base=adapted)
         if processor is not None:
             asked.set_up(processor)
         loaded.geometry  # noqa: B018  # checks the model
@@ -214,15 +223,17 @@ def load_model(
 def fingerprint(model: str) -> str:
     """Hash of a local checkpoint, so that results of other weights are not taken for its own; empty for a hub name.
 
-    Of files above 32 MiB only the size and both ends are read.
+    That of an adapter counts its base model, where that is local. Of files above 32 MiB only the size and both ends
+    are read.
     """
     folder = EMBEDDED.get(model, Path(model))
     if not folder.is_dir():
         return ""
     digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{file.relative_to(folder)}:{file.stat().st_size}".encode())
-        digest.update(ends(file))
+    for part in dict.fromkeys((folder, Path(lora.base_of(str(folder))))):
+        for file in sorted(path for path in part.rglob("*") if path.is_file()):
+            digest.update(f"{file.relative_to(part)}:{file.stat().st_size}".encode())
+            digest.update(ends(file))
     return digest.hexdigest()[:16]
 
 

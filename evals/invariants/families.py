@@ -24,7 +24,7 @@ NAMED = {"attention": "received"}
 """Options that let a method run where its defaults do not, and that nobody takes for them in silence."""
 
 
-class Verdict(NamedTuple):
+class FamilyVerdict(NamedTuple):
     """Whether a method runs on a family: ``reason`` is why not, ``given`` the option that it runs with, if any."""
 
     reason: str = ""
@@ -45,17 +45,17 @@ def example(kind: str) -> Any:
     return build(config, "meta", None, torch.device("cpu"), "auto", "sdpa")
 
 
-def verdicts(kind: str) -> dict[str, Verdict]:
+def verdicts(kind: str) -> dict[str, FamilyVerdict]:
     """Of each method on a family, with its defaults or else with one of the options that are :data:`NAMED`."""
     model, found = example(kind), {}
     for name, cls in list_methods().items():
         options = cls.examples[0]
         reason = _refusal(model, spell(cls, options))
-        found[name] = Verdict(reason)
+        found[name] = FamilyVerdict(reason)
         for option in NAMED.keys() & {field.name for field in fields(cls)} if reason else ():
             given = f"{option}={NAMED[option]}"
             if not _refusal(model, spell(cls, ",".join(filter(None, (options, given))))):
-                found[name] = Verdict(given=given)
+                found[name] = FamilyVerdict(given=given)
     return found
 
 
@@ -79,7 +79,7 @@ def markdown() -> str:
     return "\n".join(lines)
 
 
-def _named(found: dict[str, Verdict], which: Any) -> str:
+def _named(found: dict[str, FamilyVerdict], which: Any) -> str:
     return ", ".join(name for name, verdict in found.items() if which(verdict))
 
 

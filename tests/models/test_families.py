@@ -7,7 +7,7 @@ import pytest
 import visibench
 from decoders import CONFIGS, decoder_model
 from visibench.errors import VisibenchError
-from visibench.evals.invariants.families import Verdict, families, markdown, verdicts
+from visibench.evals.invariants.families import FamilyVerdict, families, markdown, verdicts
 from visibench.models.adapters import FAMILIES
 
 DECODER = ["none", "random", "fastv", "pyramiddrop", "sparsevlm", "dart", "vtw", "staged", "visipruner"]
@@ -35,7 +35,7 @@ def test_holes_are_what_pruning_refuses(kind):
 @pytest.mark.parametrize("kind", families())
 def test_methods_of_the_decoder_run_on_every_family(kind):
     found = verdicts(kind)
-    assert {name: found[name] for name in DECODER} == dict.fromkeys(DECODER, Verdict())
+    assert {name: found[name] for name in DECODER} == dict.fromkeys(DECODER, FamilyVerdict())
 
 
 @pytest.mark.slow
@@ -57,4 +57,4 @@ def test_an_option_that_a_method_runs_with_is_named():
     model = decoder_model("qwen2_5_vl")
     with pytest.raises(VisibenchError, match="attention='received'"):
         visibench.prune(model, visibench.load_method("vispruner", keep=0.5))
-    assert found == Verdict(given="attention=received")
+    assert found == FamilyVerdict(given="attention=received")
