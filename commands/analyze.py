@@ -85,7 +85,7 @@ def _written(record: StageRecord, beside: StageRecord | None, folder: Path) -> l
     file = folder / stage_records.STAGES
     with disk.writing(file):
         disk.write(file, record.model_dump_json(indent=1))
-    pictures = [folder / f"stages.{form}" for form in style.FORMATS]
+    pictures = [folder / f"stages.{form}" for form in ("png", "svg")]
     for picture in pictures:
         style.save(page.draw(record, beside), picture)
     return [file, *pictures]

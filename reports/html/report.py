@@ -130,12 +130,13 @@ def _entry(column: Column, row: MethodRow) -> dict[str, Any]:
     """``sort``: the first of the column's figures, with full precision; empty where there is none."""
     entry, value = column.show(row), next(iter(column.figures(row).values()))
     missing = value is None or value != value
+    shown = row_title(row) if column.name == "method" else entry.value
     return {
-        "value": row_title(row) if column.name == "method" else entry.value,
+        "value": shown,
         "behind": " ".join(entry.behind),
         "marks": [(str(mark), mark.meaning) for mark in entry.marks],
         "best": entry.best,
-        "sort": "" if missing else value if isinstance(value, str) else repr(float(value)),
+        "sort": "" if missing else shown if isinstance(value, str) else repr(float(value)),
     }
 
 

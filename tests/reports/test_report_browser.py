@@ -134,7 +134,7 @@ def test_the_policy_stops_what_would_leave(page, browser):
 def test_columns_sort_by_figures_and_by_words_and_go_back(page, browser):
     browser.open(page)
     groups = browser.column(0)
-    gqa = next(place for place, head in enumerate(browser.find("#t1-grid thead th")) if head.text.startswith("gqa"))
+    gqa = next(place for place, head in enumerate(browser.find("#t1-grid thead th")) if head.text.lower().startswith("gqa"))
     heads = browser.find("#t1-grid thead th")
     heads[gqa].find_element("tag name", "button").click()
     assert heads[gqa].get_attribute("aria-sort") == "descending"
@@ -146,7 +146,7 @@ def test_columns_sort_by_figures_and_by_words_and_go_back(page, browser):
     heads[0].find_element("tag name", "button").click()
     assert heads[0].get_attribute("aria-sort") == "ascending"
     assert heads[gqa].get_attribute("aria-sort") is None
-    assert [label[:6] for label in browser.column(0)] == ["a very", "dart", "fastv", "none"]
+    assert [label[:6] for label in browser.column(0)] == ["a very", "DART", "Dense", "FastV"]
     browser.find("[data-restore]")[0].click()
     assert browser.column(0) == groups
     assert browser.find("[aria-sort]") == []
@@ -202,7 +202,7 @@ const style = (selector) => [...document.querySelectorAll(selector)].map((elemen
 return {
   shown: style("nav, .filters, .tools, .skip").filter((one) => one.display !== "none").length,
   grounds: [...new Set(style("body, .card, .parts, .group th, .figures th").map((one) => one.backgroundColor))],
-  closed: [...document.querySelectorAll("details > :not(summary)")].filter((e) => !e.clientHeight).length,
+  closed: [...document.querySelectorAll("details:not(.aside) > :not(summary)")].filter((e) => !e.clientHeight).length,
   cards: style(".card").map((one) => one.breakInside),
   terms: style(".card dt, .card dd").map((one) => `${one.breakInside} ${one.breakAfter}`),
   heads: style("thead").map((one) => `${one.display} ${one.breakInside}`),
@@ -213,7 +213,7 @@ return {
 
 
 def test_it_prints_whole_and_on_white(page, browser):
-    browser.open(page, 1031)  # what the margins leave of a landscape A4 page, in CSS pixels
+    browser.open(page, 703)  # what the margins leave of an A4 page, in CSS pixels
     assert browser("return [...document.querySelectorAll('details:not([open])')].length") > 0
     dark = {"name": "prefers-color-scheme", "value": "dark"}
     browser.command("Emulation.setEmulatedMedia", media="print", features=[dark])
@@ -221,7 +221,7 @@ def test_it_prints_whole_and_on_white(page, browser):
     browser.command("Emulation.setEmulatedMedia", media="", features=[])
     assert found["shown"] == found["closed"] == 0
     assert set(found["grounds"]) <= {"rgb(255, 255, 255)", "rgba(0, 0, 0, 0)"}
-    assert found["wide"] <= 1031
+    assert found["wide"] <= 703
     # What it takes in Chromium that a card stays on a page and that each page of a table begins with its head: nothing
     # in the card that avoids breaks on its own account, and no box of a button in the head.
     assert set(found["cards"]) == {"avoid"}
@@ -230,8 +230,7 @@ def test_it_prints_whole_and_on_white(page, browser):
     assert set(found["buttons"]) == {"contents"}
     made = base64.b64decode(browser.command("Page.printToPDF", preferCSSPageSize=True)["data"])
     sizes = [tuple(map(float, size)) for size in re.findall(rb"/MediaBox \[0 0 ([\d.]+) ([\d.]+)\]", made)]
-    assert {width > height for width, height in sizes} == {True, False}, "the table lies, the rest stands"
-    assert {(round(min(size)), round(max(size))) for size in sizes} <= {(595, 842), (596, 842)}
+    assert {(round(width), round(height)) for width, height in sizes} <= {(595, 842), (596, 842)}
 
 
 def test_nothing_hostile_runs(tmp_path, browser):
