@@ -134,8 +134,8 @@ def test_the_policy_stops_what_would_leave(page, browser):
 def test_columns_sort_by_figures_and_by_words_and_go_back(page, browser):
     browser.open(page)
     groups = browser.column(0)
-    gqa = next(place for place, head in enumerate(browser.find("#t1-grid thead th")) if head.text.lower().startswith("gqa"))
     heads = browser.find("#t1-grid thead th")
+    gqa = next(place for place, head in enumerate(heads) if head.text.lower().startswith("gqa"))
     heads[gqa].find_element("tag name", "button").click()
     assert heads[gqa].get_attribute("aria-sort") == "descending"
     assert browser.column(gqa) == ["100.0", "75.0", "25.0", "0.0"]
