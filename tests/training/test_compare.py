@@ -1,7 +1,11 @@
 """The table over checkpoints: rows of a method together, figures those of the cells."""
 
+from pathlib import Path
+
+import pandas as pd
 import pytest
 import torch
+import visibench
 from storing import config, frame, put
 from visibench.errors import DataError
 from visibench.evals.settings.config import variants
@@ -85,6 +89,12 @@ def test_runs_are_compared_as_one_under_the_names_given(store, tmp_path):
     parts[1].loc[parts[1].figure == "gqa exact match", "n"] = 7
     with pytest.raises(DataError, match="differ in their questions of gqa exact match"):
         together(parts, {})
+
+
+def test_the_page_holds_the_table_of_the_shipped_figures():
+    root = Path(visibench.__file__).parent
+    figures = together([pd.read_csv(root / "results" / "measured" / "guideline_tiny.csv")], {})
+    assert table_of(figures) in (root / "docs" / "guideline.md").read_text()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
