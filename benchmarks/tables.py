@@ -147,6 +147,7 @@ def series(title: str, sizes: list[int], measured: Callable[[Path, int], float])
 
 
 def main() -> int:
+    """Command line; 1 where a command takes longer than ``--most`` seconds, or grows faster than its run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, sizes in (
         ("cells", "100,400,1600"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import InputError
 from .base import Family, Images, VisionGeometry
-from .mistral3 import pixtral, rows_of_tokens, sized, sized_image
+from .mistral3 import PIXTRAL
 
 # SigLIP has no CLS token: the strategy "default" would drop a patch instead.
 CLIP_OR_SIGLIP = {"clip_vision_model": "default", "siglip_vision_model": "full"}
@@ -80,13 +80,5 @@ FAMILY = Family(
 
 VARIANTS = {
     ("clip_vision_model", "full"): replace(FAMILY, vision=_with_cls, sides=("projector",), views=_cls_and_square),
-    ("pixtral", "full"): replace(
-        FAMILY,
-        vision_blocks="model.vision_tower.transformer.layers",
-        vision=pixtral,
-        sides=("projector",),
-        grids=sized,
-        views=rows_of_tokens,
-        images=sized_image,
-    ),
+    ("pixtral", "full"): replace(FAMILY, **PIXTRAL),
 }

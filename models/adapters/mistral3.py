@@ -61,15 +61,20 @@ def rows_of_tokens(config: Any, processor: Any, inputs: Mapping[str, Any], numbe
     return [[rows, columns, 1, 1, 0]]
 
 
+# What follows from the tower, in whichever model it stands.
+PIXTRAL: dict[str, Any] = {
+    "vision_blocks": "model.vision_tower.transformer.layers",
+    "vision": pixtral,
+    "sides": ("projector",),
+    "grids": sized,
+    "views": rows_of_tokens,
+    "images": sized_image,
+}
+
 FAMILY = Family(
     decoder="model.language_model",
     vision_tower="model.vision_tower",
-    vision_blocks="model.vision_tower.transformer.layers",
     projector="model.multi_modal_projector",
-    vision=pixtral,
-    sides=("projector",),
-    grids=sized,
-    views=rows_of_tokens,
-    images=sized_image,
     towers={"pixtral": None},
+    **PIXTRAL,
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import visibench
+from by_hand import last_state
 from families import TEXT, VISION, collate
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -79,16 +80,6 @@ def dense(model, inputs):
     return maps, given
 
 
-def run(model, method, inputs):
-    """The trace, and the last token's state in front of the language-model head."""
-    states = []
-    hook = model.lm_head.register_forward_pre_hook(lambda m, args: states.append(args[0][:, -1]))
-    with visibench.prune(model, method) as session:
-        model(**inputs)
-    hook.remove()
-    return session.trace, states[0]
-
-
 def most_attended(maps, inputs, layer, count):
     """Bool (V,): the ``count`` visual tokens to which the last token attends most, mean over heads."""
     weights = maps[layer][0].mean(0)[-1, inputs["input_ids"][0] == 63]
@@ -153,7 +144,7 @@ def test_inputs_and_outputs_of_attention_and_mlp(model, inputs, dense):
 def test_cut_equals_the_models_own_layers_on_the_tokens_left(model, inputs, dense, positions):
     """FastV reads the attention of layer 1, the one in front of its cut."""
     maps, given = dense
-    trace, state = run(model, visibench.load_method("fastv", keep=0.5, positions=positions), inputs)
+    state, trace = last_state(model, visibench.load_method("fastv", keep=0.5, positions=positions), inputs)
     assert torch.equal(trace.kept(CUT)[0], most_attended(maps, inputs, CUT - 1, VISUAL // 2))
     keep = torch.ones(PROMPT + VISUAL, dtype=torch.bool)
     keep[inputs["input_ids"][0] == 63] = trace.kept(CUT)[0]
@@ -179,7 +170,7 @@ def test_generation_of_a_batch_equals_each_row_alone(model, inputs, positions):
 
 
 def test_preview_chooses_what_the_layer_to_come_attends_to(model, inputs, dense):
-    trace, _ = run(model, visibench.load_method("pyramiddrop", cuts=(CUT, 3, 5)), inputs)
+    _, trace = last_state(model, visibench.load_method("pyramiddrop", cuts=(CUT, 3, 5)), inputs)
     assert torch.equal(trace.kept(CUT)[0], most_attended(dense[0], inputs, CUT, VISUAL // 2))
 
 

@@ -70,6 +70,7 @@ class ScoreColumn(Column):
         )
 
     def figures(self, row: MethodRow) -> dict[str, Any]:
+        """Score, sd over seeds, the ends of its interval and what that counts, and p-values with and without Holm."""
         task, key, name = self.task, self.score.key, self.name
         mean, interval = row.scores.get(task, {}).get(key), row.evidence.scores.get(task, {}).get(key)
         contrasts = self._contrasts(row)
@@ -166,6 +167,7 @@ class RetainedColumn(Column):
         return {"retained_percent": asdict(row.retained) | limits if row.retained else None}
 
     def notes(self, shown: TableLook) -> list[str]:
+        """What is averaged, and which tasks it leaves out since the dense model scores 0."""
         rows = self.table.rows
         if not any(row.retained for row in rows):
             return []
