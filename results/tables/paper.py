@@ -46,7 +46,7 @@ def _table(table: ResultTable, columns: Sequence[Column], told: list[str], capti
             r"\begin{table}",
             r"\centering\small\setlength{\tabcolsep}{4pt}",
             rf"\caption{{{escaped(caption or about)}}}",
-            rf"\label{{{label}}}",
+            rf"\label{{{label}}}\smallskip",
             r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
             rf"\begin{{tabular}}{{{''.join('l' if column.words else 'r' for column in columns)}}}",
             r"\toprule",
