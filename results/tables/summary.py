@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ..statistics.inference import ALPHA, DENSE, Contrast, Verdict
+from ..store.records import CONTROL
 from .columns.costs import compute_unit
 from .tables import MethodRow, ResultTable
 from .titles import row_titles, task_title
@@ -26,7 +27,7 @@ def by_group(table: ResultTable) -> list[tuple[str, str]]:
 
 
 def _scope(table: ResultTable) -> str:
-    pruned = [row for row in table.rows if row.method != DENSE]
+    pruned = [row for row in table.rows if row.method not in (DENSE, CONTROL)]
     dense = next((row for row in table.rows if row.method == DENSE), None)
     number = sum(questions.asked for questions in table.questions.values())
     subset = ", a subset, so these are no full-set scores" if table.is_subset else ""
@@ -40,10 +41,14 @@ def _scope(table: ResultTable) -> str:
 
 
 def _cheapest(table: ResultTable) -> list[str]:
-    """Rows are compared on the headline metrics of all tasks; one that lacks a comparison cannot be the answer."""
+    """Rows are compared on the headline metrics of all tasks; one that lacks a comparison cannot be the answer.
+
+    Nor can a control, which runs its method as well.
+    """
     if not any(row.method == DENSE for row in table.rows):
         return []
-    compared = [row for row in table.rows if len(_signs(table, row, "dense")) == len(table.questions)]
+    settings = [row for row in table.rows if row.method != CONTROL]
+    compared = [row for row in settings if len(_signs(table, row, "dense")) == len(table.questions)]
     if not compared:
         return ["No setting could be compared with the dense model on every task."]
     not_below = [row for row in compared if -1 not in _signs(table, row, "dense").values()]

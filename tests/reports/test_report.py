@@ -97,6 +97,15 @@ def test_rows_of_one_display_name_have_their_labels(monkeypatch):
     }
 
 
+def test_a_control_is_no_setting_to_choose(table, tmp_path):
+    table(none=RIGHT, fastv=RIGHT)
+    store = Store(tmp_path / "run")
+    cell(store, "fastv", RIGHT, 8, label="control of fastv", control=True, macs=1e9)
+    scope, cheapest = summary.lead(build(store.cells())[0])
+    assert "1 setting of 1 method on" in scope
+    assert "on no task is fastv, which keeps" in cheapest
+
+
 def test_without_the_dense_model_no_share_is_named(table):
     alone = table(fastv=HALF, dart=RIGHT)
     assert summary.by_group(alone) == []
