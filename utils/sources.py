@@ -87,7 +87,7 @@ def _images(file: Path) -> list[Path]:
             image = json.loads(line).get("image")
             paths = image if isinstance(image, list) else [image]
             named |= {file.parent / path: None for path in paths if isinstance(path, str)}
-    return list(named)
+    return [path for path in named if os.path.isfile(path)]  # no pipe, which might never end; False for any text
 
 
 def ends(file: Path) -> bytes:

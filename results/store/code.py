@@ -63,7 +63,7 @@ def _of_questions(place: str) -> str:
 
 def changed(code: Mapping[str, str], where: Mapping[str, str]) -> list[str]:
     """Which of ``method``, ``task`` and ``engine`` are other code now; what cannot be found here is not told."""
-    now = {
+    now: dict[str, Callable[[], str]] = {
         "method": lambda: of_method(where.get("method", "")),
         "task": lambda: of_task(where.get("task", "")),
         "engine": engine,
