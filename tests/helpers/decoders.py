@@ -127,16 +127,21 @@ KINDS = [pytest.param(kind, marks=[pytest.mark.slow] if "+" in kind else []) for
 _models = {}
 
 
+def miniature(kind, config, attention):
+    """Random weights, large enough on the vision side for images to matter."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind.partition("+")[0], **config)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention).eval()
+    for name, weights in model.named_parameters():
+        if weights.ndim > 1 and not any(part in name for part in ("language_model", "text_model", "lm_head")):
+            torch.nn.init.normal_(weights, std=0.2)
+    return model
+
+
 def decoder_model(kind, attention="eager"):
     """A miniature; eager attention by default, whose masks and products can be seen."""
     if (kind, attention) not in _models:
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(kind.partition("+")[0], **CONFIGS[kind])
-        model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention).eval()
-        for name, weights in model.named_parameters():
-            if weights.ndim > 1 and "language_model" not in name and "text_model" not in name and "lm_head" not in name:
-                torch.nn.init.normal_(weights, std=0.2)  # or images hardly matter
-        _models[kind, attention] = model
+        _models[kind, attention] = miniature(kind, CONFIGS[kind], attention)
     return _models[kind, attention]
 
 
