@@ -31,9 +31,11 @@ row compete for counts times images.
 from __future__ import annotations
 
 import dataclasses
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -170,15 +172,22 @@ def windows(grid: Grid, side: int) -> list[int]:
     return [rows * across for rows in tall for across in wide] * frames
 
 
+@lru_cache(maxsize=64)
+def _places(grid: Grid, side: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Int (P,): the window of each token; and for tokens sorted by window their numbers in it, from 0 on."""
+    frames, *sides = (np.arange(length) for length in grid)
+    row, column = (np.minimum(places // side, max(len(places) // side - 1, 0)) for places in sides)
+    window = (frames[:, None, None] * len(row) + row[:, None]) * len(column) + column
+    place = np.concatenate([np.arange(size) for size in windows(grid, side)])
+    with torch.inference_mode(mode=False):
+        return torch.from_numpy(window.flatten()).to(device), torch.from_numpy(place).to(device)
+
+
 def in_windows(scores: Tensor, grid: Grid, side: int, count: int) -> Tensor:
     """Bool (N, P): the ``count`` highest ``scores`` (N, P), on a ``grid``, in each of the windows of ``side``."""
-    frames, *sides = (torch.arange(length, device=scores.device) for length in grid)
-    row, column = ((places // side).clamp(max=max(len(places) // side - 1, 0)) for places in sides)
-    window = ((frames[:, None, None] * len(row) + row[:, None]) * len(column) + column).flatten()
+    window, place = _places(grid, side, scores.device)
     by_score = scores.argsort(dim=1, descending=True, stable=True)
     by_window = by_score.gather(1, window[by_score].argsort(dim=1, stable=True))
-    ordered = window.sort().values
-    place = torch.arange(len(window), device=scores.device) - torch.searchsorted(ordered, ordered)
     return torch.zeros_like(scores, dtype=torch.bool).scatter(1, by_window, (place < count).expand(scores.shape))
 
 

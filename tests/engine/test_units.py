@@ -139,6 +139,10 @@ def test_compute_equals_that_of_torchs_counter(kind, text):
         check_compute(model_of(kind, "eager"), parse(text), sample)
 
 
+SMALL = ("smolvlm", "idefics3")
+"""Families whose tiles have but four tokens here."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "text"), [case for case in CASES if case[1].startswith("vscan")])
 def test_what_vscan_promises_of_images_of_any_shape_is_what_it_leaves(kind, text):
@@ -146,7 +150,7 @@ def test_what_vscan_promises_of_images_of_any_shape_is_what_it_leaves(kind, text
     _, trace = last_logits(model_of(kind), method, collate(samples_of(kind)))
     promised = method.visual_counts(trace.prompt, Adapter(model_of(kind)).geometry)
     assert torch.equal(trace.visual_counts(), promised)
-    assert (promised.diff(dim=1) < 0).any()
+    assert (promised.diff(dim=1) < 0).any() == ("cuts=8" not in text or kind not in SMALL)
 
 
 # Under VisPruner as its authors have it patches of padding enter, which have no place in the prompt.
