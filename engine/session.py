@@ -23,13 +23,13 @@ from ..models.adapters import Adapter
 from .attention import Interception, implementation_of
 from .cache import OUTSIDE, PrunedCache, check_cache
 from .contract import Method
-from .features import FeatureStore
 from .generation import Generation, Turnstile, guarded
 from .inputs import Inputs, check_videos, hidden, new_mask, prompt_layout, read
 from .layout import TokenLayout
 from .passes import Pass, Prompt
 from .trace import Trace, Watch, unwatched
 from .views import Sublayer
+from .vision.features import FeatureStore
 from .vision.tap import VisionTap
 
 _active: WeakSet[nn.Module] = WeakSet()

@@ -20,7 +20,6 @@ from ...models.adapters import Adapter
 from ..attention import Interception
 from ..contract import VISION_SIDE, Forward, Method
 from ..decisions import Keep, Merge, checked, on_images
-from ..features import Entry, FeatureStore, SharedTower
 from ..layout import TokenLayout, TokenSet
 from ..trace import Trace, Watch
 from ..units.encoding import Encoding, joined
@@ -28,6 +27,7 @@ from ..units.packing import units_of
 from ..units.rows import ImageRows
 from ..units.shapes import MIXTURE, Group, Numbers, Units, decided
 from ..units.view import VisionView
+from .features import Entry, FeatureStore, SharedTower
 from .images import decided_on_images
 from .tower import UNSEEN, Tower
 

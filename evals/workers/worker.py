@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ...engine.features import FeatureStore
+from ...engine.vision.features import FeatureStore
 from ...errors import DataError, IncompleteError, StorageError, VisibenchError
 from ...methods.files import file_of
 from ...models.load import fingerprint

@@ -9,7 +9,7 @@ from support import state
 from torch.utils.flop_counter import FlopCounterMode
 from units import TILE, VISUAL, collate, model_of, sample_of, samples_of
 from visibench.engine.contract import Forward, Keep
-from visibench.engine.features import FeatureStore
+from visibench.engine.vision.features import FeatureStore
 from visibench.errors import InputError, OptionError
 from visibench.evals.compute import flops
 from visibench.evals.settings.method_spec import parse
