@@ -111,7 +111,7 @@ class Store:
         """The same, with nothing written."""
         path = self.path(config)
         try:
-            metrics, _ = _read(path / METRICS, CellMetrics)
+            metrics = _metrics(path)
             cell = Cell(path, config, metrics)
             cell.table()
         except DataError:
@@ -284,14 +284,20 @@ def _where_allowed() -> Iterator[None]:
 
 def _open(path: Path) -> Cell:
     config, config_facts = _read(path / CONFIG, CellConfig)
-    metrics, metrics_facts = _read(path / METRICS, CellMetrics)
-    checksum = metrics_facts.pop("checksum", None)
+    metrics = _metrics(path)
     counted = {key: value for key, value in config_facts.items() if key not in UNHASHED}
     if metrics.config_hash != digest(counted):
         raise DataError(f"{path / CONFIG} was changed after its run: restore it, or delete {path} and run again")
-    if checksum is not None and checksum != digest(metrics_facts):
-        raise DataError(f"{path / METRICS} was changed after its run: restore it, or delete {path} and run again")
     return Cell(path, config, metrics)
+
+
+def _metrics(path: Path) -> CellMetrics:
+    """The outcome of a cell. Raises :class:`DataError` if it was changed after its run."""
+    metrics, facts = _read(path / METRICS, CellMetrics)
+    checksum = facts.pop("checksum", None)
+    if checksum is not None and checksum != digest(facts):
+        raise DataError(f"{path / METRICS} was changed after its run: restore it, or delete {path} and run again")
+    return metrics
 
 
 def _names(folder: Path) -> list[str]:
