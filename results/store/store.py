@@ -241,8 +241,9 @@ class Store:
     def unfinished(self) -> list[Path]:
         """The folders of cells that were begun and are not done, and are not done by changed code either."""
         folders = self._folders()
-        done = {_asked(folder) for folder, files in folders if METRICS in files}
-        return [folder for folder, files in folders if METRICS not in files and (_asked(folder) or folder) not in done]
+        begun = [folder for folder, files in folders if METRICS not in files]
+        done = {_asked(folder) for folder, files in folders if METRICS in files} if begun else set()
+        return [folder for folder in begun if (_asked(folder) or folder) not in done]
 
     def _folders(self) -> list[tuple[Path, list[str]]]:
         """The cells' folders with the names of their files."""
