@@ -131,12 +131,12 @@ def test_attention_rows_are_taken_in_blocks_without_an_l_by_l_map(llava, monkeyp
     sizes = []
     original = attention.row_weights
     monkeypatch.setattr(attention, "row_weights", lambda q, *a: sizes.append(q.shape[2]) or original(q, *a))
-    monkeypatch.setattr(attention, "BLOCK", 4)
+    monkeypatch.setattr(attention.weights, "BLOCK", 4)
     batch = collate(make_batch(ROWS))
     method = visibench.load_method("fitprune", layers="scaled", ratio=60)
     blocked, _ = last_logits(llava, method, batch)
     assert max(sizes) == 4
-    monkeypatch.setattr(attention, "BLOCK", 128)
+    monkeypatch.setattr(attention.weights, "BLOCK", 128)
     torch.testing.assert_close(blocked, last_logits(llava, method, batch)[0], atol=1e-4, rtol=1e-4)
 
 

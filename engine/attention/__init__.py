@@ -1,0 +1,55 @@
+"""Attention of the decoder's layers: the kernel that is listened to, the rows that methods read, what a layer hands it.
+
+`kernels` knows transformers, `weights` computes, `capture` lets a layer come as far as its kernel.
+"""
+
+from .capture import Projected, captured
+from .kernels import Interception, Kernel, attention_mask, by_row, carried, implementation_of, kernel_of
+from .weights import (
+    BLOCK,
+    Contributions,
+    Logits,
+    cap_of,
+    contributions,
+    counting,
+    fine,
+    is_plain,
+    largest_weights,
+    last_weights,
+    places,
+    repeat_heads,
+    row_weights,
+    subset_attention,
+    weights_in_blocks,
+    weights_of,
+    written,
+)
+
+__all__ = [
+    "BLOCK",
+    "Contributions",
+    "Interception",
+    "Kernel",
+    "Logits",
+    "Projected",
+    "attention_mask",
+    "by_row",
+    "cap_of",
+    "captured",
+    "carried",
+    "contributions",
+    "counting",
+    "fine",
+    "implementation_of",
+    "is_plain",
+    "kernel_of",
+    "largest_weights",
+    "last_weights",
+    "places",
+    "repeat_heads",
+    "row_weights",
+    "subset_attention",
+    "weights_in_blocks",
+    "weights_of",
+    "written",
+]
