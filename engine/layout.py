@@ -33,7 +33,7 @@ class TokenSet:
     def __init__(self, mask: Made, counts: tuple[int, ...], span: Span = None, device: Any = None) -> None:
         self._mask, self.counts, self.span, self._device = mask, counts, span, device
         self.sizes = len(counts), max(counts)  # (B, n)
-        # What of other sets its tokens see, by the other's id: made once (engine/attention.py).
+        # What of other sets its tokens see, by the other's id: made once, in engine/attention.
         self.rules: dict[int, tuple[TokenSet, Tensor]] = {}
 
     @cached_property

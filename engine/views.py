@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import attention
+from .ahead import Ahead
 from .layout import TEXT, VISUAL, TokenLayout, TokenSet
 from .packing import Before, Packing, Parts
 from .trace import OnHost, Trace
@@ -24,8 +25,9 @@ Sublayer = Literal["attention", "mlp"]
 class LayerView:
     """The input of a decoder layer: B rows, L tokens, V visual tokens.
 
-    ``layout``: the roles of all tokens. ``final_norm``: the decoder's last norm,
-    as a function. ``read``: logits (B, n, vocabulary) of hidden states (B, n, D), by that norm and the LM head.
+    ``layout``: the roles of all tokens. ``ahead``: what the layer is made to compute before it runs. ``final_norm``:
+    the decoder's last norm, as a function. ``read``: logits (B, n, vocabulary) of hidden states (B, n, D), by that norm
+    and the LM head.
     ``told``: the layer's keyword arguments for these tokens; ``mask``: who sees whom in it, None: causal by place.
     ``bias``: what is added to the logits of all keys. ``before``: what its cache held.
     """
@@ -33,10 +35,10 @@ class LayerView:
     def __init__(
         self,
         layer: int,
-        module: Any,
         layout: TokenLayout,
         hidden: Tensor,
         *,
+        ahead: Ahead,
         packing: Packing | None,
         positions: Tensor,
         final_norm: Norm,
@@ -49,7 +51,7 @@ class LayerView:
     ) -> None:
         self.layer, self.layout, self.final_norm, self.read = layer, layout, final_norm, read
         self._laid, self._packing = hidden, packing
-        self._module, self._told, self._mask, self._before, self._trace = module, told, mask, before, trace
+        self._ahead, self._told, self._mask, self._before, self._trace = ahead, told, mask, before, trace
         self._bias, self._positions = bias, positions
 
     @property
@@ -90,18 +92,31 @@ class LayerView:
         if not rotated:
             cosine, sine = told["position_embeddings"]
             told["position_embeddings"] = torch.ones_like(cosine), torch.zeros_like(sine)
-        query, key, logits, token = self._captured(told)
-        macs = _with_images(self.layout, token * np.array(self.layout.everything.counts))
-        self._trace.scored(self.layer, macs, self._laid.shape[:2].numel() * token)
+        query, key, logits = self._captured(told)
         return query, key, logits.scaling
 
-    def _captured(self, told: dict[str, Any]) -> tuple[Tensor, Tensor, attention.Logits, int]:
-        """Queries and keys of all tokens by row, how logits are made of them, and the multiply-adds of a token."""
-        query, key, value, logits = attention.captured(self._module, self._laid, told)
-        macs = sum(_size(part) for part in (query, key, value)) * int(self._laid.shape[2])
+    def _captured(self, told: dict[str, Any], rows: TokenSet | None = None) -> tuple[Tensor, Tensor, attention.Logits]:
+        """Queries and keys of all tokens by row, and how logits are made of them; queries of ``rows`` count, or all."""
+        ahead, laid = self._ahead, self._laid
+        query, key, _, logits = ahead.captured(laid, told, self._of_last if rows is self.layout.last else None)
+        macs = _with_images(self.layout, ahead.macs * np.array(self.layout.lengths) + ahead.row_macs)
+        self._trace.scored(self.layer, macs, ahead.macs * laid.shape[:2].numel() + ahead.row_macs * self.layout.rows)
         if self._packing is not None:
             query, key = self._packing.spread(query, 2), self._packing.spread(key, 2)
-        return query, key, logits, macs
+        return query, key, logits
+
+    def _of_last(self, made: Norm, tokens: Tensor) -> Tensor:
+        """What is ``made`` of the last token of each row, for all tokens (B, L, D) or (1, N, D) as they are laid."""
+        if self._packing is not None:
+            return self._packing.of_last(made, tokens)
+        return made(tokens[:, -1:]).expand(-1, tokens.shape[1], -1)
+
+    def hand_over(self, left: TokenLayout, tokens: Tensor) -> None:
+        """What was projected of the tokens that are ``left`` the layer takes over; ``tokens``: its input, of these."""
+        saved = self._ahead.hand_over(tokens)
+        if saved:
+            macs = _with_images(self.layout, saved * np.array(left.lengths))
+            self._trace.scored(self.layer, -macs, -saved * tokens.shape[:2].numel())
 
     def preview(self, rows: TokenSet | None = None) -> Tensor:
         """Attention weights (B, H, R, L), fp32, that the layer would compute for ``rows`` (default: the last token)."""
@@ -117,13 +132,12 @@ class LayerView:
     def _asked(self, rows: TokenSet) -> tuple[Tensor, Tensor, attention.Logits]:
         """Queries of the ``rows`` and keys of all tokens that the layer would compute, and how logits come of them."""
         everything, before = self.layout.everything, self._before
-        queries, key, logits, token = self._captured(self._told())
+        queries, key, logits = self._captured(self._told(), rows)
         query = rows.pick(queries, 2)
         pair, width = _size(query), self.layout.width
-        macs = token * np.array(everything.counts) + pair * _pairs(rows, everything, before)
-        batch = self.layout.rows * pair * max(rows.counts) * (width + attention.places(before))
-        batch += self._laid.shape[:2].numel() * token
-        self._trace.scored(self.layer, _with_images(self.layout, macs), batch)
+        macs = _with_images(self.layout, pair * _pairs(rows, everything, before))
+        places = width + attention.places(before)
+        self._trace.scored(self.layer, macs, self.layout.rows * pair * max(rows.counts) * places)
         return query, key, replace(logits, mask=self._mask(), bias=self._bias)
 
 
@@ -213,9 +227,7 @@ class AttentionView:
                     total[:, : more.shape[1]].add_(more)
         own = totals[VISUAL]
         cross = totals[TEXT] if TEXT in totals else torch.zeros_like(own)
-        if layout.span is None:
-            return layout.visual.pick(own, 1), layout.visual.pick(cross, 1)
-        return own, cross
+        return (own, cross) if layout.span else (layout.visual.pick(own, 1), layout.visual.pick(cross, 1))
 
     def _largest(self, first: int, end: int, seen: int) -> Tensor:
         """(B, R, n): the largest weight over heads of the rows at ``first`` … ``end``, which see the first n tokens."""
@@ -225,23 +237,21 @@ class AttentionView:
             return attention.largest_weights(self._query, self._key, first, end, self._logits.scaling)
         key = self._key if before is None else torch.cat([before.keys, self._key], dim=2)
         counts = attention.counting(layout, before)[:, : cached + seen]
-        rows = layout.counted[:, first:end] + cached
-        key = key[:, :, : cached + seen]
-        return attention.row_weights(self._query[:, :, first:end], key, rows, counts, self._logits).amax(1)[
-            ..., cached:
-        ]
+        rows, query = layout.counted[:, first:end] + cached, self._query[:, :, first:end]
+        weights = attention.row_weights(query, key[:, :, : cached + seen], rows, counts, self._logits)
+        return weights.amax(1)[..., cached:]
 
     def contributions(self) -> attention.Contributions:
         """What each visual token contributes to the last token, weight times value, read once with all values."""
         layout, last = self.layout, self.layout.last
         self._scored(last)
         self._scored(last)  # once with the keys, once with the values
-        kv_heads = self._key.shape[1]
         plain = attention.is_plain(layout, self._before, self._logits)
         if plain:
             weights = attention.last_weights(self._query, self._key, self._logits.scaling)
         else:
-            weights = self._weights(last).reshape(layout.rows * kv_heads, -1, layout.width).transpose(1, 2)
+            weights = self._weights(last).reshape(len(self._key) * self._key.shape[1], -1, layout.width)
+            weights = weights.transpose(1, 2)
         sums = attention.contributions(weights, self._value, self.output)
         if plain and layout.span is not None:
             return attention.Contributions(sums, layout.rows, slice(*layout.span))

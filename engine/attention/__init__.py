@@ -1,9 +1,7 @@
-"""Attention of the decoder's layers: the kernel that is listened to, the rows that methods read, what a layer hands it.
-
-`kernels` knows transformers, `weights` computes, `capture` lets a layer come as far as its kernel.
+"""Attention of the decoder's layers: `kernels` listens to the one that the model calls, `weights` computes what methods
+read of it besides.
 """
 
-from .capture import Projected, captured
 from .kernels import Interception, Kernel, attention_mask, by_row, carried, implementation_of, kernel_of
 from .weights import (
     BLOCK,
@@ -31,11 +29,9 @@ __all__ = [
     "Interception",
     "Kernel",
     "Logits",
-    "Projected",
     "attention_mask",
     "by_row",
     "cap_of",
-    "captured",
     "carried",
     "contributions",
     "counting",

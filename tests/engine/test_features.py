@@ -12,7 +12,7 @@ from cases import METHODS
 from rich.console import Console
 from storing import untimed
 from support import IMAGE, collate, make_batch, state
-from visibench.engine.features import DISK, FeatureStore
+from visibench.engine.vision.features import DISK, FeatureStore
 from visibench.engine.vision.tap import CHANGING
 from visibench.evals.compute import timing
 from visibench.evals.settings.method_spec import parse, spell
