@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import OptionError
+from ..errors import OptionError, VisibenchError
 from .shared import AsJson, SizedLayers, SizedPrompt, print_list, prompt_lengths
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from ..evals.compute.paper_flops import Reproduction
+    from ..models import LoadedModel
 
+PLANNED = "Nothing ran: the method's own scoring, merging and edited attention are not counted."
 MARKS = {"rounded": "✓", "cut": "✓ cut off", "differs": "✗"}
 HEADER = ["printed in", "setting", "text tokens", "printed", "by its formula", "executed", "÷ printed"]
 UNITS = ((1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs"))
@@ -41,7 +43,10 @@ def flops(
     ] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="With --published: a Markdown table.")] = False,
     model: Annotated[str | None, typer.Option(help="See `visibench models`; a local folder, or a hub name.")] = None,
-    method: Annotated[str | None, typer.Option(metavar="NAME[:key=value,…]", help="E.g. fastv:keep=0.5.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(metavar="NAME[:key=value,…]", help="E.g. fastv:keep=0.5. (default with --weights: each in turn)"),
+    ] = None,
     task: Annotated[str | None, typer.Option(help="The prompts are a task's first questions. (default: pope)")] = None,
     data: Annotated[str | None, typer.Option(help="embedded, hub, or a folder. (default: embedded)")] = None,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Number of prompts. (default: 20)")] = None,
@@ -62,16 +67,25 @@ def flops(
     if published:
         _published(markdown, as_json)
         return
-    if model is None or method is None or markdown:
-        raise OptionError("give --published (alone or with --markdown), or --model with --method")
-    if weights in (None, "pretrained"):
+    sized = weights not in (None, "pretrained")
+    if model is None or (method is None and not sized) or markdown:
+        raise OptionError("give --published (alone or with --markdown), or --model with --method or --weights")
+    if not sized:
         if any(option is not None for option in (layers, lengths)):
             raise OptionError("--layers and --lengths belong to --weights random or meta: add it, or leave them out")
-        _print(*_questions(model, method, task or "pope", data or "embedded", limit or 20), as_json)
+        _print(*_questions(model, str(method), task or "pope", data or "embedded", limit or 20), as_json)
         return
     if any(option is not None for option in prompts):
         raise OptionError("--weights means a random prompt: give --lengths, not --task, --data or --limit")
-    _print(*_sized(model, method, str(weights), layers, lengths), as_json)
+    # Sizes alone count: half of the memory will do.
+    from ..models import load_model
+
+    loaded = load_model(model, dtype="bfloat16", weights=weights, layers=layers)  # type: ignore[arg-type]  # checked there
+    tokens = prompt_lengths(lengths, loaded.adapter)
+    if method is None:
+        _print_each(loaded, tokens, as_json)
+    else:
+        _print(*_sized(loaded, method, tokens), as_json)
 
 
 # ---- figures in print -----------------------------------------------------------------------------------------------
@@ -158,30 +172,58 @@ def _questions(model: str, method: str, task_name: str, data: str, limit: int) -
     return prefills(loaded, chosen, prompts(loaded, task, size)), facts
 
 
-def _sized(
-    model: str, method: str, weights: str, layers: int | None, lengths: str | None
-) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The prefill of one random prompt, run or planned, and what it is."""
+def _sized(loaded: LoadedModel, method: str, tokens: tuple[int, int]) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The prefill of one random prompt of ``tokens`` (text, visual), run or planned, and what it is."""
     from ..evals.compute.prefills import planned, prefills
     from ..evals.settings.method_spec import parse
-    from ..models import load_model
 
-    chosen = parse(method, model)
-    # Sizes alone count: half of the memory will do.
-    loaded = load_model(model, dtype="bfloat16", weights=weights, layers=layers)  # type: ignore[arg-type]  # checked there
-    tokens = prompt_lengths(lengths, loaded.adapter)
-    facts: dict[str, Any] = {
-        "model": model,
-        "method": str(chosen),
-        "weights": weights,
-        "layers": loaded.geometry.layers,
-    }
-    facts |= {"text_tokens": tokens[0], "visual_tokens": tokens[1]}
-    if weights == "random":
+    chosen = parse(method, loaded.name)
+    facts: dict[str, Any] = {"model": loaded.name, "method": str(chosen), "weights": loaded.weights}
+    facts |= {"layers": loaded.geometry.layers, "text_tokens": tokens[0], "visual_tokens": tokens[1]}
+    if loaded.weights == "random":
         return prefills(loaded, chosen, [loaded.synthetic_inputs(1, *tokens)]), facts | {"note": ""}
-    note = "Nothing ran: the method's own scoring, merging and edited attention are not counted."
     frame = planned(loaded, chosen, *tokens).drop(columns="scoring").rename(columns={"executed": "planned"})
-    return frame, facts | {"note": note}
+    return frame, facts | {"note": PLANNED}
+
+
+def _print_each(loaded: LoadedModel, tokens: tuple[int, int], as_json: bool) -> None:
+    """The prefill of one prompt under each method that the model runs: by its defaults, or else its first example."""
+    from ..evals.invariants.families import ways
+    from ..methods.registry import list_methods
+
+    described: list[dict[str, Any]] = []
+    refused: dict[str, list[str]] = {}
+    for name, cls in list_methods().items():
+        reasons: list[str] = []
+        for text in (name, *ways(cls).values()):
+            try:
+                frame, facts = _sized(loaded, text, tokens)
+            except VisibenchError as error:
+                reasons.append(str(error).removeprefix(name).lstrip(": "))
+                continue
+            macs = float(frame[frame.columns.intersection(["executed", "planned"])[0]].iloc[0])
+            described.append(facts | {"macs": macs, "T": statistics.fmean(frame["visual_tokens"].iloc[0])})
+            break
+        else:
+            refused.setdefault(reasons[1], []).append(name)  # of the example, with nothing named besides
+    dense = next(one["macs"] for one in described if one["method"] == "none")
+    ran = [one["method"] for one in described if list_methods()[one["method"].partition(":")[0]].adaptive]
+    note = (
+        described[0]["note"]
+        or f"{', '.join(ran)}: how much they drop depends on the model; here its weights are random."
+    )
+    if as_json:
+        whys = {name: why for why, names in refused.items() for name in names}
+        print(json.dumps({"methods": described, "refused": whys, "note": note}, indent=1))
+        return
+    scale, unit = next(pair for pair in UNITS if dense >= pair[0] or pair is UNITS[-1])
+    rows = [
+        [one["method"], f"{one['T']:.1f}", f"{one['macs'] / scale:.4g}", f"{one['macs'] / dense:.1%}"]
+        for one in described
+    ]
+    print(f"{loaded.name}: {_spell(described[0])}. One multiply-add = 1; LM head for one position.")
+    notes = [note, *(f"{', '.join(names)}: {why}" for why, names in refused.items())]
+    print_list([], ["method", "T", unit, "of dense"], rows, "\n" + "\n".join(notes), as_json=False)
 
 
 def _print(frame: pd.DataFrame, facts: dict[str, Any], as_json: bool) -> None:

@@ -48,17 +48,20 @@ def example(kind: str) -> Any:
     return build(config, "meta", None, torch.device("cpu"), "auto", "sdpa")
 
 
+def ways(cls: type[Method]) -> dict[str, str]:
+    """A method as text by the option that it is given besides its first example: none, or one that is :data:`NAMED`."""
+    known, example = {field.name for field in fields(cls)}, cls.examples[0]
+    given = ["", *(f"{option}={value}" for option, value in NAMED.items() if option in known)]
+    return {one: spell(cls, ",".join(filter(None, (example, one)))) for one in given}
+
+
 def verdicts(kind: str) -> dict[str, FamilyVerdict]:
     """Of each method on a family, with its defaults or else with one of the options that are :data:`NAMED`."""
     model, found = example(kind), {}
     for name, cls in list_methods().items():
-        options = cls.examples[0]
-        reason = _refusal(model, spell(cls, options))
-        found[name] = FamilyVerdict(reason)
-        for option in NAMED.keys() & {field.name for field in fields(cls)} if reason else ():
-            given = f"{option}={NAMED[option]}"
-            if not _refusal(model, spell(cls, ",".join(filter(None, (options, given))))):
-                found[name] = FamilyVerdict(given=given)
+        reasons = {given: _refusal(model, text) for given, text in ways(cls).items()}
+        runs = next((given for given, reason in reasons.items() if not reason), None)
+        found[name] = FamilyVerdict(reasons[""]) if runs is None else FamilyVerdict(given=runs)
     return found
 
 
