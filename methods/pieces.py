@@ -25,7 +25,7 @@ def cosine(left: Tensor, right: Tensor | None = None) -> Tensor:
     """Cosine of every token of ``left`` (N, P, D) with every one of ``right`` (N, Q, D; default: left): (N, P, Q)."""
     left = normalize(precise(left), dim=-1)
     right = left if right is None else normalize(precise(right), dim=-1)
-    return left @ right.transpose(1, 2)
+    return torch.bmm(left, right.transpose(1, 2))
 
 
 def cls_attention(view: VisionView) -> Tensor:
