@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
@@ -27,9 +27,8 @@ class LayerView:
 
     ``layout``: the roles of all tokens. ``ahead``: what the layer is made to compute before it runs. ``final_norm``:
     the decoder's last norm, as a function. ``read``: logits (B, n, vocabulary) of hidden states (B, n, D), by that norm
-    and the LM head.
-    ``told``: the layer's keyword arguments for these tokens; ``mask``: who sees whom in it, None: causal by place.
-    ``bias``: what is added to the logits of all keys. ``before``: what its cache held.
+    and the LM head. ``told``: the layer's keyword arguments for these tokens; ``mask``: who sees whom in it, None:
+    causal by place. ``bias``: what is added to the logits of all keys. ``before``: what its cache held.
     """
 
     def __init__(
@@ -79,9 +78,15 @@ class LayerView:
         self._trace.host_syncs += 1
         return bool(answer)
 
-    def scored(self, macs: Tensor) -> None:
+    def on_host(self, numbers: Tensor) -> list[int]:
+        """Numbers (B,) on the host. Waits for the device: once a layer at most, to decide how much to cut."""
+        self._trace.host_syncs += 1
+        return numbers.tolist()
+
+    def scored(self, macs: Tensor | Sequence[int]) -> None:
         """Count int (B,) multiply-adds that the method itself spends on matrix products for each row."""
-        self._trace.scored(self.layer, _with_images(self.layout, macs.cpu().numpy()))
+        macs = macs.cpu().numpy() if isinstance(macs, Tensor) else np.array(macs)
+        self._trace.scored(self.layer, _with_images(self.layout, macs))
 
     def projected(self, *, rotated: bool = True) -> tuple[Tensor, Tensor, float]:
         """Queries (B, H, L, d) and keys (B, kv heads, L, d) that the layer would compute, and the scaling of products.
