@@ -76,10 +76,10 @@ def models(
 
 def _matrix(*, as_json: bool) -> None:
     """Families by methods; holes with the reason that pruning gives."""
-    from ..evals.invariants.families import families, verdicts
+    from ..evals.invariants.families import matrix
     from ..models.adapters import UNFIT
 
-    found = {kind: verdicts(kind) for kind in families()}
+    found = matrix()
     if as_json:
         told = {kind: {name: one._asdict() for name, one in methods.items()} for kind, methods in found.items()}
         print(json.dumps(told, indent=1))

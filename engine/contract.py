@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import OptionError, suggest
 from .decisions import BlockCut, BlockMerge, Join, Keep, Merge, Ranking
-from .units.shapes import ImageShape
+from .units.shapes import Grid, ImageShape
 
 if TYPE_CHECKING:
     from ..models.adapters import Geometry, VisionGeometry
@@ -39,6 +39,7 @@ __all__ = [
     "BlockView",
     "Forward",
     "Geometry",
+    "Grid",
     "HookPoint",
     "ImageShape",
     "ImageView",
@@ -219,18 +220,6 @@ class Method:
 
     def check(self, geometry: Geometry) -> None:
         """Raise :class:`OptionError` if these hyperparameters cannot act on a model of this geometry."""
-
-    def check_images(self, geometry: Geometry) -> None:
-        """Raise :class:`OptionError` if it prunes images and rows as well, and images are not one square grid each.
-
-        The engine asks this of every method. One whose :meth:`left` counts tokens of images asks it in :meth:`check`.
-        """
-        both = VISION_SIDE & {*self.hook_points} and {*self.hook_points} - VISION_SIDE
-        self.require(
-            not both or geometry.vision is None or geometry.vision.is_square,
-            "acts on the vision side and in the decoder, which was tested only where each image is one square grid of "
-            "one size: on this model, choose a method that acts on one of both",
-        )
 
     def at(self, layer: int, geometry: Geometry) -> int:
         """The decoder layer of this model that an option means by the number ``layer``."""

@@ -59,7 +59,6 @@ class PruningSession:
         _check_attention(self.adapter, method)
         self.geometry = self.adapter.geometry
         self._tap = VisionTap(self.adapter, method, watch, features)
-        method.check_images(self.geometry)
         method.check(self.geometry)
         self._trace: Trace | None = None
         self._pass: Pass | None = None

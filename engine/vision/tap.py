@@ -277,7 +277,8 @@ class VisionTap:
             view = VisionView(encoding, group)
             decision = checked(ask(view), self.method.name, hook, tuple(view.present.shape))
             macs[list(group.units)] += view.macs
-            return view.features, None if decision is None else on_images(decision)
+            contents = view.projected if hook == "projected" else view.features
+            return contents, None if decision is None else on_images(decision)
 
         return decided(len(units.grids), units.width, units.groups(unpad=self.method.unpad is True), answer), macs
 

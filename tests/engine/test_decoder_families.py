@@ -51,7 +51,7 @@ def test_keeping_everything_is_dense_bit_for_bit(kind):
 @every_kind
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
 def test_a_cut_equals_the_models_own_layers_on_gathered_inputs(kind, positions):
-    inputs = row_samples(kind)[1]  # several images, where images are of one size
+    inputs = row_samples(kind)[1]  # two images, or one in tiles
     check_cuts(decoder_model(kind), inputs, inputs["input_ids"][0] == IMAGE, positions)
 
 
@@ -141,7 +141,7 @@ def test_methods_of_the_vision_side_are_refused_with_the_tower_by_name(kind, tow
 
 
 def test_pixtrals_images_without_sizes_are_as_large_as_their_tensor():
-    model, inputs = decoder_model("llava+pixtral"), row_samples("llava+pixtral")[1]
+    model, inputs = decoder_model("llava+pixtral"), row_samples("llava+pixtral")[0]
     height, width = inputs["pixel_values"].shape[-2:]
     assert inputs["image_sizes"].tolist() == [[height, width]]
     method = visibench.load_method("divprune", keep=0.5)

@@ -198,9 +198,9 @@ def test_vscan_chooses_and_merges(whole, config, entry, case, images):
     expected = recorded[f"{prefix}.kept"]
     of = lambda block: torch.cat([recorded[f"cls_attention_{block}.img{number}"] for number in images])  # noqa: E731
     early, late, vision = of("block5"), of("m2"), Adapter(whole).geometry.vision
-    local, spread = method.split(vision)
+    quota, _, spread = method.split(vision.shape)
     if config != "n576":
-        windows = vscan.in_windows(early, 4, 6, local)
+        windows = vscan.in_windows(early, vision.shape, 6, quota)
         picked = recorded[f"{prefix}.local"].long()
         assert torch.equal(pieces.marked(picked, 576), windows)
         chosen = windows | base.top(late, torch.full((len(images),), spread), ~windows)

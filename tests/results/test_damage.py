@@ -146,6 +146,15 @@ def scored(cell, value):
     edited(cell / "metrics.json", scores=[scores[0] | {"value": value}])
 
 
+@pytest.mark.parametrize("damage", ["metrics edited", "metrics of another cell", "metrics cut in half"])
+def test_a_sweep_takes_no_damaged_outcome_for_done(damage, run):
+    cell = config("fastv")
+    assert run.find(cell)
+    spoil, _ = RECORDS[damage]
+    spoil(run.path(cell))
+    assert run.find(cell) is None
+
+
 def emptied(root):
     shutil.rmtree(root)
     root.mkdir()
