@@ -83,10 +83,11 @@ class LayerView:
         self._trace.host_syncs += 1
         return numbers.tolist()
 
-    def scored(self, macs: Tensor | Sequence[int]) -> None:
-        """Count int (B,) multiply-adds that the method itself spends on matrix products for each row."""
+    def scored(self, macs: Tensor | Sequence[int], batch: int | None = None) -> None:
+        """Count int (B,) multiply-adds that the method itself spends on matrix products for each row; ``batch``: for
+        all, where that is not as many for each as for the one with the most."""
         macs = macs.cpu().numpy() if isinstance(macs, Tensor) else np.array(macs)
-        self._trace.scored(self.layer, _with_images(self.layout, macs))
+        self._trace.scored(self.layer, _with_images(self.layout, macs), batch)
 
     def projected(self, *, rotated: bool = True) -> tuple[Tensor, Tensor, float]:
         """Queries (B, H, L, d) and keys (B, kv heads, L, d) that the layer would compute, and the scaling of products.
@@ -119,9 +120,8 @@ class LayerView:
     def hand_over(self, left: TokenLayout, tokens: Tensor) -> None:
         """What was projected of the tokens that are ``left`` the layer takes over; ``tokens``: its input, of these."""
         saved = self._ahead.hand_over(tokens)
-        if saved:
-            macs = _with_images(self.layout, saved * np.array(left.lengths))
-            self._trace.scored(self.layer, -macs, -saved * tokens.shape[:2].numel())
+        macs = _with_images(self.layout, saved * np.array(left.lengths))
+        self._trace.scored(self.layer, -macs, -saved * tokens.shape[:2].numel())
 
     def preview(self, rows: TokenSet | None = None) -> Tensor:
         """Attention weights (B, H, R, L), fp32, that the layer would compute for ``rows`` (default: the last token)."""
@@ -141,8 +141,8 @@ class LayerView:
         query = rows.pick(queries, 2)
         pair, width = _size(query), self.layout.width
         macs = _with_images(self.layout, pair * _pairs(rows, everything, before))
-        places = width + attention.places(before)
-        self._trace.scored(self.layer, macs, self.layout.rows * pair * max(rows.counts) * places)
+        batch = self.layout.rows * pair * max(rows.counts) * (width + attention.places(before))
+        self._trace.scored(self.layer, macs, batch)
         return query, key, replace(logits, mask=self._mask(), bias=self._bias)
 
 

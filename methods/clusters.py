@@ -15,8 +15,8 @@ def distances(tokens: Tensor) -> Tensor:
     tokens = precise(tokens)
     square = tokens.square().sum(2)
     squared = torch.baddbmm(square[:, None], tokens, tokens.transpose(1, 2), alpha=-2).add_(square[:, :, None])
-    squared.diagonal(dim1=1, dim2=2).zero_()
-    return squared.clamp_(min=0).sqrt_()
+    squared.diagonal(dim1=1, dim2=2).fill_(0)
+    return squared.clamp_(min=0).sqrt()
 
 
 def density_peaks(tokens: Tensor, clusters: int, noise: Tensor | float = 0) -> tuple[Tensor, Tensor]:

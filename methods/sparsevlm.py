@@ -187,7 +187,8 @@ class SparseVLMForward(Forward):
     def recycle(self, scores: Tensor, best: Ranking, used: list[tuple[int, int]], view: LayerView) -> Ranking:
         """Merge the ``best`` of the dropped tokens into new ones: in each row how many, into how many."""
         method, most = self.method, max(used)
-        view.scored([n * (n + clusters) * view.hidden.shape[2] for n, clusters in used])
+        macs = [n * (n + clusters) * view.hidden.shape[2] for n, clusters in used]
+        view.scored(macs, sum(macs))
         noise = draw(view.layer, most[0]).to(scores) * method.noise
 
         def merged(rows: slice, kept: int, tokens: int, clusters: int) -> Tensor:
