@@ -48,12 +48,11 @@ def farthest(distance: Tensor, count: int) -> Tensor:
 
     ``distance``: (N, P, P), symmetric. ``count`` steps, all images at once.
     """
-    distance, image = distance.clone(), torch.arange(len(distance), device=distance.device)
-    itself, picked = distance.diagonal(dim1=1, dim2=2), list[Tensor]()
-    itself.fill_(torch.inf)
-    nearest = distance.amin(2)
+    itself = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device)
+    distance, image = distance.masked_fill(itself, torch.inf), torch.arange(len(distance), device=distance.device)
+    nearest, picked = distance.amin(2), list[Tensor]()
     # A token that is picked is at no distance of itself: less than none, so that it is not picked again.
-    itself.fill_(-torch.inf)
+    distance.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
     for step in range(count):
         if step:
             row = distance[image, picked[-1]]
