@@ -104,8 +104,9 @@ def tasks(as_json: AsJson = False) -> None:
     rows = [[t["name"], t["about"], ", ".join(m["key"] for m in t["metrics"])] for t in described]
     scorers = "\n".join(f"  {name:<10}{scorer.about}" for name, scorer in SCORERS.items())
     also = (
-        "Also: any other task of lmms-eval by its name, such as scienceqa_img, with data from the hub; and your own\n"
-        "questions, FILE.jsonl, FILE.parquet or a folder of such (docs/your_data.md). Scorers for these, FILE:SCORER:\n"
+        "Also: any other task of lmms-eval by its name, such as scienceqa_img, with data from the hub; and your own "
+        "questions, FILE.jsonl, FILE.parquet or a folder of such (docs/your_data.md).\n"
+        "Scorers for these, FILE:SCORER:\n"
         f"{scorers}"
     )
     print_list(described, ["task", "about", "metrics in tables"], rows, also, as_json=as_json)
