@@ -86,8 +86,8 @@ class LayerView:
     def scored(self, macs: Tensor | Sequence[int], batch: int | None = None) -> None:
         """Count int (B,) multiply-adds that the method itself spends on matrix products for each row; ``batch``: for
         all, where that is not as many for each as for the one with the most."""
-        macs = macs.cpu().numpy() if isinstance(macs, Tensor) else np.array(macs)
-        self._trace.scored(self.layer, _with_images(self.layout, macs), batch)
+        work = macs.cpu().numpy() if isinstance(macs, Tensor) else np.array(macs)
+        self._trace.scored(self.layer, _with_images(self.layout, work), batch)
 
     def projected(self, *, rotated: bool = True) -> tuple[Tensor, Tensor, float]:
         """Queries (B, H, L, d) and keys (B, kv heads, L, d) that the layer would compute, and the scaling of products.
