@@ -31,6 +31,24 @@ def unwatched(part: Literal["method", "model"]) -> AbstractContextManager[None]:
     return _nobody
 
 
+class OnHost:
+    """Numbers on their way to the host. The device goes on meanwhile: what is queued behind them does not wait."""
+
+    def __init__(self, numbers: Tensor, trace: Trace) -> None:
+        self._trace = trace
+        self._there = numbers.to("cpu", non_blocking=True)
+        self._event = torch.cuda.Event() if numbers.is_cuda else None
+        if self._event is not None:
+            self._event.record(torch.cuda.current_stream(numbers.device))
+
+    def read(self) -> np.ndarray:
+        """All of them; waits until they are there, and counts as one read."""
+        self._trace.host_syncs += 1
+        if self._event is not None:
+            self._event.synchronize()
+        return np.from_dlpack(self._there)
+
+
 class Trace:
     """Record of one prefill. Layer numbers count decoder layers from 0; work is in multiply-adds (MACs).
 

@@ -180,9 +180,9 @@ class SparseVLMForward(Forward):
         there = visual.device_counts
         rank = matrix_rank(self.relation, self.raters.sum(1), there)
         if method.rank == "paper":
-            return view.on_host(there - floored(there - rank, method.scale))
+            return view.ask(there - floored(there - rank, method.scale))
         some = (rank.double() * method.scale + method.bias).long().clamp(min=0).minimum(there - 1)
-        return view.on_host(torch.where(rank == there, rank, some))
+        return view.ask(torch.where(rank == there, rank, some))
 
     def recycle(self, scores: Tensor, best: Ranking, used: list[tuple[int, int]], view: LayerView) -> Ranking:
         """Merge the ``best`` of the dropped tokens into new ones: in each row how many, into how many."""
