@@ -74,10 +74,8 @@ class LayerView:
         return self.layout.visual.pick(self._positions, 1)
 
     def ask(self, answer: Tensor) -> Any:
-        """Read the one ``answer`` back to the host as Python has it, a bool, or numbers (B,) to decide how many stay.
-
-        This waits for the device, and is counted like the reads of cuts.
-        """
+        """Read the one ``answer`` back to the host as Python has it: a bool, or numbers (B,). This waits for the
+        device, and is counted like the reads of cuts."""
         self._trace.host_syncs += 1
         return answer.tolist()
 
