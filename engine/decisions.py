@@ -6,7 +6,7 @@ Shapes as in :mod:`visibench.engine.contract`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import VisibenchError
-from .layout import Cut, TokenLayout, TokenSet, cut_run, cut_to
+from .layout import ADDED, Cut, TokenLayout, TokenSet, arranged, cut_run, cut_to
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,15 @@ class Ranking:
     """Keep the visual tokens of highest score in each row, of equal ones the earlier, and drop the others.
 
     ``scores``: (B, V) of the ``tokens``. ``counts``: how many stay in each row, on the host, so that no cut has to
-    wait for its own numbers.
+    wait for its own numbers. ``added``: (B, M, D) or None, new tokens, placed behind the last visual token of the row,
+    of which the first ``new`` exist in each row; None: all of them. For methods that number positions anew.
     """
 
     scores: Tensor
     counts: tuple[int, ...]
     tokens: TokenSet
+    added: Tensor | None = None
+    new: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, scores: Tensor, counts: Sequence[int], tokens: TokenSet) -> Ranking:
@@ -51,18 +54,47 @@ class Ranking:
         asked = zip(counts, tokens.counts, strict=True)
         return cls(scores, tuple(min(count, there) for count, there in asked), tokens)
 
+    def adding(self, added: Tensor, new: tuple[int, ...] | None = None) -> Ranking:
+        """The same with new tokens."""
+        other = replace(self, added=added, new=new)
+        vars(other)["order"] = self.order
+        return other
+
+    @property
+    def more(self) -> int:
+        """M, the places of new tokens."""
+        return 0 if self.added is None else int(self.added.shape[1])
+
     def cut(self, layout: TokenLayout) -> Cut | None:
         """Carried out on ``layout``, whose visual tokens these are; None if all stay. No host sync."""
-        if layout.span is None or min(self.counts) != max(self.counts) or self.counts == layout.visual_counts:
+        new = (self.more,) * layout.rows if self.new is None else self.new
+        if self.counts == layout.visual_counts and not any(new):
+            return None
+        if layout.span is not None and min(self.counts) == max(self.counts) and min(new) == self.more:
+            return cut_run(layout, self.order[:, : self.counts[0]].sort(dim=1)[0], self.counts, self.more)
+        if not self.more:
             return cut_to(layout, self.mask, self.counts)
-        best = self.scores.argsort(dim=1, descending=True, stable=True)[:, : self.counts[0]]
-        return cut_run(layout, best.sort(dim=1)[0], self.counts)
+        anchor = self.tokens.last_of(layout.counted[:, : layout.width], self.more)
+        return cut(layout, self.mask, self.added_present, anchor, counts=self.counts, new=new)
+
+    @cached_property
+    def order(self) -> Tensor:
+        """Int (B, V): the tokens, those of highest score first; what a row does not have comes last."""
+        scores = self.scores if self.tokens.is_even else self.scores.masked_fill(~self.tokens.present, float("-inf"))
+        return scores.argsort(dim=1, descending=True, stable=True)
 
     @cached_property
     def mask(self) -> Tensor:
         """Bool (B, V): which stay."""
         counts = torch.tensor(self.counts).to(self.scores.device, non_blocking=True)
         return top(self.scores, counts, self.tokens.present)
+
+    @property
+    def added_present(self) -> Tensor:
+        """Bool (B, M): which of the new tokens exist."""
+        place = torch.arange(self.more, device=self.scores.device).expand(len(self.scores), -1)
+        new = torch.tensor(self.new or (self.more,) * len(place))[:, None]
+        return place < new.to(place.device, non_blocking=True)
 
 
 def top(scores: Tensor, count: Tensor, present: Tensor) -> Tensor:
@@ -201,3 +233,47 @@ def checked(decision: object, method: str, hook: str, sizes: tuple[int, ...]) ->
 
 def _spelled(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def cut(
+    layout: TokenLayout,
+    keep: Tensor,
+    added: Tensor | None = None,
+    anchor: Tensor | None = None,
+    order: Tensor | None = None,
+    counts: tuple[int, ...] | None = None,
+    new: tuple[int, ...] | None = None,
+) -> Cut | None:
+    """Drop visual tokens and add others; None if nothing changes. One host sync: the counts, unless they are given,
+    and those of the ``new`` tokens, where there are any.
+
+    ``keep``: bool (B, V). ``added``: bool (B, M), the new tokens that exist; each stands right behind the token at
+    ``anchor``, int (B, M) in old columns. ``order``: int (B, V), tokens that stay take each other's columns so that
+    these numbers rise. Sorting by column with dropped tokens first pads on the left by itself.
+    """
+    keep = keep if layout.visual.is_even else keep & layout.visual.present
+    if added is None and order is None:
+        return cut_to(layout, keep, tuple(keep.sum(1).tolist()) if counts is None else counts)
+    column = layout.counted[:, : layout.width] * 2
+    if added is None or anchor is None:
+        added, anchor = keep[:, :0], column[:, :0]
+    column, moved = _in_order(layout, column, keep, order)
+    if counts is None or new is None:
+        counts, new, moves = map(tuple, torch.stack([keep.sum(1), added.sum(1), moved]).tolist())
+        if counts == layout.visual_counts and not any(new) and not any(moves):
+            return None
+    stays = torch.cat([layout.visual.place(keep, layout.nonvisual.mask, dim=1), added], dim=1)
+    column = torch.cat([column, anchor * 2 + 1], dim=1)
+    ids = torch.full_like(added, ADDED, dtype=layout.visual_id.dtype)
+    return arranged(layout, column, stays, ids, tuple(map(sum, zip(counts, new, strict=True))))
+
+
+def _in_order(layout: TokenLayout, column: Tensor, keep: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Columns (B, L) with those of the tokens that stay dealt out anew by ``order``, and int (B,): how many moved."""
+    if order is None:
+        return column, torch.zeros_like(column[:, 0])
+    visual = layout.visual.pick(column, 1)
+    by_place = (~keep).to(torch.int8).argsort(dim=1, stable=True)
+    by_order = order.masked_fill(~keep, torch.iinfo(order.dtype).max).argsort(dim=1, stable=True)
+    dealt = visual.scatter(1, by_order, visual.gather(1, by_place))
+    return layout.visual.place(dealt, column, dim=1), ((dealt != visual) & keep).sum(1)

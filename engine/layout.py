@@ -109,6 +109,15 @@ class TokenSet:
         span = None if place is None else (place, place + 1)
         return TokenSet(mask, tuple(min(count, 1) for count in self.counts), span, self._device)
 
+    def last_of(self, tokens: Tensor, times: int) -> Tensor:
+        """(B, ``times``, …): of ``tokens`` (B, L, …) the last one of this set in each row, repeated."""
+        if self.span is not None:
+            last = tokens[:, self.span[1] - 1 : self.span[1]]
+        else:
+            column = self.index.gather(1, (self.device_counts[:, None] - 1).clamp(min=0))
+            last = tokens.take_along_dim(column.view(-1, 1, *[1] * (tokens.ndim - 2)), 1)
+        return last.expand(-1, times, *tokens.shape[2:])
+
     def union(self, mask: Tensor, added: Sequence[int]) -> TokenSet:
         """This set and the tokens of ``mask`` (B, L), of which ``added`` in each row are not in it yet."""
         return TokenSet(self.mask | mask, tuple(n + m for n, m in zip(self.counts, added, strict=True)))
@@ -296,36 +305,6 @@ class Cut:
         return self.index[0]
 
 
-def cut(
-    layout: TokenLayout,
-    keep: Tensor,
-    added: Tensor | None = None,
-    anchor: Tensor | None = None,
-    order: Tensor | None = None,
-    counts: tuple[int, ...] | None = None,
-) -> Cut | None:
-    """Drop visual tokens and add others; None if nothing changes. One host sync: the counts, unless they are given.
-
-    ``keep``: bool (B, V). ``added``: bool (B, M), the new tokens that exist; each stands right behind the token at
-    ``anchor``, int (B, M) in old columns. ``order``: int (B, V), tokens that stay take each other's columns so that
-    these numbers rise. Sorting by column with dropped tokens first pads on the left by itself.
-    """
-    keep = keep if layout.visual.is_even else keep & layout.visual.present
-    if added is None and order is None:
-        return cut_to(layout, keep, tuple(keep.sum(1).tolist()) if counts is None else counts)
-    column = layout.counted[:, : layout.width] * 2
-    if added is None or anchor is None:
-        added, anchor = keep[:, :0], column[:, :0]
-    column, moved = _in_order(layout, column, keep, order)
-    kept, new, moves = torch.stack([keep.sum(1), added.sum(1), moved]).tolist()
-    if tuple(kept) == layout.visual_counts and not any(new) and not any(moves):
-        return None
-    stays = torch.cat([layout.visual.place(keep, layout.nonvisual.mask, dim=1), added], dim=1)
-    column = torch.cat([column, anchor * 2 + 1], dim=1)
-    ids = torch.full_like(added, ADDED, dtype=layout.visual_id.dtype)
-    return _arranged(layout, column, stays, ids, tuple(map(sum, zip(kept, new, strict=True))))
-
-
 def cut_to(layout: TokenLayout, keep: Tensor, counts: tuple[int, ...]) -> Cut | None:
     """Drop all visual tokens but ``keep``, bool (B, V), of which there are ``counts``; None if nothing changes."""
     if counts == layout.visual_counts:
@@ -333,40 +312,42 @@ def cut_to(layout: TokenLayout, keep: Tensor, counts: tuple[int, ...]) -> Cut | 
     if layout.span is not None and min(counts) == max(counts):
         return cut_run(layout, keep.sort(dim=1, descending=True, stable=True)[1][:, : counts[0]], counts)
     stays = layout.visual.place(keep, layout.nonvisual.mask, dim=1)
-    return _arranged(layout, layout.counted[:, : layout.width], stays, layout.visual_id[:, :0], counts)
+    return arranged(layout, layout.counted[:, : layout.width], stays, layout.visual_id[:, :0], counts)
 
 
-def cut_run(layout: TokenLayout, kept: Tensor, counts: tuple[int, ...]) -> Cut:
-    """Keep of the one run of visual tokens, alike in all rows, those at ``kept``, int (B, k), ascending."""
+def cut_run(layout: TokenLayout, kept: Tensor, counts: tuple[int, ...], added: int = 0) -> Cut:
+    """Keep of the one run of visual tokens, alike in all rows, those at ``kept``, int (B, k), ascending.
+
+    So many ``added`` ones follow them.
+    """
     assert layout.span is not None
     first, behind = layout.span
-    places = layout.counted
-    parts = places.split([first, behind - first, layout.width - behind, places.shape[1] - layout.width], dim=1)
-    index = torch.cat([parts[0], kept + first, parts[2]], dim=1)
-    gone = behind - first - counts[0]
+    places, pad = layout.counted, torch.nn.functional.pad
+    old = places.split([first, behind - first, layout.width - behind, places.shape[1] - layout.width], dim=1)
+    parts = [old[0], kept + first, old[2]]
+    if added:
+        new = torch.arange(layout.width, layout.width + added, device=layout.device)
+        parts.insert(2, new.expand(layout.rows, -1))
+    index, gone = torch.cat(parts, dim=1), behind - first - counts[0] - added
+
+    def facts() -> Facts:
+        roles, ids = pad(layout.roles, (0, added), value=VISUAL), pad(layout.visual_id, (0, added), value=ADDED)
+        return roles.gather(1, index), ids.gather(1, index)
+
     left = replace(
         layout,
-        facts=lambda: (layout.roles.gather(1, index), layout.visual_id.gather(1, index)),
+        facts=facts,
         width=layout.width - gone,
         lengths=tuple(length - gone for length in layout.lengths),
-        visual_counts=counts,
-        span=(first, behind - gone) if counts[0] else None,
+        visual_counts=tuple(count + added for count in counts),
+        span=(first, behind - gone) if counts[0] + added else None,
     )
-    vars(left)["counted"] = places
+    if gone >= 0:
+        vars(left)["counted"] = places
     return Cut(left, index)
 
 
-def join(layout: TokenLayout, column: Tensor, others: TokenSet, other_column: Tensor, other_id: Tensor) -> Cut:
-    """All tokens and M visual ``others`` (B, M), of numbers ``other_id``, in the order of their columns. No host sync.
-
-    ``column``: int (B, L) and ``other_column``: int (B, M) in the same terms.
-    """
-    stays = torch.cat([layout.valid, others.mask], dim=1)
-    counts = tuple(map(sum, zip(layout.visual_counts, others.counts, strict=True)))
-    return _arranged(layout, torch.cat([column, other_column], dim=1), stays, other_id, counts)
-
-
-def _arranged(layout: TokenLayout, column: Tensor, stays: Tensor, other_id: Tensor, counts: tuple[int, ...]) -> Cut:
+def arranged(layout: TokenLayout, column: Tensor, stays: Tensor, other_id: Tensor, counts: tuple[int, ...]) -> Cut:
     """Those of L tokens and M visual others that stay, bool (B, L + M), by ``column``, ``counts`` of them visual."""
     lengths = tuple(n - old + now for n, old, now in zip(layout.lengths, layout.visual_counts, counts, strict=True))
     index = column.masked_fill(~stays, -1).argsort(dim=1, stable=True)[:, -max(lengths) :]
@@ -385,14 +366,3 @@ def _arranged(layout: TokenLayout, column: Tensor, stays: Tensor, other_id: Tens
 def _span_left(first: int, lengths: tuple[int, ...], counts: tuple[int, ...]) -> Span:
     """What a cut left of a run of visual tokens from ``first`` on, where all rows have as many."""
     return (first, first + counts[0]) if len({*counts}) == len({*lengths}) == 1 and counts[0] else None
-
-
-def _in_order(layout: TokenLayout, column: Tensor, keep: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Columns (B, L) with those of the tokens that stay dealt out anew by ``order``, and int (B,): how many moved."""
-    if order is None:
-        return column, torch.zeros_like(column[:, 0])
-    visual = layout.visual.pick(column, 1)
-    by_place = (~keep).to(torch.int8).argsort(dim=1, stable=True)
-    by_order = order.masked_fill(~keep, torch.iinfo(order.dtype).max).argsort(dim=1, stable=True)
-    dealt = visual.scatter(1, by_order, visual.gather(1, by_place))
-    return layout.visual.place(dealt, column, dim=1), ((dealt != visual) & keep).sum(1)

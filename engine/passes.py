@@ -22,9 +22,9 @@ from .ahead import Ahead
 from .attention import Logits, by_row, cap_of
 from .cache import Held, PrunedCache, adopt
 from .contract import Forward, Method
-from .decisions import Join, Keep, Merge, Ranking, as_merge, check_declared, checked
+from .decisions import Join, Keep, Merge, Ranking, as_merge, check_declared, checked, cut
 from .inputs import Inputs
-from .layout import TokenLayout, cut
+from .layout import TokenLayout
 from .packing import Before, Parts
 from .segment import Aside, Deepstack, Segment, joined, parted
 from .trace import Trace
@@ -255,8 +255,9 @@ class Pass:
             if best is None:
                 return segment, hidden
             prompt, behind = parted(segment.padded(hidden), layout.width)
-            after, left = self._laid(segment.cut(best, None, None), best.gather(prompt), behind)
-            if self.ahead is not None:
+            after = segment.cut_with(best, decision.more)
+            after, left = self._laid(after, best.gather(prompt, decision.added), behind)
+            if self.ahead is not None and not decision.more:
                 self.ahead.follow(hidden, left, lambda made: after.laid(best.gather(segment.padded(made))))
             return after, left
         visual, merge = layout.visual, as_merge(decision)

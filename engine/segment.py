@@ -18,7 +18,7 @@ from ..errors import UnsupportedModelError, VisibenchError
 from ..models.adapters import Adapter
 from .attention import attention_mask, carried, implementation_of
 from .cache import Held
-from .layout import Cut, TokenLayout, TokenSet, join
+from .layout import Cut, TokenLayout, TokenSet, arranged
 from .packing import Packing
 
 
@@ -195,6 +195,15 @@ class Segment:
         columns = None if anchors is None else at(self.every_column, anchors.clamp(min=0))
         return replace(self._changed(change, places, columns), added=self.added or anchors is not None)
 
+    def cut_with(self, change: Cut, added: int) -> Segment:
+        """The segment behind a cut with so many new tokens a row, which stand by the last visual one of the row."""
+        assert self.layout is not None
+        if not added:
+            return self._changed(change, None, None)
+        visual, width = self.layout.visual, self.layout.width
+        stood = [visual.last_of(part[:, :width], added) for part in (self.positions, self.every_column)]
+        return replace(self._changed(change, *stood), added=True)
+
     def without(self, keep: Tensor, change: Cut, prompt: Tensor) -> Aside:
         """What the cut ``change``, which keeps visual tokens by ``keep`` (B, V) alone, takes out of ``prompt``."""
         assert self.layout is not None
@@ -212,7 +221,7 @@ class Segment:
         if self.bias is not None:
             raise VisibenchError("tokens held aside cannot join where others have a lasting bias as keys")
         here = self.every_column[:, : self.layout.width]
-        change = join(self.layout, here, aside.tokens, aside.columns, aside.visual_id)
+        change = _join(self.layout, here, aside.tokens, aside.columns, aside.visual_id)
         return self._changed(change, aside.positions, aside.columns), change.gather(prompt, aside.hidden)
 
     def _changed(self, change: Cut, positions: Tensor | None, columns: Tensor | None) -> Segment:
@@ -311,6 +320,16 @@ class Segment:
     def after(self, fed: int) -> Held:
         """What the caches of its layers hold when they have run."""
         return self.held.append(fed, self.places, self.columns, self.valid, self.renumbered, self.bias)
+
+
+def _join(layout: TokenLayout, column: Tensor, others: TokenSet, other_column: Tensor, other_id: Tensor) -> Cut:
+    """All tokens and M visual ``others`` (B, M), of numbers ``other_id``, in the order of their columns. No host sync.
+
+    ``column``: int (B, L) and ``other_column``: int (B, M) in the same terms.
+    """
+    stays = torch.cat([layout.valid, others.mask], dim=1)
+    counts = tuple(map(sum, zip(layout.visual_counts, others.counts, strict=True)))
+    return arranged(layout, torch.cat([column, other_column], dim=1), stays, other_id, counts)
 
 
 def on_every_axis(places: Tensor, positions: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
@@ -27,9 +27,8 @@ class LayerView:
 
     ``layout``: the roles of all tokens. ``ahead``: what the layer is made to compute before it runs. ``final_norm``:
     the decoder's last norm, as a function. ``read``: logits (B, n, vocabulary) of hidden states (B, n, D), by that norm
-    and the LM head.
-    ``told``: the layer's keyword arguments for these tokens; ``mask``: who sees whom in it, None: causal by place.
-    ``bias``: what is added to the logits of all keys. ``before``: what its cache held.
+    and the LM head. ``told``: the layer's keyword arguments for these tokens; ``mask``: who sees whom in it, None:
+    causal by place. ``bias``: what is added to the logits of all keys. ``before``: what its cache held.
     """
 
     def __init__(
@@ -74,14 +73,17 @@ class LayerView:
         """Int (B, V), or (B, V, 3) where the model has three axes: positions of the visual tokens, as it gave them."""
         return self.layout.visual.pick(self._positions, 1)
 
-    def ask(self, answer: Tensor) -> bool:
-        """Read the one ``answer`` back to the host, which waits for the device; counted like the reads of cuts."""
+    def ask(self, answer: Tensor) -> Any:
+        """Read the one ``answer`` back to the host as Python has it: a bool, or numbers (B,). This waits for the
+        device, and is counted like the reads of cuts."""
         self._trace.host_syncs += 1
-        return bool(answer)
+        return answer.tolist()
 
-    def scored(self, macs: Tensor) -> None:
-        """Count int (B,) multiply-adds that the method itself spends on matrix products for each row."""
-        self._trace.scored(self.layer, _with_images(self.layout, macs.cpu().numpy()))
+    def scored(self, macs: Tensor | Sequence[int], batch: int | None = None) -> None:
+        """Count int (B,) multiply-adds that the method itself spends on matrix products for each row; ``batch``: for
+        all, where that is not as many for each as for the one with the most."""
+        work = macs.cpu().numpy() if isinstance(macs, Tensor) else np.array(macs)
+        self._trace.scored(self.layer, _with_images(self.layout, work), batch)
 
     def projected(self, *, rotated: bool = True) -> tuple[Tensor, Tensor, float]:
         """Queries (B, H, L, d) and keys (B, kv heads, L, d) that the layer would compute, and the scaling of products.
@@ -114,9 +116,8 @@ class LayerView:
     def hand_over(self, left: TokenLayout, tokens: Tensor) -> None:
         """What was projected of the tokens that are ``left`` the layer takes over; ``tokens``: its input, of these."""
         saved = self._ahead.hand_over(tokens)
-        if saved:
-            macs = _with_images(self.layout, saved * np.array(left.lengths))
-            self._trace.scored(self.layer, -macs, -saved * tokens.shape[:2].numel())
+        macs = _with_images(self.layout, saved * np.array(left.lengths))
+        self._trace.scored(self.layer, -macs, -saved * tokens.shape[:2].numel())
 
     def preview(self, rows: TokenSet | None = None) -> Tensor:
         """Attention weights (B, H, R, L), fp32, that the layer would compute for ``rows`` (default: the last token)."""
@@ -136,8 +137,8 @@ class LayerView:
         query = rows.pick(queries, 2)
         pair, width = _size(query), self.layout.width
         macs = _with_images(self.layout, pair * _pairs(rows, everything, before))
-        places = width + attention.places(before)
-        self._trace.scored(self.layer, macs, self.layout.rows * pair * max(rows.counts) * places)
+        batch = self.layout.rows * pair * max(rows.counts) * (width + attention.places(before))
+        self._trace.scored(self.layer, macs, batch)
         return query, key, replace(logits, mask=self._mask(), bias=self._bias)
 
 

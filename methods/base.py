@@ -14,6 +14,7 @@ from torch import Tensor
 from ..engine.contract import Forward, HookPoint, ImageShape, Keep, Knob, Method, Ranking
 from ..engine.decisions import top
 from ..errors import VisibenchError
+from .pieces import by_place, marked
 
 if TYPE_CHECKING:
     from ..engine.contract import (
@@ -215,6 +216,21 @@ class Scored(Ranked, Budgeted):
         scores = self.score(view)
         self.check_scores(scores, view.present.shape)
         return Keep(top(scores, self.budget(view.present.sum(1)), view.present))
+
+
+@dataclass(frozen=True)
+class Picking(Scored):
+    """A method that chooses the tokens of each image one by one, as many as its budget, by :meth:`picked`."""
+
+    def picked(self, view: Any) -> Tensor:
+        """Int (N, n): the tokens of each image of ``view`` that stay, the first choice first."""
+        raise NotImplementedError
+
+    def score(self, view: Any) -> Tensor:
+        return by_place(self.picked(view), view.present.shape[1])
+
+    def image_tokens(self, view: VisionView) -> Keep:
+        return Keep(marked(self.picked(view), view.present.shape[1]))
 
 
 class ScoredImages(Forward):

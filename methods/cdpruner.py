@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from .base import OnImages, Scored
-from .pieces import by_place, cosine, per_image
+from .base import OnImages, Picking
+from .pieces import cosine, per_image
 from .registry import register
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ Condition = Literal["question", "none"]
 
 
 @register("cdpruner", "CDPruner", paper="2506.10967", source="Theia-4869/CDPruner@9541616")
-class CDPruner(OnImages, Scored):
+class CDPruner(OnImages, Picking):
     """Keep the projected tokens that are most diverse and most relevant to the question."""
 
     hook_points = ("projector",)
@@ -57,14 +57,14 @@ class CDPruner(OnImages, Scored):
             "use condition=none (diversity alone), divprune or a method that reads the prompt in the decoder",
         )
 
-    def score(self, view: ImageView) -> Tensor:
+    def picked(self, view: ImageView) -> Tensor:
         patches, size = view.projected.shape[1:]
         count = per_image(self, patches)
         view.scored(patches * patches * size + patches * count * (count - 1) // 2)
         itself = torch.eye(patches, dtype=torch.bool, device=view.projected.device)
         # Exactly 1: rounding must not choose the first token.
         kernel = cosine(view.projected).masked_fill(itself, 1)
-        return by_place(most_likely(kernel, count), patches)
+        return most_likely(kernel, count)
 
 
 def relevance(images: Tensor, texts: Tensor) -> Tensor:

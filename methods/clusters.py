@@ -14,47 +14,38 @@ def distances(tokens: Tensor) -> Tensor:
     """Euclidean distance of every token (N, P, D) to every one: (N, P, P), 0 to itself. P² · D multiply-adds."""
     tokens = precise(tokens)
     square = tokens.square().sum(2)
-    squared = square[:, :, None] + square[:, None] - 2 * tokens @ tokens.transpose(1, 2)
-    itself = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
-    return squared.masked_fill(itself, 0).clamp(min=0).sqrt()
+    squared = torch.baddbmm(square[:, None], tokens, tokens.transpose(1, 2), alpha=-2).add_(square[:, :, None])
+    squared.diagonal(dim1=1, dim2=2).fill_(0)
+    return squared.clamp_(min=0).sqrt()
 
 
-def density_peaks(
-    tokens: Tensor, present: Tensor, clusters: Tensor, most: int, noise: Tensor | float = 0
-) -> tuple[Tensor, Tensor]:
+def density_peaks(tokens: Tensor, clusters: int, noise: Tensor | float = 0) -> tuple[Tensor, Tensor]:
     """Clustering by density peaks among nearest neighbours (DPC-kNN): centres and the cluster of every token.
 
     A token's density is exp(-mean squared distance to its k nearest, itself among them) plus ``noise`` (N, P); its gap
     is the distance to the nearest denser one, or, where there is none, the largest distance of all. The centres are
     the tokens of largest density · gap, and every other token joins the nearest centre. Distances are divided by √D.
 
-    ``tokens``: (N, P, D), those counted by ``present``, bool (N, P). ``clusters``: int (N,), how many to form, which is
-    k as well; at most the tokens that are present, and at most ``most``. Returns int (N, most), the columns of the
+    ``tokens``: (N, P, D). ``clusters``: how many to form, which is k as well; at most P. Returns int (N, clusters), the
     centres, best first, and int (N, P), for each token the place of its centre in that list.
     """
-    width, column = tokens.shape[1], torch.arange(most, device=tokens.device)
-    wanted = column < clusters[:, None]
-    there = present[:, :, None] & present[:, None]
-    distance = (distances(tokens) / tokens.shape[2] ** 0.5).masked_fill(~there, torch.inf)
-    nearest = distance.sort(dim=2).values[:, :, :most].square().masked_fill(~wanted[:, None], 0)
-    density = torch.exp(-nearest.sum(2) / clusters.clamp(min=1)[:, None]) + noise
-    denser = (density[:, None] > density[:, :, None]) & there
-    largest = distance.masked_fill(~there, 0).amax((1, 2), keepdim=True)
-    gap = torch.where(denser, distance, largest).amin(2)
-    score = (density * gap).masked_fill(~present, -torch.inf)
-    centre = score.argsort(dim=1, descending=True, stable=True)[:, :most]
-    reach = distance.gather(2, centre[:, None].expand(-1, width, -1)).masked_fill(~wanted[:, None], torch.inf)
-    # A centre heads its own cluster, also where another one has the same place. Unwanted ones land in a surplus column.
-    head = centre.masked_fill(~wanted, width)
-    cluster = torch.nn.functional.pad(reach.argmin(2), (0, 1)).scatter(1, head, column.expand_as(head))
-    return centre, cluster[:, :width]
+    distance = distances(tokens) / tokens.shape[2] ** 0.5
+    nearest = distance.topk(clusters, dim=2, largest=False, sorted=False)[0]
+    density = torch.exp(-nearest.square().mean(2)) + noise
+    denser = density[:, None] > density[:, :, None]
+    gap = torch.where(denser, distance, distance.amax((1, 2), keepdim=True)).amin(2)
+    centre = (density * gap).argsort(dim=1, descending=True, stable=True)[:, :clusters]
+    reach = distance.gather(2, centre[:, None].expand(-1, distance.shape[1], -1))
+    # A centre heads its own cluster, also where another one has the same place.
+    heads = torch.arange(clusters, device=tokens.device).expand_as(centre)
+    return centre, reach.argmin(2).scatter_(1, centre, heads)
 
 
 def pooled(tokens: Tensor, cluster: Tensor, count: int, *, mean: bool) -> Tensor:
     """Sum or mean (N, count, D) of the tokens (N, P, D) of each cluster, int (N, P), -1 for none; 0 for empty ones."""
-    member = cluster[:, None] == torch.arange(count, device=tokens.device)[:, None]
-    total = member.to(tokens.dtype) @ tokens
-    return total / member.sum(2, keepdim=True).clamp(min=1) if mean else total
+    member = (cluster[:, None] == torch.arange(count, device=tokens.device)[:, None]).to(tokens.dtype)
+    total = torch.bmm(member, tokens)
+    return total / member.sum(2, keepdim=True).clamp_(min=1) if mean else total
 
 
 def totals(numbers: Tensor, cluster: Tensor, count: int) -> Tensor:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .base import OnImages, Scored
-from .pieces import by_place, cosine, per_image
+from .base import OnImages, Picking
+from .pieces import cosine, per_image
 from .registry import register
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @register("divprune", "DivPrune", paper="2503.02175", source="vbdi/divprune@799e2d9")
-class DivPrune(OnImages, Scored):
+class DivPrune(OnImages, Picking):
     """Keep the projected tokens of each image that are farthest from one another."""
 
     hook_points = ("projector",)
@@ -37,10 +37,10 @@ class DivPrune(OnImages, Scored):
     vision_blocks = ()
     examples = ("keep=0.5", "tokens=6,positions=keep")
 
-    def score(self, view: ImageView) -> Tensor:
+    def picked(self, view: ImageView) -> Tensor:
         patches, size = view.projected.shape[1:]
         view.scored(patches * patches * size)
-        return by_place(farthest(1 - cosine(view.projected), per_image(self, patches)), patches)
+        return farthest(1 - cosine(view.projected), per_image(self, patches))
 
 
 def farthest(distance: Tensor, count: int) -> Tensor:
@@ -49,13 +49,13 @@ def farthest(distance: Tensor, count: int) -> Tensor:
     ``distance``: (N, P, P), symmetric. ``count`` steps, all images at once.
     """
     itself = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device)
-    nearest = distance.masked_fill(itself, torch.inf).amin(2)
+    distance, image = distance.masked_fill(itself, torch.inf), torch.arange(len(distance), device=distance.device)
+    nearest, picked = distance.amin(2), list[Tensor]()
     # A token that is picked is at no distance of itself: less than none, so that it is not picked again.
-    distance, image = distance.masked_fill(itself, -torch.inf), torch.arange(len(distance), device=distance.device)
-    picked = []
+    distance.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
     for step in range(count):
-        token = nearest.argmax(1)
-        picked.append(token)
-        row = distance[image, token]
-        nearest = torch.minimum(nearest, row) if step else row
-    return torch.stack(picked, dim=1) if picked else itself.new_empty(len(distance), 0, dtype=torch.int64)
+        if step:
+            row = distance[image, picked[-1]]
+            nearest = torch.minimum(nearest, row) if step > 1 else row
+        picked.append(nearest.argmax(1))
+    return torch.stack(picked, dim=1) if picked else image.new_empty(len(distance), 0)

@@ -13,7 +13,6 @@ from torch.nn.functional import normalize
 
 if TYPE_CHECKING:
     from ..engine.contract import AttentionView, Geometry, LayerView, Method, TokenLayout
-    from .base import Budgeted
 
 
 def precise(values: Tensor) -> Tensor:
@@ -25,7 +24,7 @@ def cosine(left: Tensor, right: Tensor | None = None) -> Tensor:
     """Cosine of every token of ``left`` (N, P, D) with every one of ``right`` (N, Q, D; default: left): (N, P, Q)."""
     left = normalize(precise(left), dim=-1)
     right = left if right is None else normalize(precise(right), dim=-1)
-    return left @ right.transpose(1, 2)
+    return torch.bmm(left, right.transpose(1, 2))
 
 
 def last_token_attention(view: AttentionView | LayerView, weights: Tensor) -> Tensor:
@@ -78,8 +77,8 @@ def pick(tokens: Tensor, index: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def per_image(method: Budgeted, patches: int) -> int:
-    """The budget of one image, on the host."""
+def per_image(method: Any, patches: int) -> int:
+    """The budget of one image, on the host, of a ``method`` that has one (:class:`~.base.Budgeted`)."""
     return int(method.budget(torch.tensor([patches])))
 
 

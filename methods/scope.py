@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from .base import OnPatches, Salient, Scored
-from .pieces import by_place, cosine, per_image
+from .base import OnPatches, Picking, Salient
+from .pieces import cosine, per_image
 from .registry import register
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ Combination = Literal["multiply", "add"]
 
 
 @register("scope", "SCOPE", paper="2510.24214", source="kinredon/SCOPE@6bf7306")
-class SCOPE(Salient, OnPatches, Scored):
+class SCOPE(Salient, OnPatches, Picking):
     """Keep patches that together cover the others' features best, weighted by the attention of CLS."""
 
     hook_points = ("vision",)
@@ -54,12 +54,11 @@ class SCOPE(Salient, OnPatches, Scored):
         """(N, P): attention that each patch gets, all heads together."""
         return view.cls_weights().sum(1) if self.attention == "cls" else view.received() * view.vision.heads
 
-    def score(self, view: VisionView) -> Tensor:
+    def picked(self, view: VisionView) -> Tensor:
         patches, size = view.features.shape[1:]
         view.scored(patches * patches * size)
         weight = self.weight(view) ** self.alpha
-        picked = covering(cosine(view.features), weight, per_image(self, patches), add=self.combine == "add")
-        return by_place(picked, patches)
+        return covering(cosine(view.features), weight, per_image(self, patches), add=self.combine == "add")
 
 
 def covering(similarity: Tensor, weight: Tensor, count: int, *, add: bool = False) -> Tensor:

@@ -17,22 +17,22 @@ Authors' code: Gumpest/SparseVLMs, commit 26a5f48, version 1 (v1.5 of the paper)
 The paper instead deletes λ · (V - rank(P)) tokens, P being the attention of raters to visual tokens, and sums clusters:
 ``rank="paper", scale=λ`` and ``merge="sum"``. The code's first release (91fb6d9) kept floor(13.5 · rank(P)), or all if
 P has full rank, behind layers 2, 6, 15 and 19: ``rank="release"``. (The singular values make the host wait.)
-The code adds unseeded noise of 1e-6 to densities; here its numbers depend on the row's inputs alone.
+The code adds unseeded noise of 1e-6 to densities; here its numbers depend on the layer and the place alone.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from random import Random
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from ..engine.contract import Forward, Keep, Knob, Merge
-from .base import MAGNITUDES, Layered, floored, top
+from ..engine.contract import Forward, Knob, Ranking
+from .base import MAGNITUDES, Layered, floored
 from .clusters import density_peaks, pooled
 from .pieces import added_need_renumbering, interpolated, matrix_rank, pick, precise, share
-from .random import draw
 from .registry import register
 
 if TYPE_CHECKING:
@@ -115,32 +115,34 @@ class SparseVLM(Layered):
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor] | None:
         if self.rank:
             return None
-        now, left = layout.visual.host_counts, {}
+        now, left = [*layout.visual.counts], {}
         for cut, layer in enumerate(self.after):
-            kept = self.kept(cut, layout.visual.host_counts, now)
-            now = kept + self.recycled(now - kept)[1] if self.recycle else kept
-            left[self.at(layer, geometry) + 1] = now
+            kept = [self.kept(cut, *row) for row in zip(layout.visual.counts, now, strict=True)]
+            now = [k + self.recycled(n - k)[1] for k, n in zip(kept, now, strict=True)]
+            left[self.at(layer, geometry) + 1] = torch.tensor(now)
         return left
 
     def keeps_all(self, layout: TokenLayout, geometry: Geometry) -> bool:
         return (self.rank == "paper" and self.scale == 0) or super().keeps_all(layout, geometry)
 
-    def kept(self, cut: int, prompt: Tensor, now: Tensor) -> Tensor:
-        """Int (B,): visual tokens to keep at a cut, of those there are ``now`` and were in the ``prompt``."""
-        return (now - 1).clamp(max=share(self.schedule[cut], self.out_of, prompt)).clamp(min=0)
+    def kept(self, cut: int, prompt: int, now: int) -> int:
+        """Visual tokens to keep at a cut, of those there are ``now`` and were in the ``prompt``."""
+        return max(0, min(share(self.schedule[cut], self.out_of, prompt), now - 1))
 
-    def recycled(self, dropped: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the ``dropped`` tokens, int (B,): how many are recycled, and in how many clusters."""
-        used = torch.where(dropped > 0, floored(dropped, self.recycle) + 1, 0).minimum(dropped)
-        return used, (used // self.cluster_size + 1).minimum(used)
+    def recycled(self, dropped: int) -> tuple[int, int]:
+        """How many of the ``dropped`` tokens are recycled, and in how many clusters."""
+        if not self.recycle:
+            return 0, 0
+        used = min(dropped, int(self.recycle * dropped + 1e-9) + 1)
+        return used, min(used, used // self.cluster_size + 1)
 
     def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
         return SparseVLMForward(self, layout, [self.at(layer, geometry) for layer in self.after])
 
 
 class SparseVLMForward(Forward):
-    """State of one prefill: the raters, bool (B, T) over the text tokens, their latest attention (B, T, V), and how
-    many ``rating`` there are, (B, 1), one at least."""
+    """State of one prefill: the raters, bool (B, T) over the text tokens, how many there are, (B, 1), one at least,
+    and their latest attention (B, T, V)."""
 
     raters: Tensor
     rating: Tensor
@@ -152,64 +154,71 @@ class SparseVLMForward(Forward):
     def attention(self, layer: int, view: AttentionView) -> None:
         if layer in self.after:
             visual, text = view.layout.visual, view.layout.text
-            relation = torch.cat([visual.pick(weights.mean(1), 2) for weights, _ in view.scan(text)], dim=1)
+            blocks = [visual.pick(weights.mean(1), 2) for weights, _ in view.scan(text)]
             raters = self.raters[:, :, None]
-            self.relation = relation * (raters if visual.is_even else raters & view.present[:, None])
+            raters = raters if visual.is_even else raters & view.present[:, None]
+            self.relation = (blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)) * raters
 
-    def layer_input(self, layer: int, view: LayerView) -> Keep | Merge | None:
+    def layer_input(self, layer: int, view: LayerView) -> Ranking | None:
         if layer == 0:
             self.raters = find_raters(view)
             self.rating = self.raters.sum(1, keepdim=True).clamp(min=1)
         if layer - 1 not in self.after:
             return None
         scores = self.relation.sum(1) / self.rating
-        number, fewest = self.budget(self.after.index(layer - 1), view)
-        keep = top(scores, number, view.present)
-        return self.recycle(scores, keep, fewest, view) if self.method.recycle else Keep(keep)
+        best = Ranking.of(scores, self.left(self.after.index(layer - 1), view), view.layout.visual)
+        gone = [n - kept for n, kept in zip(view.layout.visual.counts, best.counts, strict=True)]
+        used = [self.method.recycled(n) for n in gone]
+        return self.recycle(scores, best, used, view) if any(gone) and self.method.recycle else best
 
-    def budget(self, cut: int, view: LayerView) -> tuple[Tensor, list[int]]:
-        """Visual tokens to keep, int (B,), and a number for each row, on the host, that this is not below."""
+    def left(self, cut: int, view: LayerView) -> list[int]:
+        """Visual tokens to keep in each row."""
         method, visual = self.method, view.layout.visual
         if not method.rank:
-            most = partial(share, method.schedule[cut], method.out_of)
-            exact = [max(0, min(most(n), now - 1)) for n, now in zip(self.prompt.counts, visual.counts, strict=True)]
-            return torch.tensor(exact).to(view.hidden.device, non_blocking=True), exact
+            counts = zip(self.prompt.counts, visual.counts, strict=True)
+            return [method.kept(cut, prompt, now) for prompt, now in counts]
         there = visual.device_counts
         rank = matrix_rank(self.relation, self.raters.sum(1), there)
         if method.rank == "paper":
-            return there - floored(there - rank, method.scale), [0] * len(visual.counts)
+            return view.ask(there - floored(there - rank, method.scale))
         some = (rank.double() * method.scale + method.bias).long().clamp(min=0).minimum(there - 1)
-        return torch.where(rank == there, rank, some), [0] * len(visual.counts)
+        return view.ask(torch.where(rank == there, rank, some))
 
-    def recycle(self, scores: Tensor, keep: Tensor, fewest: list[int], view: LayerView) -> Merge:
-        """Merge the best of the dropped tokens into new ones."""
-        method, device = self.method, scores.device
-        # Shapes come from the host: as many as the row could drop at most, which is what it drops but under a rank.
-        room = [n - least for n, least in zip(view.layout.visual.counts, fewest, strict=True)]
-        room = [min(n, int(method.recycle * n + 1e-9) + 1) for n in room]
-        centres = [min(n, n // method.cluster_size + 1) for n in room]
-        width, most = max(room), max(centres)
-        if method.rank:
-            used, clusters = method.recycled(view.layout.visual.device_counts - keep.sum(1))
-        else:
-            used, clusters = torch.tensor([room, centres]).to(device, non_blocking=True)
-        view.scored(torch.tensor([n * (n + c) for n, c in zip(room, centres, strict=True)]) * view.hidden.shape[2])
+    def recycle(self, scores: Tensor, best: Ranking, used: list[tuple[int, int]], view: LayerView) -> Ranking:
+        """Merge the ``best`` of the dropped tokens into new ones: in each row how many, into how many."""
+        method, most = self.method, max(used)
+        macs = [n * (n + clusters) * view.hidden.shape[2] for n, clusters in used]
+        view.scored(macs, sum(macs))
+        noise = draw(view.layer, most[0]).to(scores) * method.noise
 
-        gone = keep if view.layout.visual.is_even else keep | ~view.present
-        best = scores.masked_fill(gone, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :width]
-        tokens, present = precise(pick(view.hidden, best)), torch.arange(width, device=device) < used[:, None]
-        noise = draw(view.layout.fingerprint + view.layer, width) * method.noise
-        _, cluster = density_peaks(tokens, present, clusters, most, noise.to(tokens.dtype))
-        merged = pooled(tokens, cluster.masked_fill(~present, -1), most, mean=method.merge == "mean")
-        return Merge(keep, added=merged, added_present=torch.arange(most, device=device) < clusters[:, None])
+        def merged(rows: slice, kept: int, tokens: int, clusters: int) -> Tensor:
+            """(N, clusters, D), of rows that hold the same numbers."""
+            recycled = precise(pick(view.hidden[rows], best.order[rows, kept : kept + tokens]))
+            _, cluster = density_peaks(recycled, clusters, noise[:, :tokens])
+            return pooled(recycled, cluster, clusters, mean=method.merge == "mean")
+
+        if len({*zip(best.counts, used, strict=True)}) == 1:
+            return best.adding(merged(slice(None), best.counts[0], *most))
+        rows = [
+            merged(slice(row, row + 1), kept, *n)[0] if any(n) else view.hidden[row, :0]
+            for row, (kept, n) in enumerate(zip(best.counts, used, strict=True))
+        ]
+        return best.adding(pad_sequence(rows, batch_first=True), tuple(clusters for _, clusters in used))
 
 
 def find_raters(view: LayerView) -> Tensor:
     """Bool (B, T): the text tokens to which the visual ones are drawn more than to the average one; all if none is."""
     visual, text = view.layout.visual, view.layout.text
-    likeness = precise(view.hidden) @ precise(text.pick(view.tokens, 1)).transpose(1, 2)
-    view.scored(torch.tensor([v * t for v, t in zip(visual.counts, text.counts, strict=True)]) * view.hidden.shape[2])
+    counts, size = zip(visual.counts, text.counts, strict=True), view.hidden.shape[2]
+    view.scored([v * t * size for v, t in counts])
+    likeness = torch.bmm(precise(view.hidden), precise(text.pick(view.tokens, 1)).transpose(1, 2))
     share = likeness.masked_fill(~text.present[:, None], -torch.inf).softmax(2) * view.present[:, :, None]
     share = (share.sum(1) / visual.device_counts.clamp(min=1)[:, None]).masked_fill(~text.present, 0)
     raters = (share > share.sum(1, keepdim=True) / text.device_counts.clamp(min=1)[:, None]) & text.present
     return torch.where(raters.any(1, keepdim=True), raters, text.present)
+
+
+def draw(layer: int, count: int) -> Tensor:
+    """Uniform numbers in [0, 1), fp64 (1, count), on the host: those of Python's generator, alike on all machines."""
+    generator = Random(layer)
+    return torch.tensor([[generator.random() for _ in range(count)]], dtype=torch.float64)

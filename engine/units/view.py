@@ -134,7 +134,7 @@ class ImageView:
         self.projected, self._encoding, self._source, self._units = projected, encoding, source, units
         self.macs = np.zeros(len(projected), np.int64)
 
-    @property
+    @cached_property
     def present(self) -> Tensor:
         """Bool (N, P): all true."""
         return torch.ones(self.projected.shape[:2], dtype=torch.bool, device=self.projected.device)

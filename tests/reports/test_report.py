@@ -16,7 +16,6 @@ from visibench.cli import app
 from visibench.errors import DataError
 from visibench.evals.settings.method_spec import describe_methods
 from visibench.evals.tasks.tasks import load_tasks
-from visibench.methods import list_methods
 from visibench.models import load_model
 from visibench.reports.html.inline import inline, veil
 from visibench.reports.html.questions import choose
@@ -85,8 +84,8 @@ def test_of_two_rows_that_tests_do_not_tell_apart_the_higher_is_not_called_best(
 
 def test_rows_of_one_display_name_have_their_labels(monkeypatch):
     """A plug-in may take the name of a method that is here: only the labels tell them apart then."""
-    known = list_methods()
-    monkeypatch.setattr(titles, "list_methods", lambda: known | {"mine": known["fastv"]})
+    known = titles.built_in()
+    monkeypatch.setattr(titles, "_titles", lambda: known | {"mine": known["fastv"]})
     labels = ("none", "fastv:keep=0.5", "mine:keep=0.5", "fastv:keep=0.25", "control of fastv:keep=0.5")
     assert titles.row_titles(labels) == {
         "none": "Dense",
@@ -103,7 +102,7 @@ def test_a_control_is_no_setting_to_choose(table, tmp_path):
     cell(store, "fastv", RIGHT, 8, label="control of fastv", control=True, macs=1e9)
     scope, cheapest = summary.lead(build(store.cells())[0])
     assert "1 setting of 1 method on" in scope
-    assert "on no task is fastv, which keeps" in cheapest
+    assert "on no task is FastV, which keeps" in cheapest
 
 
 def test_without_the_dense_model_no_share_is_named(table):
