@@ -76,7 +76,10 @@ class Budgeted(Method):
         None where images differ in size and the ``layout`` does not say how.
         """
         images = self.images(layout, geometry)
-        return None if images is None else {0: torch.tensor([sum(map(self.image_left, row)) for row in images])}
+        if images is None:
+            return None
+        left = {image: self.image_left(image) for image in {image for row in images for image in row}}
+        return {0: torch.tensor([sum(left[image] for image in row) for row in images])}
 
     def images(self, layout: TokenLayout, geometry: Geometry) -> Sequence[Sequence[ImageShape]] | None:
         """The images of each row; None where they differ in size and the ``layout`` does not say how."""
