@@ -51,6 +51,10 @@ Label = Annotated[str, AfterValidator(as_shown)]
 """A name that tables, pages and pictures show."""
 
 
+MOST_PREFILLS = 100_000
+"""That are timed; more is a slip of the pen, and would never end."""
+
+
 class TimingConfig(Record):
     """How prefill is timed: on ``batch_size`` questions of a task, the first ones.
 
@@ -61,9 +65,9 @@ class TimingConfig(Record):
 
     batch_size: int = Field(default=1, ge=1)
     """Questions in the batch that is timed."""
-    warmup: int = Field(default=3, ge=0)
+    warmup: int = Field(default=3, ge=0, le=MOST_PREFILLS)
     """Prefills before the first that counts."""
-    repeats: int = Field(default=20, ge=1)
+    repeats: int = Field(default=20, ge=1, le=MOST_PREFILLS)
     """Prefills that are timed."""
 
 

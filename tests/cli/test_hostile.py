@@ -39,6 +39,7 @@ YAML = {
     "key": "? [1, 2]\n: 3\n",
     "merge": f"{BASE}<<: 7\n",
     "infinite": f"{BASE}feature_cache_gb: .inf\n",
+    "endless": f"{BASE}timing: {{repeats: 99999999999999999999}}\n",
 }
 
 
