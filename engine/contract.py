@@ -27,7 +27,9 @@ from .units.shapes import Grid, ImageShape
 
 if TYPE_CHECKING:
     from ..models.adapters import Geometry, VisionGeometry
+    from .attention import Contributions
     from .layout import TokenLayout, TokenSet
+    from .trace import OnHost
     from .units.encoding import BlockView
     from .units.view import ImageView, VisionView
     from .views import AttentionView, LayerView, SublayerView
@@ -37,6 +39,7 @@ __all__ = [
     "BlockCut",
     "BlockMerge",
     "BlockView",
+    "Contributions",
     "Forward",
     "Geometry",
     "Grid",
@@ -49,6 +52,7 @@ __all__ = [
     "LayerView",
     "Merge",
     "Method",
+    "OnHost",
     "Positions",
     "Ranking",
     "SublayerView",

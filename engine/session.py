@@ -201,6 +201,7 @@ class PruningSession:
         self._tap.begin(None if self._generation is None else inputs.encoded)
         layout = prompt_layout(inputs, mask, given, self.adapter.visual_tokens)
         trace = self._trace = Trace(layout, self.geometry.layers, self.watch)
+        trace.has_videos = inputs.videos
         if self.adapter.family.views is not None:
             trace.views = partial(self.adapter.family.views, self.model.config)
         return Prompt(layout, trace)

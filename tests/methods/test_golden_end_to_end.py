@@ -156,7 +156,7 @@ def test_hiprune_anchors_and_registers(config, entry, case, images):
 @pytest.mark.parametrize("rows", [7, 128])
 def test_attention_received_in_vision_blocks(whole, rows, monkeypatch):
     """Recorded with the whole map at hand; here a few rows of queries at a time."""
-    monkeypatch.setattr(attention, "BLOCK", rows)
+    monkeypatch.setattr(attention.weights, "BLOCK", rows)
     seen = {}
 
     class Look(type(visibench.load_method("hiprune", tokens=64))):

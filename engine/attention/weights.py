@@ -1,175 +1,22 @@
-"""Attention maths: the function registered with transformers, and the few extra rows that methods ask for.
-
-The registered function runs the model's own kernel. Extra rows cost O(rows · L); an L × L map never exists.
-"""
+"""The few rows of attention that methods ask for. They cost O(rows · L); an L × L map never exists."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..errors import UnsupportedModelError
-from .layout import TokenLayout, TokenSet
-from .packing import Before, Packing
+from ..layout import TokenLayout, TokenSet
+from ..packing import Before
+from .kernels import implementation_of
 
 # Rows of weights that are in memory at one time.
 BLOCK = 256
-PREFIX = "visibench_"
-
-Kernel = Callable[..., tuple[Tensor, Tensor | None]]
-Interceptor = Callable[..., tuple[Tensor, Tensor | None]]
-_interceptors: WeakKeyDictionary[nn.Module, Interceptor] = WeakKeyDictionary()
-
-
-def _dispatch(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-    kernel = kernel_of(module, implementation_of(module.config))
-    interceptor = _interceptors.get(module)
-    if interceptor is None:
-        return kernel(module, query, key, value, attention_mask, **kwargs)
-    return interceptor(kernel, module, query, key, value, attention_mask, **kwargs)
-
-
-for _name in ("eager", "sdpa", "flash_attention_2", "flash_attention_3"):
-    if _name in ALL_MASK_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(PREFIX + _name, _dispatch)
-        AttentionMaskInterface.register(PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
-
-
-def implementation_of(config: Any) -> str:
-    """The attention implementation that the model was loaded with, intercepted or not.
-
-    Raises :class:`UnsupportedModelError` for one that cannot be intercepted: its masks are of a form of their own.
-    """
-    implementation = config._attn_implementation.removeprefix(PREFIX)
-    if PREFIX + implementation not in ALL_ATTENTION_FUNCTIONS:
-        raise UnsupportedModelError(
-            f"attention implementation {implementation!r} cannot be observed; "
-            "load the model with attn_implementation='sdpa'"
-        )
-    return implementation
-
-
-def kernel_of(module: nn.Module, implementation: str) -> Kernel:
-    """The attention function that ``module`` would use under ``implementation``."""
-    if implementation == "eager":
-        return sys.modules[type(module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS[implementation]
-
-
-class Interception:
-    """While active, attention modules call ``interceptor(kernel, module, query, key, value, mask, **kwargs)``.
-
-    Inside another one on the same modules it takes that one's place for the time being.
-    """
-
-    def __init__(self, modules: Mapping[Any, Interceptor]) -> None:
-        self._modules = modules
-        self._configs: dict[int, tuple[Any, str]] = {}
-        self._outer: dict[Any, Interceptor | None] = {}
-
-    def __enter__(self) -> Interception:
-        for module in self._modules:
-            config: Any = module.config
-            self._configs.setdefault(id(config), (config, config._attn_implementation))
-        intercepted = [(config, PREFIX + implementation_of(config)) for config, _ in self._configs.values()]
-        for config, implementation in intercepted:
-            config._attn_implementation = implementation
-        self._outer = {module: _interceptors.get(module) for module in self._modules}
-        _interceptors.update(self._modules)
-        return self
-
-    @property
-    def is_in_place(self) -> bool:
-        """Whether the attention implementation is still the one set on entry."""
-        return all(config._attn_implementation.startswith(PREFIX) for config, _ in self._configs.values())
-
-    def __exit__(self, *_: object) -> None:
-        for config, implementation in self._configs.values():
-            config._attn_implementation = implementation
-        for module, interceptor in self._outer.items():
-            if interceptor is None:
-                _interceptors.pop(module, None)
-            else:
-                _interceptors[module] = interceptor
-
-
-def attention_mask(implementation: str, valid: Tensor | None, queries: int, length: int, like: Tensor) -> Tensor | None:
-    """Causal mask of the last ``queries`` of ``length`` tokens, in the form that an implementation takes.
-
-    ``valid``: bool (B, length), None if nothing is padded. A padded query sees itself, so that no row is empty.
-    """
-    if "flash" in implementation:
-        return valid
-    if implementation == "sdpa" and valid is None and queries in (1, length):
-        return None
-    column = torch.arange(length, device=like.device)
-    row = column[-queries:, None]
-    mask = (column <= row)[None]
-    if valid is not None:
-        mask = mask & valid[:, None, :] | (column == row)
-    mask = mask[:, None]
-    if implementation == "sdpa":
-        return mask
-    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(
-        ~mask, torch.finfo(like.dtype).min
-    )
-
-
-def by_row(
-    packing: Packing, kernel: Kernel, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any
-) -> tuple[Tensor, None]:
-    """The output (1, N, H, d) of a ``kernel`` on rows laid one behind the other: of each alone.
-
-    ``mask``: (B or 1, 1, L, L) of the padded rows; None: causal. Flash attention takes all rows in one call.
-    """
-    implementation = implementation_of(module.config)
-    if "flash" in implementation:
-        most = max(packing.lengths)
-        lengths = {"cu_seq_lens_q": packing.ends, "cu_seq_lens_k": packing.ends}
-        given |= lengths | {"max_length_q": most, "max_length_k": most}
-        return kernel(module, query, key, value, None, **given)[0], None
-    rows = []
-    for row, (first, end) in enumerate(pairwise(packing.bounds)):
-        length, own = end - first, (part[:, :, first:end] for part in (query, key, value))
-        if mask is None:
-            rule = attention_mask(implementation, None, length, length, query)
-        else:
-            rule = mask[row % len(mask), None, :, -length:, -length:]
-        rows.append(kernel(module, *own, rule, **given)[0])
-    return torch.cat(rows, dim=1), None
-
-
-def carried(mask: Tensor, queries: Tensor, keys: Tensor, valid: Tensor | None, *, ordered: bool) -> Tensor:
-    """The model's own ``mask`` (B or 1, 1, L, columns), bool or added to logits, at the columns that are left.
-
-    ``queries``: int (B, n), new columns, counted from the first; ``keys``: int (B, k), columns. ``valid``: bool (B, k),
-    None if nothing is padded; a padded query sees itself. ``ordered``: no token sees a later one of its own column.
-    """
-    mask = mask.expand(queries.shape[0], -1, -1, -1)
-    mask = mask.gather(2, queries[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
-    mask = mask.gather(3, keys[:, None, None, :].expand(-1, *mask.shape[1:3], -1))
-    if valid is None and not ordered:
-        return mask
-    place = torch.arange(keys.shape[1], device=keys.device)
-    own = place[-queries.shape[1] :, None]
-    hides = torch.zeros_like(mask[:, 0], dtype=torch.bool) if valid is None else ~valid[:, None, :]
-    if ordered:
-        hides = hides | (keys[:, own[:, 0], None] == keys[:, None, :]) & (place > own)
-    if mask.dtype == torch.bool:
-        return mask & ~hides[:, None] | (place == own)
-    return mask.masked_fill(hides[:, None], torch.finfo(mask.dtype).min).masked_fill(place == own, 0)
 
 
 def repeat_heads(tensor: Tensor, heads: int) -> Tensor:
@@ -223,6 +70,7 @@ def cap_of(module: Any, given: Mapping[str, Any]) -> float | None:
     return None if implementation_of(module.config) == "sdpa" else given.get("softcap")
 
 
+@torch.no_grad()
 def row_weights(query: Tensor, key: Tensor, columns: Tensor | None, valid: Tensor | None, logits: Logits) -> Tensor:
     """Post-softmax weights (B, H, R, L), fp32, of ``query`` rows (B, H, R, d) on ``key`` (B, kv heads, L, d).
 
@@ -230,15 +78,14 @@ def row_weights(query: Tensor, key: Tensor, columns: Tensor | None, valid: Tenso
     """
     (batch, heads, rows, size), (kv_heads, length) = query.shape, key.shape[1:3]
     plain = logits.by_place and columns is None and valid is None
-    if plain and rows == 1 and heads == kv_heads:
-        q, k = query.reshape(batch * heads, size, 1), key.flatten(0, 1)
-        products = torch.baddbmm(query.new_empty(()), k, q, beta=0, alpha=logits.scaling)
-        return fine(products).softmax(1).view(batch, heads, 1, length)
+    if plain and heads == kv_heads:
+        if rows == 1:
+            return last_weights(query, key, logits.scaling).view(batch, heads, 1, length)
+        return causal_weights(query, key, 0, rows, logits.scaling).view(batch, heads, rows, length)
     # Query heads that share keys stand one below the other, so that no key is repeated.
     q, k = query.reshape(batch * kv_heads, -1, size), key.flatten(0, 1).transpose(1, 2)
-    if plain and (rows == 1 or heads == kv_heads):
-        rule = query.new_empty(()) if rows == 1 else _later(rows, length, query)
-        products = torch.baddbmm(rule, q, k, beta=int(rows > 1), alpha=logits.scaling)
+    if plain and rows == 1:
+        products = torch.baddbmm(_nothing(query.dtype, query.device), q, k, beta=0, alpha=logits.scaling)
         return fine(products).softmax(-1).view(batch, heads, rows, length)
     products = fine(torch.bmm(q, k)).view(batch, heads, rows, length)
     column = torch.arange(length, device=key.device)
@@ -249,13 +96,100 @@ def row_weights(query: Tensor, key: Tensor, columns: Tensor | None, valid: Tenso
         visible = visible if valid is None else visible & valid[:, None, :]
     visible = visible | (column == own[:, :, None])
     products = logits.of(products) if logits.bias is None else logits.of(products) + logits.bias[:, None, None, :length]
-    return products.masked_fill(~visible[:, None], float("-inf")).softmax(-1)
+    return _softmax(products.masked_fill_(~visible[:, None], float("-inf")))
 
 
-def _later(rows: int, length: int, like: Tensor) -> Tensor:
+@torch.no_grad()
+def causal_weights(query: Tensor, key: Tensor, first: int, end: int, scaling: float) -> Tensor:
+    """The same, (B · H, R, n), of the queries (B, H, L, d) at places ``first`` … ``end``, on n keys (B, H, K, d).
+
+    The last L of the keys stand at the places of the queries, and there are as many heads of both.
+    """
+    seen = key.shape[2] - query.shape[2] + end
+    q, k = _folded(query, first, end), _folded(key, 0, seen, turned=True)
+    return _softmax(fine(torch.baddbmm(_later(end - first, seen, query.dtype, query.device), q, k, alpha=scaling)))
+
+
+@torch.no_grad()
+def last_weights(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """The same, (B · kv heads, L, G), of the last query, which sees all keys; G heads share each of them."""
+    nothing, k = _nothing(query.dtype, query.device), _folded(key, 0, key.shape[2])
+    return fine(torch.baddbmm(nothing, k, last_of(query, 2, key.shape[1]), beta=0, alpha=scaling)).softmax(1)
+
+
+def last_of(tokens: Tensor, dim: int, kv_heads: int) -> Tensor:
+    """(B · kv heads, d, G): the last along ``dim``, 1 or 2, of tokens of H heads; one view where there is one row."""
+    heads, size = tokens.shape[3 - dim], tokens.shape[3]
+    shared = heads // kv_heads
+    if len(tokens) == 1:
+        head, place, unit = tokens.stride(3 - dim), tokens.stride(dim), tokens.stride(3)
+        begin = tokens.storage_offset() + (tokens.shape[dim] - 1) * place
+        return tokens.as_strided((kv_heads, size, shared), (shared * head, unit, head), begin)
+    return tokens.select(dim, -1).reshape(-1, shared, size).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """What each key j contributes to the last query's attention output a, heads side by side: c_j, weight times value.
+
+    ``sums``: 2 · B · n numbers, fp32, a · c_j and |c_j|. All c_j add up to a. ``visual``: which keys are visual tokens.
+    """
+
+    sums: Tensor
+    rows: int
+    visual: slice
+
+    def of_visual(self, sums: Any) -> tuple[Any, Any, Any]:
+        """a · c_j (B, V), |c_j| (B, V) and |a|² (B, 1) out of the ``sums``, here or read back to the host."""
+        dot, norm = sums.reshape(2, self.rows, -1)
+        return dot[:, self.visual], norm[:, self.visual], dot.sum(1)[:, None]
+
+
+@torch.no_grad()
+def contributions(weights: Tensor, value: Tensor, output: Tensor) -> Tensor:
+    """(2, n) or (2, B, n): the sums of :class:`Contributions`.
+
+    ``weights``: (B · kv heads, n, G), ``value``: (B, kv heads, n, d), ``output``: (B, L, H, d). Two small products and
+    no copy of values in fp32.
+    """
+    batch, values = len(value), _folded(value, 0, value.shape[2])
+    along = torch.bmm(values, last_of(output, 1, value.shape[1]))
+    norms = torch.linalg.vector_norm(values, dim=2, keepdim=True, dtype=weights.dtype)
+    dots, lengths = torch._foreach_mul([weights, weights], [along, norms])
+    if batch == 1:
+        return torch.stack([dots.sum((0, 2)), torch.linalg.vector_norm(lengths, dim=(0, 2))])
+    dots, lengths = (part.unflatten(0, (batch, -1)) for part in (dots, lengths))
+    return torch.stack([dots.sum((1, 3)), torch.linalg.vector_norm(lengths, dim=(1, 3))])
+
+
+def _folded(tokens: Tensor, first: int, end: int, *, turned: bool = False) -> Tensor:
+    """(B · H, n, d), or ``turned`` (B · H, d, n): places ``first`` … ``end`` of (B, H, L, d), a view if possible."""
+    (batch, heads, _, size), (row, head, place, unit) = tokens.shape, tokens.stride()
+    if batch == 1 or row == heads * head:
+        shape, steps = (batch * heads, end - first, size), (head, place, unit)
+        if turned:
+            shape, steps = (shape[0], shape[2], shape[1]), (head, unit, place)
+        return tokens.as_strided(shape, steps, tokens.storage_offset() + first * place)
+    part = tokens[:, :, first:end].flatten(0, 1)
+    return part.transpose(1, 2) if turned else part
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """In place: new memory of that size costs a CPU several times as long as the softmax."""
+    return torch.softmax(logits, -1, out=logits)
+
+
+@lru_cache(maxsize=8)
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What products are added to that are added to nothing."""
+    with torch.inference_mode(False):
+        return torch.zeros((), dtype=dtype, device=device)
+
+
+def _later(rows: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(R, L): minus infinity where one of the last R of L tokens would see a later one, 0 elsewhere."""
     size = -(-length // 512) * 512
-    return _above_diagonal(size, like.dtype, like.device).as_strided((rows, length), (size, 1), (length - rows) * size)
+    return _above_diagonal(size, dtype, device).as_strided((rows, length), (size, 1), (length - rows) * size)
 
 
 @lru_cache(maxsize=4)
@@ -274,7 +208,7 @@ def weights_of(
     query: Tensor, key: Tensor, rows: TokenSet, layout: TokenLayout, before: Before | None, logits: Logits
 ) -> Tensor:
     """Weights (B, H, R, L) of the ``query`` of ``rows``; what was cached before takes its share."""
-    if before is None and layout.is_full and rows.span is not None and rows.span[1] == layout.width and logits.by_place:
+    if is_plain(layout, before, logits) and rows.span is not None and rows.span[1] == layout.width:
         return row_weights(query, key, None, None, logits)
     return _at(query, key, rows.index, layout, before, logits)
 
@@ -299,6 +233,11 @@ def _at(
     cached = places(before)
     keys = key if before is None else torch.cat([before.keys, key], dim=2)
     return row_weights(query, keys, index + cached, counting(layout, before), logits)[..., cached:]
+
+
+def is_plain(layout: TokenLayout, before: Before | None, logits: Logits) -> bool:
+    """Whether each token sees itself and all in front of it, and logits are scaled products."""
+    return before is None and layout.is_full and logits.by_place
 
 
 def counting(layout: TokenLayout, before: Before | None) -> Tensor:
@@ -340,14 +279,25 @@ def subset_attention(
     return (logits.of(q @ k.transpose(-1, -2)) + rule).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
 
 
+def written(rows: TokenSet, new: Tensor, onto: Tensor) -> Tensor:
+    """``onto`` (B, L, H, d) with these ``rows`` as in ``new`` (B, H, n, d); in place where they are one run."""
+    if rows.span is None:
+        return rows.place(new.transpose(1, 2), onto, dim=1)
+    (batch, _, heads, size), (row, place, head, unit) = onto.shape, onto.stride()
+    shape, steps = (batch, heads, rows.counts[0], size), (row, head, place, unit)
+    onto.as_strided(shape, steps, onto.storage_offset() + rows.span[0] * place).copy_(new)
+    return onto
+
+
 def _rule(queries: TokenSet, keys: TokenSet, logits: Logits, cached: Any, dtype: torch.dtype) -> Tensor:
     """(B, 1, n, p + k): 0 for what compact queries see of what was cached and of compact keys, else minus infinity."""
     before = 0 if cached is None else cached[0].shape[2]
-    shown = logits.seen(queries.index + before)
+    shown = None if logits.mask is None else logits.seen(queries.index + before)
     if shown is None:
-        rule = queries.sees(keys, dtype)
+        rule = causal_rule(queries, keys, dtype)
         if cached is None:
             return rule
+        rule = rule.expand(len(cached[0]), -1, -1, -1)
         seen = rule.new_zeros(len(rule), before)
         seen = seen if cached[2] is None else seen.masked_fill(~cached[2], float("-inf"))
         return torch.cat([seen[:, None, None].expand(-1, -1, rule.shape[2], -1), rule], dim=3)
@@ -356,3 +306,31 @@ def _rule(queries: TokenSet, keys: TokenSet, logits: Logits, cached: Any, dtype:
     # Places past a row's count see something, so that no row of the softmax is empty; they are thrown away later.
     hidden = ~(visible | ~queries.present[:, :, None])[:, None]
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+
+
+def largest_weights(query: Tensor, key: Tensor, first: int, end: int, scaling: float) -> Tensor:
+    """(B, R, n): of :func:`causal_weights` the largest over heads."""
+    weights = causal_weights(query, key, first, end, scaling)
+    return weights.amax(0, keepdim=True) if len(query) == 1 else weights.unflatten(0, query.shape[:2]).amax(1)
+
+
+def causal_rule(queries: TokenSet, keys: TokenSet, dtype: torch.dtype) -> Tensor:
+    """(B or 1, 1, n, k): 0 where one of ``queries`` sees one of ``keys`` causally, minus infinity elsewhere. Made once.
+
+    Places past a row's count see something, so that no row of a softmax is empty.
+    """
+    if id(keys) not in queries.rules:
+        queries.rules[id(keys)] = keys, _causal_rule(queries, keys, dtype)
+    return queries.rules[id(keys)][1]
+
+
+def _causal_rule(queries: TokenSet, keys: TokenSet, dtype: torch.dtype) -> Tensor:
+    if queries.span and keys.span and keys.span[0] <= queries.span[0] and keys.span[1] == queries.span[1]:
+        return _later(queries.counts[0], keys.counts[0], dtype, queries.device)[None, None]
+    hidden = keys.index[:, None, :] > queries.index[:, :, None]
+    if not keys.is_even:
+        hidden = hidden | ~keys.present[:, None, :]
+    if not queries.is_even:
+        hidden = hidden & queries.present[:, :, None]
+    rule = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+    return rule[:, None]
