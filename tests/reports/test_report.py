@@ -16,7 +16,6 @@ from visibench.cli import app
 from visibench.errors import DataError
 from visibench.evals.settings.method_spec import describe_methods
 from visibench.evals.tasks.tasks import load_tasks
-from visibench.methods import list_methods
 from visibench.models import load_model
 from visibench.reports.html.inline import inline, veil
 from visibench.reports.html.questions import choose
@@ -86,8 +85,8 @@ def test_of_two_rows_that_tests_do_not_tell_apart_the_higher_is_not_called_best(
 
 def test_rows_of_one_display_name_have_their_labels(monkeypatch):
     """A plug-in may take the name of a method that is here: only the labels tell them apart then."""
-    known = list_methods()
-    monkeypatch.setattr(titles, "list_methods", lambda: known | {"mine": known["fastv"]})
+    known = titles.built_in()
+    monkeypatch.setattr(titles, "_titles", lambda: known | {"mine": known["fastv"]})
     labels = ("none", "fastv:keep=0.5", "mine:keep=0.5", "fastv:keep=0.25", "control of fastv:keep=0.5")
     assert titles.row_titles(labels) == {
         "none": "Dense",
