@@ -210,8 +210,7 @@ class Bridge:
         inputs = self.loaded.inputs(prompts, images, digest([prompts, pixels]) if self._shares else None)
         check_prefill(self.loaded, *inputs["input_ids"].shape)
         watch, reused = Nonfinite(), self._reused
-        start = self.clock.mark()
-        new = self._generate(inputs, generation(chunk[0].options), watch)
+        new, start = self._generate(inputs, generation(chunk[0].options), watch)
         end = self.clock.mark()
         if self.on_first is not None and watch.first is not None:
             self.on_first([question.doc_id for question in chunk], watch.first)
@@ -257,13 +256,14 @@ class Bridge:
         features = self.session.features
         return 0 if features is None else features.reused
 
-    def _generate(self, inputs: Any, options: dict[str, Any], watch: Nonfinite) -> torch.Tensor:
-        """New token ids (B, n), on the host."""
+    def _generate(self, inputs: Any, options: dict[str, Any], watch: Nonfinite) -> tuple[torch.Tensor, Any]:
+        """New token ids (B, n), on the host, and when it began, behind what is done :attr:`around` it first."""
         model: Any = self.loaded.model
         greedy = {"temperature": None, "top_p": None, "top_k": None}
         with torch.inference_mode(), self.around(inputs):
+            start = self.clock.mark()
             ids = model.generate(**inputs, **options, **greedy, logits_processor=LogitsProcessorList([watch]))
-        return ids[:, inputs["input_ids"].shape[1] :].cpu()
+        return ids[:, inputs["input_ids"].shape[1] :].cpu(), start
 
 
 class Nonfinite(LogitsProcessor):

@@ -156,13 +156,15 @@ def _once(work: Callable[[], object], clock: Clock) -> float:
 @contextmanager
 def undisturbed(clock: Clock) -> Iterator[None]:
     """Nothing runs on the device before or behind what is timed inside, and no garbage is collected meanwhile."""
+    collects = gc.isenabled()
     gc.disable()
     clock.settle()
     try:
         yield
         clock.settle()
     finally:
-        gc.enable()
+        if collects:
+            gc.enable()
 
 
 # ---- phases of a generation ----------------------------------------------------------------------------------------

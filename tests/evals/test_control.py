@@ -1,6 +1,8 @@
 """Controls: random tokens at a method's own layers and counts, sample by sample."""
 
 import json
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from refusals import assert_refused
 from support import collate, make_batch
 from visibench.engine.vision.features import FeatureStore
 from visibench.evals.answers.control import ControlSession
+from visibench.evals.answers.generate import Bridge, questions
 from visibench.evals.sweeps.cells import cell_specs
 from visibench.evals.sweeps.config import parse_config
 
@@ -60,6 +63,24 @@ def test_what_stays_is_nested(llava):
     trace = controlled(llava, sample, METHODS[1])
     for layer in range(1, 10):
         assert not (trace.kept(layer) & ~trace.kept(layer - 1)).any()
+
+
+def test_the_time_of_a_control_is_that_of_its_random_tokens_alone(loaded, pope):
+    seen = []
+    clock = SimpleNamespace(mark=lambda: seen.append("mark"), between=lambda start, end: 0.0)
+    with ControlSession(loaded.model, METHODS[2], 0, FeatureStore(0)) as session:
+        bridge = Bridge(loaded, session, pope, 4)
+        bridge.clock = clock
+        bridge.around = lambda inputs: heard(session.around(inputs), seen)
+        bridge.answer(questions(pope, 4))
+    assert seen == ["planned", "mark", "mark"]
+
+
+@contextmanager
+def heard(around, seen):
+    with around:
+        seen.append("planned")
+        yield
 
 
 def configured(**more):

@@ -18,7 +18,6 @@ from storing import config as made_up
 from visibench.errors import DataError
 from visibench.evals.answers import cell, generate
 from visibench.evals.answers.cell_spec import CellSpec
-from visibench.evals.answers.generate import Bridge
 from visibench.evals.compute import timing
 from visibench.evals.sweeps.config import parse_config
 from visibench.evals.sweeps.sweep import save_tables, sweep
@@ -121,15 +120,15 @@ def interrupt(questions):
 
 
 def test_latency_is_the_time_of_the_batch_of_a_question(loaded, pope, tmp_path, monkeypatch):
-    generate, inner = Bridge._generate, []
+    generate, inner = loaded.model.generate, []
 
-    def timed(*arguments):
+    def timed(*arguments, **options):
         started = time.perf_counter()
-        new = generate(*arguments)
+        new = generate(*arguments, **options)
         inner.append(1e3 * (time.perf_counter() - started))
         return new
 
-    monkeypatch.setattr(Bridge, "_generate", timed)
+    monkeypatch.setattr(loaded.model, "generate", timed)
     started = time.perf_counter()
     done = cell.run_cell(loaded, CellSpec(pope_config(), DENSE), pope, Store(tmp_path))
     wall = 1e3 * (time.perf_counter() - started)

@@ -80,6 +80,12 @@ def test_nothing_disturbs_a_generation_that_is_timed(clock, loaded, monkeypatch)
     assert clock.calls[:2] == ["settle", "mark"]
     assert clock.calls[-2:] == ["mark", "settle"]
     assert (collecting, gc.isenabled()) == ([False], True)
+    gc.disable()
+    try:
+        time_phases(loaded, loaded.synthetic_inputs(1, 8, 144), new_tokens=2)
+        assert not gc.isenabled(), "as it was before"
+    finally:
+        gc.enable()
 
 
 def test_statistics_are_those_of_numpy():

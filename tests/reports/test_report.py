@@ -25,6 +25,7 @@ from visibench.reports.question_image import QuestionImage
 from visibench.results.figures import plots
 from visibench.results.store.store import Store
 from visibench.results.tables import summary, titles
+from visibench.results.tables.render import fitted
 from visibench.results.tables.tables import build
 
 
@@ -103,6 +104,10 @@ def test_a_control_is_no_setting_to_choose(table, tmp_path):
     scope, cheapest = summary.lead(build(store.cells())[0])
     assert "1 setting of 1 method on" in scope
     assert "on no task is FastV, which keeps" in cheapest
+    tables = build(store.cells())
+    short, wide = (" ".join(fitted(tables, None, 90, wide=wide).split()) for wide in (False, True))
+    assert "mean over 1 seeds. Near 0" in short
+    assert "[95 % interval, clustered by image] and p of that one test, not adjusted. Near 0" in wide
 
 
 def test_without_the_dense_model_no_share_is_named(table):

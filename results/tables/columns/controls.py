@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...statistics.inference import Contrast
-from ...store.records import ScoreRecord
+from ...store.records import CONTROL, ScoreRecord
 from ..tables import MethodRow, ResultTable
 from .column import MISSING, Column, TableEntry, TableLook, add_column, spell_score
 
@@ -56,12 +56,12 @@ class ControlColumn(Column):
         return {}  # stands among what the score is compared with
 
     def notes(self, shown: TableLook) -> list[str]:
-        seeds = sorted({len(row.seeds) for row in self.table.rows if row.method == "control"})
+        seeds = sorted({len(row.seeds) for row in self.table.rows if row.method == CONTROL})
         over = " or ".join(map(str, seeds))
+        test = "; [95 % interval, clustered by image] and p of that one test, not adjusted" * (not shown.brief)
         return [
             "− control: the score minus that of random tokens at the same layers, as many for each question, mean over "
-            f"{over} seeds; [95 % interval, clustered by image] and p of that one test, not adjusted. Near 0, the "
-            "schedule does the work, not the choice."
+            f"{over} seeds{test}. Near 0, the schedule does the work, not the choice."
         ]
 
     def _contrast(self, row: MethodRow) -> Contrast | None:
