@@ -5,8 +5,8 @@ Of each method, in two steps::
     search   on the first questions: what to measure is chosen by what was measured before (:mod:`.searches`); over all
              tasks together no more than half of what the target allows may change, since the cheapest of many
              settings that just reach it owes that to these questions
-    confirm  on the next ones, which the search never saw: the cheapest setting that reached the target, or one that
-             is dearer by a step, until one reaches it there too
+    confirm  on the next ones, which the search never saw: the cheapest setting that passed, or the cheapest of those
+             that are dearer by a step, until one reaches the target there too
 
 The target is a share of answers that are the dense model's, on every task. What is reported of a chosen setting was
 measured in the second step.
@@ -33,7 +33,7 @@ from ..results.store.records import environment
 from .asking import Asker
 from .bench import SettingBench, given
 from .fit import fit
-from .searches import SEARCHES
+from .searches import DEFAULT, SEARCHES
 
 STEP = 0.02
 """By how much of the dense compute the next setting to confirm is dearer than one that failed."""
@@ -42,13 +42,13 @@ STEP = 0.02
 def calibrate(
     loaded: LoadedModel,
     tasks: Sequence[Task],
-    methods: Sequence[str] = tuple(SEARCHES),
+    methods: Sequence[str] = DEFAULT,
     *,
     evaluation: Sequence[Task] = (),
     target: float = 0.98,
     limit: int = 50,
     confirm: int = 50,
-    batch_size: int = 25,
+    batch_size: int = 10,
     prompts: int = 16,
     authors: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     seed: int = 0,
@@ -67,12 +67,15 @@ def calibrate(
     asked = Asker(loaded, limit, batch_size, seed), Asker(loaded, limit + confirm, batch_size, seed, skip=limit)
     search = SettingBench(asked[0], tasks, target, (1 + target) / 2, on_point)
     second = SettingBench(asked[1], tasks, target, on_point=on_point)
-    depth = loaded.geometry.layers
     inputs = cache(lambda: _inputs(loaded, tasks[0], min(prompts, limit), batch_size))
     by_authors = {name: fit(name, loaded.model, inputs(), **settings).method for name, settings in authors.items()}
-    for name in methods:
-        if name not in by_authors:
-            SEARCHES[name](search, depth, inputs)
+
+    def chosen(name: str) -> ChosenSetting:
+        if name in by_authors:
+            return _by_authors(by_authors[name], second)
+        return _confirmed(name, lambda: SEARCHES[name](search, loaded.geometry.layers, inputs), search, second)
+
+    found = [chosen(name) for name in methods]
     return CalibrationRecord(
         model=loaded.name,
         checkpoint=fingerprint(loaded.name),
@@ -84,37 +87,44 @@ def calibrate(
         seed=seed,
         dense_macs=second.dense.macs,
         dense_tokens=second.dense.tokens,
-        chosen=[_chosen(name, search, second, by_authors.get(name)) for name in methods],
+        chosen=found,
         points=[*search.points.values(), *second.points.values()],
         environment=environment(loaded.describe()),
     )
 
 
-def _chosen(name: str, search: SettingBench, second: SettingBench, by_authors: Method | None) -> ChosenSetting:
-    if by_authors is not None:
-        point = second.measure(by_authors, everywhere=True)
-        return ChosenSetting(
-            method=name, options=given(by_authors), by="the search of its authors", point=point, nearest=None
-        )
+def _by_authors(method: Method, second: SettingBench) -> ChosenSetting:
+    point = second.measure(method, everywhere=True)
+    return ChosenSetting(
+        method=method.name, options=given(method), by="the search of its authors", point=point, nearest=None
+    )
+
+
+def _confirmed(
+    name: str, propose: Callable[[], Method | None], search: SettingBench, second: SettingBench
+) -> ChosenSetting:
+    """The cheapest setting that the search proposes and the second step confirms; each next one is dearer by a step."""
     by = f"the least compute at which {search.target:.0%} of the answers are the dense model's"
-    found, spent = None, 0.0
-    for method in (method for method in search.cheapest() if method.name == name):
-        if search.measure(method).macs < spent:
-            continue
+    search.floor, failed = 0.0, []
+    while (method := propose()) is not None and method not in failed:
         if second.passes(method):
-            found = method
-            break
-        spent = search.measure(method).macs + STEP * search.dense.macs
-    if found is not None:
-        return ChosenSetting(method=name, options=given(found), by=by, point=second.measure(found), nearest=None)
-    tried = [point for point in search.points.values() if point.method == name and point.complete]
-    nearest = max(tried, key=lambda point: (point.least.share, -point.macs), default=None)
-    return ChosenSetting(method=name, options={}, by=by, point=None, nearest=nearest)
+            point = second.measure(method)
+            return ChosenSetting(method=name, options=given(method), by=by, point=point, nearest=None)
+        failed.append(method)
+        search.floor = search.measure(method).macs + STEP * search.dense.macs
+    nearest = second.nearest(failed) or search.nearest(one for one in search.methods.values() if one.name == name)
+    point = None if nearest is None else second.measure(nearest, everywhere=True)
+    return ChosenSetting(method=name, options={}, by=by, point=None, nearest=point)
 
 
 def presets(record: CalibrationRecord) -> dict[str, Preset]:
     """A preset for each method that has a setting."""
     facts = record.environment
+    without = {
+        one.method: f"none reaches {record.target:.0%}; nearest: {one.nearest.spec}, {one.nearest.least.share:.2%}"
+        for one in record.chosen
+        if one.nearest is not None
+    }
     found = {}
     for chosen in record.chosen:
         if chosen.point is None:
@@ -133,6 +143,7 @@ def presets(record: CalibrationRecord) -> dict[str, Preset]:
                 "GFLOPs (multiply-adds) of a prefill": round(chosen.point.macs * 1e-9, 4),
                 "of dense": round(record.dense_macs * 1e-9, 4),
                 "visual tokens, mean over layers": round(chosen.point.tokens, 1),
+                **({"methods without a setting": without} if without else {}),
                 "questions of each task": {"search": record.searched, "confirmation": record.confirmed},
                 "data": {**record.tasks},
                 "seed": record.seed,

@@ -1,21 +1,28 @@
 """Settings found for decoders whose best ones are known, on questions apart from the evaluation's."""
 
 import json
+import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from refusals import assert_refused
-from visibench.analysis import fit, searches
+from visibench import synthetic
+from visibench.analysis import fit, prices, searches
+from visibench.analysis.asking import Asker
+from visibench.analysis.bench import SettingBench
 from visibench.analysis.calibrate import calibrate, check_apart, presets
+from visibench.analysis.prices import Priced
 from visibench.errors import DataError
 from visibench.evals.settings import method_spec
 from visibench.evals.tasks.tasks import load_tasks
 from visibench.models import load_model
-from visibench.results.figures.calibration import frontier
-from visibench.results.store.calibration_records import Agreement, CalibratedPoint
+from visibench.results.store.calibration_records import Agreement, CalibratedPoint, CalibrationRecord
 
 DEPTH = 10
+TOLERANCE = 0.01
+"""Of multiply-adds: prices leave out a method's own scoring, and text that attends to fewer tokens."""
 
 
 @pytest.fixture(scope="module")
@@ -41,20 +48,66 @@ def test_bisection_finds_the_last_that_passes(many):
         return value < many
 
     assert searches.last_that(passes, range(8)) == (many - 1 if many else None)
-    assert len(asked) == len({*asked}) <= 4
+    assert len(asked) == len({*asked}) <= 6
 
 
-@pytest.mark.parametrize("many", range(7))
-@pytest.mark.parametrize("known", [0, 2, 6])
-def test_a_staircase_goes_on_where_it_stands(many, known):
-    asked = []
+def test_the_least_of_all_columns_is_found_and_what_follows_a_failure_is_not_asked():
+    """Against all settings of random columns, in each of which from some setting on nothing passes."""
+    for seed in range(200):
+        draw, asked = random.Random(seed), []
+        columns, passing = [], set()
+        for number in range(draw.randint(1, 5)):
+            costs = sorted((draw.randint(1, 30) + number / 10 for _ in range(draw.randint(1, 7))), reverse=True)
+            columns.append([Priced(price, (number, price)) for price in costs])
+            passing |= {(number, price) for price in costs if price > draw.choice((0, 10, 20, 30))}
+        for column in columns:  # what is rougher than a failure fails as well
+            rough = max((one.price for one in column if one.method not in passing), default=0)
+            passing -= {one.method for one in column if one.price <= rough}
 
-    def passes(value):
-        asked.append(value)
-        return value < many
+        def passes(method, asked=asked, passing=passing):
+            asked.append(method)
+            return method in passing
 
-    assert searches.further(passes, range(6), known) == max(many, known)
-    assert len(asked) == len({*asked}) <= (1 if many <= known else 4)
+        dense = SimpleNamespace(macs=draw.choice((0, 100, 400)))
+        bench = SimpleNamespace(floor=draw.choice((0, 8, 16)), passes=passes, dense=dense)
+        found = searches.least(bench, columns)
+        reach = [price for _, price in passing if price >= bench.floor]
+        assert (found in passing) == bool(reach)
+        assert not reach or min(reach) <= found[1] <= min(reach) + searches.GAIN * dense.macs
+        assert len(asked) == len({*asked})
+
+
+@pytest.fixture(scope="module")
+def few_of_tiny():
+    """Twelve questions of ``tiny``'s calibration scenes, two tasks."""
+    return load_tasks(["mme", "textvqa_val"], str(synthetic.ensure(calibration=True)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["visipruner", "readers"])
+def test_no_setting_that_keeps_the_answers_costs_less(name, few_of_tiny, monkeypatch):
+    """Every setting of a coarse grid is asked everything, beside the search that asks few."""
+    few, columns, least = (0.01, 0.04, 0.16, 0.63), [], searches.least
+    for module in (searches, prices):
+        monkeypatch.setattr(module, "MAGNITUDES", few)
+    monkeypatch.setattr(searches, "LAYER_THRESHOLDS", (1.0, 0.9))
+    monkeypatch.setattr(searches, "EXITS", ())
+    monkeypatch.setattr(searches, "least", lambda bench, of: least(bench, columns.extend(map(list, of)) or columns))
+    loaded = load_model("tiny")
+    search, brute = (SettingBench(Asker(loaded, 6, 6), few_of_tiny, 0.8, 0.9) for _ in range(2))
+    found = searches.SEARCHES[name](search, loaded.geometry.layers, list)
+    every = [one for column in columns for one in column]
+    measured = {str(one.method): brute.measure(one.method, everywhere=True) for one in every}
+    assert len(measured) == len(every) > 40
+    keeping = [measured[str(one.method)].macs for one in every if brute.passes(one.method)]
+    dearer = search.measure(found).macs - min(keeping)
+    assert dearer <= (searches.GAIN + TOLERANCE) * search.dense.macs
+    assert len(search.points) < len(every)
+    for one in every:
+        assert one.price == pytest.approx(measured[str(one.method)].macs, rel=TOLERANCE)
+    given_up = [key for key, point in search.points.items() if not point.complete and key in measured]
+    assert given_up
+    assert not any(brute.passes(brute.methods[key]) for key in given_up)
 
 
 def test_withdrawal_is_as_early_as_nothing_is_lost(blind_from_5, tasks):
@@ -92,7 +145,8 @@ def test_frontier_holds_what_nothing_beats():
         return CalibratedPoint(method="m", spec="m", macs=macs, tokens=1, agreement=agreement, complete=complete)
 
     cheap, dear, beaten = point(1, 0.5), point(3, 0.9), point(2, 0.4)
-    assert frontier([dear, beaten, cheap, point(0.5, 1.0, complete=False)]) == [cheap, dear]
+    points = [dear, beaten, cheap, point(0.5, 1.0, complete=False)]
+    assert CalibrationRecord.model_construct(points=points).frontier("m") == [cheap, dear]
 
 
 @pytest.mark.slow
