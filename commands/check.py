@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..errors import OptionError
-from .shared import AsJson, finished, spelled_p, width, wrapped
+from .shared import AsJson, finished, spelled_p, terminal, width, wrapped
 
 if TYPE_CHECKING:
     from ..results.gate.gate import CellChange, MetricChange, Report
@@ -45,7 +45,7 @@ def check(
         print(to_json(report, indent=1, inf_nan_mode="null").decode())
     else:
         done = "Written" if update else "Compared with"
-        print(f"{done} {file}: {len(cells)} cells, {file.stat().st_size / 1e3:.0f} kB.")
+        _say(f"{done} {file}: {len(cells)} cells, {file.stat().st_size / 1e3:.0f} kB.")
         _print(report)
     if not report.passed:
         raise typer.Exit(1)
@@ -58,7 +58,7 @@ def _print(report: Report) -> None:
     from ..results.statistics.inference import ALPHA
 
     for note in report.notes:
-        print(f"Noted, not compared: {note}.")
+        _say(f"Noted, not compared: {note}.")
     room = max(min(width(), 120) - 62, 18)
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     grid.add_column("cell\nmetric", max_width=room, overflow="fold")
@@ -74,19 +74,25 @@ def _print(report: Report) -> None:
         f"for its {report.tests} tests by cell (Holm). Detectable: a true drop shown with about 80 % power or more; "
         f"{blind} (–) have too low a score or too few images for any."
     )
-    print(_whole(report.whole))
-    for cell in report.cells:
-        for line in _changes(cell):
-            print(line)
+    for line in [_whole(report.whole), *(line for cell in report.cells for line in _changes(cell))]:
+        _say(line)
     failed = [cell for cell in report.cells if cell.failed]
     parts = [f"{len(failed)} of {len(report.cells)} cells"] * bool(failed)
     parts += ["the run as a whole"] * report.whole.verdict.dropped
-    print(
+    _say(
         f"PASS: {len(report.cells)} cells keep and compute the same; {_could(report, blind)}."
         + f" Not compared: {report.left_out} of the baseline." * bool(report.left_out)
         if report.passed
         else f"FAIL: {' and '.join(parts)}."
     )
+
+
+def _say(line: str) -> None:
+    """One line for other programs to search; a terminal has it broken between words."""
+    if terminal() is None:
+        print(line)
+    else:
+        wrapped(line, hang="     ")
 
 
 def _could(report: Report, blind: int) -> str:
@@ -113,7 +119,7 @@ def _whole(change: MetricChange) -> str:
     sees = "it can show no drop" if known is None else f"a drop of {100 * known:.2f} in all cells at once is detectable"
     return (
         f"{'FAIL' if change.verdict.dropped else '  ok'} the run as a whole: {change.title} {before} %, now {now}, "
-        f"change {difference} [{low}, {high}],\n     p {spelled_p(change.verdict.p_holm)}, {c.questions} questions "
+        f"change {difference} [{low}, {high}], p {spelled_p(change.verdict.p_holm)}, {c.questions} questions "
         f"about {c.images} images; {sees}."
     )
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from .shared import print_list
+from .shared import print_list, width
 
 if TYPE_CHECKING:
     from ..evals.sweeps.config import SweepConfig
     from ..evals.sweeps.dry_run import CellCost
     from ..evals.sweeps.estimate import Rate
 
-HEADER = ["method", "task", "seed", "questions", "state", "TFLOPs", "basis", "time"]
+HEADER = ["model", "method", "task", "seed", "questions", "state", "TFLOPs", "basis", "time"]
 
 
 def show(config: SweepConfig, folder: Path, rate: float | None = None, *, as_json: bool) -> None:
@@ -30,17 +30,23 @@ def show(config: SweepConfig, folder: Path, rate: float | None = None, *, as_jso
     lines = _summary(cells, folder, at)
     if config.references:
         lines.append("Not among them: references, whose budgets are known once the other cells have run.")
-    several = len(config.by_model()) > 1
-    header = (["model"] if several else []) + HEADER
-    rows = [([cell.config.model] if several else []) + _row(cell) for cell in cells]
+    differs = {
+        "model": len(config.by_model()) > 1,
+        "seed": len({cell.config.seed for cell in cells}) > 1,
+        "state": any(cell.done for cell in cells),
+    }
+    header = [name for name in HEADER if differs.get(name, True)]
+    rows = [[row[name] for name in header] for row in map(_row, cells)]
     print_list([_json(cell) for cell in cells], header, rows, "\n" + "\n".join(lines), as_json=as_json)
 
 
-def _row(cell: CellCost) -> list[str]:
+def _row(cell: CellCost) -> dict[str, str]:
     from ..evals.sweeps.events import duration
+    from ..results.tables.render import broken
 
-    return [
-        cell.config.label,
+    told = [
+        cell.config.model,
+        broken(cell.config.label, max(width() // 4, 20)),
         cell.config.task,
         str(cell.config.seed),
         _upto(cell),
@@ -49,6 +55,7 @@ def _row(cell: CellCost) -> list[str]:
         cell.basis or "",
         "?" if cell.seconds is None else duration(cell.seconds),
     ]
+    return dict(zip(HEADER, told, strict=True))
 
 
 def _upto(cell: CellCost) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
-import sys
 from importlib.abc import SourceLoader
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +14,6 @@ from ..errors import DataError
 from .shared import check_writable, finished
 
 if TYPE_CHECKING:
-    from ..methods import Method
     from ..reports.question_image import ImageSource
 
 
@@ -68,6 +65,7 @@ def _about() -> dict[str, dict[str, Any]]:
     """Facts about all methods by name, with the description of the file that each is written in."""
     from ..evals.settings.method_spec import describe_methods
     from ..methods import list_methods
+    from ..methods.explained import how
 
     control = {
         "title": "Control",
@@ -75,7 +73,7 @@ def _about() -> dict[str, dict[str, Any]]:
         "algorithm": _description("visibench.evals.answers.control"),
     }
     methods = {facts["name"]: facts for facts in describe_methods()}
-    algorithms = {name: {"algorithm": _files(list_methods()[name])} for name in methods}
+    algorithms = {name: {"algorithm": how(list_methods()[name])} for name in methods}
     return {"control": control} | {name: facts | algorithms[name] for name, facts in methods.items()}
 
 
@@ -84,9 +82,3 @@ def _description(module: str) -> str:
     spec = find_spec(module)
     source = spec.loader.get_source(module) if spec and isinstance(spec.loader, SourceLoader) else None
     return ast.get_docstring(ast.parse(source or "")) or ""
-
-
-def _files(method: type[Method]) -> str:
-    """The descriptions of the files of a method and of the method that it extends."""
-    files = dict.fromkeys(cls.__module__ for cls in reversed(method.__mro__) if hasattr(cls, "title"))
-    return "\n\n".join(inspect.getdoc(sys.modules[file]) or "" for file in files)

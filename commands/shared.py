@@ -134,9 +134,12 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: bar.advance(task, done)
 
 
-def wrapped(text: str) -> None:
-    """Print a line of prose, broken between words where the terminal is narrower; what is indented stays so."""
-    indent = text[: len(text) - len(text.lstrip())]
+def wrapped(text: str, hang: str | None = None) -> None:
+    """Print a line of prose, broken between words where the terminal is narrower.
+
+    ``hang``: what stands before its second line and those behind it; by default what stands before the first.
+    """
+    indent = text[: len(text) - len(text.lstrip())] if hang is None else hang
     room = min(terminal() or 120, 120)
     print(textwrap.fill(text, room, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False))
 

@@ -29,8 +29,13 @@ def meaning(cls: type[Method], option: str) -> str:
 
 
 def how(cls: type[Method]) -> str:
-    """The method as its file tells it: algorithm, authors' code, and where paper and code differ."""
-    return inspect.cleandoc(getattr(sys.modules.get(cls.__module__), "__doc__", None) or cls.__doc__ or "")
+    """The method as its file tells it: algorithm, authors' code, and where paper and code differ.
+
+    The file of a method that it extends comes first.
+    """
+    named = [base for base in reversed(cls.__mro__) if hasattr(base, "title")]
+    told = [getattr(sys.modules.get(base.__module__), "__doc__", None) or base.__doc__ or "" for base in named]
+    return "\n\n".join(dict.fromkeys(map(inspect.cleandoc, told)))
 
 
 @cache

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...results.tables.tables import ResultTable
+from ...results.tables.titles import row_titles, task_title
 from ...utils.token_grids import Places, View, drawable, placed, views
 from ..question_image import ImageSource, QuestionImage
 from .inline import veil
@@ -71,7 +72,10 @@ def question_cards(chosen: Sequence[ShownQuestion], table: ResultTable, source: 
     for question in chosen:
         by_cell.setdefault(question.config.task, {})[question.doc_id] = question.prompt
     loaded = {task: source(configs[task], prompts) for task, prompts in by_cell.items()}
-    order = {id(row): place for place, row in enumerate(table.rows)}
+    order, titles = (
+        {id(row): place for place, row in enumerate(table.rows)},
+        row_titles(row.label for row in table.rows),
+    )
     cards = []
     for number, question in enumerate(chosen, start=1):
         shown = loaded[question.config.task][question.doc_id]
@@ -83,6 +87,7 @@ def question_cards(chosen: Sequence[ShownQuestion], table: ResultTable, source: 
             {
                 "number": number,
                 "task": question.config.task,
+                "title": task_title(question.config.task),
                 "kind": question.kind,
                 "parting": parting,
                 "of": sum(answer.row.method != "none" for answer in question.answers),
@@ -95,7 +100,11 @@ def question_cards(chosen: Sequence[ShownQuestion], table: ResultTable, source: 
                 "reason": shown if isinstance(shown, str) else "",
                 "overlay": _overlay(question, places),
                 "tokens": question.visual_tokens,
-                "answers": [_answer(answer, places, order[id(answer.row)], images) for answer in question.answers],
+                "answers": [
+                    _answer(answer, places, images)
+                    | {"place": order[id(answer.row)], "title": titles[answer.row.label]}
+                    for answer in question.answers
+                ],
                 "methods": " ".join(str(order[id(answer.row)]) for answer in question.answers if answer.parts),
             }
         )
@@ -109,12 +118,10 @@ def _overlay(question: ShownQuestion, places: Places) -> str:
     return "" if places else "the place of each token in the image is not known here"
 
 
-def _answer(answer: MethodAnswer, places: Places, place: int, pictures: Sequence[QuestionImage]) -> dict[str, Any]:
+def _answer(answer: MethodAnswer, places: Places, pictures: Sequence[QuestionImage]) -> dict[str, Any]:
     kept = sum(answer.kept) if answer.kept is not None else None
     shows = drawable(answer.kept, answer.left, places)
     return {
-        "place": place,
-        "label": answer.row.label,
         "texts": [_short(text) for text in dict.fromkeys(answer.answers)],
         "seeds": len(answer.answers),
         "score": f"{answer.score:.3g}",

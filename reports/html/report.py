@@ -24,7 +24,7 @@ from ...results.tables import summary
 from ...results.tables.columns import Column, TableLook, columns
 from ...results.tables.notes import heading, notes
 from ...results.tables.tables import MethodRow, ResultTable
-from ...results.tables.titles import row_title, task_title
+from ...results.tables.titles import row_titles, task_title
 from ..question_image import ImageSource, no_images
 from .cards import method_cards, question_cards
 from .inline import inline
@@ -100,8 +100,8 @@ def _section(
         "figures": _figures(table, prefix),
         "methods": method_cards(table, about),
         "questions": question_cards(chosen, table, images),
-        "rows": [row.label for row in table.rows],
-        "tasks": list(table.questions),
+        "rows": list(row_titles(row.label for row in table.rows).values()),
+        "tasks": [(task, task_title(task)) for task in table.questions],
         "facts": _facts(table),
         "cells": _cells(table),
     }
@@ -111,7 +111,7 @@ def _section(
 
 
 def _grid(table: ResultTable) -> dict[str, Any]:
-    chosen = columns(table)
+    chosen, titles = columns(table), row_titles(row.label for row in table.rows)
     return {
         "caption": f"Scores, visual tokens and compute on {table.facts['model']}",
         "columns": [
@@ -120,17 +120,17 @@ def _grid(table: ResultTable) -> dict[str, Any]:
             for lines in [[task_title(line) for line in column.title.split("\n")]]
         ],
         "groups": [
-            {"title": title, "rows": [[_entry(column, row) for column in chosen] for row in rows]}
+            {"title": title, "rows": [[_entry(column, row, titles[row.label]) for column in chosen] for row in rows]}
             for title, rows in table.grouped()
         ],
     }
 
 
-def _entry(column: Column, row: MethodRow) -> dict[str, Any]:
+def _entry(column: Column, row: MethodRow, title: str) -> dict[str, Any]:
     """``sort``: the first of the column's figures, with full precision; empty where there is none."""
     entry, value = column.show(row), next(iter(column.figures(row).values()))
     missing = value is None or value != value
-    shown = row_title(row) if column.name == "method" else entry.value
+    shown = title if column.name == "method" else entry.value
     return {
         "value": shown,
         "behind": " ".join(entry.behind),

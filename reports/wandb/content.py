@@ -30,7 +30,7 @@ def dense_of(cell: Cell, cells: Iterable[Cell]) -> list[Cell]:
 
 def row_of(cell: Cell, dense: Sequence[Cell]) -> MethodRow:
     """The cell as a row of a table of its own, beside those of the ``dense`` cells that it can be compared with."""
-    identity = (cell.config.label, cell.config.method)
+    identity = (cell.config.label, cell.config.role)
     return next(row for table in build([cell, *dense]) for row in table.rows if (row.label, row.method) == identity)
 
 

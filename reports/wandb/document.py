@@ -8,6 +8,7 @@ from typing import Any
 
 from ...errors import DataError
 from ...methods import list_methods
+from ...results.store.records import CONTROL
 from ...results.tables.render import render
 from ...results.tables.summary import by_group, lead
 from ...results.tables.tables import ResultTable
@@ -37,6 +38,8 @@ def document(tables: Sequence[ResultTable], destination: Destination) -> Any:
 
 def note(name: str) -> str:
     """A method's title, paper and authors' code."""
+    if name == CONTROL:
+        return f"{CONTROL}: random tokens at a method's own layers and counts"
     method = list_methods().get(name)
     if method is None:
         return f"{name}: a method that is not installed here"

@@ -13,7 +13,7 @@ from ..statistics.inference import DENSE
 from ..tables.columns.costs import compute_unit
 from ..tables.notes import origin, questions
 from ..tables.tables import MethodRow, ResultTable
-from ..tables.titles import row_title
+from ..tables.titles import row_titles
 from .captions import counted, timed
 from .style import BESIDE, SCREEN, SMALL, Look, caption, wrap
 
@@ -33,7 +33,8 @@ def by_component(table: ResultTable, look: Look = SCREEN) -> Figure:
     """A bar for each row, in its components; beside it, where something was timed, the prefill's time."""
     unit, name = compute_unit(table)
     was_timed = any(row.prefill for row in table.rows)
-    named = [(row_title(row) if look.titled else "dense" if row.label == DENSE else row.label) for row in table.rows]
+    titles = row_titles(row.label for row in table.rows) if look.titled else {DENSE: "dense"}
+    named = [titles.get(row.label, row.label) for row in table.rows]
     labels = [wrap(name.replace(",", ", ").replace("  ", " "), 24 if look.narrow else 34) for name in named]
     lines = sum(1 + 0.5 * label.count("\n") for label in labels)
     wide, high = look.width or (9.6 if was_timed else 6.8), (2.2 + 0.3 * lines) * (0.7 if look.width else 1)

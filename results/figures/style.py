@@ -135,6 +135,8 @@ def caption(figure: Figure, parts: Iterable[str], look: Look = SCREEN) -> None:
     if not look.notes:
         return
     lines = [line for part in parts for line in textwrap.wrap(part, int(15.5 * figure.get_figwidth()))]
+    if look.width is not None:  # a narrow figure grows by its caption, which would take the place of the axes
+        figure.set_figheight(figure.get_figheight() + 0.13 * len(lines))
     figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=7.5, color="#333333")
 
 

@@ -12,6 +12,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
 from ..store.profiles import Profile, ProfileRow
+from ..tables.titles import row_titles
 from . import style
 
 # Title and look of each segment, in the order of time; told apart in grey too.
@@ -22,6 +23,7 @@ _SEGMENTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 _OVERHEAD = "overhead of the method, in prefill"
 _WHISKER: dict[str, Any] = {"color": "black", "linewidth": 1.3}
+_REFERENCES = {"dense": "Dense", "none": "No method"}  # the model by itself, and in the engine
 _COLUMNS = ("prefill\nspeed-up", "promised\nspeed-up", "overhead\nms")
 _COLUMN = 46  # points from one to the next
 _BAR, _STRIP = 0.56, 0.1  # heights; rows are 1 apart
@@ -30,14 +32,17 @@ _BAR, _STRIP = 0.56, 0.1  # heights; rows are 1 apart
 def draw(profile: Profile, look: style.Look = style.SCREEN) -> Figure:
     """A panel for each batch size and length, with a bar for each of its rows."""
     panels = profile.together()
-    labels = [[style.wrap(row.method.replace(",", ", "), 34) for row in rows] for rows in panels]
-    lines = max(sum(1 + 0.45 * label.count("\n") for label in texts) for texts in labels)
+    names = row_titles(row.method for row in profile.rows) | _REFERENCES if look.titled else {}
+    spelled = [[names.get(row.method, row.method.replace(",", ", ")) for row in rows] for rows in panels]
+    labels = [[style.wrap(name, 20 if look.narrow else 34) for name in texts] for texts in spelled]
+    tall = [[1 + 0.45 * label.count("\n") for label in texts] for texts in labels]
+    lines = max(len(each) * max(each) if look.narrow else sum(each) for each in tall)  # rows are equally high
     with style.styled(look):
         most = 1 if len(panels) < 4 or look.width else 2
-        figure, places = style.grid(len(panels), most, (8.6, 1.1 + 0.34 * lines), look)
+        figure, places = style.grid(len(panels), most, (8.6, 1.1 + 0.34 * lines + 1.6 * look.narrow), look)
         for place, rows, texts in zip(places, panels, labels, strict=True):
-            _panel(place, rows, texts)
-        figure.legend(handles=_handles(profile), loc="outside upper center", ncols=3)
+            _panel(place, rows, texts, look)
+        figure.legend(handles=_handles(profile), loc="outside upper center", ncols=1 if look.narrow else 3)
         style.caption(figure, _notes(profile), look)
     return figure
 
@@ -49,11 +54,12 @@ def segments(row: ProfileRow) -> dict[str, float]:
     return {"vision": vision, "prefill": prefill - vision, "decode": whole - prefill}
 
 
-def _panel(place: Axes, rows: Sequence[ProfileRow], labels: Sequence[str]) -> None:
+def _panel(place: Axes, rows: Sequence[ProfileRow], labels: Sequence[str], look: style.Look) -> None:
+    columns = _COLUMNS[:1] if look.narrow else _COLUMNS
     heights, ends = range(len(rows)), [0.0] * len(rows)
-    for part, (_, look) in _SEGMENTS.items():
+    for part, (_, drawn) in _SEGMENTS.items():
         sizes = [segments(row)[part] for row in rows]
-        place.barh(heights, sizes, left=ends, height=_BAR, linewidth=0.5, label=part, **look)
+        place.barh(heights, sizes, left=ends, height=_BAR, linewidth=0.5, label=part, **drawn)
         ends = [end + size for end, size in zip(ends, sizes, strict=True)]
     strips = [0.0 if row.overhead_ms is None else row.overhead_ms.median for row in rows]
     below = [height + (_BAR + _STRIP) / 2 + 0.03 for height in heights]
@@ -64,12 +70,18 @@ def _panel(place: Axes, rows: Sequence[ProfileRow], labels: Sequence[str]) -> No
         _whisker(place, lower, upper, height)
         place.annotate(f"{_short(end)} ms", (max(upper, end), height), **style.BESIDE, **style.SMALL)
         reach = max(reach, upper, end)
-        for index, text in enumerate(_figures(row), start=1):
+        for index, text in enumerate(_figures(row)[: len(columns)], start=1):
             _column(place, text, index, ("axes fraction", "data"), height, "center")
-    for index, title in enumerate(_COLUMNS, start=1):
+    for index, title in enumerate(columns, start=1):
         _column(place, title, index, "axes fraction", 1.0, "bottom")
-    place.set(yticks=heights, yticklabels=labels, ylim=(len(rows) - 0.4, -0.6), xlim=(0, 1.12 * reach))
-    place.set(xlabel="median ms", title=f"batch {rows[0].batch_size}: {rows[0].lengths.spelled()}")
+    place.set(
+        yticks=heights,
+        yticklabels=labels,
+        ylim=(len(rows) - 0.4, -0.6),
+        xlim=(0, (1.4 if look.narrow else 1.12) * reach),
+    )
+    title = f"batch {rows[0].batch_size}: {rows[0].lengths.spelled()}"
+    place.set(xlabel="median ms", title=style.wrap(title, 22) if look.narrow else title)
     place.grid(axis="y", visible=False)
 
 

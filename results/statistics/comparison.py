@@ -94,8 +94,8 @@ def significance(first: Measured, second: Measured, flips: int = FLIPS) -> Teste
     """Whether two methods differ on the same questions, as :func:`compare` says."""
     if first.sums.shape[1:] != second.sums.shape[1:]:
         raise ValueError("measure both methods on the same questions")
-    scores = first.scores.mean(0), second.scores.mean(0)
-    better, worse = int((scores[0] > scores[1]).sum()), int((scores[0] < scores[1]).sum())
+    gains = first.scores.mean(0) - second.scores.mean(0)
+    better, worse = int((gains > NOTHING).sum()), int((gains < -NOTHING).sum())  # a mean over seeds is rounded
     exact = _mcnemar(better, worse) if first.binary and second.binary else None
     if exact is not None and first.is_mean and first.images == first.questions:
         return Tested(MCNEMAR, exact, True, exact, better, worse)

@@ -31,7 +31,7 @@ from .metrics import Floats, Measured, once
 
 LEVEL = 0.95
 NOTHING = 1e-9
-"""A standard error of less than this share of the scale is none."""
+"""A standard error, or a difference of scores, of less than this share of the scale is none."""
 
 
 @dataclass(frozen=True)

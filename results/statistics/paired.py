@@ -14,7 +14,7 @@ from ..store.store import Cell
 from .answers import Answers, check_same_questions
 from .comparison import Comparison, family
 from .inference import MethodRuns
-from .intervals import Estimate, estimate
+from .intervals import NOTHING, Estimate, estimate
 from .metrics import loyalty
 from .power import ALPHA, equivalence
 
@@ -112,8 +112,8 @@ def _metrics(one: MethodRuns, two: MethodRuns, cell: Cell, margin: float | None)
 
 
 def _discordant(one: Sequence[Answers], two: Sequence[Answers]) -> list[dict[str, Any]]:
-    scores = [np.stack([run.score for run in side]).sum(0) / len(side) for side in (one, two)]
-    rows = np.flatnonzero(scores[0] != scores[1])
+    scores = [np.mean([run.score for run in side], axis=0) for side in (one, two)]
+    rows = np.flatnonzero(np.abs(scores[0] - scores[1]) > NOTHING)
     asked = one[0].asked.table.take(rows).to_pylist()
     return [
         {

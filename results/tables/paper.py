@@ -8,7 +8,7 @@ from .columns import Column, TableLook
 from .formats import escaped
 from .notes import heading, notes
 from .tables import MethodRow, ResultTable
-from .titles import TASKS, row_title
+from .titles import TASKS, row_titles
 
 
 def paper(
@@ -34,15 +34,19 @@ def paper(
 
 def _table(table: ResultTable, columns: Sequence[Column], told: list[str], caption: str, label: str) -> str:
     body: list[str] = []
+    titles = row_titles(row.label for row in table.rows)
     for _, rows in table.grouped():
-        body += [r"\midrule", *(" & ".join(_entry(column, row) for column in columns) + r" \\" for row in rows)]
+        body += [
+            r"\midrule",
+            *(" & ".join(_entry(column, row, titles[row.label]) for column in columns) + r" \\" for row in rows),
+        ]
     about = f"Visual-token pruning on {table.facts['model']}."
     return "\n".join(
         [
             r"\begin{table}",
             r"\centering\small\setlength{\tabcolsep}{4pt}",
             rf"\caption{{{escaped(caption or about)}}}",
-            rf"\label{{{label}}}",
+            rf"\label{{{label}}}\smallskip",
             r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
             rf"\begin{{tabular}}{{{''.join('l' if column.words else 'r' for column in columns)}}}",
             r"\toprule",
@@ -62,7 +66,7 @@ def _title(column: Column) -> str:
     return known.get(task) or escaped(TASKS.get(task, " ".join(column.title.split())))
 
 
-def _entry(column: Column, row: MethodRow) -> str:
+def _entry(column: Column, row: MethodRow, title: str) -> str:
     entry = column.show(row)
-    value = escaped(row_title(row) if column.name == "method" else entry.value)
+    value = escaped(title if column.name == "method" else entry.value)
     return rf"\textbf{{{value}}}" if entry.best else value

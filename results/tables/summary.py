@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ..statistics.inference import ALPHA, DENSE, Contrast, Verdict
+from ..store.records import CONTROL
 from .columns.costs import compute_unit
 from .tables import MethodRow, ResultTable
+from .titles import row_titles, task_title
 
 _REFERENCES = {"dense": "dense", "random": "random tokens", "control": "random tokens at its own layers and counts"}
 
@@ -25,7 +27,7 @@ def by_group(table: ResultTable) -> list[tuple[str, str]]:
 
 
 def _scope(table: ResultTable) -> str:
-    pruned = [row for row in table.rows if row.method != DENSE]
+    pruned = [row for row in table.rows if row.method not in (DENSE, CONTROL)]
     dense = next((row for row in table.rows if row.method == DENSE), None)
     number = sum(questions.asked for questions in table.questions.values())
     subset = ", a subset, so these are no full-set scores" if table.is_subset else ""
@@ -39,17 +41,21 @@ def _scope(table: ResultTable) -> str:
 
 
 def _cheapest(table: ResultTable) -> list[str]:
-    """Rows are compared on the headline metrics of all tasks; one that lacks a comparison cannot be the answer."""
+    """Rows are compared on the headline metrics of all tasks; one that lacks a comparison cannot be the answer.
+
+    Nor can a control, which runs its method as well.
+    """
     if not any(row.method == DENSE for row in table.rows):
         return []
-    compared = [row for row in table.rows if len(_signs(table, row, "dense")) == len(table.questions)]
+    settings = [row for row in table.rows if row.method != CONTROL]
+    compared = [row for row in settings if len(_signs(table, row, "dense")) == len(table.questions)]
     if not compared:
         return ["No setting could be compared with the dense model on every task."]
     not_below = [row for row in compared if -1 not in _signs(table, row, "dense").values()]
     if not not_below:
         return [f"Each of the {len(compared)} settings compared is shown to score below dense on at least one task."]
     row = min(not_below, key=lambda row: row.macs)
-    least = f"The setting of least compute that is shown below dense on no task is {row.label}, which keeps"
+    least = f"The setting of least compute that is shown below dense on no task is {_named(table, row)}, which keeps"
     return [
         f"{least} {_retained(row)} at {_cost(table, row)}.{_below_alone(table, row)} Not shown is not the same as "
         "equal: the notes of the table say which differences this many questions can show."
@@ -59,7 +65,7 @@ def _cheapest(table: ResultTable) -> list[str]:
 def _below_alone(table: ResultTable, row: MethodRow) -> str:
     """Where a test by itself, without the adjustment for the others, puts the row below dense."""
     contrasts = _contrasts(table, row, "dense").items()
-    tasks = [task for task, contrast in contrasts if contrast.verdict == Verdict.LOWER_ALONE]
+    tasks = [task_title(task) for task, contrast in contrasts if contrast.verdict == Verdict.LOWER_ALONE]
     return f" Tests by themselves, not adjusted for their number, put it below on {', '.join(tasks)}." * bool(tasks)
 
 
@@ -69,15 +75,15 @@ def _group(table: ResultTable, rows: Sequence[MethodRow]) -> str:
         return "No row has all the scores that a share of the dense scores needs."
     first = max(known, key=lambda row: row.retained.mean if row.retained else 0.0)
     most = f", the highest figure of {len(known)} rows" if len(known) > 1 else ""
-    parts = [f"{first.label} keeps {_retained(first)} at {_cost(table, first)}{most}."]
+    parts = [f"{_named(table, first)} keeps {_retained(first)} at {_cost(table, first)}{most}."]
     for reference, words in _REFERENCES.items():
         signs = _signs(table, first, reference)
         shown = [
             f"{direction} {words} on {', '.join(tasks)}"
             for sign, direction in ((1, "above"), (-1, "below"))
-            if (tasks := [task for task, other in signs.items() if other == sign])
+            if (tasks := [task_title(task) for task, other in signs.items() if other == sign])
         ]
-        not_shown = [task for task, sign in signs.items() if sign == 0]
+        not_shown = [task_title(task) for task, sign in signs.items() if sign == 0]
         parts += [f"It is shown {' and '.join(shown)}."] * bool(shown)
         parts += [f"No difference from {words} is shown on {', '.join(not_shown)}."] * bool(not_shown)
     return " ".join([*parts, _best(table, rows)]).strip()
@@ -89,7 +95,8 @@ def _best(table: ResultTable, rows: Sequence[MethodRow]) -> str:
         return ""
     best = []
     for task, (score, *_) in table.metrics.items():
-        best += [f"{row.label} on {task}" for row in rows if row.evidence.best.get(task, {}).get(score.key, 1) < ALPHA]
+        shown = [row for row in rows if row.evidence.best.get(task, {}).get(score.key, 1) < ALPHA]
+        best += [f"{_named(table, row)} on {task_title(task)}" for row in shown]
     return f"Shown best of all: {', '.join(best)}." if best else "No row is shown to be the best on any task."
 
 
@@ -117,6 +124,10 @@ def _contrasts(table: ResultTable, row: MethodRow, reference: str) -> dict[str, 
         for task, (score, *_) in table.metrics.items()
         if (contrast := against.get(task, {}).get(score.key)) is not None
     }
+
+
+def _named(table: ResultTable, row: MethodRow) -> str:
+    return row_titles(row.label for row in table.rows)[row.label]
 
 
 def _retained(row: MethodRow) -> str:

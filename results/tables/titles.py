@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+
 from ...methods.registry import list_methods
-from .tables import MethodRow
+from ..store.records import CONTROL
 
 TASKS = {"gqa": "GQA", "mme": "MME", "textvqa_val": "TextVQA", "pope": "POPE"}
+
+_CONTROL = f"{CONTROL} of "
 
 
 def task_title(task: str) -> str:
@@ -20,8 +25,17 @@ def method_title(name: str) -> str:
     return "Dense" if name == "none" else f"{method.title}{at}{preset}" if method else name
 
 
-def row_title(row: MethodRow) -> str:
+def row_titles(labels: Iterable[str]) -> dict[str, str]:
+    """What rows are called in print, by label: their display names, or the labels where two would share a name."""
+    titles = {label: _titled(label) for label in labels}
+    shared = Counter(titles.values())
+    return {label: title if shared[title] == 1 else label for label, title in titles.items()}
+
+
+def _titled(label: str) -> str:
     """The method's display name, with the options of its label."""
-    name, _, options = row.label.partition(":")
+    if label.startswith(_CONTROL):
+        return _CONTROL + _titled(label.removeprefix(_CONTROL))
+    name, _, options = label.partition(":")
     title = method_title(name)
     return f"{title} ({', '.join(options.split(','))})" if options else title

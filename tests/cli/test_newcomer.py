@@ -105,6 +105,16 @@ def test_a_table_and_a_figure_for_a_two_column_paper(here, swept, visit):
         assert "Overfull" not in done.stdout
 
 
+def test_a_part_of_the_ci_sweep_passes_the_packaged_baseline(visit):
+    visit(
+        "sweep", "ci", "--limit", "9", "--only-tasks", "gqa", "--only", "fastv:layer=3,keep=0.5", "--out", "runs/part"
+    )
+    said = visit("check", "runs/part", "--subset")
+    assert "PASS: 2 cells keep and compute the same" in said
+    assert "Not compared: 18 of 20 cells, 141 of 150 questions of gqa of the baseline." in said
+    assert not re.search(r"answers changed,", said)
+
+
 def test_what_a_paper_would_cost(visit):
     said = visit("reproduce", "visipruner", "--dry-run")
     assert re.search(r"[\d.]+ GPU-hours", said), said

@@ -8,7 +8,7 @@ import visibench
 import yaml
 from rich.console import Console
 from storing import SAMPLES, config, put
-from visibench.commands import compare
+from visibench.commands import check, compare, shared
 from visibench.commands.shared import spelled_p
 from visibench.evals.sweeps import events
 from visibench.results.store.records import ScoreRecord
@@ -28,6 +28,7 @@ def store(tmp_path):
         rows = pd.concat([SAMPLES.iloc[:1]] * 200, ignore_index=True)
         scores = [float(i < 200 * right) for i in range(200)]
         rows = rows.assign(doc_id=range(200), image=[str(i) for i in range(200)], score=scores)
+        rows = rows.assign(kv_lengths=[[9, 9]] * 200, executed_macs=1e8)
         score = ScoreRecord(key="exact_match", title="exact match", value=right, maximum=1)
         put(store, config(method, "gqa"), samples=rows, scores=[score], metrics={"exact_match": right})
     return store
@@ -52,6 +53,18 @@ def test_compare_cuts_no_interval(store, columns, monkeypatch, capsys):
     table = [line.rstrip() for line in out.splitlines() if "]" in line or "─" in line]
     assert max(map(len, table)) <= (80 if columns < compare.WIDE else columns)
     assert max(map(len, out.splitlines())) <= max(columns, 140)
+
+
+@pytest.mark.parametrize("columns", [80, 120, 200])
+def test_the_gate_wraps_what_it_says_at_words(store, columns, monkeypatch, capsys):
+    for module in (check, shared):
+        monkeypatch.setattr(module, "terminal", lambda: columns)
+    check.check(store.root, baseline=store.root / "b.json", update=True)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= min(columns, 120)
+    told = " ".join(out.split())
+    assert "ok the run as a whole: mean score of all questions 70.00 %, now 70.00, change 0.00 [" in told
+    assert "PASS: 2 cells keep and compute the same; no drop of a score is shown; not seen would be one below" in told
 
 
 def test_no_p_value_is_nought():

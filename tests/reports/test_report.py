@@ -16,6 +16,7 @@ from visibench.cli import app
 from visibench.errors import DataError
 from visibench.evals.settings.method_spec import describe_methods
 from visibench.evals.tasks.tasks import load_tasks
+from visibench.methods import list_methods
 from visibench.models import load_model
 from visibench.reports.html.inline import inline, veil
 from visibench.reports.html.questions import choose
@@ -24,7 +25,7 @@ from visibench.reports.image_loader import LONGEST, ImageLoader, seen, stored
 from visibench.reports.question_image import QuestionImage
 from visibench.results.figures import plots
 from visibench.results.store.store import Store
-from visibench.results.tables import summary
+from visibench.results.tables import summary, titles
 from visibench.results.tables.tables import build
 
 
@@ -56,7 +57,7 @@ def test_summary_tells_shown_differences_from_those_not_shown(table):
     (_, said), *_ = summary.by_group(worse)
     assert "50.0 % of the dense scores" in said
     assert "T = 12.0" in said
-    assert "shown below dense on gqa" in said
+    assert "shown below dense on GQA" in said
     assert "tied" not in said
 
 
@@ -64,10 +65,10 @@ def test_a_difference_too_small_to_be_shown_is_not_called_equal(table):
     almost = RIGHT.copy()
     almost[:2] = 0
     close = table(none=RIGHT, fastv=almost)
-    assert "fastv, which keeps 95.0 % of the dense scores" in summary.lead(close)[1]
+    assert "FastV, which keeps 95.0 % of the dense scores" in summary.lead(close)[1]
     assert "Not shown is not the same as equal" in summary.lead(close)[1]
     (_, said), *_ = summary.by_group(close)
-    assert "No difference from dense is shown on gqa" in said
+    assert "No difference from dense is shown on GQA" in said
     assert "shown below" not in said
     assert summary.verdicts(close).endswith("0 show a lower score, 0 a higher one, and 1 no difference.")
 
@@ -76,10 +77,33 @@ def test_of_two_rows_that_tests_do_not_tell_apart_the_higher_is_not_called_best(
     one, other = RIGHT.copy(), RIGHT.copy()
     one[:1], other[-2:] = 0, 0
     (_, said), *_ = summary.by_group(table(none=RIGHT, fastv=one, dart=other))
-    assert "fastv keeps 97.5 %" in said
+    assert "FastV keeps 97.5 %" in said
     assert "No row is shown to be the best" in said
     (_, said), *_ = summary.by_group(table(none=RIGHT, fastv=one, dart=WRONG))
-    assert "Shown best of all: fastv on gqa" in said
+    assert "Shown best of all: FastV on GQA" in said
+
+
+def test_rows_of_one_display_name_have_their_labels(monkeypatch):
+    """A plug-in may take the name of a method that is here: only the labels tell them apart then."""
+    known = list_methods()
+    monkeypatch.setattr(titles, "list_methods", lambda: known | {"mine": known["fastv"]})
+    labels = ("none", "fastv:keep=0.5", "mine:keep=0.5", "fastv:keep=0.25", "control of fastv:keep=0.5")
+    assert titles.row_titles(labels) == {
+        "none": "Dense",
+        "fastv:keep=0.5": "fastv:keep=0.5",
+        "mine:keep=0.5": "mine:keep=0.5",
+        "fastv:keep=0.25": "FastV (keep=0.25)",
+        "control of fastv:keep=0.5": "control of FastV (keep=0.5)",
+    }
+
+
+def test_a_control_is_no_setting_to_choose(table, tmp_path):
+    table(none=RIGHT, fastv=RIGHT)
+    store = Store(tmp_path / "run")
+    cell(store, "fastv", RIGHT, 8, label="control of fastv", control=True, macs=1e9)
+    scope, cheapest = summary.lead(build(store.cells())[0])
+    assert "1 setting of 1 method on" in scope
+    assert "on no task is fastv, which keeps" in cheapest
 
 
 def test_without_the_dense_model_no_share_is_named(table):
@@ -270,7 +294,7 @@ def test_overlays_show_where_recorded_and_old_runs_say_so(tmp_path):
     veils = [attributes["d"] for tag, attributes in page.tags if attributes.get("class") == "veil"]
     np.testing.assert_array_equal(rastered(veils[1], 4), ~kept.reshape(4, 4))
     assert veils[0] == ""
-    assert "6 of 16 visual tokens left under fastv" in str(page.tags)
+    assert "6 of 16 visual tokens left under FastV" in str(page.tags)
     before = report(build(old.cells()), "old", questions=1, images=show)
     assert 'class="veil"' not in before
     assert "this run did not record which tokens stayed" in before

@@ -26,14 +26,14 @@ from visibench.results.tables.tables import build
 IMAGES = [f"i{n // 2}" for n in range(40)]
 
 
-def answered(store, method, right, keep=1.0):
+def answered(store, method, right, keep=1.0, **named):
     options = {} if method == "none" else {"keep": keep}
     score = [float(n % 10 < 10 * right) for n in range(40)]
     samples = frame(IMAGES, score, output="a word", kv_lengths=[[30, 20 if keep < 1 else 30]] * 40)
     samples["visual_tokens"] = [[16, round(16 * keep)]] * 40
     samples["executed_macs"] = 2e9
     value = ScoreRecord(key="exact_match", title="exact match", value=statistics.fmean(score), maximum=1)
-    return put(store, config(method, options=options), samples=samples, scores=[value])
+    return put(store, config(method, options=options, **named), samples=samples, scores=[value])
 
 
 def full(folder: Path) -> Store:
@@ -202,6 +202,14 @@ def test_retained_needs_a_dense_cell_on_the_same_questions(tmp_path):
     cells = {cell.config.method: cell for cell in store.cells()}
     assert "retained_percent" not in summary(cells["fastv"], [])
     assert summary(cells["none"], [])["gqa/exact_match"] == 0.9
+
+
+def test_a_control_has_a_summary_of_its_own(tmp_path):
+    store = full(tmp_path)
+    control = answered(store, "fastv", 0.3, 0.5, label="control of fastv", control=True)
+    (dense,) = (cell for cell in store.cells() if cell.config.method == "none")
+    told = summary(control, [dense])
+    assert [told[name] for name in ("gqa/exact_match", "retained_percent")] == pytest.approx([0.3, 100 * 0.3 / 0.9])
 
 
 def test_the_same_cell_has_the_same_run_and_other_groups_have_others():

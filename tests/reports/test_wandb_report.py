@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from storing import config, full, put
 from visibench.cli import main
-from visibench.reports.wandb.document import as_json, document
+from visibench.reports.wandb.document import as_json, document, note
 from visibench.reports.wandb.sink import Destination
 from visibench.results.store.store import Store
 from visibench.results.tables.render import render
@@ -82,6 +82,10 @@ def check_means(panels, tables):
     for name, point in expected.items():
         assert points[name] == pytest.approx(point)
     assert picture["mediaKeys"] == ["plots/pareto"]
+
+
+def test_a_control_is_called_by_what_it_is():
+    assert note("control") == "control: random tokens at a method's own layers and counts"
 
 
 def test_one_task_has_no_mean(tmp_path):

@@ -17,6 +17,7 @@ from visibench.results.statistics.comparison import compare
 from visibench.results.statistics.inference import MethodRuns, mean_of
 from visibench.results.statistics.intervals import Estimate
 from visibench.results.statistics.metrics import difficulty, loyalty, measure
+from visibench.results.statistics.paired import pair
 from visibench.results.store.records import ScoreRecord, VisualTokens
 from visibench.results.store.store import Store
 from visibench.results.tables.columns import spread
@@ -315,6 +316,15 @@ def test_compare_two_cells(contest, run_compare):
     assert f"and {differ.sum() - 2} more" in text
     assert "Question" in text
     assert "Answer shortly" not in text
+
+
+def test_a_mean_over_seeds_that_is_rounded_is_no_other_score(store):
+    right = [0.7] * 6  # (0.7 + 0.7 + 0.7) / 3 is 0.6999999999999998
+    first = [answered(store, "fastv", right)]
+    second = [answered(store, "random", [*right[:5], score], seed=seed) for seed, score in enumerate((0.7, 0.7, 0.4))]
+    found = pair(first, second)
+    assert [row["doc_id"] for row in found.discordant] == [5]
+    assert (found.metrics[0].comparison.better, found.metrics[0].comparison.worse) == (1, 0)
 
 
 def test_compare_calls_nothing_equal_without_a_test_of_a_margin(contest, run_compare):

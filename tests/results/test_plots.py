@@ -201,9 +201,18 @@ def test_captions_say_what_was_asked_and_what_bars_are(table):
 
 
 @pytest.mark.parametrize("kind", plots.KINDS)
+@pytest.mark.parametrize("width", [3.0, 6.3])
+def test_a_figure_for_a_paper_holds_all_it_says(kind, width, table):
+    assert_nothing_is_cut_off_or_covered(plots.draw(table, kind, style.Look(width, titled=True)))
+
+
+@pytest.mark.parametrize("kind", plots.KINDS)
 def test_nothing_is_cut_off_or_covered(kind, crowded):
+    assert_nothing_is_cut_off_or_covered(plots.draw(crowded, kind))
+
+
+def assert_nothing_is_cut_off_or_covered(figure):
     """All text lies inside the figure, and the legend beside the axes."""
-    figure = plots.draw(crowded, kind)
     FigureCanvasAgg(figure).draw()
     whole = figure.bbox.padded(1)
     texts = [

@@ -63,7 +63,8 @@ def written(path, content):
 
 @pytest.fixture
 def drawn(tmp_path):
-    return lambda **content: timeplot.draw(profiles.read(written(tmp_path / "p.json", made(**content))))
+    read = lambda content: profiles.read(written(tmp_path / "p.json", made(**content)))  # noqa: E731
+    return lambda look=style.SCREEN, **content: timeplot.draw(read(content), look)
 
 
 def bars(place):
@@ -188,10 +189,10 @@ def test_the_caption_says_what_did_not_fit(drawn):
 # ---- layout --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [1, 5])
-def test_nothing_is_cut_off_or_covered(count, drawn):
+@pytest.mark.parametrize(("count", "width"), [(1, None), (5, None), (1, 3.0), (1, 6.3)])
+def test_nothing_is_cut_off_or_covered(count, width, drawn):
     long = ["a_method_of_a_very_long_name:with=options,and=more,of=them,in=all", *(f"method{i}" for i in range(12))]
-    figure = drawn(settings=[(batch, 576, 3) for batch in range(1, count + 1)], methods=long)
+    figure = drawn(style.Look(width), settings=[(batch, 576, 3) for batch in range(1, count + 1)], methods=long)
     FigureCanvasAgg(figure).draw()
     whole = figure.bbox.padded(1)
     for place in figure.axes:
