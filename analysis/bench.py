@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -24,7 +24,6 @@ from ..results.statistics.metrics import measure_values
 from ..results.store.calibration_records import Agreement, CalibratedPoint
 from ..results.store.samples import Answer
 from .asking import Asker
-from .prices import Prices
 
 Records = dict[str, dict[int, Answer]]
 """Answers by task and doc_id."""
@@ -35,8 +34,7 @@ class SettingBench:
     """Measures settings on the questions that ``asker`` asks of ``tasks``; every one once.
 
     A setting passes where every task reaches the ``target``, a share of answers, and all together reach ``overall``.
-    ``on_point`` is called with each point that was measured. ``methods``: what was measured, by its text. ``floor``:
-    searches propose nothing that costs less, in multiply-adds.
+    ``on_point`` is called with each point that was measured. ``methods``: what was measured, by its text.
     """
 
     asker: Asker
@@ -46,7 +44,6 @@ class SettingBench:
     on_point: Callable[[CalibratedPoint], Any] = lambda point: None
     points: dict[str, CalibratedPoint] = field(default_factory=dict)
     methods: dict[str, Method] = field(default_factory=dict)
-    floor: float = 0.0
 
     def __post_init__(self) -> None:
         none = load_method("none")
@@ -54,52 +51,59 @@ class SettingBench:
         self._said = {name: {doc: _said(one) for doc, one in records.items()} for name, records in self.answers.items()}
         self._changed: Counter[tuple[str, int]] = Counter()
         self.dense = self._point(none, self.answers)
-        self.prices = Prices(self.asker, self.tasks, self.answers)
 
     def measure(self, method: Method, *, everywhere: bool = False) -> CalibratedPoint:
-        """The point of a setting; ``everywhere``: all questions are asked, whatever it misses."""
+        """The point of a setting, asked until it cannot pass; ``everywhere``: all questions, whatever it misses."""
         key = str(method)
         if key not in self.points or (everywhere and not self.points[key].complete):
             records: Records = {task.name: {} for task in self.tasks}
             for task, docs in self._turns():
-                records[task.name] |= self.asker.records(method, task, docs)
-                if not everywhere and not self._enough(self._shares(records)):
+                answers = self.asker.records(method, task, docs)
+                self._changed.update((task.name, doc) for doc in answers if not self._same(task.name, doc, answers))
+                records[task.name] |= answers
+                if not everywhere and not self._enough(records):
                     break
-            changed = [(task, doc) for task, of in records.items() for doc in of if not self._same(task, doc, of)]
-            self._changed.update(changed)
             self.points[key], self.methods[key] = self._point(method, records), method
             self.on_point(self.points[key])
         return self.points[key]
 
     def passes(self, method: Method) -> bool:
         """Whether a setting does."""
-        point = self.measure(method)
-        return point.complete and self._enough([one.share for one in point.agreement.values()])
+        return self._passed(self.measure(method))
+
+    def cheapest(self, methods: Iterable[Method] | None = None) -> list[Method]:
+        """Of those that were measured, or of some, the ones that pass, in order of their multiply-adds."""
+        keys = self.points if methods is None else dict.fromkeys(map(str, methods))
+        reach = [key for key in keys if self._passed(self.points[key])]
+        return [self.methods[key] for key in sorted(reach, key=lambda key: self.points[key].macs)]
 
     def nearest(self, methods: Iterable[Method]) -> Method | None:
         """Of settings that were measured, the one that keeps most answers, and of equals the one that costs least."""
-        order = lambda one: (self.points[str(one)].least.share, -self.points[str(one)].macs)  # noqa: E731
-        return max(methods, key=order, default=None)
+        points = [(self.points[str(one)], one) for one in methods]
+        order = sorted(points, key=lambda both: (-both[0].least.share, both[0].macs))
+        return order[0][1] if order else None
 
-    def _turns(self) -> Iterator[tuple[Task, set[int]]]:
-        """Batches of questions: of each task in turn, those first that change most often."""
+    def _turns(self) -> list[tuple[Task, set[int]]]:
+        """Batches of questions: of each task in turn, those first whose answers change most often."""
+        often, size = self._changed, self.asker.batch_size
         docs = {
-            task.name: sorted(self._said[task.name], key=lambda doc: -self._changed[task.name, doc])
-            for task in self.tasks
+            name: [doc for _, doc in sorted((-often[name, doc], doc) for doc in said)]
+            for name, said in self._said.items()
         }
-        worst = sorted(self.tasks, key=lambda task: -max(self._changed[task.name, doc] for doc in docs[task.name]))
-        size = self.asker.batch_size
-        for start in range(0, max(map(len, docs.values())), size):
-            for task in worst:
-                if batch := docs[task.name][start : start + size]:
-                    yield task, set(batch)
+        worst = sorted(self.tasks, key=lambda task: -often[task.name, docs[task.name][0]])
+        starts = range(0, max(map(len, docs.values())), size)
+        batches = [(task, {*docs[task.name][start : start + size]}) for start in starts for task in worst]
+        return [(task, batch) for task, batch in batches if batch]
 
-    def _enough(self, shares: Sequence[float]) -> bool:
+    def _enough(self, records: Records) -> bool:
+        """Whether a setting passes if it answers all that it was not asked yet as the dense model does."""
+        return self._shares_pass([float(self._kept(task, answers).mean()) for task, answers in records.items()])
+
+    def _passed(self, point: CalibratedPoint) -> bool:
+        return point.complete and self._shares_pass([one.share for one in point.agreement.values()])
+
+    def _shares_pass(self, shares: Sequence[float]) -> bool:
         return min(shares) >= self.target and fmean(shares) >= self.overall
-
-    def _shares(self, records: Records) -> list[float]:
-        """Of each task, the share of answers that are the dense ones if all that are not asked yet will be."""
-        return [self._kept(task, answers).mean() for task, answers in records.items()]
 
     def _same(self, task: str, doc: int, answers: dict[int, Answer]) -> bool:
         return doc not in answers or _said(answers[doc]) == self._said[task][doc]

@@ -5,8 +5,8 @@ Of each method, in two steps::
     search   on the first questions: what to measure is chosen by what was measured before (:mod:`.searches`); over all
              tasks together no more than half of what the target allows may change, since the cheapest of many
              settings that just reach it owes that to these questions
-    confirm  on the next ones, which the search never saw: the cheapest setting that passed, or the cheapest of those
-             that are dearer by a step, until one reaches the target there too
+    confirm  on the next ones, which the search never saw: the cheapest setting that reached the target, or one that
+             is dearer by a step, until one reaches it there too
 
 The target is a share of answers that are the dense model's, on every task. What is reported of a chosen setting was
 measured in the second step.
@@ -69,13 +69,13 @@ def calibrate(
     second = SettingBench(asked[1], tasks, target, on_point=on_point)
     inputs = cache(lambda: _inputs(loaded, tasks[0], min(prompts, limit), batch_size))
     by_authors = {name: fit(name, loaded.model, inputs(), **settings).method for name, settings in authors.items()}
-
-    def chosen(name: str) -> ChosenSetting:
-        if name in by_authors:
-            return _by_authors(by_authors[name], second)
-        return _confirmed(name, lambda: SEARCHES[name](search, loaded.geometry.layers, inputs), search, second)
-
-    found = [chosen(name) for name in methods]
+    for name in methods:
+        if name not in by_authors:
+            SEARCHES[name](search, loaded.geometry.layers, inputs)
+    found = [
+        _by_authors(by_authors[name], second) if name in by_authors else _confirmed(name, search, second)
+        for name in methods
+    ]
     return CalibrationRecord(
         model=loaded.name,
         checkpoint=fingerprint(loaded.name),
@@ -100,21 +100,22 @@ def _by_authors(method: Method, second: SettingBench) -> ChosenSetting:
     )
 
 
-def _confirmed(
-    name: str, propose: Callable[[], Method | None], search: SettingBench, second: SettingBench
-) -> ChosenSetting:
-    """The cheapest setting that the search proposes and the second step confirms; each next one is dearer by a step."""
+def _confirmed(name: str, search: SettingBench, second: SettingBench) -> ChosenSetting:
+    """The cheapest setting found that the second step confirms; each next one is dearer by a step."""
     by = f"the least compute at which {search.target:.0%} of the answers are the dense model's"
-    search.floor, failed = 0.0, []
-    while (method := propose()) is not None and method not in failed:
+    failed: list[Method] = []
+    spent = 0.0
+    for method in (method for method in search.cheapest() if method.name == name):
+        if search.measure(method).macs < spent:
+            continue
         if second.passes(method):
             point = second.measure(method)
             return ChosenSetting(method=name, options=given(method), by=by, point=point, nearest=None)
         failed.append(method)
-        search.floor = search.measure(method).macs + STEP * search.dense.macs
+        spent = search.measure(method).macs + STEP * search.dense.macs
     nearest = second.nearest(failed) or search.nearest(one for one in search.methods.values() if one.name == name)
-    point = None if nearest is None else second.measure(nearest, everywhere=True)
-    return ChosenSetting(method=name, options={}, by=by, point=None, nearest=point)
+    beside = None if nearest is None else second.measure(nearest, everywhere=True)
+    return ChosenSetting(method=name, options={}, by=by, point=None, nearest=beside)
 
 
 def presets(record: CalibrationRecord) -> dict[str, Preset]:

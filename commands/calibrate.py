@@ -170,11 +170,10 @@ def _print(record: CalibrationRecord, folder: Path) -> None:
     best = [point for chosen in record.chosen for point in record.frontier(chosen.method)]
     print()
     print(laid_out(header[:-1], [[point.spec, *_figures(point, record)] for point in best], width(), header[1:]))
-    given_up = sum(not point.complete for point in record.points)
+    few = sum(not point.complete for point in record.points)
     wrapped(
         f"Frontier: settings that no other of their method beats, on the {record.searched} questions of each task that "
-        f"were searched on. Of {len(record.points)} measurements {given_up} were given up when the target was out of "
-        "reach."
+        f"were searched on. {few} of {len(record.points)} measurements were given up, the target being out of reach."
     )
     for chosen in record.chosen:
         if chosen.point is not None:

@@ -25,11 +25,11 @@ def draw(record: CalibrationRecord) -> Figure:
             best = record.frontier(chosen.method)
             line: dict[str, Any] = {"color": look["color"], "linestyle": LINES[number % len(LINES)], "linewidth": 1.2}
             place.plot([p.macs * 1e-9 for p in best], [100 * p.least.share for p in best], label=chosen.method, **line)
-            point = chosen.point or chosen.nearest
-            if point is not None:
-                least, edge = point.least, "black" if chosen.point else "none"
+            shown = chosen.point or chosen.nearest
+            if shown is not None:
+                least, edge = shown.least, "black" if chosen.point else "none"
                 reach = [[100 * (least.share - least.low)], [100 * (least.high - least.share)]]
-                at = (point.macs * 1e-9, 100 * least.share)
+                at = (shown.macs * 1e-9, 100 * least.share)
                 place.errorbar(*at, yerr=reach, markersize=9, markeredgecolor=edge, capsize=3, **look)
         place.axvline(record.dense_macs * 1e-9, color="#888888", linewidth=1, linestyle=LINES[2])
         place.annotate("dense", (record.dense_macs * 1e-9, place.get_ylim()[0]), fontsize=8, ha="right", va="bottom")
@@ -47,8 +47,8 @@ def draw(record: CalibrationRecord) -> Figure:
 def _about(record: CalibrationRecord) -> str:
     facts = record.environment
     return (
-        f"Small: settings on {record.searched} questions of each of {', '.join(record.tasks)}; pale: given up when "
-        f"the target ({record.target:.0%}, line) was out of reach, drawn where they were if all other answers agreed. "
+        f"Small: settings on {record.searched} questions of each of {', '.join(record.tasks)}; pale: given up, "
+        f"drawn where they were if all other answers agreed; line: the target, {record.target:.0%}. "
         f"Large: on {record.confirmed} other questions of each, with 95 % intervals by image; black edge: chosen, "
         f"none: the nearest of a method without a setting. Seed {record.seed}; "
         f"{facts.model.get('dtype')}, {facts.model.get('hardware')}, visibench {facts.versions.get('visibench')}."

@@ -26,7 +26,8 @@ class CalibratedPoint(Record):
     """A setting as measured. ``macs``: executed multiply-adds of a prefill, vision included, mean over questions.
 
     ``tokens``: visual tokens, mean over decoder layers. ``agreement`` by task. ``complete``: all questions were
-    asked; a setting that can reach the target no more is given up. ``confirmed``: measured on the second share.
+    asked; a setting that can reach the target no more is given up.
+    ``confirmed``: measured on the second share.
     """
 
     method: str

@@ -1,28 +1,23 @@
 """Settings found for decoders whose best ones are known, on questions apart from the evaluation's."""
 
 import json
-import random
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from refusals import assert_refused
-from visibench import synthetic
-from visibench.analysis import fit, prices, searches
+from visibench.analysis import fit, searches
 from visibench.analysis.asking import Asker
 from visibench.analysis.bench import SettingBench
 from visibench.analysis.calibrate import calibrate, check_apart, presets
-from visibench.analysis.prices import Priced
 from visibench.errors import DataError
 from visibench.evals.settings import method_spec
 from visibench.evals.tasks.tasks import load_tasks
+from visibench.methods import load_method
 from visibench.models import load_model
 from visibench.results.store.calibration_records import Agreement, CalibratedPoint, CalibrationRecord
 
 DEPTH = 10
-TOLERANCE = 0.01
-"""Of multiply-adds: prices leave out a method's own scoring, and text that attends to fewer tokens."""
 
 
 @pytest.fixture(scope="module")
@@ -48,66 +43,36 @@ def test_bisection_finds_the_last_that_passes(many):
         return value < many
 
     assert searches.last_that(passes, range(8)) == (many - 1 if many else None)
-    assert len(asked) == len({*asked}) <= 6
+    assert len(asked) == len({*asked}) <= 4
 
 
-def test_the_least_of_all_columns_is_found_and_what_follows_a_failure_is_not_asked():
-    """Against all settings of random columns, in each of which from some setting on nothing passes."""
-    for seed in range(200):
-        draw, asked = random.Random(seed), []
-        columns, passing = [], set()
-        for number in range(draw.randint(1, 5)):
-            costs = sorted((draw.randint(1, 30) + number / 10 for _ in range(draw.randint(1, 7))), reverse=True)
-            columns.append([Priced(price, (number, price)) for price in costs])
-            passing |= {(number, price) for price in costs if price > draw.choice((0, 10, 20, 30))}
-        for column in columns:  # what is rougher than a failure fails as well
-            rough = max((one.price for one in column if one.method not in passing), default=0)
-            passing -= {one.method for one in column if one.price <= rough}
+@pytest.mark.parametrize("many", range(7))
+@pytest.mark.parametrize("known", [0, 2, 6])
+def test_a_staircase_goes_on_where_it_stands(many, known):
+    asked = []
 
-        def passes(method, asked=asked, passing=passing):
-            asked.append(method)
-            return method in passing
+    def passes(value):
+        asked.append(value)
+        return value < many
 
-        dense = SimpleNamespace(macs=draw.choice((0, 100, 400)))
-        bench = SimpleNamespace(floor=draw.choice((0, 8, 16)), passes=passes, dense=dense)
-        found = searches.least(bench, columns)
-        reach = [price for _, price in passing if price >= bench.floor]
-        assert (found in passing) == bool(reach)
-        assert not reach or min(reach) <= found[1] <= min(reach) + searches.GAIN * dense.macs
-        assert len(asked) == len({*asked})
-
-
-@pytest.fixture(scope="module")
-def few_of_tiny():
-    """Twelve questions of ``tiny``'s calibration scenes, two tasks."""
-    return load_tasks(["mme", "textvqa_val"], str(synthetic.ensure(calibration=True)))
+    assert searches.further(passes, range(6), known) == max(many, known)
+    assert len(asked) == len({*asked}) <= (1 if many <= known else 4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["visipruner", "readers"])
-def test_no_setting_that_keeps_the_answers_costs_less(name, few_of_tiny, monkeypatch):
-    """Every setting of a coarse grid is asked everything, beside the search that asks few."""
-    few, columns, least = (0.01, 0.04, 0.16, 0.63), [], searches.least
-    for module in (searches, prices):
-        monkeypatch.setattr(module, "MAGNITUDES", few)
-    monkeypatch.setattr(searches, "LAYER_THRESHOLDS", (1.0, 0.9))
-    monkeypatch.setattr(searches, "EXITS", ())
-    monkeypatch.setattr(searches, "least", lambda bench, of: least(bench, columns.extend(map(list, of)) or columns))
-    loaded = load_model("tiny")
-    search, brute = (SettingBench(Asker(loaded, 6, 6), few_of_tiny, 0.8, 0.9) for _ in range(2))
-    found = searches.SEARCHES[name](search, loaded.geometry.layers, list)
-    every = [one for column in columns for one in column]
-    measured = {str(one.method): brute.measure(one.method, everywhere=True) for one in every}
-    assert len(measured) == len(every) > 40
-    keeping = [measured[str(one.method)].macs for one in every if brute.passes(one.method)]
-    dearer = search.measure(found).macs - min(keeping)
-    assert dearer <= (searches.GAIN + TOLERANCE) * search.dense.macs
-    assert len(search.points) < len(every)
-    for one in every:
-        assert one.price == pytest.approx(measured[str(one.method)].macs, rel=TOLERANCE)
-    given_up = [key for key, point in search.points.items() if not point.complete and key in measured]
-    assert given_up
-    assert not any(brute.passes(brute.methods[key]) for key in given_up)
+@pytest.mark.parametrize(("target", "overall"), [(0.5, 0.0), (0.75, 0.8)])
+def test_what_is_given_up_would_have_failed(loaded, disk_data, target, overall):
+    """The verdict on every setting is that of all questions, whichever are asked first and however few."""
+    both = load_tasks(["gqa", "pope"], str(disk_data))
+    early, whole = (SettingBench(Asker(loaded, 8, 2), both, target, overall) for _ in range(2))
+    methods = [load_method("vtw", layer=layer) for layer in range(DEPTH)]
+    methods += [load_method("fastv", layer=2, keep=keep) for keep in (0.1, 0.5, 0.9)]
+    for method in methods:
+        assert whole.measure(method, everywhere=True).complete
+        assert early.passes(method) == whole.passes(method)
+        assert early.points[str(method)].least.share >= whole.points[str(method)].least.share
+    assert [str(one) for one in early.cheapest()] == [str(one) for one in whole.cheapest()]
+    assert not all(point.complete for point in early.points.values())
 
 
 def test_withdrawal_is_as_early_as_nothing_is_lost(blind_from_5, tasks):
@@ -129,7 +94,7 @@ def test_withdrawal_is_as_early_as_nothing_is_lost(blind_from_5, tasks):
 def test_a_target_out_of_reach_names_the_nearest(blind_from_5, tasks, monkeypatch):
     monkeypatch.setitem(searches.SEARCHES, "vtw", lambda bench, depth, inputs: None)
     (chosen,) = calibrate(blind_from_5, tasks, ["vtw"], limit=2, confirm=2, batch_size=4).chosen
-    assert chosen.point is chosen.nearest is None
+    assert chosen.point is chosen.nearest is None  # nothing was searched
     assert not presets(calibrate(blind_from_5, tasks, ["vtw"], limit=2, confirm=2, batch_size=4))
 
 
