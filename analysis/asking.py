@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from ..engine import prune
-from ..engine.features import FeatureStore
+from ..engine.vision.features import FeatureStore
 from ..evals.answers.checkpoint import KeptAnswers
 from ..evals.answers.generate import Bridge, OnFirst, questions
 from ..evals.answers.score import Evaluation, score

@@ -27,7 +27,7 @@ from ..models import LoadedModel
 from ..models.load import fingerprint
 from ..results.statistics.intervals import Estimate, estimate
 from ..results.statistics.metrics import agreement, measure, measure_values
-from ..results.store import disk
+from ..results.store import code, disk
 from ..results.store.records import digest, environment
 from ..results.store.stage_records import (
     ALL,
@@ -149,7 +149,7 @@ class StageAnalysis:
 
     def _without(self, window: Window, task: Task, dense: Seen) -> pd.DataFrame:
         """What is answered without vision in a window: columns kl, agree, answer, score, a row a question."""
-        key = f"{window.name} {task.name}"
+        key = f"{window.name} {task.name} {dense.evaluation.outcome.data_hash}"
         if key not in self._kept:
             kl: dict[int, float] = {}
 
@@ -175,10 +175,11 @@ class StageAnalysis:
     # ---- what is kept ---------------------------------------------------------------------------------------------
 
     def _identity(self) -> str:
-        """Hash of all that decides about the answers."""
+        """Hash of all that decides about the answers, beside the questions."""
         facts = {key: str(value) for key, value in self.loaded.describe().items() if key not in ("hardware", "threads")}
         tasks = {task.name: task.origin for task in self.tasks}
-        return digest([facts, self.checkpoint, tasks, self.limit, self.batch_size, self.seed])
+        made = [code.engine(), *map(code.of_method, sorted({type(w.method).__module__ for w in self.windows}))]
+        return digest([facts, self.checkpoint, tasks, self.limit, self.batch_size, self.seed, made])
 
     def _read(self) -> dict[str, dict[str, list[Any]]]:
         if self.journal is None:

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from visibench.results.statistics.metrics import measure
+from visibench.results.store import code
 from visibench.results.store.records import (
     CellConfig,
     CellMetrics,
@@ -34,6 +35,12 @@ from visibench.results.store.records import (
 from visibench.results.store.store import Store
 
 LAYERS, PROMPT = 12, 144
+PLACES = {
+    "gqa": "gqa/gqa.yaml",
+    "pope": "pope/pope.yaml",
+    "mme": "mme/mme.yaml",
+    "textvqa_val": "textvqa/textvqa_val.yaml",
+}
 TASKS = {
     "gqa": {"exact_match": ("exact match", 1)},
     "pope": {"pope_f1_score": ("F1", 1), "pope_accuracy": ("accuracy", 1)},
@@ -106,7 +113,18 @@ def make(folder: Path, methods: int, count: int, tasks: int) -> None:
             samples = answers(asked, keep, rng)
             told = [(key, title, most, measure(key, [samples], most).value) for key, (title, most) in scores.items()]
             label = f"{name}:keep={keep:g}" if options else name
-            cell = CellConfig(model="tiny", method=name, options=options, label=label, task=task, limit=count)
+            where = {"method": f"visibench.methods.{name}", "task": f"{PLACES[task]}+"}
+            hashes = {"method": code.of_method(where["method"]), "task": code.of_task(where["task"])}
+            cell = CellConfig(
+                model="tiny",
+                method=name,
+                options=options,
+                label=label,
+                task=task,
+                limit=count,
+                code=hashes | {"engine": code.engine()},
+                sources=where,
+            )
             metrics = CellMetrics(
                 config_hash=cell.digest(),
                 size=count,

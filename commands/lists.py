@@ -76,10 +76,10 @@ def models(
 
 def _matrix(*, as_json: bool) -> None:
     """Families by methods; holes with the reason that pruning gives."""
-    from ..evals.invariants.families import families, verdicts
+    from ..evals.invariants.families import matrix
     from ..models.adapters import UNFIT
 
-    found = {kind: verdicts(kind) for kind in families()}
+    found = matrix()
     if as_json:
         told = {kind: {name: one._asdict() for name, one in methods.items()} for kind, methods in found.items()}
         print(json.dumps(told, indent=1))
@@ -104,8 +104,9 @@ def tasks(as_json: AsJson = False) -> None:
     rows = [[t["name"], t["about"], ", ".join(m["key"] for m in t["metrics"])] for t in described]
     scorers = "\n".join(f"  {name:<10}{scorer.about}" for name, scorer in SCORERS.items())
     also = (
-        "Also: any other task of lmms-eval by its name, such as scienceqa_img, with data from the hub; and your own\n"
-        "questions, FILE.jsonl, FILE.parquet or a folder of such (docs/your_data.md). Scorers for these, FILE:SCORER:\n"
+        "Also: any other task of lmms-eval by its name, such as scienceqa_img, with data from the hub; and your own "
+        "questions, FILE.jsonl, FILE.parquet or a folder of such (docs/your_data.md).\n"
+        "Scorers for these, FILE:SCORER:\n"
         f"{scorers}"
     )
     print_list(described, ["task", "about", "metrics in tables"], rows, also, as_json=as_json)

@@ -23,11 +23,13 @@ from torch import Tensor
 
 from ..errors import OptionError, suggest
 from .decisions import BlockCut, BlockMerge, Join, Keep, Merge, Ranking
-from .units.shapes import ImageShape
+from .units.shapes import Grid, ImageShape
 
 if TYPE_CHECKING:
     from ..models.adapters import Geometry, VisionGeometry
+    from .attention import Contributions
     from .layout import TokenLayout, TokenSet
+    from .trace import OnHost
     from .units.encoding import BlockView
     from .units.view import ImageView, VisionView
     from .views import AttentionView, LayerView, SublayerView
@@ -37,8 +39,10 @@ __all__ = [
     "BlockCut",
     "BlockMerge",
     "BlockView",
+    "Contributions",
     "Forward",
     "Geometry",
+    "Grid",
     "HookPoint",
     "ImageShape",
     "ImageView",
@@ -48,6 +52,7 @@ __all__ = [
     "LayerView",
     "Merge",
     "Method",
+    "OnHost",
     "Positions",
     "Ranking",
     "SublayerView",
@@ -219,18 +224,6 @@ class Method:
 
     def check(self, geometry: Geometry) -> None:
         """Raise :class:`OptionError` if these hyperparameters cannot act on a model of this geometry."""
-
-    def check_images(self, geometry: Geometry) -> None:
-        """Raise :class:`OptionError` if it prunes images and rows as well, and images are not one square grid each.
-
-        The engine asks this of every method. One whose :meth:`left` counts tokens of images asks it in :meth:`check`.
-        """
-        both = VISION_SIDE & {*self.hook_points} and {*self.hook_points} - VISION_SIDE
-        self.require(
-            not both or geometry.vision is None or geometry.vision.is_square,
-            "acts on the vision side and in the decoder, which was tested only where each image is one square grid of "
-            "one size: on this model, choose a method that acts on one of both",
-        )
 
     def at(self, layer: int, geometry: Geometry) -> int:
         """The decoder layer of this model that an option means by the number ``layer``."""

@@ -118,6 +118,12 @@ class Merge:
             return self.added_present
         return torch.ones(self.added.shape[:2], dtype=torch.bool, device=self.added.device)
 
+    def columns(self, visual: TokenSet) -> Tensor:
+        """Int (B, M): the columns of the ``visual`` tokens by which new ones stand; one less is in front of it."""
+        anchor = visual.device_counts[:, None] - 1 if self.anchors is None else self.anchors
+        token = torch.where(anchor < 0, -1 - anchor, anchor).clamp(max=visual.index.shape[1] - 1)
+        return visual.index.gather(1, token.expand(self.added_mask().shape)) - (anchor < 0).long()
+
 
 @dataclass(frozen=True)
 class BlockCut:
@@ -153,6 +159,8 @@ def as_merge(decision: Keep | Ranking | Merge) -> Merge:
 
 def check_declared(merge: Merge, method: Any, *, aside: bool) -> None:
     """Raise :class:`VisibenchError` for what a method may do only if it says so."""
+    if merge.added is not None and merge.added_positions is None and method.positions != "renumber":
+        raise VisibenchError(f"{method.name}: new tokens need added_positions, or positions='renumber'")
     if merge.order is not None and not method.reorders:
         raise VisibenchError(f"{method.name} changes the order of tokens and does not say so: set reorders")
     if merge.bias is not None and not method.biases_keys:

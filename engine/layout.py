@@ -33,7 +33,8 @@ class TokenSet:
     def __init__(self, mask: Made, counts: tuple[int, ...], span: Span = None, device: Any = None) -> None:
         self._mask, self.counts, self.span, self._device = mask, counts, span, device
         self.sizes = len(counts), max(counts)  # (B, n)
-        self._sees: dict[int, tuple[TokenSet, Tensor]] = {}
+        # What of other sets its tokens see, by the other's id: made once, in engine/attention.
+        self.rules: dict[int, tuple[TokenSet, Tensor]] = {}
 
     @cached_property
     def mask(self) -> Tensor:
@@ -97,20 +98,16 @@ class TokenSet:
         surplus = torch.cat([onto, onto.narrow(dim, 0, 1)], dim=dim)
         return surplus.scatter(dim, index.view(shape).expand_as(new), new.to(onto.dtype)).narrow(dim, 0, width)
 
-    def sees(self, keys: TokenSet, dtype: torch.dtype) -> Tensor:
-        """(B, 1, n, k): 0 where a token of this set sees one of ``keys`` causally, minus infinity elsewhere. Made once.
+    def nth(self, number: int) -> TokenSet:
+        """Of each row the token of this ``number``, or its last one where there are not as many."""
 
-        Places past a row's count see something, so that no row of a softmax is empty.
-        """
-        if id(keys) not in self._sees:
-            hidden = keys.index[:, None, :] > self.index[:, :, None]
-            if not keys.is_even:
-                hidden = hidden | ~keys.present[:, None, :]
-            if not self.is_even:
-                hidden = hidden & self.present[:, :, None]
-            rule = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
-            self._sees[id(keys)] = keys, rule[:, None]
-        return self._sees[id(keys)][1]
+        def mask() -> Tensor:
+            chosen = self.index.gather(1, self.device_counts.sub(1).clamp(0, number)[:, None])
+            return torch.zeros_like(self.mask).scatter_(1, chosen, 1) & self.mask
+
+        place = self.span and min(self.span[0] + number, self.span[1] - 1)
+        span = None if place is None else (place, place + 1)
+        return TokenSet(mask, tuple(min(count, 1) for count in self.counts), span, self._device)
 
     def union(self, mask: Tensor, added: Sequence[int]) -> TokenSet:
         """This set and the tokens of ``mask`` (B, L), of which ``added`` in each row are not in it yet."""
@@ -344,7 +341,8 @@ def cut_run(layout: TokenLayout, kept: Tensor, counts: tuple[int, ...]) -> Cut:
     assert layout.span is not None
     first, behind = layout.span
     places = layout.counted
-    index = torch.cat([places[:, :first], kept + first, places[:, behind : layout.width]], dim=1)
+    parts = places.split([first, behind - first, layout.width - behind, places.shape[1] - layout.width], dim=1)
+    index = torch.cat([parts[0], kept + first, parts[2]], dim=1)
     gone = behind - first - counts[0]
     left = replace(
         layout,

@@ -5,6 +5,7 @@ Norms, projections and MLPs work on (1, N, D), N the tokens of all rows, and not
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -64,6 +65,11 @@ class Packing:
         """The way back: (B, width, …), the row's first token where it is padded."""
         rows = _moved(packed, dim, self._tokens)
         return rows.unflatten(0, (len(self.lengths), self.width)).movedim(1, dim)
+
+    def of_last(self, made: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+        """What is ``made`` of the last token of each row, (1, B, …), for all ``tokens`` (1, N, D) of the row."""
+        last = made(tokens.index_select(1, self.ends[1:] - 1))
+        return last.repeat_interleave(self.ends.diff(), dim=1, output_size=self.tokens)
 
     def pack_table(self, table: Tensor) -> Tensor:
         """(…, 1, N, d) of a rotary table (…, B or 1, width, d)."""

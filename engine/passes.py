@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from ..errors import InputError, VisibenchError
 from ..models.adapters import Adapter
+from .ahead import Ahead
 from .attention import Logits, by_row, cap_of
 from .cache import Held, PrunedCache, adopt
 from .contract import Forward, Method
@@ -49,7 +50,8 @@ class Pass:
     None: all. ``positions``: what the model hands its rotary table. ``segments``: those of the layers that have run so
     far; ``intercepted``: how many had their attention intercepted; ``sublayers``: how many attentions and MLPs were
     seen. ``aside``: tokens that are to join a later layer. ``recorded``: whether the model keeps hidden states or
-    attention maps of its layers, by row. ``deepstack``: what the model adds behind layers.
+    attention maps of its layers, by row. ``deepstack``: what the model adds behind layers. ``ahead``: what the method
+    made the layer at hand compute.
     """
 
     adapter: Adapter
@@ -68,6 +70,7 @@ class Pass:
     aside: list[Aside] = field(default_factory=list)
     recorded: bool = False
     deepstack: Deepstack | None = None
+    ahead: Ahead | None = None
     _before: dict[int, np.ndarray] = field(default_factory=dict)
     _hashes: RowHashes | None = None
 
@@ -192,14 +195,16 @@ class Pass:
             segment, hidden = self._apply(on_images, prompt.trace, segment, hidden)
             self.tap.used(self.inputs.encoded, again=self.cache is None)
         if type(prompt.forward).layer_input is not Forward.layer_input:
-            view = self._layer_view(prompt, layer, module, segment, hidden, given)
+            self.ahead = Ahead(module)
+            view = self._layer_view(prompt, layer, self.ahead, segment, hidden, given)
             answer = prompt.forward.layer_input(layer, view)
             decision = checked(answer, self.method.name, "layer_input", view.layout.visual.sizes)
             segment, hidden = self._apply(decision, prompt.trace, segment, hidden)
+            view.hand_over(self._layout(segment), hidden)
         return segment, hidden
 
     def _layer_view(
-        self, prompt: Prompt, layer: int, module: nn.Module, segment: Segment, hidden: Tensor, given: dict[str, Any]
+        self, prompt: Prompt, layer: int, ahead: Ahead, segment: Segment, hidden: Tensor, given: dict[str, Any]
     ) -> LayerView:
         layout = self._layout(segment)
         width = layout.width
@@ -214,9 +219,9 @@ class Pass:
             before = self._seen_before(segment, cached.keys, cached.values)
         return LayerView(
             layer,
-            module,
             layout,
             hidden if segment.packing is not None else parted(hidden, width)[0],
+            ahead=ahead,
             packing=segment.packing,
             positions=parted(segment.positions, width)[0],
             final_norm=self.adapter.decoder.norm,
@@ -250,19 +255,17 @@ class Pass:
             if best is None:
                 return segment, hidden
             prompt, behind = parted(segment.padded(hidden), layout.width)
-            return self._laid(segment.cut(best, None, None), best.gather(prompt), behind)
+            after, left = self._laid(segment.cut(best, None, None), best.gather(prompt), behind)
+            if self.ahead is not None:
+                self.ahead.follow(hidden, left, lambda made: after.laid(best.gather(segment.padded(made))))
+            return after, left
         visual, merge = layout.visual, as_merge(decision)
         prompt, behind = parted(segment.padded(hidden), layout.width)
         if merge.replaced is not None:
             prompt = visual.place(merge.replaced, prompt, dim=1)
         added = anchor = None
         if merge.added is not None:
-            added = merge.added_mask()
-            anchor = visual.device_counts[:, None] - 1 if merge.anchors is None else merge.anchors
-            token = torch.where(anchor < 0, -1 - anchor, anchor).clamp(max=visual.index.shape[1] - 1)
-            anchor = visual.index.gather(1, token.expand(added.shape)) - (anchor < 0).long()
-            if merge.added_positions is None and self.method.positions != "renumber":
-                raise VisibenchError(f"{self.method.name}: new tokens need added_positions, or positions='renumber'")
+            added, anchor = merge.added_mask(), merge.columns(visual)
         counts = decision.counts if isinstance(decision, Keep) and decision.order is None else None
         trace.host_syncs += counts is None
         check_declared(merge, self.method, aside=isinstance(decision, Keep) and decision.aside)
@@ -295,15 +298,7 @@ class Pass:
     # ---- attention ------------------------------------------------------------------------------------------------
 
     def attend(
-        self,
-        layer: int,
-        kernel: Callable[..., Any],
-        module: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Any,
-        **kwargs: Any,
+        self, layer: int, kernel: Callable, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any
     ) -> Any:
         """The attention of a layer: the method may read it, and replace its output."""
         self.intercepted += 1
@@ -374,6 +369,8 @@ class Pass:
 
     def close(self) -> None:
         """The call is over, complete or not: what the trace keeps holds no inputs any more."""
+        if self.ahead is not None:
+            self.ahead.close()
         if self._hashes is not None:
             self._hashes.close()
 

@@ -218,9 +218,11 @@ class Segment:
     def _changed(self, change: Cut, positions: Tensor | None, columns: Tensor | None) -> Segment:
         """With the places of ``change``; ``positions`` and ``columns`` (B, M) of those that come from elsewhere."""
         assert self.layout is not None
-        width, behind, before = self.layout.width, self.places - self.layout.width, self.every_column
-        here, there = (part if not behind else part[:, :width] for part in (self.positions, before))
-        positions, left = change.gather(here, positions), change.gather(there, columns)
+        width, behind = self.layout.width, self.places - self.layout.width
+        positions = change.gather(parted(self.positions, width)[0], positions)
+        # While every column is there, places are columns.
+        same = self.columns is None and columns is None
+        left = change.index if same else change.gather(parted(self.every_column, width)[0], columns)
         valid = None if change.layout.is_full else change.layout.valid
         left = left if valid is None else left.masked_fill(~valid, -1)
         bias = self.bias
@@ -229,7 +231,7 @@ class Segment:
             bias = torch.cat([change.gather(bias[:, :width], other), bias[:, width:]], dim=1)
         if behind:
             positions = torch.cat([positions, self.positions[:, width:]], dim=1)
-            left = torch.cat([left, before[:, width:]], dim=1)
+            left = torch.cat([left, self.every_column[:, width:]], dim=1)
             valid = None if valid is None else torch.cat([valid, valid.new_ones(valid.shape[0], behind)], dim=1)
         places = change.layout.width + behind
         after = Segment(self.held, change.layout, places, positions, valid, left, self.added)

@@ -23,13 +23,13 @@ from ..models.adapters import Adapter
 from .attention import Interception, implementation_of
 from .cache import OUTSIDE, PrunedCache, check_cache
 from .contract import Method
-from .features import FeatureStore
 from .generation import Generation, Turnstile, guarded
 from .inputs import Inputs, check_videos, hidden, new_mask, prompt_layout, read
 from .layout import TokenLayout
 from .passes import Pass, Prompt
 from .trace import Trace, Watch, unwatched
 from .views import Sublayer
+from .vision.features import FeatureStore
 from .vision.tap import VisionTap
 
 _active: WeakSet[nn.Module] = WeakSet()
@@ -59,7 +59,6 @@ class PruningSession:
         _check_attention(self.adapter, method)
         self.geometry = self.adapter.geometry
         self._tap = VisionTap(self.adapter, method, watch, features)
-        method.check_images(self.geometry)
         method.check(self.geometry)
         self._trace: Trace | None = None
         self._pass: Pass | None = None
@@ -202,6 +201,7 @@ class PruningSession:
         self._tap.begin(None if self._generation is None else inputs.encoded)
         layout = prompt_layout(inputs, mask, given, self.adapter.visual_tokens)
         trace = self._trace = Trace(layout, self.geometry.layers, self.watch)
+        trace.has_videos = inputs.videos
         if self.adapter.family.views is not None:
             trace.views = partial(self.adapter.family.views, self.model.config)
         return Prompt(layout, trace)

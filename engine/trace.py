@@ -31,6 +31,24 @@ def unwatched(part: Literal["method", "model"]) -> AbstractContextManager[None]:
     return _nobody
 
 
+class OnHost:
+    """Numbers on their way to the host. The device goes on meanwhile: what is queued behind them does not wait."""
+
+    def __init__(self, numbers: Tensor, trace: Trace) -> None:
+        self._trace = trace
+        self._there = numbers.to("cpu", non_blocking=True)
+        self._event = torch.cuda.Event() if numbers.is_cuda else None
+        if self._event is not None:
+            self._event.record(torch.cuda.current_stream(numbers.device))
+
+    def read(self) -> np.ndarray:
+        """All of them; waits until they are there, and counts as one read."""
+        self._trace.host_syncs += 1
+        if self._event is not None:
+            self._event.synchronize()
+        return np.from_dlpack(self._there)
+
+
 class Trace:
     """Record of one prefill. Layer numbers count decoder layers from 0; work is in multiply-adds (MACs).
 
@@ -64,6 +82,8 @@ class Trace:
         # Where the tokens of an image lie in it (:mod:`visibench.utils.token_grids`): by the model's image processor,
         # inputs of the batch, the image's number there and its size (width, height); None where that is not known.
         self.views: Callable[[Any, Mapping[str, Any], int, tuple[int, int]], list[list[int]]] | None = None
+        # Whether videos are among the images.
+        self.has_videos = False
         # The images or tiles of each row, by number; None where that is not known, or there is one row.
         self.units_of_row: list[list[int]] | None = None
         # Sums on the host are numpy's: torch would dispatch them like work of the model.
@@ -131,6 +151,10 @@ class Trace:
         from ..utils.overlay import Overlay, Strip
         from ..utils.token_grids import size
 
+        if self.has_videos:
+            raise InputError(
+                "videos are not drawn: show what a method leaves of images, such as a frame, asked about alone"
+            )
         images = list(image) if isinstance(image, Sequence) else [image]
         count = self.prompt.visual_counts[row]
         by = getattr(processor, "image_processor", processor)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from . import attention
+from .ahead import Ahead
 from .layout import TEXT, VISUAL, TokenLayout, TokenSet
 from .packing import Before, Packing, Parts
-from .trace import Trace
+from .trace import OnHost, Trace
 
 Edit = Callable[[Tensor], Tensor]
 Norm = Callable[[Tensor], Tensor]
@@ -24,8 +25,9 @@ Sublayer = Literal["attention", "mlp"]
 class LayerView:
     """The input of a decoder layer: B rows, L tokens, V visual tokens.
 
-    ``layout``: the roles of all tokens. ``final_norm``: the decoder's last norm,
-    as a function. ``read``: logits (B, n, vocabulary) of hidden states (B, n, D), by that norm and the LM head.
+    ``layout``: the roles of all tokens. ``ahead``: what the layer is made to compute before it runs. ``final_norm``:
+    the decoder's last norm, as a function. ``read``: logits (B, n, vocabulary) of hidden states (B, n, D), by that norm
+    and the LM head.
     ``told``: the layer's keyword arguments for these tokens; ``mask``: who sees whom in it, None: causal by place.
     ``bias``: what is added to the logits of all keys. ``before``: what its cache held.
     """
@@ -33,10 +35,10 @@ class LayerView:
     def __init__(
         self,
         layer: int,
-        module: Any,
         layout: TokenLayout,
         hidden: Tensor,
         *,
+        ahead: Ahead,
         packing: Packing | None,
         positions: Tensor,
         final_norm: Norm,
@@ -49,7 +51,7 @@ class LayerView:
     ) -> None:
         self.layer, self.layout, self.final_norm, self.read = layer, layout, final_norm, read
         self._laid, self._packing = hidden, packing
-        self._module, self._told, self._mask, self._before, self._trace = module, told, mask, before, trace
+        self._ahead, self._told, self._mask, self._before, self._trace = ahead, told, mask, before, trace
         self._bias, self._positions = bias, positions
 
     @property
@@ -90,18 +92,31 @@ class LayerView:
         if not rotated:
             cosine, sine = told["position_embeddings"]
             told["position_embeddings"] = torch.ones_like(cosine), torch.zeros_like(sine)
-        query, key, logits, token = self._captured(told)
-        macs = _with_images(self.layout, token * np.array(self.layout.everything.counts))
-        self._trace.scored(self.layer, macs, self._laid.shape[:2].numel() * token)
+        query, key, logits = self._captured(told)
         return query, key, logits.scaling
 
-    def _captured(self, told: dict[str, Any]) -> tuple[Tensor, Tensor, attention.Logits, int]:
-        """Queries and keys of all tokens by row, how logits are made of them, and the multiply-adds of a token."""
-        query, key, value, logits = attention.captured(self._module, self._laid, told)
-        macs = sum(_size(part) for part in (query, key, value)) * int(self._laid.shape[2])
+    def _captured(self, told: dict[str, Any], rows: TokenSet | None = None) -> tuple[Tensor, Tensor, attention.Logits]:
+        """Queries and keys of all tokens by row, and how logits are made of them; queries of ``rows`` count, or all."""
+        ahead, laid = self._ahead, self._laid
+        query, key, _, logits = ahead.captured(laid, told, self._of_last if rows is self.layout.last else None)
+        macs = _with_images(self.layout, ahead.macs * np.array(self.layout.lengths) + ahead.row_macs)
+        self._trace.scored(self.layer, macs, ahead.macs * laid.shape[:2].numel() + ahead.row_macs * self.layout.rows)
         if self._packing is not None:
             query, key = self._packing.spread(query, 2), self._packing.spread(key, 2)
-        return query, key, logits, macs
+        return query, key, logits
+
+    def _of_last(self, made: Norm, tokens: Tensor) -> Tensor:
+        """What is ``made`` of the last token of each row, for all tokens (B, L, D) or (1, N, D) as they are laid."""
+        if self._packing is not None:
+            return self._packing.of_last(made, tokens)
+        return made(tokens[:, -1:]).expand(-1, tokens.shape[1], -1)
+
+    def hand_over(self, left: TokenLayout, tokens: Tensor) -> None:
+        """What was projected of the tokens that are ``left`` the layer takes over; ``tokens``: its input, of these."""
+        saved = self._ahead.hand_over(tokens)
+        if saved:
+            macs = _with_images(self.layout, saved * np.array(left.lengths))
+            self._trace.scored(self.layer, -macs, -saved * tokens.shape[:2].numel())
 
     def preview(self, rows: TokenSet | None = None) -> Tensor:
         """Attention weights (B, H, R, L), fp32, that the layer would compute for ``rows`` (default: the last token)."""
@@ -117,13 +132,12 @@ class LayerView:
     def _asked(self, rows: TokenSet) -> tuple[Tensor, Tensor, attention.Logits]:
         """Queries of the ``rows`` and keys of all tokens that the layer would compute, and how logits come of them."""
         everything, before = self.layout.everything, self._before
-        queries, key, logits, token = self._captured(self._told())
+        queries, key, logits = self._captured(self._told(), rows)
         query = rows.pick(queries, 2)
         pair, width = _size(query), self.layout.width
-        macs = token * np.array(everything.counts) + pair * _pairs(rows, everything, before)
-        batch = self.layout.rows * pair * max(rows.counts) * (width + attention.places(before))
-        batch += self._laid.shape[:2].numel() * token
-        self._trace.scored(self.layer, _with_images(self.layout, macs), batch)
+        macs = _with_images(self.layout, pair * _pairs(rows, everything, before))
+        places = width + attention.places(before)
+        self._trace.scored(self.layer, macs, self.layout.rows * pair * max(rows.counts) * places)
         return query, key, replace(logits, mask=self._mask(), bias=self._bias)
 
 
@@ -203,52 +217,53 @@ class AttentionView:
         The largest weight over heads, summed over queries. These stand at the end of each row; they are taken in blocks
         from there, with the keys up to the block's last row.
         """
-        layout, before = self.layout, self._before
-        cached = attention.places(before)
-        key = self._key if before is None else torch.cat([before.keys, self._key], dim=2)
-        valid = None if layout.is_full and before is None else attention.counting(layout, before)
+        layout = self.layout
         self._scored_behind()
-        sums: list[Tensor] = []
+        totals: dict[int, Tensor] = {}
         for first, end, seen in self._behind():
-            query, keys = self._query[:, :, first:end], key if seen == layout.width else key[:, :, : cached + seen]
-            counts = None if valid is None else valid[:, : cached + seen]
-            rows = None if seen == end else layout.counted[:, first:end] + cached
-            weights = attention.row_weights(query, keys, rows, counts, self._logits)
-            most = weights.amax(1)
-            block = _summed(most[..., cached:] if cached else most, layout, first)
-            # The last block, which comes first, has all columns.
-            for total, more in zip(sums, block, strict=False):
-                total.narrow(1, 0, more.shape[1]).add_(more)
-            sums = sums or [*block]
-        own, cross = sums
-        if layout.span is None:
-            return layout.visual.pick(own, 1), layout.visual.pick(cross, 1)
-        return own, cross
+            for role, more in _summed(self._largest(first, end, seen), layout, first).items():
+                total = totals.setdefault(role, more)
+                if total is not more:  # the first, of the last rows, has all columns
+                    total[:, : more.shape[1]].add_(more)
+        own = totals[VISUAL]
+        cross = totals[TEXT] if TEXT in totals else torch.zeros_like(own)
+        return (own, cross) if layout.span else (layout.visual.pick(own, 1), layout.visual.pick(cross, 1))
 
-    def contributions(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What each visual token contributes to the last token, fp32: a · c_j (B, V), |c_j| (B, V) and |a| (B, 1).
+    def _largest(self, first: int, end: int, seen: int) -> Tensor:
+        """(B, R, n): the largest weight over heads of the rows at ``first`` … ``end``, which see the first n tokens."""
+        layout, before, cached = self.layout, self._before, attention.places(self._before)
+        heads, kv_heads = self._query.shape[1], self._key.shape[1]
+        if heads == kv_heads and attention.is_plain(layout, before, self._logits):
+            return attention.largest_weights(self._query, self._key, first, end, self._logits.scaling)
+        key = self._key if before is None else torch.cat([before.keys, self._key], dim=2)
+        counts = attention.counting(layout, before)[:, : cached + seen]
+        rows, query = layout.counted[:, first:end] + cached, self._query[:, :, first:end]
+        weights = attention.row_weights(query, key[:, :, : cached + seen], rows, counts, self._logits)
+        return weights.amax(1)[..., cached:]
 
-        a is the last token's attention output with its heads side by side, c_j the part of it that comes from token j:
-        its weight times its value. One product with the values, of which no copy in fp32 is made.
-        """
-        last = self.layout.last
+    def contributions(self) -> attention.Contributions:
+        """What each visual token contributes to the last token, weight times value, read once with all values."""
+        layout, last = self.layout, self.layout.last
         self._scored(last)
         self._scored(last)  # once with the keys, once with the values
-        batch, heads, size = self._query.shape[0], self._query.shape[1], self._query.shape[3]
-        output, value = self.output[:, -1:], self._value.flatten(0, 1).transpose(1, 2)
-        # Heads that share values stand one below the other.
-        weights = self._weights(last).reshape(len(value), -1, self.layout.width)
-        along = torch.bmm(output.reshape(len(value), -1, size), value)
-        exact = torch.float64 if value.dtype == torch.float64 else torch.float32
-        length = weights * torch.linalg.vector_norm(value, dim=1, keepdim=True, dtype=exact)
-        dot, norm = (weights * along).view(batch, heads, -1).sum(1), length.view(batch, heads, -1)
-        dot, norm = (self.layout.visual.pick(part, 1) for part in (dot, torch.linalg.vector_norm(norm, dim=1)))
-        return dot, norm, torch.linalg.vector_norm(output, dim=(2, 3), dtype=exact)
+        plain = attention.is_plain(layout, self._before, self._logits)
+        if plain:
+            weights = attention.last_weights(self._query, self._key, self._logits.scaling)
+        else:
+            weights = self._weights(last).reshape(len(self._key) * self._key.shape[1], -1, layout.width)
+            weights = weights.transpose(1, 2)
+        sums = attention.contributions(weights, self._value, self.output)
+        if plain and layout.span is not None:
+            return attention.Contributions(sums, layout.rows, slice(*layout.span))
+        dot, norm = (layout.visual.pick(part, 1) for part in sums.view(2, layout.rows, -1))
+        whole = torch.linalg.vector_norm(self.output[:, -1], dim=(1, 2), dtype=sums.dtype).square()
+        others = whole[:, None] - dot.sum(1, keepdim=True)
+        sums = torch.stack([torch.cat([others, dot], dim=1), torch.cat([others, norm], dim=1)])
+        return attention.Contributions(sums, layout.rows, slice(1, None))
 
-    def on_host(self, numbers: Tensor) -> list[list[float]]:
-        """Numbers (n, B) on the host. Waits for the device: once a layer at most, to decide what to cut."""
-        self._trace.host_syncs += 1
-        return numbers.tolist()
+    def on_host(self, *numbers: Tensor) -> OnHost:
+        """Tensors of one shape on their way to the host, to decide at the next layer's input what to cut."""
+        return OnHost(numbers[0] if len(numbers) == 1 else torch.stack(numbers), self._trace)
 
     def _behind(self) -> list[tuple[int, int, int]]:
         """Blocks of the rows from the first visual token on, the last first: their columns, and how many keys they see.
@@ -257,9 +272,9 @@ class AttentionView:
         """
         counts = zip(self.layout.visual_counts, self.layout.text_counts, strict=True)
         width, most = self.layout.width, max(map(sum, counts))
-        ends = range(width, width - most, -attention.BLOCK)
+        ends = range(width, width - most, -attention.weights.BLOCK)
         causal = self._logits.mask is None
-        return [(max(end - attention.BLOCK, width - most), end, end if causal else width) for end in ends]
+        return [(max(end - attention.weights.BLOCK, width - most), end, end if causal else width) for end in ends]
 
     def _scored_behind(self) -> None:
         """Weights of those rows are computed, block by block, over the keys that the block sees."""
@@ -268,7 +283,7 @@ class AttentionView:
         rows = np.array(layout.visual_counts) + np.array(layout.text_counts)
         pairs, batch = np.zeros_like(rows), 0
         for first, end, seen in self._behind():
-            of_block = (rows - (layout.width - end)).clip(0, attention.BLOCK)
+            of_block = (rows - (layout.width - end)).clip(0, attention.weights.BLOCK)
             pairs += of_block * (there - (layout.width - seen))
             batch += layout.rows * (end - first) * (attention.places(before) + seen)
         self._trace.scored(self.layer, _with_images(layout, pairs * size), batch * size)
@@ -279,7 +294,7 @@ class AttentionView:
         ``edit`` gets the layer's values (B, kv heads, L, d) and returns those to read. This edits attention weights
         behind the softmax, column by column: a value of zero drops a column, the value of another token moves the
         column's mass there, and no map of weights is needed. All rows run on the layer's own kernel. The rows not
-        named are those of ``onto``, or of the layer's own output.
+        named are those of ``onto``, or of the layer's own output, which may be written to.
         """
         values = edit(self._value)
         if rows is None:
@@ -290,7 +305,7 @@ class AttentionView:
         everything, before = self.layout.everything, self._before
         part = self._subset(values, rows, everything)
         self._trace.attended(self.layer, _pairs(rows, everything, before), _batch_pairs(rows, everything, before))
-        return rows.place(part.transpose(1, 2), onto, dim=1)
+        return attention.written(rows, part, onto)
 
     def attend(self, *parts: tuple[TokenSet, TokenSet], onto: Tensor | None = None) -> Tensor:
         """Attention output (B, L, H, d) computed in ``parts`` of (queries, keys), instead of fully.
@@ -348,18 +363,20 @@ class SublayerView:
         return self.layout.visual.present
 
 
-def _summed(most: Tensor, layout: TokenLayout, first: int) -> tuple[Tensor, Tensor]:
-    """Sums of weights (B, R, n) over visual and over text rows, which stand from column ``first`` on.
+def _summed(most: Tensor, layout: TokenLayout, first: int) -> dict[int, Tensor]:
+    """Sums (B, n) by role of weights (B, R, n) over visual and over text rows, which stand from column ``first`` on.
 
     Of the visual columns where those are one run in all rows, else of all n.
     """
     rows = most.shape[1]
     if layout.span is None:
         roles = layout.roles[:, first : first + rows, None]
-        return (most * (roles == VISUAL)).sum(1), (most * (roles == TEXT)).sum(1)
+        return {role: (most * (roles == role)).sum(1) for role in (VISUAL, TEXT)}
     most, border = most[..., slice(*layout.span)], min(max(layout.span[1] - first, 0), rows)
+    if border in (0, rows):
+        return {VISUAL if border else TEXT: most.sum(1)}
     visual, text = most.split([border, rows - border], dim=1)
-    return visual.sum(1), text.sum(1)
+    return {VISUAL: visual.sum(1), TEXT: text.sum(1)}
 
 
 def _size(part: Tensor) -> int:

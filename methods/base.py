@@ -16,7 +16,16 @@ from ..engine.decisions import top
 from ..errors import VisibenchError
 
 if TYPE_CHECKING:
-    from ..engine.contract import AttentionView, Geometry, ImageView, LayerView, TokenLayout, VisionGeometry, VisionView
+    from ..engine.contract import (
+        AttentionView,
+        Geometry,
+        Grid,
+        ImageView,
+        LayerView,
+        TokenLayout,
+        VisionGeometry,
+        VisionView,
+    )
 
 Layers = Literal["given", "scaled"]
 Newlines = Literal["keep", "drop", "compete"]
@@ -65,15 +74,18 @@ class Budgeted(Method):
 
         None where images differ in size and the ``layout`` does not say how.
         """
+        images = self.images(layout, geometry)
+        return None if images is None else {0: torch.tensor([sum(map(self.image_left, row)) for row in images])}
+
+    def images(self, layout: TokenLayout, geometry: Geometry) -> Sequence[Sequence[ImageShape]] | None:
+        """The images of each row; None where they differ in size and the ``layout`` does not say how."""
         vision = geometry.vision
         assert vision is not None
         if layout.images is not None:
-            rows = [sum(self.image_left(image) for image in images) for images in layout.images]
-            return {0: torch.tensor(rows)}
+            return layout.images
         if vision.tiled or not vision.tokens:
             return None
-        one = ImageShape((vision.shape,))
-        return {0: layout.visual.host_counts // vision.tokens * self.image_left(one)}
+        return [[ImageShape((vision.shape,))] * (count // vision.tokens) for count in layout.visual_counts]
 
     def keeps_all(self, layout: TokenLayout, geometry: Geometry) -> bool:
         return self.keep == 1 or super().keeps_all(layout, geometry)
@@ -84,15 +96,18 @@ class Budgeted(Method):
         if "projector" in self.hook_points and not self.by_unit:
             competing = image.loose if self.newlines == "compete" else 0
             return self.unit_left((1, 1, sum(map(prod, image.units)) + competing)) + loose
-        shown = image.units if self.unpad and not self.changes_tower else image.padded or image.units
-        return sum(map(self.unit_left, shown)) + loose
+        return sum(map(self.unit_left, self.shown(image))) + loose
+
+    def shown(self, image: ImageShape) -> tuple[Grid, ...]:
+        """The units of an image of which tokens are chosen, those of padding among them where they may be."""
+        return image.units if self.unpad and not self.changes_tower else image.padded or image.units
 
     @property
     def changes_tower(self) -> bool:
         """Whether the tower itself makes fewer tokens, of whole units."""
         return bool({"image", "tower"} & set(self.hook_points))
 
-    def unit_left(self, grid: tuple[int, int, int]) -> int:
+    def unit_left(self, grid: Grid) -> int:
         """Tokens that stay of those on a ``grid`` of frames, rows and columns, which are shown together."""
         return int(self.budget(torch.tensor(prod(grid))))
 
@@ -275,9 +290,11 @@ class Salient(Method):
     def blocks_received(self, vision: VisionGeometry) -> tuple[int, ...]:
         return (vision.last_full,) if self.attention == "received" else super().blocks_received(vision)
 
-    def salience(self, view: VisionView | ImageView) -> Tensor:
-        """(N, P): the attention that each patch gets, mean over heads."""
-        return view.cls_weights().mean(1) if self.attention == "cls" else view.received()
+    def salience(self, view: VisionView | ImageView, block: int | None = None) -> Tensor:
+        """(N, P): the attention that each patch gets in a ``block``, mean over heads; by default in the last one."""
+        if self.attention == "received":
+            return view.received(block)
+        return view.cls_weights(-1 if block is None else block).mean(1)
 
 
 @dataclass(frozen=True)
@@ -320,6 +337,18 @@ class Layered(Method):
             self.block_at(block, geometry.vision) < 0,
             f"{option}={block}, but the features are those of vision block {geometry.vision.feature_block}: choose "
             "another block or layers='scaled'",
+        )
+
+    def check_full_block(self, option: str, block: int, geometry: Geometry, otherwise: str = "") -> None:
+        """Raise :class:`OptionError` if the patches of the vision block that an ``option`` names attend in windows."""
+        vision = geometry.vision
+        if vision is None or vision.window is None:
+            return
+        used = self.block_at(block, vision) + vision.feature_block + 1
+        self.require(
+            used in vision.full_blocks,
+            f"{option}={block} names vision block {used}, in which patches attend within windows: choose one "
+            f"of {', '.join(map(str, vision.full_blocks))} with layers='given'{otherwise}",
         )
 
 

@@ -60,14 +60,8 @@ class HiPrune(OnPatches, Scored, Layered):
     def check(self, geometry: Geometry) -> None:
         super().check(geometry)
         self.check_block("middle", self.middle, geometry)
-        vision = geometry.vision
-        if vision is not None and vision.window is not None:
-            block = self.block_at(self.middle, vision) + vision.feature_block + 1
-            self.require(
-                block in vision.full_blocks or not self.alpha,
-                f"middle={self.middle} names vision block {block}, in which patches attend within windows: choose one "
-                f"of {', '.join(map(str, vision.full_blocks))} with layers='given', or alpha=0",
-            )
+        if self.alpha:
+            self.check_full_block("middle", self.middle, geometry, ", or alpha=0")
 
     def anchors(self, patches: int) -> int:
         """How many anchors an image gets."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 if TYPE_CHECKING:
-    from ..engine.contract import AttentionView, Geometry, LayerView, Method, TokenLayout, VisionView
+    from ..engine.contract import AttentionView, Geometry, LayerView, Method, TokenLayout
     from .base import Budgeted
 
 
@@ -26,11 +26,6 @@ def cosine(left: Tensor, right: Tensor | None = None) -> Tensor:
     left = normalize(precise(left), dim=-1)
     right = left if right is None else normalize(precise(right), dim=-1)
     return left @ right.transpose(1, 2)
-
-
-def cls_attention(view: VisionView) -> Tensor:
-    """(N, P): attention of CLS to the patches in the feature block, mean over heads."""
-    return view.cls_weights().mean(1)
 
 
 def last_token_attention(view: AttentionView | LayerView, weights: Tensor) -> Tensor:

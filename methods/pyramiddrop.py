@@ -7,7 +7,8 @@ Authors' code: Cooperx521/PyramidDrop, commit 6444f30. For each cut i, at the in
     number the positions anew from 0
 
 The paper scores with the attention of the last layer in front of the cut (``scorer="stage"``); the code projects all
-tokens with the weights of the layer to come (``scorer="next"``), which costs its query, key and value projections more.
+tokens with the weights of the layer to come (``scorer="next"``), to queries, keys and values, and those that stay again
+in the layer. Here the layer takes over the keys, and queries and values are projected where they are used.
 The visual tokens of several images compete with each other.
 """
 

@@ -28,8 +28,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +38,7 @@ from ..engine.contract import Forward, Keep, Knob, Ranking
 from .base import MAGNITUDES, REFERENCE_DEPTH, Layered
 
 if TYPE_CHECKING:
-    from ..engine.contract import AttentionView, Geometry, LayerView, TokenLayout
+    from ..engine.contract import AttentionView, Contributions, Geometry, LayerView, OnHost, TokenLayout, TokenSet
 
 PHASES = ("shallow", "middle", "deep")
 
@@ -126,7 +127,8 @@ class VisiPruner(Layered):
 class VisiPrunerForward(Forward):
     """State of one prefill: for each row, whether it has filtered and how many layers were without effect.
 
-    ``unread``: the smallest cosine of each row, (B,), in layers that could not let any row exit, whatever was found.
+    ``unread``: contributions in layers that could not let any row lose tokens, whatever was found. ``coming``: these,
+    and those of the last layer, on their way to the host.
     """
 
     def __init__(self, method: VisiPruner, layout: TokenLayout, geometry: Geometry) -> None:
@@ -135,8 +137,8 @@ class VisiPrunerForward(Forward):
         self.total = layout.visual_counts
         self.filtered = [False] * layout.rows
         self.idle_layers = [0] * layout.rows
-        self.unread: list[Tensor] = []
-        self.keep: Keep | Ranking | None = None
+        self.unread: list[Contributions] = []
+        self.coming: OnHost | None = None
         self.others: Tensor | None = None
 
     def attention(self, layer: int, view: AttentionView) -> Tensor | None:
@@ -147,8 +149,7 @@ class VisiPrunerForward(Forward):
         return None
 
     def layer_input(self, layer: int, view: LayerView) -> Keep | Ranking | None:
-        keep, self.keep = self.keep, None
-        return keep
+        return None if self.coming is None else self.rule(view)
 
     # ---- shallow ----------------------------------------------------------------------------------------------
 
@@ -168,8 +169,7 @@ class VisiPrunerForward(Forward):
                 return without(values)
             if self.method.layer0 == "13b":
                 return values * ~self._first_half(view.layout)[:, None, :, None]
-            sink = self._sink(view.layout)[:, None, :, None]
-            return torch.where(others, values, (values * sink).sum(2, keepdim=True))
+            return torch.where(others, values, self._sink(view.layout).pick(values, 2))
 
         blind = first or not self.method.visual_self_attention
         out = view.reread(without) if blind else view.output
@@ -180,7 +180,8 @@ class VisiPrunerForward(Forward):
         layout = view.layout
         text_keys = layout.nonvisual
         if layer == 0 and self.method.layer0 == "7b":
-            text_keys = text_keys.union(self._sink(layout), [min(n, 1) for n in layout.visual_counts])
+            sink = self._sink(layout)
+            text_keys = text_keys.union(sink.mask, sink.counts)
         elif layer == 0:
             rest = layout.visual.mask & ~self._first_half(layout)
             text_keys = text_keys.union(rest, [n - n // 2 for n in layout.visual_counts])
@@ -188,9 +189,8 @@ class VisiPrunerForward(Forward):
             return view.attend((layout.nonvisual, text_keys), onto=view.output)
         return view.attend((layout.nonvisual, text_keys), (layout.visual, layout.nonvisual))
 
-    def _sink(self, layout: TokenLayout) -> Tensor:
-        index = layout.visual.device_counts.sub(1).clamp(max=self.method.sink)
-        return layout.visual.mask & (layout.visual_id == index[:, None])
+    def _sink(self, layout: TokenLayout) -> TokenSet:
+        return layout.visual.nth(self.method.sink)
 
     def _first_half(self, layout: TokenLayout) -> Tensor:
         return layout.visual.mask & (layout.visual_id < layout.visual.device_counts[:, None] // 2)
@@ -198,34 +198,34 @@ class VisiPrunerForward(Forward):
     # ---- middle and deep --------------------------------------------------------------------------------------
 
     def middle(self, layer: int, view: AttentionView) -> None:
-        """Measure what each visual token contributes to the last token, and decide for the next layer."""
-        self.keep = self.rule(view, *contributions(view))
+        """Measure what each visual token contributes to the last token, for the next layer to decide."""
+        self.unread.append(view.contributions())
+        if not self._can_wait(view.layout.visual.counts):
+            self.coming = view.on_host(*(measured.sums for measured in self.unread))
 
-    def rule(self, view: AttentionView, effect: Tensor, norm: Tensor) -> Keep | Ranking | None:
-        """What stays by the thresholds, None for everything. It is read in one transfer, where it can matter yet."""
-        method, visual, rows = self.method, view.layout.visual, range(view.layout.rows)
-        if not visual.is_even:
-            effect = effect.masked_fill(~view.present, torch.inf)
-        self.unread.append(effect.amin(1))
-        if self._can_wait(visual.counts):
-            return None
-        chosen = norm > method.token_threshold
-        chosen = chosen if visual.is_even else chosen & view.present
-        *before, weakest, number = view.on_host(torch.stack([*self.unread, chosen.sum(1)]))
-        self.unread = []
+    def rule(self, view: LayerView) -> Keep | None:
+        """What stays by the thresholds, None for everything."""
+        method, visual = self.method, view.layout.visual
+        assert self.coming is not None
+        numbers = self.coming.read().reshape(len(self.unread), -1)
+        there = np.arange(visual.sizes[1]) < np.array(visual.counts)[:, None]
+        found = [measured.of_visual(sums) for measured, sums in zip(self.unread, numbers, strict=True)]
+        self.unread, self.coming = [], None
+        with np.errstate(divide="ignore", invalid="ignore"):
+            *before, weakest = [np.where(there, cosines(*parts), np.inf).min(1) for parts in found]
         for weak in before:
             self._count(visual.counts, weak)
-        filters = [not self.filtered[row] and weakest[row] < method.layer_threshold for row in rows]
+        filters = ~np.array(self.filtered) & (weakest < method.layer_threshold)
         self._count(visual.counts, weakest)
-        exits = [idle >= method.exit_layers for idle in self.idle_layers]
-        self.filtered = [self.filtered[row] or filters[row] for row in rows]
-        if not any(filters) and not any(exits):
+        exits = np.array([idle >= method.exit_layers for idle in self.idle_layers])
+        self.filtered = [*(filters | self.filtered)]
+        if not filters.any() and not exits.any():
             return None
-        stay = torch.tensor([[not now for now in filters], [not now for now in exits]])
-        others, any_of = stay.to(norm.device, non_blocking=True)[..., None]
-        left = [int(number[row]) if filters[row] else visual.counts[row] for row in rows]
-        counts = tuple(0 if exits[row] else left[row] for row in rows)
-        return Keep((chosen | others) & any_of & view.present, counts=counts)
+        _, norm, _ = found[-1]
+        chosen = (norm > method.token_threshold) | ~filters[:, None]
+        stay = there & chosen & ~exits[:, None]
+        mask = torch.from_numpy(stay).to(view.present.device, non_blocking=True)
+        return Keep(mask, counts=tuple(stay.sum(1).tolist()))
 
     def _can_wait(self, there: Sequence[int]) -> bool:
         """Whether nothing that a row has not read yet can make it lose tokens, of which so many are ``there``."""
@@ -235,7 +235,7 @@ class VisiPrunerForward(Forward):
         most = max((idle for idle, now, total in layers if 0 < now < total), default=-len(self.unread))
         return "deep" not in self.method.stages or most + len(self.unread) < self.method.exit_layers
 
-    def _count(self, there: Sequence[int], weakest: list[float]) -> None:
+    def _count(self, there: Sequence[int], weakest: np.ndarray) -> None:
         """Count a layer without effect in the rows that have filtered; so many visual tokens were ``there``."""
         method = self.method
         if "deep" not in method.stages:
@@ -248,12 +248,17 @@ class VisiPrunerForward(Forward):
                 self.idle_layers[row] = self.idle_layers[row] + 1 if idle else kept
 
 
-def contributions(view: AttentionView) -> tuple[Tensor, Tensor]:
-    """How much each visual token matters to the last token: cos(a - c_j, a) and |c_j|, both (B, V), fp32.
+def cosines(dot: Any, norm: Any, square: Any) -> Any:
+    """cos(a - c_j, a) (B, V) of a · c_j (B, V), |c_j| (B, V) and |a|² (B, 1).
 
     |a - c_j|² = |a|² - 2 a·c_j + |c_j|²; what rounding leaves of it where c_j is nearly all of a counts as 0.
     """
-    dot, norm, length = view.contributions()
-    share, part = dot / length.square(), norm / length
-    rest = 1 - share
-    return rest * torch.addcmul(rest - share, part, part).clamp(min=1e-6).rsqrt(), norm
+    share, part = dot / square, norm * norm / square
+    return (1 - share) / (1 - 2 * share + part).clip(min=1e-6) ** 0.5
+
+
+def contributions(view: AttentionView) -> tuple[Tensor, Tensor]:
+    """How much each visual token matters to the last token: cos(a - c_j, a) and |c_j|, both (B, V), fp32."""
+    measured = view.contributions()
+    dot, norm, square = measured.of_visual(measured.sums)
+    return cosines(dot, norm, square), norm

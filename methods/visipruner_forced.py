@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..engine.contract import Keep, Knob, Ranking
+from ..engine.contract import Knob, Ranking
 from .registry import register
 from .visipruner import VisiPruner, VisiPrunerForward
 
 if TYPE_CHECKING:
-    from ..engine.contract import AttentionView, Forward, Geometry, TokenLayout
+    from ..engine.contract import AttentionView, Contributions, Forward, Geometry, LayerView, TokenLayout
 
 THRESHOLDS = ("layer_threshold", "token_threshold", "exit_threshold", "exit_layers", "consecutive_exit")
 PLAN = ("filter_layer", "filter_tokens", "exit_layer")
@@ -87,11 +87,16 @@ class PlannedForward(VisiPrunerForward):
     def __init__(self, method: ForcedVisiPruner, layout: TokenLayout, geometry: Geometry) -> None:
         super().__init__(method, layout, geometry)
         self.tokens, (self.filter_layer, self.exit_layer) = method.filter_tokens, method.planned(geometry)
+        self.measured: Contributions | None = None
 
-    def rule(self, view: AttentionView, effect: Tensor, norm: Tensor) -> Keep | Ranking | None:
-        """What stays from the next layer on, None for everything."""
-        if view.layer + 1 == self.filter_layer:
-            return Ranking.of(norm, [self.tokens] * view.layout.rows, view.layout.visual)
-        if view.layer + 1 >= self.exit_layer:
-            return Ranking.of(norm, [0] * view.layout.rows, view.layout.visual)
-        return None
+    def middle(self, layer: int, view: AttentionView) -> None:
+        """Measure as ever."""
+        self.measured = view.contributions()
+
+    def layer_input(self, layer: int, view: LayerView) -> Ranking | None:
+        """What stays from this layer on, None for everything."""
+        left = self.tokens if layer == self.filter_layer else 0
+        if self.measured is None or not (layer == self.filter_layer or layer >= self.exit_layer):
+            return None
+        _, norm, _ = self.measured.of_visual(self.measured.sums)
+        return Ranking.of(norm, [left] * view.layout.rows, view.layout.visual)

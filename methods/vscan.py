@@ -2,8 +2,8 @@
 
 Authors' code: Tencent/SelfEvolvingAgent, folder VScan, commit a82450e. Of every image, from a budget of T tokens:
 
-    local    in each window of 6 × 6 patches the floor(floor(T / 2) / windows) of highest attention of CLS in an early
-             vision block (``early``, of 24)
+    local    of the floor(T / 2) of highest attention of CLS in an early vision block (``early``, of 24) at most
+             floor(floor(T / 2) / windows) in each window of 6 × 6 patches
     global   of the others the T - floor(T / 2) of highest attention of CLS in the block whose output the model uses
     merge    behind the projector: every other token goes to the kept one of highest cosine, and each kept one becomes
              the mean of itself and those that went to it; in the order of the image, with new positions
@@ -11,9 +11,18 @@ Authors' code: Tencent/SelfEvolvingAgent, folder VScan, commit a82450e. Of every
              attend most in that layer, mean over heads, again with new positions
 
 An image of 24 × 24 patches has 16 windows: of T = 96 tokens 48 are local and 48 global; at layer 16 32 are left, which
-is 64 over 32 layers. Where halves do not divide by the windows fewer are kept (98 of 100), as in the code, and T below
-one patch for each window and half, where it fails, is refused. With T = all nothing is chosen or merged. ``counts`` are
-the tokens an image left by each of ``cuts``: by default a third of T, a ninth …, as in the published settings.
+is 64 over 32 layers. Where halves do not divide by the windows fewer are kept (98 of 100), as in the code; where they
+are less than the windows, so that the code fails, one is taken in each of as many. With T = all nothing is chosen or
+merged. ``counts`` are the tokens an image left by each of ``cuts``: by default a third of T, a ninth …, as in the
+published settings.
+
+Their code for Qwen2.5-VL says what happens to images of any shape: there are floor(rows / side) · floor(columns / side)
+windows, the last ones with what is over; a window's share of the half is rounded up (``quota=ceil``), so that all of it
+is used; patches count by the attention that they receive (``attention=received``), in the first block with full
+attention and in the last one. It has ``window=4``, ``cuts=14`` of 28, a cut to 0.333 of the tokens, and keeps their
+positions (``positions=keep``). What it leaves out is in here: the rotation of the queries and keys that decide about
+the cut. Each tile of an image that the model cuts into tiles has the same budget, and ``counts`` are those of the whole
+image; patches of padding count like others (``unpad=false``), and there are no newlines (``newlines=drop``).
 
 The authors' cut looks for the last token behind one image and never touches a second one; here all visual tokens of the
 row compete for counts times images.
@@ -21,39 +30,48 @@ row compete for counts times images.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+from functools import lru_cache
+from math import prod
+from typing import TYPE_CHECKING, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..engine.contract import Forward, HookPoint, Merge
-from .base import Budgeted, Layered, OnPatches, Ranked, RankedForward, top
+from ..engine.contract import Forward, HookPoint, ImageShape, Merge
+from .base import LATER, Budgeted, Layered, OnPatches, Ranked, RankedForward, Salient, top
 from .clusters import pooled
-from .pieces import columns, cosine, last_token_attention, needs_cls, per_image, pick, precise
+from .pieces import columns, cosine, last_token_attention, per_image, pick, precise
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.contract import Geometry, LayerView, TokenLayout, VisionGeometry, VisionView
+    from ..engine.contract import Geometry, Grid, LayerView, TokenLayout, VisionGeometry, VisionView
+
+Quota = Literal["floor", "ceil"]
 
 
 @register("vscan", "VScan", paper="2505.22654", source="Tencent/SelfEvolvingAgent@a82450e")
-class VScan(OnPatches, Layered, Ranked, Budgeted):
+class VScan(Salient, OnPatches, Layered, Ranked, Budgeted):
     """Keep what CLS attends to, in windows and globally, merge the rest into it, and cut again inside the decoder."""
 
     hook_points = ("projector", "decoder")
     by_unit = True
     positions = "renumber"
+    newlines, unpad = "drop", False
     examples = (
         "keep=0.5,window=2,layers=scaled",
         "keep=0.8,window=2,cuts=8+24,counts=7+3,layers=scaled,positions=keep",
         "keep=0.6,window=4,cuts=,layers=scaled",
+        "keep=0.7,window=3,quota=ceil,layers=scaled",
     )
-    everything = "keep=1,window=2,cuts=,layers=scaled"
+    everything = "keep=1,window=2,cuts=,layers=scaled,newlines=keep,unpad=true"
 
     early: int = 5
     window: int = 6
     cuts: tuple[int, ...] = (16,)
     counts: tuple[int, ...] = ()
+    quota: Quota = dataclasses.field(default="floor", metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,39 +83,53 @@ class VScan(OnPatches, Layered, Ranked, Budgeted):
         cuts, counts = len(self.cuts), len(self.counts)
         self.require(counts in (0, cuts), f"{cuts} cuts need as many counts, not {counts}")
         self.require(min(self.counts, default=0) >= 0, "counts must be >= 0")
+        self.require(self.quota in get_args(Quota), "quota must be 'floor' or 'ceil'")
 
     def check(self, geometry: Geometry) -> None:
-        needs_cls(self, geometry)
-        self.check_images(geometry)
+        super().check(geometry)
         self.check_block("early", self.early, geometry)
         self.check_layers("cuts", self.cuts, geometry)
-        if geometry.vision is None:
-            return
-        grid, patches = geometry.vision.grid, geometry.vision.tokens
-        self.require(grid % self.window == 0, f"window={self.window} does not divide a grid of {grid} × {grid} patches")
-        least, budget = 2 * (grid // self.window) ** 2, per_image(self, patches)
-        self.require(
-            budget >= least, f"{budget} tokens an image are too few for a choice in every window: give {least} or more"
-        )
+        if self.attention == "received":
+            self.check_full_block("early", self.early, geometry)
+        if geometry.vision is not None and geometry.vision.tokens:
+            self.split(geometry.vision.shape)
 
-    def split(self, vision: VisionGeometry) -> tuple[int, int]:
-        """Tokens of each window and global ones of an image."""
-        half = per_image(self, vision.tokens) // 2
-        return half // (vision.grid // self.window) ** 2, per_image(self, vision.tokens) - half
+    def split(self, grid: Grid) -> tuple[int, int, int]:
+        """Of a unit at most so many in a window, so many of all windows, and so many of the others."""
+        budget = per_image(self, prod(grid))
+        self.require(budget >= 1, "the budget must be at least 1 token of each image")
+        sizes, half = windows(grid, self.window), budget // 2
+        quota = max((half if self.quota == "floor" else half + len(sizes) - 1) // len(sizes), 1)
+        return quota, min(sum(min(quota, size) for size in sizes), half), budget - half
 
-    def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor]:
-        vision = geometry.vision
-        assert vision is not None
-        budget, (local, spread) = per_image(self, vision.tokens), self.split(vision)
-        chosen = local * (vision.grid // self.window) ** 2 + spread if budget < vision.tokens else vision.tokens
-        counts = self.counts or [budget // 3**cut for cut in range(1, 1 + len(self.cuts))]
-        left = {0: chosen}
-        for cut, count in zip(self.cuts, counts, strict=True):
-            left[self.at(cut, geometry)] = min(count, *left.values())
-        return {layer: layout.visual.host_counts // vision.tokens * count for layer, count in left.items()}
+    def unit_left(self, grid: Grid) -> int:
+        if per_image(self, prod(grid)) == prod(grid):
+            return prod(grid)
+        return sum(self.split(grid)[1:])
+
+    def image_counts(self, image: ImageShape) -> list[int]:
+        """Tokens of an image that enter the decoder, and those that each cut leaves of it."""
+        budget = sum(per_image(self, prod(grid)) for grid in self.shown(image))
+        left = [self.image_left(image)]
+        for count in self.counts or [budget // 3**cut for cut in range(1, 1 + len(self.cuts))]:
+            left.append(min(count, left[-1]))
+        return left
+
+    def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor] | None:
+        images = self.images(layout, geometry)
+        if images is None:
+            return None
+        rows = [[self.image_counts(image) for image in row] for row in images]
+        layers = 0, *(self.at(cut, geometry) for cut in self.cuts)
+        return {
+            layer: torch.tensor([sum(image[at] for image in row) for row in rows]) for at, layer in enumerate(layers)
+        }
 
     def blocks_read(self, vision: VisionGeometry) -> tuple[int, ...]:
-        return self.block_at(self.early, vision), -1
+        return (self.block_at(self.early, vision), -1) if self.attention == "cls" else ()
+
+    def blocks_received(self, vision: VisionGeometry) -> tuple[int, ...]:
+        return (self.block_at(self.early, vision), vision.last_full) if self.attention == "received" else ()
 
     @property
     def scored_at(self) -> HookPoint:
@@ -107,7 +139,7 @@ class VScan(OnPatches, Layered, Ranked, Budgeted):
         return last_token_attention(view, view.preview())
 
     def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
-        left = self.left(layout, geometry)
+        left = self.left(layout, geometry) or {}
         return VScanForward(self, {layer: count for layer, count in left.items() if layer > 0})
 
 
@@ -117,26 +149,46 @@ class VScanForward(RankedForward):
     method: VScan
 
     def projected(self, view: VisionView) -> Merge | None:
-        images, patches, size = view.projected.shape
-        if per_image(self.method, patches) == patches:
+        method, vision = self.method, view.vision
+        units, patches, size = view.projected.shape
+        if per_image(method, patches) == patches:
             return None
-        local, spread = self.method.split(view.vision)
-        across = view.grid[1] // self.method.window
-        early, late = (view.cls_weights(block).mean(1) for block in self.method.blocks_read(view.vision))
-        mask = in_windows(early, across, self.method.window, local)
-        mask = mask | top(late, torch.full((images,), spread, device=late.device), ~mask)
-        kept = columns(mask, across**2 * local + spread)
+        quota, local, spread = method.split(view.grid)
+        blocks = method.blocks_read(vision) or method.blocks_received(vision)
+        early, late = (method.salience(view, block) for block in blocks)
+        numbers = (torch.full((units,), count, device=late.device) for count in (local, spread))
+        mask = top(early, next(numbers), in_windows(early, view.grid, method.window, quota))
+        mask = mask | top(late, next(numbers), ~mask)
+        kept = columns(mask, local + spread)
         view.scored(2 * kept.shape[1] * patches * size)
         merged = absorbed(precise(view.projected), kept).to(view.projected.dtype)
         return Merge(mask, replaced=view.projected.scatter(1, kept[..., None].expand_as(merged), merged))
 
 
-def in_windows(scores: Tensor, across: int, side: int, count: int) -> Tensor:
-    """Bool (N, P): the ``count`` highest ``scores`` (N, P) in each of ``across``² windows of ``side``² patches."""
-    windows = scores.view(-1, across, side, across, side).transpose(2, 3).flatten(3).flatten(0, 2)
-    every = torch.ones_like(windows, dtype=torch.bool)
-    chosen = top(windows, torch.full((len(windows),), count, device=scores.device), every)
-    return chosen.view(-1, across, across, side, side).transpose(2, 3).reshape_as(scores)
+def windows(grid: Grid, side: int) -> list[int]:
+    """How many tokens of a ``grid`` lie in each of the windows of ``side``; the last ones have what is over."""
+    frames, *sides = grid
+    tall, wide = ([side] * (length // side - 1) + [length - max(length // side - 1, 0) * side] for length in sides)
+    return [rows * across for rows in tall for across in wide] * frames
+
+
+@lru_cache(maxsize=64)
+def _places(grid: Grid, side: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Int (P,): the window of each token; and for tokens sorted by window their numbers in it, from 0 on."""
+    frames, *sides = (np.arange(length) for length in grid)
+    row, column = (np.minimum(places // side, max(len(places) // side - 1, 0)) for places in sides)
+    window = (frames[:, None, None] * len(row) + row[:, None]) * len(column) + column
+    place = np.concatenate([np.arange(size) for size in windows(grid, side)])
+    with torch.inference_mode(mode=False):
+        return torch.from_numpy(window.flatten()).to(device), torch.from_numpy(place).to(device)
+
+
+def in_windows(scores: Tensor, grid: Grid, side: int, count: int) -> Tensor:
+    """Bool (N, P): the ``count`` highest ``scores`` (N, P), on a ``grid``, in each of the windows of ``side``."""
+    window, place = _places(grid, side, scores.device)
+    by_score = scores.argsort(dim=1, descending=True, stable=True)
+    by_window = by_score.gather(1, window[by_score].argsort(dim=1, stable=True))
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, by_window, (place < count).expand(scores.shape))
 
 
 def absorbed(tokens: Tensor, kept: Tensor) -> Tensor:

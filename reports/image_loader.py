@@ -15,7 +15,6 @@ from PIL import Image
 
 from ..errors import VisibenchError
 from ..evals.tasks.tasks import EMBEDDED, Task, load_tasks
-from ..models import LoadedModel, load_model
 from ..models.inputs import as_rgb
 from ..models.protocols import Protocol, find
 from ..results.store.records import CellConfig
@@ -26,6 +25,8 @@ from .question_image import QuestionImage, numbered
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from ..models import LoadedModel
 
 LONGEST = 336
 """Pixels of the longer side of an image in a report, at most."""
@@ -52,10 +53,10 @@ class ImageLoader:
         task = self._task(entry, data, asked)
         if isinstance(task, str):
             return dict.fromkeys(prompts, task)
-        loaded = self._model(config.model, asked)
         place = (entry, data, asked, config.model)  # other cells of a sweep show the same questions
+        pictures = partial(self._pictures, config.model, asked, task)
         return {
-            doc_id: self._shown.get((*place, doc_id, prompt), partial(self._pictures, loaded, task, doc_id, prompt))
+            doc_id: self._shown.get((*place, doc_id, prompt), partial(pictures, doc_id, prompt))
             for doc_id, prompt in prompts.items()
         }
 
@@ -92,7 +93,9 @@ class ImageLoader:
                 self._tasks[key] = str(error)
         return self._tasks[key]
 
-    def _pictures(self, loaded: LoadedModel | str, task: Task, doc_id: int, prompt: str) -> list[QuestionImage] | str:
+    def _pictures(
+        self, model: str, protocol: Protocol, task: Task, doc_id: int, prompt: str
+    ) -> list[QuestionImage] | str:
         if not 0 <= doc_id < len(task.docs):
             return f"the data have changed since the run: there is no question {doc_id}"
         try:
@@ -101,6 +104,7 @@ class ImageLoader:
             return str(error)
         if now != prompt:
             return "the data have changed since the run: this question is another one now"
+        loaded = self._model(model, protocol)
         if isinstance(loaded, str):
             about = f"as in the data (what the model saw is not known: {loaded})"
             return [stored(image, about, whole=False) for image in images]
@@ -108,6 +112,8 @@ class ImageLoader:
 
     def _model(self, name: str, protocol: Protocol) -> LoadedModel | str:
         """The model without weights, for its sizes and its processor; or why there is none."""
+        from ..models import load_model  # transformers, which nobody needs where the data are gone
+
         if (name, protocol) not in self._models:
             try:
                 self._models[name, protocol] = load_model(name, device="cpu", weights="meta", protocol=protocol)

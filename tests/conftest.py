@@ -45,6 +45,12 @@ def llava() -> LlavaForConditionalGeneration:
     return make_llava()
 
 
+@pytest.fixture(scope="module")
+def own() -> LlavaForConditionalGeneration:
+    """A model of the file's own, to be spoilt and mended."""
+    return make_llava(layers=6)
+
+
 @pytest.fixture(scope="session")
 def disk_data(tmp_path_factory) -> Path:
     """Eight questions a task, as ``save_to_disk`` writes them."""

@@ -30,7 +30,8 @@ from ..results.store.store import Store
 from ..results.tables.tables import MethodRow, ResultTable, build
 
 COSTS = {"T": 1, "GMACs": 3, "KV entries": 1, "KV kB": 0, "prefill ms": 1}  # digits behind the point
-SEVERAL = ("model", "checkpoint", "code.method")  # what may differ between checkpoints, and follows from their methods
+OWN = {"model", "checkpoint", *(f"environment.model.{fact}" for fact in ("name", "architecture", "parameters"))}
+"""In what checkpoints may differ."""
 COLUMNS = ["method", "checkpoint", "figure", "value", "low", "high", "n", "of"]
 NOTE = (
     "Brackets: 95 % intervals, clustered by image. T: visual tokens, mean over decoder layers. GMACs: multiply-adds "
@@ -48,11 +49,7 @@ def figures_of(run: Path) -> pd.DataFrame:
     """
     tables = build(Store(run).cells())
     for table in tables:
-        apart = [
-            fact
-            for fact in table.differs
-            if fact not in ("model", "checkpoint") and not fact.startswith("environment.model.")
-        ]
+        apart = sorted({*table.differs} - OWN)
         if apart or table.questions != tables[0].questions:
             raise DataError(
                 f"cells in {run} differ in {', '.join(apart) or 'their questions'}: run all checkpoints alike"
@@ -102,7 +99,7 @@ def _precision(table: ResultTable) -> str:
 
 def entry_bytes(model: str, dtype: str) -> int:
     """Bytes of a key and a value of one token in one layer of ``model``."""
-    geometry = load_model(model).adapter.geometry
+    geometry = load_model(model, weights="meta").geometry
     return 2 * geometry.kv_heads * geometry.head_size * getattr(torch, dtype).itemsize
 
 

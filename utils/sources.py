@@ -87,7 +87,7 @@ def _images(file: Path) -> list[Path]:
             image = json.loads(line).get("image")
             paths = image if isinstance(image, list) else [image]
             named |= {file.parent / path: None for path in paths if isinstance(path, str)}
-    return list(named)
+    return [path for path in named if os.path.isfile(path)]  # no pipe, which might never end; False for any text
 
 
 def ends(file: Path) -> bytes:
@@ -191,7 +191,22 @@ def of_yaml(file: Path) -> str:
 
 
 def _of_yaml(file: Path) -> set[Path]:
-    found, included, functions = {file}, [], []
+    found = {file}
+    included, functions = _named_in(file, file.stat().st_mtime_ns)
+    for place in included:
+        if (file.parent / place).is_file() and file.parent / place != file:
+            found |= _of_yaml(file.parent / place)
+    for dotted in functions:
+        module = _below(file.parent, dotted)
+        found |= _closure(module, dotted, lambda name: _below(file.parent, name)) if module else set()
+    return found
+
+
+@lru_cache(maxsize=1024)
+def _named_in(file: Path, changed: int) -> tuple[list[str], list[str]]:
+    """The files that a task's YAML includes, and the Python files beside it of which it names functions."""
+    included: list[str] = []
+    functions: list[str] = []
     todo = [yaml.compose(file.read_text(encoding="utf-8-sig"))]
     while todo:
         node = todo.pop()
@@ -203,10 +218,4 @@ def _of_yaml(file: Path) -> set[Path]:
             todo += [value for _, value in node.value]
             places = [value for key, value in node.value if key.value == "include"]
             included += [leaf.value for one in places for leaf in (one.value if isinstance(one.value, list) else [one])]
-    for place in included:
-        if (file.parent / place).is_file() and file.parent / place != file:
-            found |= _of_yaml(file.parent / place)
-    for dotted in functions:
-        module = _below(file.parent, dotted)
-        found |= _closure(module, dotted, lambda name: _below(file.parent, name)) if module else set()
-    return found
+    return included, functions

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attention import BLOCK, fine
+from .. import attention
 
 
 def real_patches(mask: Tensor | None, units: int) -> Tensor | None:
@@ -28,9 +28,9 @@ def received(query: Tensor, key: Tensor, scaling: float, real: Tensor | None = N
     ``real``: bool (N, P), None for all: the others ask nothing and get nothing.
     """
     total = query.new_zeros(key.shape[0], key.shape[2], dtype=torch.float32)
-    for place in range(0, query.shape[2], BLOCK):
-        rows = slice(place, place + BLOCK)
-        logits = fine(query[:, :, rows] @ key.transpose(-1, -2)).mul(scaling)
+    for place in range(0, query.shape[2], attention.weights.BLOCK):
+        rows = slice(place, place + attention.weights.BLOCK)
+        logits = attention.fine(query[:, :, rows] @ key.transpose(-1, -2)).mul(scaling)
         if real is None:
             total = total + logits.softmax(-1).sum((1, 2))
         else:

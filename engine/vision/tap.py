@@ -20,7 +20,6 @@ from ...models.adapters import Adapter
 from ..attention import Interception
 from ..contract import VISION_SIDE, Forward, Method
 from ..decisions import Keep, Merge, checked, on_images
-from ..features import Entry, FeatureStore, SharedTower
 from ..layout import TokenLayout, TokenSet
 from ..trace import Trace, Watch
 from ..units.encoding import Encoding, joined
@@ -28,6 +27,7 @@ from ..units.packing import units_of
 from ..units.rows import ImageRows
 from ..units.shapes import MIXTURE, Group, Numbers, Units, decided
 from ..units.view import VisionView
+from .features import Entry, FeatureStore, SharedTower
 from .images import decided_on_images
 from .tower import UNSEEN, Tower
 
@@ -277,7 +277,8 @@ class VisionTap:
             view = VisionView(encoding, group)
             decision = checked(ask(view), self.method.name, hook, tuple(view.present.shape))
             macs[list(group.units)] += view.macs
-            return view.features, None if decision is None else on_images(decision)
+            contents = view.projected if hook == "projected" else view.features
+            return contents, None if decision is None else on_images(decision)
 
         return decided(len(units.grids), units.width, units.groups(unpad=self.method.unpad is True), answer), macs
 

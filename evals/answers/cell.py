@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from ...engine.features import FeatureStore
+from ...engine.vision.features import FeatureStore
 from ...errors import FOREIGN, IncompleteError, StorageError, disk_full
 from ...methods import Method
 from ...models import LoadedModel

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...engine import prune
 from ...engine.contract import Forward, Keep, Method
-from ...engine.features import FeatureStore
+from ...engine.vision.features import FeatureStore
 from ...methods.base import top
 from ...methods.random import draw
 

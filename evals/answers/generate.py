@@ -20,8 +20,8 @@ from PIL.Image import Image
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ...engine import prune
-from ...engine.features import FeatureStore
 from ...engine.trace import Trace
+from ...engine.vision.features import FeatureStore
 from ...errors import FOREIGN, DataError, InputError, NoRoomError, VisibenchError, reason
 from ...models import LoadedModel
 from ...models.inputs import upright

@@ -25,6 +25,8 @@ from ...errors import OptionError, VisibenchError, suggest
 from ...methods import Method
 from ...models import LoadedModel, load_model
 from ...models.load import of_rank
+from ...models.protocols import Protocol, find
+from ...models.weights import Quantization
 from ...results.store.records import environment
 from ...results.store.samples import Answer
 from ..settings.method_spec import parse
@@ -59,13 +61,15 @@ class Visibench(lmms_eval.lmms):
     method, method_args
         A method and its options: ``method=fastv,method_args=layer=2;keep=0.5``, or in one ``method=fastv:keep=0.5``.
         Options are separated by semicolons, since lmms-eval takes arguments apart at commas.
-    device, dtype, attn_implementation, trust_remote_code
+    device, dtype, attn_implementation, trust_remote_code, quantization, device_map
         As for :func:`visibench.load_model`. Of several ranks each takes the GPU of its local rank.
+    min_pixels, max_pixels
+        Fewest and most pixels of an image, for processors that keep its size (Qwen-VL).
     batch_size
         Questions answered at once.
     record
         A JSON file, which must not exist yet, for what lmms-eval's own results have no place for: the visual tokens,
-        KV-cache entries and executed MACs of every question.
+        KV-cache entries and executed MACs of every question; and how the model was loaded and asked.
 
     Raises :class:`~visibench.errors.VisibenchError`. A model made by :meth:`create_from_arg_string`, as lmms-eval's
     command line does, ends the process instead, with one line and exit code 2: lmms-eval itself would print the
@@ -84,6 +88,10 @@ class Visibench(lmms_eval.lmms):
         attn_implementation: str = "sdpa",
         batch_size: int | str = 1,
         trust_remote_code: bool = False,
+        quantization: Quantization | None = None,
+        device_map: str | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
         record: str | None = None,
     ) -> None:
         super().__init__()
@@ -95,6 +103,9 @@ class Visibench(lmms_eval.lmms):
             dtype=str(dtype),
             attn_implementation=str(attn_implementation),
             trust_remote_code=bool(trust_remote_code),
+            quantization=quantization,
+            device_map=device_map,
+            protocol=_limited(min_pixels=min_pixels, max_pixels=max_pixels),
         )
         self.method.check(self.loaded.geometry)
         self.device = self.loaded.model.device
@@ -169,6 +180,7 @@ class Visibench(lmms_eval.lmms):
                 "method": self.method.name,
                 "options": self.method.hyperparameters(),
                 "batch_size": self.batch_size,
+                "protocol": self.loaded.protocol.record(),
                 "environment": environment(self.loaded.describe()).model_dump(mode="json"),
                 "units": _UNITS,
                 "samples": [
@@ -231,6 +243,10 @@ def _method(name: str, options: str, model: str) -> Method:
     if options and ":" in name:
         raise OptionError(f"options of the method are given twice: in method={name} and method_args={options}")
     return parse((f"{name}:{options}" if options else name).replace(";", ","), model)
+
+
+def _limited(**pixels: int | None) -> Protocol:
+    return find({"name": "hf"} | {key: number for key, number in pixels.items() if number is not None})
 
 
 def _batch_size(given: int | str) -> int:

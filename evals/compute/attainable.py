@@ -27,7 +27,7 @@ def schedule(trace: Trace, method: Method, loaded: LoadedModel) -> list[int] | N
     None where plain layers cannot follow: the method changes what the vision tower runs, or the model adds features to
     all tokens of the prompt behind some layers.
     """
-    if {"image", "tower"} & set(method.hook_points) or hasattr(loaded.adapter.decoder, "_deepstack_process"):
+    if {"image", "tower"} & set(method.hook_points) or loaded.adapter.family.deepstack:
         return None
     return [ceil(tokens / trace.prompt.rows) for tokens in trace.batch_tokens()]
 

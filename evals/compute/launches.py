@@ -26,7 +26,10 @@ from ...models.geometry import build, configuration
 PHASES = ("vision", "prefill", "decode")
 READS = {
     getattr(Tensor, name)
-    for name in ("tolist", "item", "nonzero", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__")
+    for name in (
+        *("tolist", "item", "nonzero", "numpy", "__array__", "__dlpack__"),
+        *("__bool__", "__int__", "__float__", "__index__"),
+    )
 } | {torch.nonzero, torch.equal, torch.allclose, torch.masked_select}
 # They hand out memory, or a view that the schema does not call one.
 _NO_KERNEL = {

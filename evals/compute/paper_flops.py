@@ -121,11 +121,11 @@ class Work(_Record):
     """What a method computes beyond a plain prefill of its tokens, as decoder layers (from 0) in which it does so.
 
     ``last_row``: attention weights of the last token. ``contributions``: these, and its output times the value of every
-    token. ``text_rows``: weights of all text behind the image. ``ahead``: weights
-    of the last token that the layer would compute on the tokens in front of its cut, all of which are projected to
-    queries, keys and values for it. ``raters``: products of visual with text states. ``clusters``: (layer, tokens,
-    clusters), distances among tokens and to the centres. ``text_edits``: attention of all text behind the image once
-    more, over other values.
+    token. ``text_rows``: weights of all text behind the image. ``ahead``: weights of the last token that the layer
+    would compute on the tokens in front of its cut. The keys of all of them are projected for it, and the layer takes
+    over those of the tokens that stay; queries and values are the last token's alone. ``raters``: products of visual
+    with text states. ``clusters``: (layer, tokens, clusters), distances among tokens and to the centres.
+    ``text_edits``: attention of all text behind the image once more, over other values.
     """
 
     last_row: tuple[int, ...] = ()
@@ -156,7 +156,8 @@ def planned(tokens: Tensor, prompt: int, work: Work, g: Geometry, prefix: int = 
     for layer in work.text_rows:
         trace.scored(layer, text * length[:, layer] * heads)
     for layer in work.ahead:
-        trace.scored(layer, before[:, layer] * (g.hidden * (heads + 2 * kv_heads) + heads))
+        gone = before[:, layer] - length[:, layer]
+        trace.scored(layer, g.hidden * (gone * kv_heads + heads + kv_heads) + before[:, layer] * heads)
     for layer in work.raters:
         trace.scored(layer, tokens[:, layer] * text * g.hidden)
     for layer, count, clusters in work.clusters:

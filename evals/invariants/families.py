@@ -1,10 +1,11 @@
 """Which methods run on which family: asked of the code that refuses, on models without weights.
 
-``python -m visibench.evals.invariants.families`` prints the table of docs/families.md.
+``python -m visibench.evals.invariants.families`` prints the tables of docs/families.md and of README.md.
 """
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -12,7 +13,9 @@ import torch
 from transformers import AutoConfig
 
 from ...engine import prune
+from ...engine.contract import VISION_SIDE
 from ...errors import VisibenchError
+from ...methods import Method
 from ...methods.registry import list_methods
 from ...models.adapters import FAMILIES
 from ...models.geometry import build
@@ -67,11 +70,18 @@ def _refusal(model: Any, text: str) -> str:
     return ""
 
 
-def markdown() -> str:
+Matrix = dict[str, dict[str, FamilyVerdict]]
+
+
+def matrix() -> Matrix:
+    """The verdicts of all families."""
+    return {kind: verdicts(kind) for kind in families()}
+
+
+def markdown(of: Matrix) -> str:
     """The table of docs/families.md: what does not run on each family as it is. All else does."""
     lines = ["| `model_type` | with an option | refused |", "|---|---|---|"]
-    for kind in families():
-        found = verdicts(kind)
+    for kind, found in of.items():
         given = sorted({verdict.given for verdict in found.values() if verdict.given})
         some = [f"`{one}`: {_named(found, lambda verdict, one=one: verdict.given == one)}" for one in given]
         refused = _named(found, lambda verdict: verdict.reason)
@@ -79,9 +89,32 @@ def markdown() -> str:
     return "\n".join(lines)
 
 
+STAGES = "in the decoder", "behind the projector", "on the vision side"
+"""Where methods act, as README counts them."""
+
+
+def overview(of: Matrix) -> str:
+    """README's table: how many methods of each stage run on a family, some with an option that has to be named."""
+    stage = {name: _stage(cls) for name, cls in list_methods().items() if cls.hook_points}
+    every, alike = Counter(stage.values()), defaultdict(list)
+    for kind, found in of.items():
+        runs = Counter(one for name, one in stage.items() if not found[name].reason)
+        alike[" | ".join(str(runs[one] or "–") for one in STAGES)].append(f"`{kind}`")
+    lines = ["| families | " + " | ".join(f"{one}, of {every[one]}" for one in STAGES) + " |", "|---|---:|---:|---:|"]
+    return "\n".join([*lines, *(f"| {', '.join(kinds)} | {numbers} |" for numbers, kinds in alike.items())])
+
+
+def _stage(cls: type[Method]) -> str:
+    points = {*cls.hook_points}
+    if not points & VISION_SIDE:
+        return STAGES[0]
+    return STAGES[1] if points == {"projector"} and not cls.vision_blocks else STAGES[2]
+
+
 def _named(found: dict[str, FamilyVerdict], which: Any) -> str:
     return ", ".join(name for name, verdict in found.items() if which(verdict))
 
 
 if __name__ == "__main__":
-    print(markdown())
+    found = matrix()
+    print(f"{markdown(found)}\n\n{overview(found)}")

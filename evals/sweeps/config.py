@@ -130,7 +130,7 @@ def select(config: SweepConfig, methods: Sequence[str] = (), tasks: Sequence[str
 
 def _only(config: SweepConfig, texts: Sequence[str]) -> list[str | MethodEntry]:
     expanded = [(entry, list(expand(entry, config))) for entry in config.methods]
-    names = [{specs[0].name, getattr(entry, "label", None) or specs[0].name} for entry, specs in expanded]
+    names = [{specs[0].name, _written(entry) or specs[0].name} for entry, specs in expanded]
     known = {DENSE}.union(*names, (spec.label for _, specs in expanded for spec in specs))
     wanted = chosen(texts, known)
     _known(wanted, known, "--only", "method")
@@ -138,6 +138,11 @@ def _only(config: SweepConfig, texts: Sequence[str]) -> list[str | MethodEntry]:
     for (entry, specs), known_as in zip(expanded, names, strict=True):
         kept += [entry] if known_as.intersection(wanted) else [_alone(spec) for spec in specs if spec.label in wanted]
     return kept or [DENSE]
+
+
+def _written(entry: str | MethodEntry) -> str | None:
+    """What the configuration calls an entry: all of its text, or its label."""
+    return entry if isinstance(entry, str) else entry.label
 
 
 def _alone(spec: MethodSpec) -> MethodEntry:

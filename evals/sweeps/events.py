@@ -253,7 +253,7 @@ class Bars(Lines):
             self.bars.remove_task(self.total)
         self.ended, cells = 0, event.cells - event.done
         if cells:
-            self.total = self.bars.add_task(f"{cells} cells", total=event.questions, score="")
+            self.total = self.bars.add_task(f"{cells} cell{'s' * (cells != 1)}", total=event.questions, score="")
 
     def cell_started(self, event: CellStarted) -> None:
         cell = event.cell

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...engine.features import FeatureStore
+from ...engine.vision.features import FeatureStore
 from ...models import LoadedModel
 from ...models.load import fingerprint
 from ...results.store.records import digest

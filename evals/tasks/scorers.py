@@ -12,6 +12,11 @@ from typing import Any
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 LETTERS = string.ascii_uppercase
+_ARTICLE = re.compile(r"^(?:an?|the) ")
+_LETTER = re.compile(
+    r"\W*(?:(?:the )?answer(?: is)?\W*)?([a-z])(?:\W*$|\s*[-–—.):,\n]|(?<![ai])\W)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -71,13 +76,18 @@ def multiple_choice(answer: str, references: Sequence[str], choices: Sequence[st
 
 
 def chosen(text: str, choices: Sequence[str]) -> int | None:
-    """The place of the choice that a text names: ``B``, ``(b)``, ``B. a cat``, ``a cat``; None for none of them."""
-    texts = [plain(choice) for choice in choices]
-    if plain(text) in texts:
-        return texts.index(plain(text))
-    letter = re.match(r"\W*(?:answer(?: is)?\W*)?([A-Za-z])(?:\W|$)", text.strip())
-    place = LETTERS.index(letter[1].upper()) if letter else len(texts)
-    return place if place < len(texts) else None
+    """The place of the choice that a text names; None for none of them.
+
+    By its text, with another article or none too; or by its letter: ``B``, ``(b)``, ``B. a cat``, ``the answer is B``.
+    The words "a" and "I" are no letters.
+    """
+    for said in (plain, lambda words: _ARTICLE.sub("", plain(words))):
+        texts = [said(choice) for choice in choices]
+        if said(text) in texts:
+            return texts.index(said(text))
+    letter = _LETTER.match(text.strip())
+    place = LETTERS.index(letter[1].upper()) if letter else len(choices)
+    return place if place < len(choices) else None
 
 
 def anls(answer: str, references: Sequence[str], choices: Sequence[str] = ()) -> float:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ...engine.features import FeatureStore
+from ...engine.vision.features import FeatureStore
 from ...errors import DataError, IncompleteError, StorageError, VisibenchError
 from ...methods.files import file_of
 from ...models.load import fingerprint
+from ...results.store import code
 from ...results.store.records import CellConfig
 from ...results.store.store import Store
 from ..answers.cell import run_cell
@@ -123,11 +124,14 @@ class Worker:
 
 
 def _spec(config: CellConfig, dense: CellConfig | None) -> CellSpec:
-    """The cell, its method built here; :class:`DataError` where model or method are not those that the sweep means."""
+    """The cell, its method built here; :class:`DataError` where model or code are not those that the sweep means."""
     method = method_spec.build(config.reference, config.options)
     file = file_of(type(method))
     if fingerprint(config.model) != config.checkpoint:
         raise DataError(f"model {config.model!r} is another one on {platform.node()}: copy the folder there")
     if (file.digest if file else "") != config.method_hash:
         raise DataError(f"{config.method_file} is another one on {platform.node()}: copy the file there")
+    here = {"engine": code.engine(), "method": code.of_method(config.sources.get("method", ""))}
+    if other := [part for part, found in here.items() if found and config.code.get(part, found) != found]:
+        raise DataError(f"visibench's {' and '.join(other)} is other code on {platform.node()}: install the same there")
     return CellSpec(config, method, dense)

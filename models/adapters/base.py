@@ -148,6 +148,8 @@ class Family:
     video_token: str | None = None
     # Layers whose mask is not causal alone: images are seen in both directions.
     bidirectional: bool = False
+    # Whether features from inside the tower are added behind the first decoder layers.
+    deepstack: bool = False
     # Where positions of a prompt begin.
     first_position: int = 0
     # Whether its LM head scales and caps logits as the text configuration says; most models with images leave that out.

@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from .base import Family, VisionGeometry
-from .qwen2_5_vl import grid_image, grids, merged
+from .base import VisionGeometry
+from .qwen2_vl import FAMILY as QWEN2_VL
+from .qwen2_vl import vit
 
 
 def _glm_vit(config: Any, projector_macs: int) -> VisionGeometry:
     vision = config.vision_config
-    merge = vision.spatial_merge_size**2
-    return VisionGeometry(
-        layers=vision.depth,
+    convolution = vision.spatial_merge_size**2 * vision.hidden_size * vision.out_hidden_size
+    return vit(
+        config,
+        projector_macs + convolution,
         hidden=vision.hidden_size,
-        heads=vision.num_heads,
         # Not ``intermediate_size``, which is that of the merger.
         intermediate=vision.out_hidden_size,
-        tokens=0,
-        patch_inputs=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
-        has_cls=False,
-        feature_block=vision.depth - 1,
-        projector_macs=projector_macs + merge * vision.hidden_size * vision.out_hidden_size,
-        merged=merge,
         ffn_matrices=3,
     )
 
 
-FAMILY = Family(
-    decoder="model.language_model",
-    vision_tower="model.visual",
-    vision_blocks="model.visual.blocks",
-    projector="model.visual.merger",
+FAMILY = replace(
+    QWEN2_VL,
     vision=_glm_vit,
-    grids=grids,
-    views=merged,
-    images=grid_image,
+    sides=(),
+    features=None,
+    order=None,
+    video_token=None,
     towers={"glm4v_vision": None},
 )

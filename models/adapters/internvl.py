@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .base import Family, VisionGeometry
@@ -26,13 +26,18 @@ def _intern_vit(config: Any, projector_macs: int) -> VisionGeometry:
     )
 
 
-def canvas(processor: Any, size: tuple[int, int], rows: int, columns: int) -> list:
-    """Tiles of the stretched image, ``rows`` × ``columns`` tokens each; then, if there are several, the whole."""
+def canvas(processor: Any, size: tuple[int, int], rows: int, columns: int, arranged: Callable | None = None) -> list:
+    """Tiles of the stretched image, ``rows`` × ``columns`` tokens each; then, if there are several, the whole.
+
+    ``arranged``: the processor's choice of tiles, by default that of InternVL's and Aya Vision's.
+    """
     from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
     # The processors always have tiles cut, whatever ``crop_to_patches`` of the checkpoint's image processor says.
     tile = (processor.size["height"], processor.size["width"])
-    across, down = get_optimal_tiled_canvas(size[::-1], tile, processor.min_patches, processor.max_patches)
+    across, down = (arranged or get_optimal_tiled_canvas)(
+        size[::-1], tile, processor.min_patches, processor.max_patches
+    )
     return [[rows, columns, down, across, 0], *([[rows, columns, 1, 1, 0]] if down * across > 1 else [])]
 
 

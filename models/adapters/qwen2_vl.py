@@ -1,34 +1,61 @@
-"""Qwen2-VL: images of any shape, in whole attention."""
+"""Qwen2-VL: images and videos of any shape, in whole attention, 2 × 2 patches merged into a token."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, arange
+import torch
+from torch import Tensor
 
-from .base import Family, VisionGeometry
-from .qwen2_5_vl import grid_image, grids, merged
+from .base import Family, Images, VisionGeometry
 
 
-def _vit(config: Any, projector_macs: int) -> VisionGeometry:
+def vit(config: Any, projector_macs: int, *, hidden: int, intermediate: int, **more: Any) -> VisionGeometry:
+    """Sizes of a tower of images of any shape; ``hidden`` and ``intermediate`` have another name in each family."""
     vision = config.vision_config
     return VisionGeometry(
         layers=vision.depth,
-        hidden=vision.embed_dim,
+        hidden=hidden,
         heads=vision.num_heads,
-        intermediate=int(vision.embed_dim * vision.mlp_ratio),
+        intermediate=intermediate,
         tokens=0,
         patch_inputs=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
         has_cls=False,
         feature_block=vision.depth - 1,
         projector_macs=projector_macs,
         merged=vision.spatial_merge_size**2,
+        **more,
     )
 
 
-def in_order(config: Any, grids: Tensor) -> Tensor:
+def _vit(config: Any, projector_macs: int) -> VisionGeometry:
+    width = config.vision_config.embed_dim
+    return vit(config, projector_macs, hidden=width, intermediate=int(width * config.vision_config.mlp_ratio))
+
+
+def _in_order(config: Any, grids: Tensor) -> Tensor:
     """Tokens of all images one behind the other, row by row."""
-    return arange(int(grids.prod(1).sum()) // config.vision_config.spatial_merge_size**2)
+    return torch.arange(int(grids.prod(1).sum()) // config.vision_config.spatial_merge_size**2)
+
+
+def _grids(vision: VisionGeometry, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    return kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+
+
+def _views(config: Any, processor: Any, inputs: Mapping[str, Any], number: int, size: tuple[int, int]) -> list:
+    _, rows, columns = inputs["image_grid_thw"][number].tolist()
+    merge = config.vision_config.spatial_merge_size
+    return [[rows // merge, columns // merge, 1, 1, 0]]
+
+
+def _image(vision: VisionGeometry, config: Any, visual_tokens: int, batch: int) -> Images:
+    """One image a row, as square as its number of tokens allows."""
+    rows = max(n for n in range(1, int(visual_tokens**0.5) + 1) if visual_tokens % n == 0)
+    merge = config.vision_config.spatial_merge_size
+    grid = torch.tensor([[1, rows * merge, visual_tokens // rows * merge]])
+    shape = (batch * int(grid.prod()), vision.patch_inputs)
+    return Images(shape, {"image_grid_thw": grid.expand(batch, -1)})
 
 
 FAMILY = Family(
@@ -41,9 +68,9 @@ FAMILY = Family(
     vision_attention="attn",
     vision=_vit,
     sides=("vision", "projector"),
-    grids=grids,
-    order=in_order,
-    views=merged,
-    images=grid_image,
+    grids=_grids,
+    order=_in_order,
+    views=_views,
+    images=_image,
     towers={"qwen2_vl_vision": None},
 )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from xml.etree import ElementTree
 
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from ...results.figures.style import styled
@@ -22,9 +23,13 @@ def inline(figure: Figure, prefix: str, title: str) -> str:
     Style sheets, comments and metadata are gone, style attributes are presentation attributes: the element needs no
     permission of a Content-Security-Policy.
     """
-    stream = io.BytesIO()
+    stream, canvas = io.BytesIO(), FigureCanvasSVG(figure)
     with styled():
-        figure.savefig(stream, format="svg", metadata={"Date": None})
+        layout = figure.get_layout_engine()
+        if layout is not None:  # once; savefig would draw everything one time more for it
+            layout.execute(figure)
+            figure.set_layout_engine("none")
+        canvas.print_figure(stream, format="svg", metadata={"Date": None})
     root = ElementTree.fromstring(stream.getvalue())
     for parent in list(root.iter()):
         for child in list(parent):

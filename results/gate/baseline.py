@@ -188,18 +188,22 @@ def asked_of(cell: Cell) -> Questions:
 def restricted(baseline: Baseline, cells: Sequence[Cell]) -> tuple[Baseline, str]:
     """A baseline of what ``cells`` are of it, and in words what that leaves out.
 
-    Raises :class:`DataError` where they hold questions that are not in the baseline.
+    Raises :class:`DataError` where they hold questions that are not in the baseline, or not the same ones of a task.
     """
     run = by_name(cells)
     kept = [stored for stored in baseline.cells if name_of(stored.config) in run]
-    questions = {stored.config.task: asked_of(run[name_of(stored.config)]) for stored in kept}
-    places = {task: _places(task, asked, baseline.questions[task]) for task, asked in questions.items()}
-    cut = [_cut(stored, run[name_of(stored.config)], places[stored.config.task]) for stored in kept]
-    fewer = {task: (len(places[task]), len(baseline.questions[task].doc_ids)) for task in questions}
+    questions: dict[str, Questions] = {}
+    cut = []
+    for stored in kept:
+        name, task = name_of(stored.config), stored.config.task
+        asked = asked_of(run[name])
+        places = _places(task, asked, baseline.questions[task])
+        if not questions.setdefault(task, asked).same(asked):
+            raise DataError(f"{name} was asked other questions of {task} than the rest: give the folder of one sweep")
+        cut.append(_cut(stored, run[name], places))
+    fewer = {task: (len(asked.doc_ids), len(baseline.questions[task].doc_ids)) for task, asked in questions.items()}
     told = [f"{len(baseline.cells) - len(cut)} of {len(baseline.cells)} cells"] * (len(cut) < len(baseline.cells))
-    told += [
-        f"{whole - asked} of {whole} questions of {task}" for task, (asked, whole) in fewer.items() if asked < whole
-    ]
+    told += [f"{whole - part} of {whole} questions of {task}" for task, (part, whole) in fewer.items() if part < whole]
     return baseline.model_copy(update={"cells": cut, "questions": questions}), ", ".join(told)
 
 

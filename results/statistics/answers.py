@@ -57,6 +57,7 @@ class Asked:
 
     table: pa.Table
     _parts: dict[Callable[[Asked], Flags], tuple[Flags, Asked]] = field(default_factory=dict)
+    _groups: dict[bytes, Clusters] = field(default_factory=dict)
 
     def column(self, name: str) -> NDArray[Any]:
         """One of the columns, None where there is nothing."""
@@ -72,6 +73,13 @@ class Asked:
     def images(self) -> Clusters:
         """By the image that they are about."""
         return Clusters.of(self.column("image"))
+
+    def images_of(self, group: Flags) -> Clusters:
+        """The same of some of the questions; many methods are asked about the same ones."""
+        key = group.tobytes()
+        if key not in self._groups:
+            self._groups[key] = Clusters.of(self.images.codes[group])
+        return self._groups[key]
 
     @cached_property
     def categories(self) -> Clusters:
@@ -135,6 +143,8 @@ class Answers:
     def adapts(self) -> bool:
         """Whether questions with the same number of visual tokens in the prompt keep different ones."""
         if self.prompt is None or self.tokens is None:
+            return False
+        if (self.tokens == self.tokens[:1]).all():
             return False
         _, first, alike = np.unique(self.prompt, return_index=True, return_inverse=True)
         return bool((self.tokens != self.tokens[first[alike]]).any())

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy.optimize import brentq
@@ -110,7 +111,7 @@ class Paired:
         questions = min(independent(first), independent(second)) if known else math.nan
         return cls(value / scale, error / scale, first.maximum, questions)
 
-    @property
+    @cached_property
     def changed(self) -> float:
         """At least as many as the difference needs; of so many, so different, the error is that of independent ones."""
         return min(max(self.error**2 * self.questions + self.value**2, abs(self.value)), 1.0)

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, wraps
-from typing import TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -52,6 +51,7 @@ class Measured:
 
     ``sums`` (runs, images, k): one run a seed, or their mean where the metric is linear. ``scores`` (seeds, questions).
     ``sizes`` (images,): questions of each image. ``maximum``: the best possible value, None if it is not known.
+    ``known``: what was found of it already (:func:`once`).
     """
 
     metric: Metric
@@ -59,6 +59,7 @@ class Measured:
     scores: Floats
     sizes: Floats
     maximum: float | None
+    known: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def value(self) -> float:
@@ -88,13 +89,13 @@ class Measured:
 
 def once(function: Callable[[Measured], T]) -> Callable[[Measured], T]:
     """A function whose answer is kept as long as what it was asked about."""
-    known: WeakKeyDictionary[Measured, T] = WeakKeyDictionary()
 
     @wraps(function)
     def kept(measured: Measured) -> T:
-        if measured not in known:
-            known[measured] = function(measured)
-        return known[measured]
+        known: dict[Callable[[Measured], T], T] = measured.known
+        if function not in known:
+            known[function] = function(measured)
+        return known[function]
 
     return kept
 
@@ -175,7 +176,7 @@ def difficulty(dense: Answers | pd.DataFrame, small: Answers | pd.DataFrame, run
 def _within(group: Flags, runs: Sequence[Answers]) -> Measured:
     """The mean score of some questions."""
     scores, images = np.stack([run.score[group] for run in runs]), runs[0].asked.images
-    within = images if group.all() else Clusters.of(images.codes[group])
+    within = images if group.all() else runs[0].asked.images_of(group)
     return _mean_of(scores, within, 1.0 if scores.min() >= 0 and scores.max() <= 1 else None)
 
 

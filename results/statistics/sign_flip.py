@@ -144,13 +144,16 @@ def _as_integers(moves: Floats) -> tuple[Integers, float]:
 
 def _merged(sums: Integers, shares: Floats) -> tuple[Integers, Floats]:
     """Equal rows of ``sums`` as one, with what they have together."""
-    if sums.shape[1] == 1:
-        codes = sums[:, 0]
-    else:  # a hash of 64 bits: among two million rows, two different ones share it once in four million tests
-        keys = np.random.default_rng(_SEED).integers(2**62, size=sums.shape[1], dtype=np.int64) * 2 + 1
-        codes = (sums * keys).sum(1)
+    # A hash of 64 bits: among two million rows, two different ones share it once in four million tests.
+    codes = sums[:, 0] if sums.shape[1] == 1 else (sums * _keys(sums.shape[1])).sum(1)
     _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
     return sums[first], np.bincount(inverse, weights=shares).astype(float)
+
+
+@lru_cache(maxsize=64)
+def _keys(count: int) -> Integers:
+    """Odd numbers, with which whole numbers side by side are hashed."""
+    return np.random.default_rng(_SEED).integers(2**62, size=count, dtype=np.int64) * 2 + 1
 
 
 def _drawn(swaps: _Swaps, observed: float, flips: int) -> float:

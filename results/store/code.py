@@ -63,8 +63,12 @@ def _of_questions(place: str) -> str:
 
 def changed(code: Mapping[str, str], where: Mapping[str, str]) -> list[str]:
     """Which of ``method``, ``task`` and ``engine`` are other code now; what cannot be found here is not told."""
-    now = {"method": of_method(where.get("method", "")), "task": of_task(where.get("task", "")), "engine": engine()}
-    return [part for part, before in code.items() if now.get(part) and now[part] != before]
+    now: dict[str, Callable[[], str]] = {
+        "method": lambda: of_method(where.get("method", "")),
+        "task": lambda: of_task(where.get("task", "")),
+        "engine": engine,
+    }
+    return [part for part, before in code.items() if part in now and now[part]() not in ("", before)]
 
 
 def present(cells: Iterable[T], name: Callable[[T], str], other: Callable[[T], bool]) -> list[T]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +16,7 @@ from . import disk
 
 KEPT = 2**29
 """Bytes of samples that stay in memory once they are read: tables and reports ask for them again and again."""
-_tables: BoundedCache[pa.Table] = BoundedCache(lambda table: int(table.nbytes), KEPT)
+_tables: BoundedCache[pa.Table] = BoundedCache(lambda table: int(table.get_total_buffer_size()), KEPT)
 _files: BoundedCache[bytes] = BoundedCache(len, KEPT // 8)  # as they lie on disk, for columns that are asked for later
 Kind = Callable[[pa.DataType], bool]
 
@@ -82,29 +82,32 @@ def _checked(file: Path, content: bytes, samples_hash: str, size: int, columns: 
     try:
         parquet = pq.ParquetFile(pa.BufferReader(content))
         schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
-        wanted = None if columns is None or not samples_hash else [name for name in columns if name in schema.names]
+        kinds = {field.name: field.type for field in schema}
+        wanted = None if columns is None or not samples_hash else [name for name in columns if name in kinds]
         table = parquet.read(columns=wanted, use_threads=False)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(f"{file} is damaged (no whole Parquet file): {remedy(file)}") from error
     if rows != size:
         raise DataError(f"{file} holds {rows} questions, but its metrics {size}: {remedy(file)}")
-    _check(file, schema, table)
+    _check(file, kinds, table)
     for name, (kind, _) in LATER.items():
-        if name not in schema.names and (columns is None or name in columns):
+        if name not in kinds and (columns is None or name in columns):
             table = table.append_column(name, pa.nulls(rows, kind))
-    return table if columns is None else table.select([name for name in columns if name in table.column_names])
+    have = {*table.column_names}
+    return table if columns is None else table.select([name for name in columns if name in have])
 
 
-def _check(file: Path, schema: pa.Schema, table: pa.Table) -> None:
+def _check(file: Path, kinds: Mapping[str, pa.DataType], table: pa.Table) -> None:
     """Raise :class:`DataError` unless the columns that are needed are there, and hold what they should."""
+    have = {*table.column_names}
     for name, holds in (KINDS | {name: holds for name, (_, holds) in LATER.items()}).items():
-        if name not in schema.names:
+        kind = kinds.get(name)
+        if kind is None:
             if name in KINDS:
                 raise DataError(f"{file} has no column {name!r}: {remedy(file)}")
             continue
-        kind = schema.field(name).type
         exact = name in KINDS and holds is not _text and not types.is_floating(kind)  # null is NaN, and no whole number
-        if not holds(kind) or (exact and name in table.column_names and table[name].null_count):
+        if not holds(kind) or (exact and name in have and table[name].null_count):
             what = "text" if holds is _text else "numbers"
             raise DataError(f"{file} holds no {what} in column {name!r}: {remedy(file)}")
 

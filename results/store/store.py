@@ -111,7 +111,7 @@ class Store:
         """The same, with nothing written."""
         path = self.path(config)
         try:
-            metrics, _ = _read(path / METRICS, CellMetrics)
+            metrics = _metrics(path)
             cell = Cell(path, config, metrics)
             cell.table()
         except DataError:
@@ -241,8 +241,9 @@ class Store:
     def unfinished(self) -> list[Path]:
         """The folders of cells that were begun and are not done, and are not done by changed code either."""
         folders = self._folders()
-        done = {_asked(folder) for folder, files in folders if METRICS in files}
-        return [folder for folder, files in folders if METRICS not in files and (_asked(folder) or folder) not in done]
+        begun = [folder for folder, files in folders if METRICS not in files]
+        done = {_asked(folder) for folder, files in folders if METRICS in files} if begun else set()
+        return [folder for folder in begun if (_asked(folder) or folder) not in done]
 
     def _folders(self) -> list[tuple[Path, list[str]]]:
         """The cells' folders with the names of their files."""
@@ -283,14 +284,20 @@ def _where_allowed() -> Iterator[None]:
 
 def _open(path: Path) -> Cell:
     config, config_facts = _read(path / CONFIG, CellConfig)
-    metrics, metrics_facts = _read(path / METRICS, CellMetrics)
-    checksum = metrics_facts.pop("checksum", None)
+    metrics = _metrics(path)
     counted = {key: value for key, value in config_facts.items() if key not in UNHASHED}
     if metrics.config_hash != digest(counted):
         raise DataError(f"{path / CONFIG} was changed after its run: restore it, or delete {path} and run again")
-    if checksum is not None and checksum != digest(metrics_facts):
-        raise DataError(f"{path / METRICS} was changed after its run: restore it, or delete {path} and run again")
     return Cell(path, config, metrics)
+
+
+def _metrics(path: Path) -> CellMetrics:
+    """The outcome of a cell. Raises :class:`DataError` if it was changed after its run."""
+    metrics, facts = _read(path / METRICS, CellMetrics)
+    checksum = facts.pop("checksum", None)
+    if checksum is not None and checksum != digest(facts):
+        raise DataError(f"{path / METRICS} was changed after its run: restore it, or delete {path} and run again")
+    return metrics
 
 
 def _names(folder: Path) -> list[str]:

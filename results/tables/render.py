@@ -120,7 +120,7 @@ def _layouts(width: int, shown: TableLook) -> list[_Layout]:
     label = min(_LABEL, max(width // 3, 12))
     if shown.brief:
         spell = lambda entry: entry.brief("{}*")  # noqa: E731
-        return [_Layout(spell), _Layout(spell, label, narrow=True)]
+        return [_Layout(spell), *(_Layout(spell, min(label, room), narrow=True) for room in (_LABEL, 24))]
     return [_Layout(lambda entry: entry.text("{}*")), _Layout(lambda entry: entry.stacked("{}*"), label)]
 
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from refusals import assert_refused
 from visibench.analysis import boundaries
 from visibench.analysis.stages import StageAnalysis
@@ -109,6 +110,24 @@ def test_an_analysis_says_all_and_goes_on_where_it_stopped(checkpoint, disk_data
     assert again.curve("lens_hidden_rank") is None
     assert record.curve("lens_hidden_first").means[-1].value == 1
     assert {found.by for found in record.stages} == {"next token", "answer"}
+
+
+@pytest.mark.slow
+def test_windows_are_asked_anew_where_questions_or_code_have_changed(tmp_path, monkeypatch):
+    loaded, file, journal = load_model("tiny"), tmp_path / "mine.jsonl", tmp_path / "stages.jsonl"
+    Image.new("RGB", (144, 144), "red").save(tmp_path / "red.png")
+
+    def lines(answer):
+        file.write_text(json.dumps({"image": "red.png", "question": "What color is it?", "answers": [answer]}))
+        StageAnalysis(loaded, load_tasks([str(file)]), (5,), ("windows",), journal=journal).run()
+        return journal.read_text().splitlines()
+
+    first = lines("red")
+    assert lines("red") == first
+    second = lines("blue")
+    assert (second[: len(first)], len(second)) == (first, 2 * len(first) - 1)
+    monkeypatch.setattr("visibench.results.store.code.engine", lambda: "another one")
+    assert len(lines("blue")) == len(first)
 
 
 @pytest.mark.slow

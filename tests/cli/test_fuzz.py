@@ -23,8 +23,8 @@ from storing import full
 from visibench.cli import main
 from visibench.results.store.store import Store
 
-pytestmark = pytest.mark.slow
 MORE = int(os.environ.get("VISIBENCH_FUZZ", "1"))
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300 * MORE)]
 CODES = {0, 2, 3, 130, 143}
 
 

@@ -29,6 +29,24 @@ def test_keys_of_configurations_are_those_of_the_code():
         assert [name for name, field in kind.model_fields.items() if not field.description] == []
 
 
+def test_table_of_the_readme_is_part_of_the_table_of_the_first_run():
+    rows = [dict(zip(head, row, strict=True)) for head, *body in [_cells(PAGES["tables.md"])] for row in body]
+    values = {row["method"]: {key: re.match(r"[*]*([\d.]+)", cell) for key, cell in row.items()} for row in rows}
+    names = ("gqa exact match %", "mme perception /1000", "textvqa_val VQA accuracy %", "visual tokens T")
+    _, *ours = next(table for table in map(_cells, README.split("\n\n")) if table and table[0][0] == "method")
+    assert len(ours) == 5
+    for method, *figures in ours:
+        stored = values[method]
+        assert figures == [stored[name][1] for name in (*names, "compute alone, GFLOPs")]
+
+
+def _cells(text):
+    """The cells of a page's lines of a table; those of its first line, whose titles count, are the header."""
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ") and "---" not in line]
+    width = len(lines[0]) if lines else 0
+    return [[cell.strip() for cell in line] for line in lines if len(line) == width]
+
+
 def test_readme_is_short_and_the_index_names_every_page():
     assert len(README.split()) <= 1500
     assert {*PAGES} - {"README.md"} <= {*re.findall(r"\]\(([a-z_]+\.md)\)", PAGES["README.md"])}

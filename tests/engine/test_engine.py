@@ -127,16 +127,38 @@ def test_row_weights_and_subset_attention_equal_the_full_softmax():
     torch.testing.assert_close(part[1, :, :4], masked[1, :, 5:])
 
 
+@pytest.mark.parametrize(("batch", "kv_heads"), [(1, 4), (3, 4), (1, 2), (3, 2)])
+def test_parts_of_the_last_output_equal_weights_times_values(batch, kv_heads):
+    """Also where queries and outputs lie in memory as (B, L, H, d), which no view can fold."""
+    query, output = torch.randn(2, batch, 9, 4, 8)
+    key, value = torch.randn(2, batch, kv_heads, 9, 8)
+    logits = attention.Logits(8**-0.5)
+    weights = attention.last_weights(query.transpose(1, 2), key, logits.scaling)
+    sums = attention.contributions(weights, value, output)
+    dot, norm, square = attention.Contributions(sums, batch, slice(2, 7)).of_visual(sums)
+    all_heads = query.transpose(1, 2) @ key.repeat_interleave(4 // kv_heads, 1).transpose(2, 3) * logits.scaling
+    last = all_heads[:, :, -1].softmax(-1)
+    parts = (last[..., None] * value.repeat_interleave(4 // kv_heads, 1)).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(norm, parts[:, 2:7].norm(dim=2))
+    torch.testing.assert_close(dot, (parts @ output[:, -1].flatten(1)[..., None])[:, 2:7, 0])
+    torch.testing.assert_close(square[:, 0], (parts.sum(1) * output[:, -1].flatten(1)).sum(1))
+    if kv_heads == 4:
+        seen = torch.ones(9, 9, dtype=torch.bool).tril()
+        full = all_heads.masked_fill(~seen, -torch.inf).softmax(-1).amax(1)
+        largest = attention.largest_weights(query.transpose(1, 2), key, 3, 6, logits.scaling)
+        torch.testing.assert_close(largest, full[:, 3:6, :6])
+
+
 def test_attention_rows_are_taken_in_blocks_without_an_l_by_l_map(llava, monkeypatch):
     sizes = []
     original = attention.row_weights
     monkeypatch.setattr(attention, "row_weights", lambda q, *a: sizes.append(q.shape[2]) or original(q, *a))
-    monkeypatch.setattr(attention, "BLOCK", 4)
+    monkeypatch.setattr(attention.weights, "BLOCK", 4)
     batch = collate(make_batch(ROWS))
     method = visibench.load_method("fitprune", layers="scaled", ratio=60)
     blocked, _ = last_logits(llava, method, batch)
     assert max(sizes) == 4
-    monkeypatch.setattr(attention, "BLOCK", 128)
+    monkeypatch.setattr(attention.weights, "BLOCK", 128)
     torch.testing.assert_close(blocked, last_logits(llava, method, batch)[0], atol=1e-4, rtol=1e-4)
 
 

@@ -8,14 +8,13 @@ import families
 import pytest
 import torch
 import visibench
-from cases import METHODS
+from cases import every_method
 from rich.console import Console
 from storing import untimed
 from support import IMAGE, collate, make_batch, state
-from visibench.engine.features import DISK, FeatureStore
+from visibench.engine.vision.features import DISK, FeatureStore
 from visibench.engine.vision.tap import CHANGING
 from visibench.evals.compute import timing
-from visibench.evals.settings.method_spec import parse, spell
 from visibench.evals.sweeps.config import parse_config
 from visibench.evals.sweeps.sweep import sweep
 from visibench.models.adapters import Adapter
@@ -23,7 +22,6 @@ from visibench.results.tables.render import render
 from visibench.results.tables.tables import build
 
 # Each registered method, by the plainest of its examples.
-EACH = pytest.mark.parametrize("method", [parse(spell(cls, cls.examples[0])) for cls in METHODS.values()], ids=str)
 # (prefix, text, images): different lengths, none, one and several images.
 ROWS = [(5, 9, 1), (3, 12, 2), (4, 6, 0), (2, 20, 1)]
 
@@ -67,7 +65,7 @@ class Towers:
         self.hook.remove()
 
 
-@EACH
+@every_method
 def test_results_are_the_same_bit_for_bit(llava, method):
     """With nothing stored, with what a method left that reads less, and with all stored; rounding apart, without it."""
     inputs, store = batch(), FeatureStore(2**30)

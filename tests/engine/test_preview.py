@@ -6,6 +6,7 @@ import pytest
 import torch
 import visibench
 from families import TEXT
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlavaForConditionalGeneration
 from visibench.methods import Forward, Method
 
@@ -49,9 +50,7 @@ def eager(config):
     return model
 
 
-@pytest.mark.parametrize("kind", DECODERS)
-def test_preview_is_what_the_layer_then_computes(kind):
-    """In front of every layer, on the tokens that the model then gives it."""
+def small_llava(kind):
     llava = AutoConfig.for_model(
         "llava",
         text_config=TEXT | DECODERS[kind] | {"model_type": kind},
@@ -60,10 +59,21 @@ def test_preview_is_what_the_layer_then_computes(kind):
     )
     model = LlavaForConditionalGeneration._from_config(llava, attn_implementation="eager").eval()
     model.model.language_model = eager(llava.text_config).model
+    return model
+
+
+def two_rows(padded=2):
     ids = torch.randint(3, 60, (2, 30), generator=torch.Generator().manual_seed(1))
     ids[:, 4:20] = 63
     batch = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 24, 24), "attention_mask": torch.ones_like(ids)}
-    batch["input_ids"][1, :2], batch["attention_mask"][1, :2] = 0, 0
+    batch["input_ids"][1, :padded], batch["attention_mask"][1, :padded] = 0, 0
+    return batch
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_preview_is_what_the_layer_then_computes(kind):
+    """In front of every layer, on the tokens that the model then gives it."""
+    model, batch = small_llava(kind), two_rows()
     computed = model(**batch, output_attentions=True).attentions
     looks = Looks()
     with visibench.prune(model, Look(looks=looks)):
@@ -72,3 +82,36 @@ def test_preview_is_what_the_layer_then_computes(kind):
     assert len(seen) == len(computed) == TEXT["num_hidden_layers"]
     for preview, attention in zip(seen, computed, strict=True):
         torch.testing.assert_close(preview, attention[:, :, -1:], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [0, 2])
+def test_what_stays_is_projected_once(padded):
+    """Keys of all tokens in front of the cut, queries and values of those behind it and of the last ones."""
+    model, batch = small_llava("qwen3"), two_rows(padded)
+    method = visibench.load_method("pyramiddrop", cuts=(2,), ratios=(0.25,))
+    with visibench.prune(model, method), FlopCounterMode(display=False) as counter:
+        model(**batch)
+    attention = model.model.language_model.layers[2].self_attn
+    of = {name: counts for name, counts in counter.get_flop_counts().items() if ".layers.2.self_attn." in name}
+    tokens = {"k_proj": 60 - padded, "q_proj": 60 - padded - 24 + 2, "v_proj": 60 - padded - 24 + 2}
+    for name, count in tokens.items():
+        (flops,) = (sum(counts.values()) for module, counts in of.items() if module.endswith(name))
+        assert flops == 2 * count * getattr(attention, name).weight.numel()
+
+
+def test_what_was_not_taken_over_is_taken_back():
+    model, batch = small_llava("llama"), two_rows()
+    layer = model.model.language_model.layers[2]
+    method = visibench.load_method("pyramiddrop", cuts=(2,), ratios=(0.5,))
+    seen = []
+    kept = layer.self_attn.k_proj.register_forward_hook(lambda module, args, made: seen.append(made.shape[1]))
+    broken = layer.input_layernorm.register_forward_hook(lambda *_: 1 / 0 if seen else None)
+    with pytest.raises(ZeroDivisionError), visibench.prune(model, method):
+        model(**batch)
+    assert seen == [58], "the preview ran, the layer did not"
+    assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
+    broken.remove()
+    with visibench.prune(model, method):
+        model(**batch)
+    assert seen == [58, 58, 42], "hooks of others see both"
+    kept.remove()

@@ -8,24 +8,13 @@ import weakref
 import pytest
 import torch
 import visibench
-from cases import METHODS
-from support import IMAGE, make_batch, make_llava
+from cases import FASTV, every_method
+from support import IMAGE, make_batch
 from transformers import TextIteratorStreamer
 from turns import feed, turn
 from visibench.errors import InputError, VisibenchError
-from visibench.evals.settings.method_spec import parse, spell
 
-PLAINEST = [parse(spell(cls, cls.examples[0])) for cls in METHODS.values()]
-every_method = pytest.mark.parametrize("method", PLAINEST, ids=str)
-FASTV = visibench.load_method("fastv", keep=0.5)
-LISTENING = [method for method in PLAINEST if "attention" in method.hook_points]
 GREEDY = {"do_sample": False, "suppress_tokens": [IMAGE]}
-
-
-@pytest.fixture(scope="module")
-def own():
-    """A model of this file's own, to be spoilt and mended."""
-    return make_llava(layers=6)
 
 
 # ---- threads ------------------------------------------------------------------------------------------------------

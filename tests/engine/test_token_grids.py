@@ -88,11 +88,11 @@ def test_places_that_do_not_fit_are_not_drawn():
 # ---- the order of tokens, asked of the models themselves ----------------------------------------------------------
 
 
-def tiled(model, side, image):
+def tiled(model, side, image, made=None):
     """(the model, its own image processor, its inputs, visual tokens) of an image cut into tiles of one size."""
     from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
 
-    processor = GotOcr2ImageProcessor(size={"height": side, "width": side})
+    processor = (made or GotOcr2ImageProcessor)(size={"height": side, "width": side})
     inputs = processor(images=[image], crop_to_patches=True, return_tensors="pt")  # as the families' processors call it
     return model, processor, inputs, model.get_image_features(inputs["pixel_values"]).pooler_output.flatten(0, 1)
 
@@ -103,6 +103,12 @@ def internvl(image):
 
 def aya_vision(image):
     return tiled(decoder_model("aya_vision", "sdpa"), 24, image)
+
+
+def cohere2_vision(image):
+    from transformers import Cohere2VisionImageProcessor
+
+    return tiled(decoder_model("cohere2_vision", "sdpa"), 24, image, Cohere2VisionImageProcessor)
 
 
 def qwen2_5_vl(image):
@@ -164,6 +170,7 @@ def llava_onevision(image):
         (internvl, 48, 144, [(12, 4), (4, 4)]),
         (internvl, 48, 48, [(4, 4)]),
         (aya_vision, 24, 48, [(4, 2), (2, 2)]),
+        (cohere2_vision, 60, 48, [(4, 6), (2, 2)]),  # 3 × 2 tiles, by its own choice
         (qwen2_5_vl, 84, 60, [(5, 7)]),  # windows of 2 × 2 tokens do not fill it
         (qwen2_5_vl, 36, 108, [(9, 3)]),
         (smolvlm, 72, 48, [(4, 6), (2, 2)]),

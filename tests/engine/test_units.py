@@ -9,8 +9,8 @@ from support import state
 from torch.utils.flop_counter import FlopCounterMode
 from units import TILE, VISUAL, collate, model_of, sample_of, samples_of
 from visibench.engine.contract import Forward, Keep
-from visibench.engine.features import FeatureStore
-from visibench.errors import InputError, OptionError
+from visibench.engine.vision.features import FeatureStore
+from visibench.errors import InputError
 from visibench.evals.compute import flops
 from visibench.evals.settings.method_spec import parse
 from visibench.methods.base import Method
@@ -35,19 +35,24 @@ TOWER = ["tome:keep=0.5", "downsample:tokens=6", "flowcut:tokens=6"]
 HIRED = ["hired:keep=0.5"]
 HOLOV = ["holov:keep=0.5,runs=4", "holov:tokens=13,runs=5,shortfall=zeros"]
 RECEIVED = [f"{text},attention=received" for text in CLS[:4] + HOLOV]
-VSCAN = ["vscan:keep=0.5,window=2,layers=scaled", "vscan:keep=0.8,window=2,cuts=8+24,counts=7+3,layers=scaled"]
+VSCAN = [
+    "vscan:keep=0.5,window=2,layers=scaled",
+    "vscan:keep=0.8,window=2,cuts=8+24,counts=7+3,layers=scaled,unpad=true,newlines=keep",
+    "vscan:keep=0.7,window=3,quota=ceil,layers=scaled,unpad=true",
+]
+RECEIVED_VSCAN = [f"{text},attention=received" for text in VSCAN]
 WINDOWS = ["hiprune:keep=0.5,alpha=0.5,middle=1,unpad=true", *SHARED[1:]]
 METHODS = {
-    "llava_next": CLS + HIRED + SHARED + TOWER + HOLOV,
+    "llava_next": CLS + HIRED + SHARED + TOWER + HOLOV + VSCAN,
     "vipllava": CLS[:6] + HIRED + SHARED + TOWER[1:2] + HOLOV + VSCAN,
     "internvl": CLS[:4] + HIRED + SHARED + HOLOV + VSCAN,
-    "llava_onevision": RECEIVED + SHARED + TOWER[:2],
-    "qwen2_vl": RECEIVED + SHARED,
-    "qwen2_5_vl": RECEIVED + WINDOWS,
-    "qwen3_vl": RECEIVED + SHARED,
+    "llava_onevision": RECEIVED + SHARED + TOWER[:2] + RECEIVED_VSCAN,
+    "qwen2_vl": RECEIVED + SHARED + RECEIVED_VSCAN,
+    "qwen2_5_vl": RECEIVED + WINDOWS + [text.replace("scaled", "scaled,early=8") for text in RECEIVED_VSCAN],
+    "qwen3_vl": RECEIVED + SHARED + RECEIVED_VSCAN,
     "mistral3": SHARED[2:],
-    "smolvlm": RECEIVED[:5] + SHARED,
-    "idefics3": RECEIVED[:5] + SHARED,
+    "smolvlm": RECEIVED[:5] + SHARED + RECEIVED_VSCAN,
+    "idefics3": RECEIVED[:5] + SHARED + RECEIVED_VSCAN,
 }
 ALL = ["fastervlm", "vispruner", "scope", "hiprune", "pooling", "divprune", "cdpruner", "holov"]
 CASES = [(kind, text) for kind, texts in METHODS.items() for text in texts]
@@ -72,34 +77,22 @@ def last_logits(model, method, batch):
 def everything(text):
     """The same method with all that it may keep."""
     name, options = text.split(":")
-    same = ("attention", "middle", "runs", "layers", "condition")
+    same = ("attention", "middle", "runs", "layers", "condition", "early")
     wanted = [option for option in options.split(",") if option.startswith(same)]
     inside = ["unpad=true"] if "unpad" in {field.name for field in fields(type(parse(text)))} else []
-    return parse(f"{name}:{','.join(['keep=1', 'newlines=keep', *inside, *wanted])}")
+    cuts = ["cuts="] if name == "vscan" else []
+    return parse(f"{name}:{','.join(['keep=1', 'newlines=keep', *inside, *cuts, *wanted])}")
 
 
-@pytest.mark.parametrize(("kind", "text"), some_quick(case for case in CASES if case[1].split(":")[0] in ALL))
+@pytest.mark.parametrize(
+    ("kind", "text"), some_quick(case for case in CASES if case[1].split(":")[0] in (*ALL, "vscan"))
+)
 def test_keeping_everything_is_dense_bit_for_bit(kind, text):
     model, batch = model_of(kind), collate(samples_of(kind))
     with torch.no_grad(), visibench.prune(model, everything(text)):
         pruned = model(**batch).logits
     with torch.no_grad():
         assert torch.equal(pruned, model(**batch).logits)
-
-
-class Both(Method):
-    """A method of both sides."""
-
-    name, hook_points, vision_blocks = "both", ("vision", "decoder"), ()
-
-
-@pytest.mark.parametrize("method", ["both", "vscan"])
-@pytest.mark.parametrize("kind", ["llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-def test_methods_of_both_sides_are_refused_where_an_image_is_not_one_square_grid(kind, method):
-    model = model_of(kind)
-    wanted = "acts on the vision side and in the decoder.*choose a method that acts on one of both"
-    with pytest.raises(OptionError, match=f"{method}: {wanted}"):
-        visibench.prune(model, Both() if method == "both" else parse(VSCAN[0]))
 
 
 @every_case
@@ -144,6 +137,20 @@ def check_compute(model, method, sample):
 def test_compute_equals_that_of_torchs_counter(kind, text):
     for sample in samples_of(kind):
         check_compute(model_of(kind, "eager"), parse(text), sample)
+
+
+SMALL = ("smolvlm", "idefics3")
+"""Families whose tiles have but four tokens here."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "text"), [case for case in CASES if case[1].startswith("vscan")])
+def test_what_vscan_promises_of_images_of_any_shape_is_what_it_leaves(kind, text):
+    method = parse(text)
+    _, trace = last_logits(model_of(kind), method, collate(samples_of(kind)))
+    promised = method.visual_counts(trace.prompt, Adapter(model_of(kind)).geometry)
+    assert torch.equal(trace.visual_counts(), promised)
+    assert (promised.diff(dim=1) < 0).any() == ("cuts=8" not in text or kind not in SMALL)
 
 
 # Under VisPruner as its authors have it patches of padding enter, which have no place in the prompt.

@@ -1,19 +1,20 @@
 """Videos in families where they go the way of images: their tokens are visual tokens, alone and beside images."""
 
-import re
 from itertools import chain, product
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import visibench
-from by_hand import check_cuts
+from by_hand import check_cuts, last_state
 from decoders import IMAGE, VIDEO, decoder_model
 from families import METHODS, collate
+from PIL import Image
+from processors import askable
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import InternVLProcessor
-from visibench.errors import UnsupportedModelError
+from visibench.errors import InputError, UnsupportedModelError
 from visibench.evals.compute import flops
+from visibench.evals.settings.method_spec import parse
 from visibench.methods import Forward, Method
 from visibench.models.adapters import FAMILIES, Adapter
 
@@ -180,9 +181,58 @@ def test_methods_that_act_on_images_inside_the_tower_refuse_videos_before_anythi
     assert not ran
 
 
-def test_internvl_writes_each_frame_as_an_image():
-    """So that methods see frames as images there, each on its own."""
-    words = SimpleNamespace(start_image_token="<", image_token="i", end_image_token=">", image_seq_length=3)
-    inputs = {"pixel_values_videos": torch.zeros(1, FRAMES, 3, 4, 4)}
-    written = InternVLProcessor.replace_video_token(words, inputs, 0)
-    assert "".join(re.findall("[<i>]", written.replace("Frame", ""))) == "<iii>" * FRAMES
+@every_kind
+def test_videos_are_not_drawn_and_that_is_said(kind):
+    model, picture = decoder_model(kind), Image.new("RGB", (48, 48))
+    for sample in (samples_of(kind)[0], samples_of(kind)[2]):
+        _, trace = last_logits(model, FASTV, sample)
+        with pytest.raises(InputError, match="videos are not drawn"):
+            trace.show(picture)
+
+
+@pytest.fixture(scope="module")
+def internvl():
+    """A model, and inputs of its own processor: a video of four frames, and one beside an image."""
+    loaded, generator = askable("internvl"), np.random.default_rng(0)
+    loaded.model.set_attn_implementation("eager")
+    texts = ["USER: <video>\nWhat? ASSISTANT:", "USER: <video> and <IMG_CONTEXT>, are they alike? ASSISTANT:"]
+    frames = generator.integers(0, 256, (2, 5, 48, 48, 3), dtype=np.uint8)
+    samples = [
+        loaded.processor(text=[text], videos=[own[:4]], images=[own[4]] if row else None, return_tensors="pt")
+        for row, (text, own) in enumerate(zip(texts, frames, strict=True))
+    ]
+    return loaded.model, [dict(sample) for sample in samples]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("text", ["fastv:keep=0.5", "fastervlm:keep=0.5", "divprune:keep=0.5"])
+def test_internvl_sees_each_frame_as_an_image(internvl, text):
+    """On its own: half of 16 tokens are left of each; a row in its batch is as alone, with a cache and without."""
+    model, samples = internvl
+    method, batch = parse(text), collate(samples)
+    options = GREEDY | {"suppress_tokens": [model.config.image_token_id]}
+    states, trace = last_state(
+        model, method, batch | {"position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(0)}
+    )
+    assert trace.prompt.visual_counts == (4 * 16, 5 * 16)
+    if method.name != "fastv":
+        assert trace.kept(0)[1].view(5, 16).sum(1).tolist() == [8] * 5
+    for row, sample in enumerate(samples):
+        alone, own = last_state(model, method, sample)
+        torch.testing.assert_close(states[row], alone[0], atol=1e-4, rtol=1e-4)
+        assert torch.equal(trace.visual_counts()[row], own.visual_counts()[0])
+    with visibench.prune(model, method):
+        together = model.generate(**batch, **options)[:, -5:]
+        alone = [model.generate(**sample, **options)[0, -5:].tolist() for sample in samples]
+        without = model.generate(**samples[0], **options, use_cache=False)[0, -5:]
+    assert together.tolist() == alone
+    assert together[0].tolist() == without.tolist()
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
+def test_a_cut_among_frames_of_internvl_equals_its_own_layers_on_gathered_inputs(internvl, positions):
+    model, samples = internvl
+    check_cuts(model, samples[1], samples[1]["input_ids"][0] == model.config.image_token_id, positions)

@@ -5,32 +5,21 @@ import copy
 import pytest
 import torch
 import visibench
-from cases import METHODS
+from cases import FASTV, PLAINEST, every_method
 from decoders import decoder_model
 from support import IMAGE, make_batch, make_llava
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import QuantizedCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 from visibench.errors import InputError, UnsupportedModelError, VisibenchError
-from visibench.evals.settings.method_spec import parse, spell
 
-PLAINEST = [parse(spell(cls, cls.examples[0])) for cls in METHODS.values()]
-every_method = pytest.mark.parametrize("method", PLAINEST, ids=str)
-FASTV = visibench.load_method("fastv", keep=0.5)
-LISTENING = [method for method in PLAINEST if "attention" in method.hook_points]
 GREEDY = {"do_sample": False, "suppress_tokens": [IMAGE]}
-
-
-@pytest.fixture(scope="module")
-def own():
-    """A model of this file's own, to be spoilt and mended."""
-    return make_llava(layers=6)
 
 
 # ---- hooks that must run ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", LISTENING, ids=str)
+@pytest.mark.parametrize("method", [method for method in PLAINEST if "attention" in method.hook_points], ids=str)
 def test_another_attention_implementation_inside_the_block_is_noticed(llava, method):
     (sample,) = make_batch([(4, 8, 1)])
     with visibench.prune(llava, method):

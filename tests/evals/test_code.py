@@ -1,6 +1,7 @@
 """No stale numbers: what a cell is includes the code of its method, its task and the engine."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -163,3 +164,13 @@ def test_cells_of_an_older_version_of_the_package_stay_in_one_table(tmp_path, mo
     (table,) = build(store.cells())
     assert len(table.rows) == 3
     assert "OF OTHER CODE" in render([table], "text")
+
+
+def test_of_images_only_files_are_read(tmp_path):
+    (file := tmp_path / "mine.jsonl").write_text(json.dumps({"image": "a.png"}) + "\n")
+    named = [sources.of_questions(file)]
+    os.mkfifo(tmp_path / "pipe")
+    for image in ("\0", "a" * 300, "pipe", ".", "\ud800"):
+        file.write_text(json.dumps({"image": image}) + "\n")
+        named.append(sources.of_questions(file))
+    assert len({*named}) == len(named)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import visibench
 from visibench.cli import main
-from visibench.errors import InputError, OptionError
+from visibench.errors import InputError, OptionError, UnsupportedModelError
 from visibench.evals.compute import prefills
 from visibench.evals.compute.memory import peak_memory
 from visibench.evals.settings import method_spec
@@ -48,21 +48,28 @@ def test_a_plan_needs_images_that_the_model_has(model, visual, message):
 
 
 def test_a_plan_is_made_for_nothing_that_cannot_run():
-    """Methods of both sides are not tested on tiles."""
-    loaded = visibench.load_model("llava-next-7b", weights="meta", layers=2)
-    with pytest.raises(OptionError, match="vscan: acts on the vision side and in the decoder"):
-        prefills.planned(loaded, visibench.load_method("vscan", tokens=96), 20, 2928)
+    loaded = visibench.load_model("qwen2.5-vl-7b", weights="meta", layers=2)
+    with pytest.raises(UnsupportedModelError, match="flowcut acts on the vision side, which cannot be pruned"):
+        prefills.planned(loaded, visibench.load_method("flowcut", tokens=96), 20, 576)
 
 
 def test_a_budget_names_what_the_architecture_cannot_do(command):
-    """And solves the others: one method that acts on both sides stops none of them."""
-    ours = "budget --target tokens=1500 --model llava-next-7b --weights meta --layers 4 --lengths 20/2928".split()
+    """And solves the others: one method that acts inside the tower stops none of them."""
+    ours = "budget --target tokens=300 --model qwen2.5-vl-7b --weights meta --layers 4 --lengths 20/576".split()
     code, out, _ = command(*ours, "--json")
     found = json.loads(out)
     refused = {one["method"]: one["reason"] for one in found["refused"]}
     assert code == 0
     assert {"fastv", "random", "vtw"} <= {one["method"] for one in found["solved"]}
-    assert "on this model" in refused[next(name for name in refused if name.startswith("vscan"))]
+    assert "cannot be pruned in architecture" in refused["downsample"]
+
+
+def test_a_method_of_both_sides_spends_its_budget_on_each_tile(command):
+    """Of 5 tiles each 144 in as many windows and 144 others; the cut leaves a third of the whole."""
+    ours = "flops --model llava-next-7b --method vscan:tokens=288,window=2 --weights meta --lengths 20/2928".split()
+    code, out, _ = command(*ours, "--json")
+    assert code == 0
+    assert json.loads(out)["mean_per_layer"]["visual_tokens"] == [1440.0] * 16 + [480.0] * 16
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 import visibench
 from refusals import assert_refused
 from support import collate, make_batch
-from visibench.engine.features import FeatureStore
+from visibench.engine.vision.features import FeatureStore
 from visibench.evals.answers.control import ControlSession
 from visibench.evals.sweeps.cells import cell_specs
 from visibench.evals.sweeps.config import parse_config

@@ -19,7 +19,6 @@ from visibench.evals.sweeps.claims import claimed
 from visibench.evals.sweeps.config import parse_config
 from visibench.evals.sweeps.events import Reporter
 from visibench.evals.sweeps.sweep import sweep
-from visibench.evals.tasks.tasks import load_tasks
 from visibench.evals.workers.ray import Ray
 from visibench.results.statistics.answers import answers
 from visibench.results.statistics.metrics import loyalty
@@ -29,18 +28,6 @@ from visibench.results.tables.tables import build
 QUIET = Console(quiet=True)
 HOLD = "import sys; from filelock import SoftFileLease; lock = SoftFileLease(sys.argv[1], lease_duration=60); "
 HOLD += "lock.acquire(); print('held', flush=True); sys.stdin.read()"
-
-
-@pytest.fixture
-def pope(disk_data):
-    return load_tasks(["pope"], str(disk_data))[0]
-
-
-@pytest.fixture
-def settings(checkpoint, disk_data) -> dict:
-    methods = ["fastv:layer=8,keep=0.9", {"name": "random", "keep": 0.1, "seeds": [0, 1]}]
-    where = {"model": str(checkpoint), "data": str(disk_data), "tasks": ["gqa", "pope"], "methods": methods}
-    return where | {"timing": None, "batch_size": 4, "limit": 4}
 
 
 @pytest.fixture

@@ -225,6 +225,13 @@ def test_methods_by_name_label_or_point_of_a_grid(file, only, expected):
     assert all(cell.config.digest() in cells for cell in cell_specs(select(config, only)))
 
 
+def test_a_method_is_chosen_as_the_configuration_or_as_the_table_spells_it():
+    methods = ["fastv:layer=3,keep=0.5", "vtw"]
+    config = parse_config({"model": "tiny", "tasks": ["gqa"], "methods": methods}, "test")
+    for only in ("fastv:layer=3,keep=0.5", "fastv:keep=0.5,layer=3"):
+        assert labels(select(config, [only])) == ["none", "fastv:keep=0.5,layer=3"]
+
+
 def test_a_point_keeps_its_seeds_and_its_budget():
     methods = [{"name": "random", "seeds": [3, 4], "grid": {"keep": [0.5, 0.25]}}]
     config = parse_config({"model": "tiny", "tasks": ["gqa"], "methods": methods}, "test")

@@ -24,6 +24,7 @@ from visibench.evals.tasks.definitions import find
 from visibench.evals.tasks.tasks import load_tasks
 from visibench.models import load_model
 from visibench.models.load import EMBEDDED
+from visibench.models.protocols import Protocol
 from visibench.utils.token_grids import read
 
 FOLDERS = {"pope": "POPE", "mme": "MME", "textvqa_val": "textvqa"}
@@ -164,6 +165,9 @@ def test_what_greedy_generation_leaves_out_is_said(checkpoint, definitions, tmp_
         ("pretrained=tiny", {"max_batch_size": 8}, "--max_batch_size 8 is not used"),
         ("pretrained=tiny,device=gpu", {}, "unknown device 'gpu'"),
         ("pretrained=tiny,dtype=float8", {}, "unknown dtype 'float8'"),
+        ("pretrained=tiny,quantization=2bit", {}, "unknown quantization '2bit'"),
+        ("pretrained=tiny,max_pixels=0", {}, "max_pixels: input should be greater than or equal to 1"),
+        ("pretrained=tiny,min_pixels=4096", {}, "protocol hf sets min_pixels, which"),
         (f"pretrained=tiny,record={__file__}", {}, "is there already"),
     ],
 )
@@ -175,6 +179,38 @@ def test_mistakes_end_in_one_line(arguments, options, message, capsys):
     assert all("Loading weights" in other for other in before if other)
     assert line.startswith("error: ")
     assert message in line
+
+
+def test_what_a_model_is_loaded_with_comes_to_load_model(monkeypatch):
+    given = {}
+    monkeypatch.setattr(lmms_model, "load_model", lambda name, **options: given.update(options) or load_model("tiny"))
+    Visibench.create_from_arg_string(
+        "pretrained=tiny,quantization=4bit,device_map=auto,attn_implementation=eager,min_pixels=3136,max_pixels=1605632"
+    )
+    assert given.pop("protocol").record() == {"name": "hf", "min_pixels": 3136, "max_pixels": 1605632}
+    said = {"quantization": "4bit", "device_map": "auto", "attn_implementation": "eager"}
+    assert given == {"device": "auto", "dtype": "auto", "trust_remote_code": False} | said
+
+
+def test_what_a_model_is_loaded_with_is_recorded(definitions, tmp_path):
+    """Where weights lie and how they attend; limits of pixels, as a processor that knows them got them."""
+    record = tmp_path / "record.json"
+    model = Visibench.create_from_arg_string(
+        f"pretrained=tiny,device_map=cpu,attn_implementation=eager,record={record}"
+    )
+    model.loaded.protocol = Protocol(max_pixels=1605632)
+    with lmms_eval.quiet():
+        lmms_eval.simple_evaluate(
+            model=model,
+            tasks=["local_pope"],
+            task_manager=lmms_eval.TaskManager(include_path=str(definitions), include_defaults=False),
+            bootstrap_iters=0,
+            limit=1,
+            cli_args=Namespace(process_with_media=False, output_path=str(tmp_path)),
+        )
+    written = json.loads(record.read_text())
+    assert written["environment"]["model"]["attention"] == "eager"
+    assert written["protocol"] == {"name": "hf", "max_pixels": 1605632}
 
 
 def test_each_rank_takes_its_own_gpu(monkeypatch):

@@ -13,7 +13,7 @@ from visibench.errors import VisibenchError
 from visibench.evals.sweeps.cells import cell_specs
 from visibench.evals.sweeps.config import load_config, parse_config, select
 from visibench.evals.tasks.definitions import called, find
-from visibench.evals.tasks.scorers import SCORERS
+from visibench.evals.tasks.scorers import SCORERS, chosen
 from visibench.evals.tasks.tasks import load_tasks
 from visibench.reports.image_loader import ImageLoader
 from visibench.results.store.store import Store
@@ -66,6 +66,24 @@ def test_choices_are_listed_and_scored_by_letter_or_text(tmp_path):
         said: task.harness.process_results(task.docs[0], [said]) for said in ("B", "(b)", "B. red", "Red", "A", "?")
     }
     assert [score["choice_accuracy"] for score in scored.values()] == [1, 1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        *(
+            (said, 0)
+            for said in ("A", "a", "(a)", "A. cat", "a) cat", "A: cat", "A - cat", "A\ncat", "A cat", "the cat")
+        ),
+        *(
+            (said, 1)
+            for said in ("b", "B.", "B because it flies", "bird", "A bird.", "The answer is B.", "Answer: (b)")
+        ),
+        *((said, None) for said in ("a dog", "A dog", "A bird and a cat", "I do not know", "K", "", "?", "not b")),
+    ],
+)
+def test_a_choice_is_named_by_its_letter_or_its_text_and_an_article_is_no_letter(text, place):
+    assert chosen(text, ["a cat", "bird", *"cdefghij"]) == place
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ from visibench.evals.answers.generate import Bridge
 from visibench.evals.compute import timing
 from visibench.evals.sweeps.config import parse_config
 from visibench.evals.sweeps.sweep import save_tables, sweep
-from visibench.evals.tasks.tasks import load_tasks
 from visibench.methods import Forward, Keep, Method
 from visibench.results.store import columns
 from visibench.results.store.records import TimingConfig
@@ -52,18 +51,6 @@ class GrowingForward(Forward):
             return None
         number = view.layout.fingerprint[:, None] % 16
         return Keep(view.present & (torch.arange(view.present.shape[1]) <= number))
-
-
-@pytest.fixture
-def pope(disk_data):
-    return load_tasks(["pope"], str(disk_data))[0]
-
-
-@pytest.fixture
-def settings(checkpoint, disk_data) -> dict:
-    methods = ["fastv:layer=8,keep=0.9", {"name": "random", "keep": 0.1, "seeds": [0, 1]}]
-    where = {"model": str(checkpoint), "data": str(disk_data), "tasks": ["gqa", "pope"], "methods": methods}
-    return where | {"timing": None, "batch_size": 4, "limit": 4}
 
 
 # ---- the files ----------------------------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
 """Miniatures of families for the tests of methods in the decoder: random weights, one entry a family.
 
-Rows of a batch are (text tokens, visual tokens): images of several shapes, several images, and none.
+Rows of a batch are (text tokens, visual tokens), of two images of any shape (text tokens, (visual tokens, …)).
 """
 
 import pytest
 import torch
-from families import TEXT, VISION
+from families import BY_TOKEN, TEXT, VISION, collate
 from transformers import AutoConfig, AutoModelForImageTextToText
 from visibench.models.adapters import Adapter
 from visibench.models.geometry import synthetic_inputs
@@ -98,6 +98,13 @@ CONFIGS = {
         "vision_config": SIGLIP,
         "text_config": HEADS | {"model_type": "cohere2", "sliding_window": 8},
     },
+    "cohere2_vision": {
+        "image_token_id": IMAGE,
+        "downsample_factor": 2,
+        "alignment_intermediate_size": 64,
+        "vision_config": SIGLIP,
+        "text_config": HEADS | {"model_type": "cohere2", "sliding_window": 8},
+    },
 }
 """Configurations by ``model_type``: a family's line of test; behind a plus, variants of it."""
 LLAVA = CONFIGS["llava"]
@@ -108,39 +115,51 @@ CONFIGS |= {
     "llava+blocks": LLAVA | {"vision_feature_layer": [-2, -3]},
 }
 
-ROWS = {
-    "llava": [(9, 16), (6, 32), (5, 0), (12, 16)],
-    "llava+cls": [(9, 17), (6, 34), (5, 0), (12, 17)],
-    "llava_next": [(9, 88), (6, 52), (5, 0), (12, 56)],
-    "llava_next_video": [(9, 88), (6, 52), (5, 0), (12, 56)],
-    "gemma3": [(9, 4), (6, 8), (5, 0), (12, 12)],
-    "aya_vision": [(9, 4), (6, 8), (5, 0), (12, 12)],
-    "ragged": [(9, 20), (6, 36), (5, 0), (12, 7)],
-}
-ROWS |= dict.fromkeys(("smolvlm", "idefics3"), ROWS["gemma3"])
-ROWS["llava_onevision"] = ROWS["llava_next"]
-ROWS |= dict.fromkeys(("vipllava", "llava+blocks", "video_llava", "internvl", "paligemma"), ROWS["llava"])
-ROWS |= dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "mistral3", "llava+pixtral"), ROWS["ragged"])
+TILED = [(9, 88), (6, 52), (5, 0), (12, 56)]
+ROWS = dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), TILED)
+"""Of families whose images have shapes of their own; else :func:`rows_of` says it."""
 
 KINDS = [pytest.param(kind, marks=[pytest.mark.slow] if "+" in kind else []) for kind in CONFIGS]
 
 _models = {}
 
 
+def miniature(kind, config, attention):
+    """Random weights, large enough on the vision side for images to matter."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind.partition("+")[0], **config)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention).eval()
+    for name, weights in model.named_parameters():
+        if weights.ndim > 1 and not any(part in name for part in ("language_model", "text_model", "lm_head")):
+            torch.nn.init.normal_(weights, std=0.2)
+    return model
+
+
 def decoder_model(kind, attention="eager"):
     """A miniature; eager attention by default, whose masks and products can be seen."""
     if (kind, attention) not in _models:
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(kind.partition("+")[0], **CONFIGS[kind])
-        model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention).eval()
-        for name, weights in model.named_parameters():
-            if weights.ndim > 1 and "language_model" not in name and "text_model" not in name and "lm_head" not in name:
-                torch.nn.init.normal_(weights, std=0.2)  # or images hardly matter
-        _models[kind, attention] = model
+        _models[kind, attention] = miniature(kind, CONFIGS[kind], attention)
     return _models[kind, attention]
 
 
+def rows_of(kind):
+    """One image, two, none, and three, or one of another shape where images have any."""
+    tokens = Adapter(decoder_model(kind)).geometry.vision.tokens
+    alike = [(9, tokens), (6, 2 * tokens), (5, 0), (12, 3 * tokens)]
+    return ROWS.get(kind) or (alike if tokens else [(9, 20), (6, (32, 4)), (5, 0), (12, 7)])
+
+
 def row_samples(kind):
-    """One batch of one row for each entry of ``ROWS``."""
+    """One batch of one row for each entry of :func:`rows_of`."""
     adapter = Adapter(decoder_model(kind))
-    return [synthetic_inputs(adapter, 1, text, visual, seed=row) for row, (text, visual) in enumerate(ROWS[kind])]
+
+    def sample(row, text, visual):
+        if isinstance(visual, int):
+            return synthetic_inputs(adapter, 1, text, visual, seed=row)
+        parts = [synthetic_inputs(adapter, 1, text // len(visual), each, seed=row + each) for each in visual]
+        return {
+            key: torch.cat([part[key] for part in parts], dim=1) if key in BY_TOKEN else value
+            for key, value in collate(parts).items()
+        }
+
+    return [sample(row, *entry) for row, entry in enumerate(rows_of(kind))]

@@ -99,6 +99,9 @@ def samples_of(kind):
     return [synthetic_inputs(adapter, 1, text, visual, seed=row) for row, (text, visual) in enumerate(ROWS[kind])]
 
 
+BY_TOKEN = {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"}
+
+
 def collate(samples):
     """Left pad token-wise tensors; put images one behind the other, with as many tiles and as large as the largest."""
     width = max(sample["input_ids"].shape[1] for sample in samples)
@@ -106,7 +109,7 @@ def collate(samples):
     batch = {}
     for key in {key for sample in samples for key in sample}:
         parts = [sample[key] for sample in samples if key in sample]
-        if len(parts) == len(samples):
+        if key in BY_TOKEN:
             parts = [pad(part, (width - part.shape[1], 0)) for part in parts]
         elif parts[0].ndim == 5:
             tiles = max(part.shape[1] for part in parts)

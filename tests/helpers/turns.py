@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from cases import METHODS, REGISTERED
+from cases import PLAINEST, REGISTERED
 from support import IMAGE
-from visibench.evals.settings.method_spec import parse, spell
 
 
 def turn(text, images=0, behind=4, seed=0):
@@ -55,7 +54,6 @@ def masked_dense(model, ids, pixels, present, positions="keep"):
 
 
 LAYERS = 10
-PLAINEST = [parse(spell(cls, cls.examples[0])) for cls in METHODS.values()]
 # The others of each method come in the slow run.
 REST = [pytest.param(method, marks=pytest.mark.slow) for method in REGISTERED if method not in PLAINEST]
 every_method = pytest.mark.parametrize("method", [*PLAINEST, *REST], ids=str)

@@ -2,68 +2,21 @@
 
 import torch
 from decoders import CONFIGS as DECODERS
-from families import FAMILIES, TEXT, VISION
-from torch.nn.functional import pad
-from transformers import AutoConfig, AutoModelForImageTextToText
+from decoders import miniature
+from families import FAMILIES, collate
+
+__all__ = ["TILE", "VISUAL", "collate", "model_of", "sample_of", "samples_of"]
 
 VISUAL, BREAK = 63, 59
 TILE = 24
-TOWER = VISION | {"num_hidden_layers": 3, "num_attention_heads": 4, "image_size": TILE}
-SIGLIP = TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False}
-MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}
-SHUFFLED = {"image_token_id": VISUAL, "scale_factor": 2, "vision_config": TOWER}
-SHUFFLED |= {"text_config": TEXT | {"model_type": "llama"}}
-CONFIGS = FAMILIES | {
-    "llava_onevision": {
-        "image_token_id": VISUAL,
-        "video_token_id": 62,
-        "image_grid_pinpoints": [[24, 24], [24, 48], [48, 24], [48, 48]],
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "full",
-        "vision_config": SIGLIP,
-        "text_config": TEXT | {"model_type": "qwen2"},
-    },
-    "qwen2_vl": {
-        "image_token_id": VISUAL,
-        "video_token_id": 62,
-        "vision_start_token_id": 61,
-        "vision_end_token_id": 60,
-        "vision_config": {
-            "depth": 3,
-            "embed_dim": 32,
-            "hidden_size": 48,
-            "num_heads": 4,
-            "mlp_ratio": 2,
-            "patch_size": 6,
-        },
-        "text_config": TEXT | {"rope_parameters": MROPE},
-    },
-    "qwen3_vl": DECODERS["qwen3_vl"],
-    "mistral3": DECODERS["mistral3"],
-    "smolvlm": SHUFFLED,
-    "idefics3": SHUFFLED,
-    "vipllava": {
-        "image_token_index": VISUAL,
-        "image_seq_length": 16,
-        "vision_feature_layers": [-2, -3],
-        "vision_config": TOWER | {"model_type": "clip_vision_model"},
-        "text_config": TEXT | {"model_type": "llama"},
-    },
-}
+CONFIGS = DECODERS | FAMILIES
 _models = {}
 
 
 def model_of(kind, attention="sdpa"):
-    """Random weights, large enough on the vision side for images to differ."""
+    """A miniature, with fused attention by default."""
     if (kind, attention) not in _models:
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(kind, **CONFIGS[kind])
-        model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention).eval()
-        torch.manual_seed(1)
-        for name, weights in model.named_parameters():
-            if weights.ndim > 1 and not any(part in name for part in ("language_model", "text_model", "lm_head")):
-                torch.nn.init.normal_(weights, std=0.2)
-        _models[kind, attention] = model
+        _models[kind, attention] = miniature(kind, CONFIGS[kind], attention)
     return _models[kind, attention]
 
 
@@ -175,21 +128,3 @@ def sample_of(kind, text, images, seed=0):
 
 def samples_of(kind, shapes=None):
     return [sample_of(kind, *row, seed=seed) for seed, row in enumerate(shapes or SHAPES[kind])]
-
-
-def collate(samples):
-    """Left pad tokens; images one behind the other, with as many tiles as the largest has."""
-    width = max(sample["input_ids"].shape[1] for sample in samples)
-    batch = {}
-    for key in {key for sample in samples for key in sample}:
-        parts = [sample[key] for sample in samples if key in sample]
-        if key in ("input_ids", "attention_mask", "mm_token_type_ids"):
-            parts = [pad(part, (width - part.shape[1], 0)) for part in parts]
-        elif parts[0].ndim == 5:
-            tiles = max(part.shape[1] for part in parts)
-            parts = [pad(part, (0, 0) * 3 + (0, tiles - part.shape[1])) for part in parts]
-        elif parts[0].ndim == 4:
-            tall, wide = (max(part.shape[side] for part in parts) for side in (2, 3))
-            parts = [pad(part, (0, wide - part.shape[3], 0, tall - part.shape[2])) for part in parts]
-        batch[key] = torch.cat(parts)
-    return batch

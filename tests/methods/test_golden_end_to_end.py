@@ -156,7 +156,7 @@ def test_hiprune_anchors_and_registers(config, entry, case, images):
 @pytest.mark.parametrize("rows", [7, 128])
 def test_attention_received_in_vision_blocks(whole, rows, monkeypatch):
     """Recorded with the whole map at hand; here a few rows of queries at a time."""
-    monkeypatch.setattr(attention, "BLOCK", rows)
+    monkeypatch.setattr(attention.weights, "BLOCK", rows)
     seen = {}
 
     class Look(type(visibench.load_method("hiprune", tokens=64))):
@@ -198,9 +198,9 @@ def test_vscan_chooses_and_merges(whole, config, entry, case, images):
     expected = recorded[f"{prefix}.kept"]
     of = lambda block: torch.cat([recorded[f"cls_attention_{block}.img{number}"] for number in images])  # noqa: E731
     early, late, vision = of("block5"), of("m2"), Adapter(whole).geometry.vision
-    local, spread = method.split(vision)
+    quota, _, spread = method.split(vision.shape)
     if config != "n576":
-        windows = vscan.in_windows(early, 4, 6, local)
+        windows = vscan.in_windows(early, vision.shape, 6, quota)
         picked = recorded[f"{prefix}.local"].long()
         assert torch.equal(pieces.marked(picked, 576), windows)
         chosen = windows | base.top(late, torch.full((len(images),), spread), ~windows)

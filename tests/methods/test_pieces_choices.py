@@ -8,7 +8,7 @@ import torch
 import visibench
 from support import collate, make_batch, make_llava
 from transformers import LlavaConfig, LlavaForConditionalGeneration
-from visibench.methods import hiprune, holov, pieces, scope, vscan
+from visibench.methods import base, hiprune, holov, pieces, scope, vscan
 
 ROWS = [(5, 9, 1), (3, 12, 2), (4, 6, 0)]
 
@@ -73,13 +73,43 @@ def test_runs_share_a_budget(runs, budget):
 @pytest.mark.parametrize(("across", "side", "count"), [(2, 3, 2), (3, 2, 1), (1, 6, 5), (6, 1, 1), (2, 3, 0)])
 def test_windows_choose_by_themselves(across, side, count):
     scores = random(2, 36)
-    chosen = vscan.in_windows(scores, across, side, count)
+    chosen = vscan.in_windows(scores, (1, across * side, across * side), side, count)
     for image in range(2):
         expected = set()
         for top, left in itertools.product(range(0, 6, side), repeat=2):
             window = [r * 6 + c for r in range(top, top + side) for c in range(left, left + side)]
             expected |= set(sorted(window, key=lambda j: -scores[image, j].item())[:count])
         assert set(chosen[image].nonzero().flatten().tolist()) == expected
+
+
+@pytest.mark.parametrize("quota", ["floor", "ceil"])
+@pytest.mark.parametrize(
+    ("grid", "side"), [((1, 7, 11), 4), ((1, 3, 9), 4), ((1, 2, 2), 6), ((2, 5, 6), 3), ((1, 1, 9), 2)]
+)
+def test_windows_of_any_shape_give_what_is_highest_until_each_is_full_or_half_the_budget_is_there(grid, side, quota):
+    """The remainder of a side belongs to its last window."""
+    frames, rows, columns = grid
+    scores, size = random(2, frames * rows * columns), frames * rows * columns
+    for tokens in range(1, size):
+        method = visibench.load_method("vscan", tokens=tokens, window=side, quota=quota)
+        limit, local, spread = method.split(grid)
+        down, across = max(rows // side, 1), max(columns // side, 1)
+        share = tokens // 2 / (frames * down * across)
+        assert limit == max(1, {"floor": int, "ceil": lambda value: -int(-value // 1)}[quota](share))
+        mask = vscan.in_windows(scores, grid, side, limit)
+        mask = base.top(scores, torch.full((2,), local), mask)
+        for image in range(2):
+            taken, held = [], {}
+            for token in sorted(range(size), key=lambda j: -scores[image, j].item()):
+                frame, place = divmod(token, rows * columns)
+                row, column = divmod(place, columns)
+                window = frame, min(row // side, down - 1), min(column // side, across - 1)
+                if held.get(window, 0) < limit and len(taken) < tokens // 2:
+                    taken.append(token)
+                    held[window] = held.get(window, 0) + 1
+            assert mask[image].nonzero().flatten().tolist() == sorted(taken)
+        assert local + spread == method.unit_left(grid) <= tokens
+        assert local + spread == tokens or quota == "floor"
 
 
 def test_others_are_absorbed_by_the_kept_token_they_are_most_like():

@@ -1,5 +1,6 @@
 """What `visibench models --matrix` says of each family, and that it says what pruning does."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -7,8 +8,8 @@ import pytest
 import visibench
 from decoders import CONFIGS, decoder_model
 from visibench.errors import VisibenchError
-from visibench.evals.invariants.families import FamilyVerdict, families, markdown, verdicts
-from visibench.models.adapters import FAMILIES
+from visibench.evals.invariants.families import FamilyVerdict, families, markdown, matrix, overview, verdicts
+from visibench.models.adapters import FAMILIES, Adapter
 
 DECODER = ["none", "random", "fastv", "pyramiddrop", "sparsevlm", "dart", "vtw", "staged", "visipruner"]
 
@@ -48,8 +49,16 @@ def test_the_command_prints_the_matrix(cli):
 
 
 @pytest.mark.slow
-def test_the_page_holds_what_the_refusing_code_says():
-    assert markdown() in (Path(visibench.__file__).parent / "docs" / "families.md").read_text()
+def test_the_page_and_the_readme_hold_what_the_refusing_code_says():
+    root, found = Path(visibench.__file__).parent, matrix()
+    assert markdown(found) in (root / "docs" / "families.md").read_text()
+    assert overview(found) in (root / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if "+" not in kind])
+def test_a_family_says_whether_features_are_added_behind_early_layers(kind):
+    adds = "deepstack_visual_embeds" in inspect.signature(Adapter(decoder_model(kind)).decoder.forward).parameters
+    assert FAMILIES[kind].deepstack == adds
 
 
 def test_an_option_that_a_method_runs_with_is_named():

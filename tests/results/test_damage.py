@@ -31,6 +31,7 @@ def answered(store, label, n=12, **changes):
     samples = frame(
         [f"i{i // 3}" for i in range(n)],
         right,
+        pixels="p",
         visual_tokens=[[16, 8]] * n,
         kv_lengths=[[20, 12]] * n,
         executed_macs=[1e8] * n,
@@ -146,6 +147,15 @@ def scored(cell, value):
     edited(cell / "metrics.json", scores=[scores[0] | {"value": value}])
 
 
+@pytest.mark.parametrize("damage", ["metrics edited", "metrics of another cell", "metrics cut in half"])
+def test_a_sweep_takes_no_damaged_outcome_for_done(damage, run):
+    cell = config("fastv")
+    assert run.find(cell)
+    spoil, _ = RECORDS[damage]
+    spoil(run.path(cell))
+    assert run.find(cell) is None
+
+
 def emptied(root):
     shutil.rmtree(root)
     root.mkdir()
@@ -184,6 +194,14 @@ RUNS: Damages = {
         "hold the same cell twice",
     ),
 }
+
+
+@pytest.mark.usefixtures("run")
+def test_cells_that_were_asked_different_parts_of_a_task_are_no_part_of_a_baseline(cli):
+    answered(Store("part"), "none")
+    answered(Store("part"), "fastv", 6, limit=6)
+    refused = cli("check", "part", "--baseline", "b.json", "--subset")
+    assert_refused(refused, "was asked other questions of gqa than the rest: give the folder of one sweep")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -3,10 +3,13 @@
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 from storing import full
+from visibench.methods import list_methods
 from visibench.results.store.store import Store
+from visibench.results.tables import titles
 
 
 @pytest.fixture
@@ -85,3 +88,13 @@ def test_it_belongs_to_latex(cli, tmp_path):
         code, _, err = cli("table", str(tmp_path), *options)
         assert code == 2
         assert "belongs to --format latex" in " ".join(err.split())
+
+
+def test_display_names_are_those_that_methods_are_registered_under():
+    assert titles.built_in() == {name: method.title for name, method in list_methods().items()}
+
+
+@pytest.mark.slow
+def test_a_table_with_display_names_imports_no_torch():
+    code = "import sys; from visibench.results.tables import paper, titles; titles.method_title('fastv')"
+    subprocess.run([sys.executable, "-c", f"{code}; sys.exit('torch' in sys.modules)"], check=True)

@@ -187,6 +187,14 @@ def test_a_method_in_a_file_is_the_one_that_the_sweep_read(config, tmp_path):
         worker.run(cell.config, None, (0, 2), {}, {})
 
 
+@pytest.mark.parametrize("part", ["engine", "method"])
+def test_a_worker_with_other_code_answers_nothing(part, config):
+    worker, cell = Worker(config.model_dump_json()), cell_specs(config)[0].config
+    other = cell.model_copy(update={"code": cell.code | {part: "another"}})
+    with pytest.raises(DataError, match=rf"^visibench's {part} is other code on .*: install the same there$"):
+        worker.run(other, None, (0, 2), {}, {})
+
+
 def test_what_a_worker_cannot_load_is_said_once(config, tmp_path, monkeypatch):
     broken = config.model_copy(update={"methods": ["fastv:layer=11,keep=0.5"]})
     monkeypatch.setattr(pool, "_Process", lambda *args: pytest.fail("a worker was started"))

@@ -11,7 +11,7 @@ from visibench.errors import DataError
 from visibench.evals.settings.config import variants
 from visibench.evals.sweeps.config import load_config
 from visibench.models import load_model
-from visibench.results.store.records import Compute, ScoreRecord, VisualTokens
+from visibench.results.store.records import Compute, Environment, ScoreRecord, VisualTokens
 from visibench.results.store.store import Store
 from visibench.training import compare
 from visibench.training.compare import figures_of, table_of, together
@@ -114,6 +114,17 @@ def test_checkpoints_that_were_asked_otherwise_are_refused(store, tmp_path):
         figures_of(tmp_path)
     answered(store, "older", "none", 8, versions={"torch": "1"})
     with pytest.raises(DataError, match=r"differ in .*versions"):
+        figures_of(tmp_path)
+
+
+def test_checkpoints_of_two_precisions_are_refused_and_of_two_sizes_not(store, tmp_path):
+    for model, facts in (("plain", {"name": "plain", "parameters": 1}), ("wide", {"name": "wide", "parameters": 2})):
+        ran = Environment(model={"dtype": "float32"} | facts, versions={"torch": "2"}, machine={})
+        answered(store, model, "none", 8, environment=ran)
+    assert {*figures_of(tmp_path).checkpoint} == {"plain", "wide"}
+    half = Environment(model={"dtype": "bfloat16"}, versions={"torch": "2"}, machine={})
+    answered(store, "half", "none", 8, environment=half)
+    with pytest.raises(DataError, match=r"differ in environment\.model\.dtype: run all checkpoints alike"):
         figures_of(tmp_path)
 
 
