@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 import re
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,16 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor, BatchFeature, PreTrainedModel
 
-from ..errors import DataError, InputError, OptionError, UnknownNameError, UnsupportedModelError, boundary, suggest
+from ..errors import (
+    DataError,
+    InputError,
+    OptionError,
+    UnknownNameError,
+    UnsupportedModelError,
+    boundary,
+    reason,
+    suggest,
+)
 from ..utils.bounded_cache import GIB, BoundedCache
 from ..utils.machine import processor, version
 from ..utils.sources import ends
@@ -230,7 +240,10 @@ def fingerprint(model: str) -> str:
     if not folder.is_dir():
         return ""
     digest = hashlib.sha256()
-    for part in dict.fromkeys((folder, Path(lora.base_of(str(folder))))):
+    with boundary(f"cannot read model {model!r}", DataError):  # an adapter's configuration may be anything
+        parts = dict.fromkeys((folder, Path(lora.base_of(str(folder)))))
+    for part in parts:
+        _check_files(part)
         for file in sorted(path for path in part.rglob("*") if path.is_file()):
             digest.update(f"{file.relative_to(part)}:{file.stat().st_size}".encode())
             digest.update(ends(file))
@@ -276,12 +289,28 @@ def _source(name: str) -> str:
     if name in EMBEDDED:
         return str(EMBEDDED[name])
     if Path(name).is_dir():
+        _check_files(Path(name))
         return name
     if name.count("/") == 1 and not name.startswith((".", "/")):
         return name
     raise UnknownNameError(
         f"unknown model {name!r}: not a folder, and not a hub id (owner/name); {suggest(name, list_models())}"
     )
+
+
+def _check_files(folder: Path) -> None:
+    """Raise :class:`DataError` for what is no file, such as a pipe, whose reader would wait for ever.
+
+    And for generation settings that cannot be read: transformers goes on without them, and their stop tokens.
+    """
+    settings = folder / "generation_config.json"
+    for file in sorted(folder.rglob("*")):
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise DataError(f"cannot read {file} (no regular file): put the model's own file there, or remove it")
+    try:
+        json.loads(settings.read_bytes() if settings.exists() else b"{}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"cannot read {settings} ({reason(error)}): put the model's own file there") from error
 
 
 def _precision(name: str, place: torch.device) -> Any:

@@ -1,6 +1,7 @@
 """Checkpoints whose weights are not those that their configuration asks for."""
 
 import json
+import os
 import shutil
 from contextlib import suppress
 
@@ -9,6 +10,7 @@ import torch
 import visibench
 from safetensors.torch import load_file, save_file
 from visibench.errors import DataError, NoRoomError, VisibenchError
+from visibench.models.load import fingerprint
 from visibench.utils import memory
 
 NORM = "language_model.model.layers.1.input_layernorm.weight"
@@ -157,3 +159,26 @@ def test_a_model_that_does_not_fit_into_memory_is_refused_before_it_is_read(fold
     assert visibench.load_model("llava-1.5-7b", weights="meta").model.num_parameters() > 7e9
     with pytest.raises(NoRoomError, match="are free"):
         visibench.load_model("llava-1.5-7b", weights="random")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "adapter_config.json"])
+def test_pipes_among_a_models_files_are_refused(folder, name):
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    for read in (visibench.load_model, fingerprint):
+        with pytest.raises(DataError, match=rf"cannot read .*{name} \(no regular file\)"):
+            read(str(folder))
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"\xff", b"{}"])
+def test_an_adapter_that_says_nothing_is_refused_before_anything_runs(tmp_path, content):
+    (tmp_path / "adapter_config.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"cannot read model|an adapter of type None"):
+        fingerprint(str(tmp_path))
+
+
+def test_generation_settings_that_cannot_be_read_are_refused(folder):
+    (folder / "generation_config.json").write_bytes(b"\xd0\x00{")
+    for read in (visibench.load_model, fingerprint):
+        with pytest.raises(DataError, match=r"cannot read .*generation_config.json \("):
+            read(str(folder))
