@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,21 +42,31 @@ class Asker:
     _questions: dict[str, list[Question]] = field(default_factory=dict)
     _known: dict[tuple[str, int, str], tuple[str, float]] = field(default_factory=dict)
 
-    def answers(self, method: Method, task: Task, on_first: OnFirst | None = None) -> KeptAnswers:
-        """What is answered under ``method``; ``on_first``: see :class:`~visibench.evals.answers.generate.Bridge`."""
+    def questions(self, task: Task) -> list[Question]:
+        """Those that are asked of a task."""
         if task.name not in self._questions:
             self._questions[task.name] = questions(task, task.size(self.limit)[0])[self.skip :]
+        return self._questions[task.name]
+
+    def answers(
+        self, method: Method, task: Task, on_first: OnFirst | None = None, only: Collection[int] | None = None
+    ) -> KeptAnswers:
+        """What is answered under ``method``; ``on_first``: see :class:`~visibench.evals.answers.generate.Bridge`.
+
+        ``only``: doc_ids, of the questions to ask.
+        """
+        asked = [one for one in self.questions(task) if only is None or one.doc_id in only]
         answers = KeptAnswers()
         with lmms_eval.quiet(), prune(self.loaded.model, method, features=self.features) as session:
             bridge = Bridge(
                 self.loaded, session, task, self.batch_size, self.on_batch, answers, self.seed, on_first=on_first
             )
-            bridge.answer(self._questions[task.name])
+            bridge.answer(asked)
         return answers
 
-    def records(self, method: Method, task: Task) -> dict[int, Answer]:
-        """The record of each question, by doc_id."""
-        return of_questions(self.answers(method, task))
+    def records(self, method: Method, task: Task, only: Collection[int] | None = None) -> dict[int, Answer]:
+        """The record of each question, or of some, by doc_id."""
+        return of_questions(self.answers(method, task, only=only))
 
     def evaluated(self, method: Method, task: Task, on_first: OnFirst | None = None) -> Evaluation:
         """The same, scored by lmms-eval."""

@@ -33,7 +33,7 @@ from ..results.store.records import environment
 from .asking import Asker
 from .bench import SettingBench, given
 from .fit import fit
-from .searches import SEARCHES
+from .searches import DEFAULT, SEARCHES
 
 STEP = 0.02
 """By how much of the dense compute the next setting to confirm is dearer than one that failed."""
@@ -42,13 +42,13 @@ STEP = 0.02
 def calibrate(
     loaded: LoadedModel,
     tasks: Sequence[Task],
-    methods: Sequence[str] = tuple(SEARCHES),
+    methods: Sequence[str] = DEFAULT,
     *,
     evaluation: Sequence[Task] = (),
     target: float = 0.98,
     limit: int = 50,
     confirm: int = 50,
-    batch_size: int = 25,
+    batch_size: int = 10,
     prompts: int = 16,
     authors: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     seed: int = 0,
@@ -67,12 +67,15 @@ def calibrate(
     asked = Asker(loaded, limit, batch_size, seed), Asker(loaded, limit + confirm, batch_size, seed, skip=limit)
     search = SettingBench(asked[0], tasks, target, (1 + target) / 2, on_point)
     second = SettingBench(asked[1], tasks, target, on_point=on_point)
-    depth = loaded.geometry.layers
     inputs = cache(lambda: _inputs(loaded, tasks[0], min(prompts, limit), batch_size))
     by_authors = {name: fit(name, loaded.model, inputs(), **settings).method for name, settings in authors.items()}
     for name in methods:
         if name not in by_authors:
-            SEARCHES[name](search, depth, inputs)
+            SEARCHES[name](search, loaded.geometry.layers, inputs)
+    found = [
+        _by_authors(by_authors[name], second) if name in by_authors else _confirmed(name, search, second)
+        for name in methods
+    ]
     return CalibrationRecord(
         model=loaded.name,
         checkpoint=fingerprint(loaded.name),
@@ -84,37 +87,45 @@ def calibrate(
         seed=seed,
         dense_macs=second.dense.macs,
         dense_tokens=second.dense.tokens,
-        chosen=[_chosen(name, search, second, by_authors.get(name)) for name in methods],
+        chosen=found,
         points=[*search.points.values(), *second.points.values()],
         environment=environment(loaded.describe()),
     )
 
 
-def _chosen(name: str, search: SettingBench, second: SettingBench, by_authors: Method | None) -> ChosenSetting:
-    if by_authors is not None:
-        point = second.measure(by_authors, everywhere=True)
-        return ChosenSetting(
-            method=name, options=given(by_authors), by="the search of its authors", point=point, nearest=None
-        )
+def _by_authors(method: Method, second: SettingBench) -> ChosenSetting:
+    point = second.measure(method, everywhere=True)
+    return ChosenSetting(
+        method=method.name, options=given(method), by="the search of its authors", point=point, nearest=None
+    )
+
+
+def _confirmed(name: str, search: SettingBench, second: SettingBench) -> ChosenSetting:
+    """The cheapest setting found that the second step confirms; each next one is dearer by a step."""
     by = f"the least compute at which {search.target:.0%} of the answers are the dense model's"
-    found, spent = None, 0.0
+    failed: list[Method] = []
+    spent = 0.0
     for method in (method for method in search.cheapest() if method.name == name):
         if search.measure(method).macs < spent:
             continue
         if second.passes(method):
-            found = method
-            break
+            point = second.measure(method)
+            return ChosenSetting(method=name, options=given(method), by=by, point=point, nearest=None)
+        failed.append(method)
         spent = search.measure(method).macs + STEP * search.dense.macs
-    if found is not None:
-        return ChosenSetting(method=name, options=given(found), by=by, point=second.measure(found), nearest=None)
-    tried = [point for point in search.points.values() if point.method == name and point.complete]
-    nearest = max(tried, key=lambda point: (point.least.share, -point.macs), default=None)
-    return ChosenSetting(method=name, options={}, by=by, point=None, nearest=nearest)
+    nearest = second.nearest(failed) or search.nearest(one for one in search.methods.values() if one.name == name)
+    beside = None if nearest is None else second.measure(nearest, everywhere=True)
+    return ChosenSetting(method=name, options={}, by=by, point=None, nearest=beside)
 
 
 def presets(record: CalibrationRecord) -> dict[str, Preset]:
     """A preset for each method that has a setting."""
     facts = record.environment
+    without = {
+        one.method: f"none reaches {record.target:.0%}; nearest: {one.nearest.spec}, {one.nearest.least.share:.2%}"
+        for one in record.chosen
+        if one.nearest is not None
+    }
     found = {}
     for chosen in record.chosen:
         if chosen.point is None:
@@ -133,6 +144,7 @@ def presets(record: CalibrationRecord) -> dict[str, Preset]:
                 "GFLOPs (multiply-adds) of a prefill": round(chosen.point.macs * 1e-9, 4),
                 "of dense": round(record.dense_macs * 1e-9, 4),
                 "visual tokens, mean over layers": round(chosen.point.tokens, 1),
+                **({"methods without a setting": without} if without else {}),
                 "questions of each task": {"search": record.searched, "confirmation": record.confirmed},
                 "data": {**record.tasks},
                 "seed": record.seed,

@@ -36,9 +36,10 @@ class Shown:
     macs: float
 
     def said(self) -> str:
-        """In one line."""
+        """In one line, whatever the answer holds."""
         compute = f"{self.macs * 1e-12:.3g} TFLOPs" if self.macs >= 1e10 else f"{self.macs * 1e-9:.3g} GFLOPs"
-        return f"{self.method}: “{self.answer}”  ·  T {self.tokens:.1f}  ·  {compute}"
+        answer = " ".join(self.answer.split())
+        return f"{self.method}: “{answer}”  ·  T {self.tokens:.1f}  ·  {compute}"
 
 
 @dataclass(frozen=True)

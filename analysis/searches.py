@@ -143,7 +143,10 @@ SEARCHES: dict[str, Callable[[SettingBench, int, Inputs], None]] = {
     "visipruner": visipruner,
     "fastv": fastv,
     "pyramiddrop": pyramiddrop,
-    "readers": readers,
     "vtw": vtw,
     "fitprune": fitprune,
+    "readers": readers,
 }
+"""By the name of the method."""
+DEFAULT = tuple(name for name in SEARCHES if name != "readers")
+"""Papers' methods; ``readers`` is none, and is searched where it is named."""

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 
 Methods = Annotated[
-    str | None, typer.Option(metavar="visipruner,fastv,pyramiddrop,readers,vtw,fitprune", help="(default: all of them)")
+    str | None,
+    typer.Option(
+        "--methods",
+        "--method",
+        metavar="visipruner,fastv,pyramiddrop,vtw,fitprune,readers",
+        help="(default: all but readers, which is no paper's)",
+    ),
 ]
 Data = Annotated[
     str | None,
@@ -50,7 +56,7 @@ def calibrate(
     kl: Divergence = None,
     spare: Spared = None,
     seed: Annotated[int, typer.Option(help="Each batch starts from generators seeded with it.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 25,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 10,
     out: Annotated[Path | None, typer.Option(help="Folder. (default: runs/MODEL/presets)")] = None,
     weights: Annotated[str, typer.Option(help="pretrained; others give no answers to keep.")] = "pretrained",
     device: Device = "auto",
@@ -70,7 +76,7 @@ def calibrate(
 
     check_trained(weights)
     _check_share(target)
-    wanted = names(methods, searches.SEARCHES, "--methods") or list(searches.SEARCHES)
+    wanted = names(methods, searches.SEARCHES, "--methods") or list(searches.DEFAULT)
     authors = _authors(wanted, {"vtw": ("threshold", kl), "fitprune": ("target", spare)})
     folder = out or run_folder(model) / "presets"
     with disk.writing(folder):
@@ -147,21 +153,35 @@ def _written(record: CalibrationRecord, folder: Path) -> list[Path]:
 
 
 def _print(record: CalibrationRecord, folder: Path) -> None:
-    header, rows = ["setting", "GFLOPs", "of dense", "T", *record.tasks, "lower bound"], []
+    header = ["setting", "GFLOPs", "of dense", "T", *record.tasks, "lower bound"]
+    rows = []
     for chosen in record.chosen:
         point = chosen.point or chosen.nearest
         if point is None:
-            rows.append([f"{chosen.method}: no setting keeps the answers", *["–"] * (4 + len(record.tasks))])
+            rows.append([f"{chosen.method}: nothing to search", *["–"] * (len(header) - 1)])
             continue
         reached = "" if chosen.point else f"{chosen.method}: none reaches {record.target:.0%}; nearest: "
-        shares = [f"{point.agreement[task].share:.1%}" if task in point.agreement else "–" for task in record.tasks]
-        compute = (f"{point.macs * 1e-9:.4f}", f"{point.macs / record.dense_macs:.1%}", f"{point.tokens:.1f}")
-        rows.append([f"{reached}{point.spec}", *compute, *shares, f"{point.least.low:.1%}"])
+        rows.append([f"{reached}{point.spec}", *_figures(point, record), f"{point.least.low:.1%}"])
     print(laid_out(header, rows, width(), header[1:]))
     wrapped(
         f"Answers as dense on {record.confirmed} questions of each task that the search did not see; lower bound: of "
         "the 95 % interval of the task where fewest are, clustered by image. GFLOPs: multiply-adds of a prefill."
     )
+    best = [point for chosen in record.chosen for point in record.frontier(chosen.method)]
+    print()
+    print(laid_out(header[:-1], [[point.spec, *_figures(point, record)] for point in best], width(), header[1:]))
+    few = sum(not point.complete for point in record.points)
+    wrapped(
+        f"Frontier: settings that no other of their method beats, on the {record.searched} questions of each task that "
+        f"were searched on. {few} of {len(record.points)} measurements were given up, the target being out of reach."
+    )
     for chosen in record.chosen:
         if chosen.point is not None:
             print(f"--method {chosen.method}@{folder / chosen.method}.yaml")
+        elif chosen.method == "visipruner":
+            wrapped("Where VisiPruner's rule keeps too few answers, readers may keep more: --methods readers.")
+
+
+def _figures(point: CalibratedPoint, record: CalibrationRecord) -> list[str]:
+    shares = [f"{point.agreement[task].share:.1%}" for task in record.tasks]
+    return [f"{point.macs * 1e-9:.4f}", f"{point.macs / record.dense_macs:.1%}", f"{point.tokens:.1f}", *shares]

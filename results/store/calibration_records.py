@@ -10,7 +10,10 @@ CALIBRATION = "calibration.json"
 
 
 class Agreement(Record):
-    """Share of answers that are the dense model's, with its 95 % interval, clustered by image."""
+    """Share of answers that are the dense model's, with its 95 % interval, clustered by image.
+
+    ``questions``: how many were asked. Where a setting was given up before all were, the others count as if they agree.
+    """
 
     share: float
     low: float
@@ -22,8 +25,9 @@ class Agreement(Record):
 class CalibratedPoint(Record):
     """A setting as measured. ``macs``: executed multiply-adds of a prefill, vision included, mean over questions.
 
-    ``tokens``: visual tokens, mean over decoder layers. ``agreement`` by task. ``complete``: where one task misses the
-    target the others are not asked. ``confirmed``: measured on the second share of questions.
+    ``tokens``: visual tokens, mean over decoder layers. ``agreement`` by task. ``complete``: all questions were
+    asked; a setting that can reach the target no more is given up.
+    ``confirmed``: measured on the second share.
     """
 
     method: str
@@ -38,10 +42,6 @@ class CalibratedPoint(Record):
     def least(self) -> Agreement:
         """That of the task where it is lowest."""
         return min(self.agreement.values(), key=lambda one: one.share)
-
-    def reaches(self, target: float) -> bool:
-        """Whether every task was asked and agrees at least so often."""
-        return self.complete and self.least.share >= target
 
 
 class ChosenSetting(Record):
@@ -75,3 +75,16 @@ class CalibrationRecord(Record):
     points: list[CalibratedPoint]
     chosen: list[ChosenSetting]
     environment: Environment
+
+    def searched_of(self, method: str) -> list[CalibratedPoint]:
+        """What was measured of a method in the search."""
+        return [point for point in self.points if point.method == method and not point.confirmed]
+
+    def frontier(self, method: str) -> list[CalibratedPoint]:
+        """Complete ones of these that no other beats in multiply-adds and least agreement, by multiply-adds."""
+        best: list[CalibratedPoint] = []
+        complete = (point for point in self.searched_of(method) if point.complete)
+        for point in sorted(complete, key=lambda point: (point.macs, -point.least.share)):
+            if not best or point.least.share > best[-1].least.share:
+                best.append(point)
+        return best

@@ -7,13 +7,15 @@ import torch
 import yaml
 from refusals import assert_refused
 from visibench.analysis import fit, searches
+from visibench.analysis.asking import Asker
+from visibench.analysis.bench import SettingBench
 from visibench.analysis.calibrate import calibrate, check_apart, presets
 from visibench.errors import DataError
 from visibench.evals.settings import method_spec
 from visibench.evals.tasks.tasks import load_tasks
+from visibench.methods import load_method
 from visibench.models import load_model
-from visibench.results.figures.calibration import frontier
-from visibench.results.store.calibration_records import Agreement, CalibratedPoint
+from visibench.results.store.calibration_records import Agreement, CalibratedPoint, CalibrationRecord
 
 DEPTH = 10
 
@@ -57,6 +59,22 @@ def test_a_staircase_goes_on_where_it_stands(many, known):
     assert len(asked) == len({*asked}) <= (1 if many <= known else 4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "overall"), [(0.5, 0.0), (0.75, 0.8)])
+def test_what_is_given_up_would_have_failed(loaded, disk_data, target, overall):
+    """The verdict on every setting is that of all questions, whichever are asked first and however few."""
+    both = load_tasks(["gqa", "pope"], str(disk_data))
+    early, whole = (SettingBench(Asker(loaded, 8, 2), both, target, overall) for _ in range(2))
+    methods = [load_method("vtw", layer=layer) for layer in range(DEPTH)]
+    methods += [load_method("fastv", layer=2, keep=keep) for keep in (0.1, 0.5, 0.9)]
+    for method in methods:
+        assert whole.measure(method, everywhere=True).complete
+        assert early.passes(method) == whole.passes(method)
+        assert early.points[str(method)].least.share >= whole.points[str(method)].least.share
+    assert [str(one) for one in early.cheapest()] == [str(one) for one in whole.cheapest()]
+    assert not all(point.complete for point in early.points.values())
+
+
 def test_withdrawal_is_as_early_as_nothing_is_lost(blind_from_5, tasks):
     record = calibrate(blind_from_5, tasks, ["vtw"], target=1.0, limit=4, confirm=4, batch_size=4)
     (chosen,) = record.chosen
@@ -76,7 +94,7 @@ def test_withdrawal_is_as_early_as_nothing_is_lost(blind_from_5, tasks):
 def test_a_target_out_of_reach_names_the_nearest(blind_from_5, tasks, monkeypatch):
     monkeypatch.setitem(searches.SEARCHES, "vtw", lambda bench, depth, inputs: None)
     (chosen,) = calibrate(blind_from_5, tasks, ["vtw"], limit=2, confirm=2, batch_size=4).chosen
-    assert chosen.point is chosen.nearest is None
+    assert chosen.point is chosen.nearest is None  # nothing was searched
     assert not presets(calibrate(blind_from_5, tasks, ["vtw"], limit=2, confirm=2, batch_size=4))
 
 
@@ -92,7 +110,8 @@ def test_frontier_holds_what_nothing_beats():
         return CalibratedPoint(method="m", spec="m", macs=macs, tokens=1, agreement=agreement, complete=complete)
 
     cheap, dear, beaten = point(1, 0.5), point(3, 0.9), point(2, 0.4)
-    assert frontier([dear, beaten, cheap, point(0.5, 1.0, complete=False)]) == [cheap, dear]
+    points = [dear, beaten, cheap, point(0.5, 1.0, complete=False)]
+    assert CalibrationRecord.model_construct(points=points).frontier("m") == [cheap, dear]
 
 
 @pytest.mark.slow

@@ -1,15 +1,20 @@
 """The analysis, calibration and pictures of models that were made like LLaVA-NeXT, InternVL and Qwen2.5-VL."""
 
+import json
+
 import numpy as np
 import pytest
 import visibench
-from families import every_family
+from families import FAMILIES, every_family
 from PIL import Image
-from processors import askable
+from processors import askable, save_askable
+from refusals import assert_refused
 from visibench.analysis.calibrate import calibrate
 from visibench.analysis.overlay import overlay
 from visibench.analysis.stages import PARTS, StageAnalysis
+from visibench.evals.settings import method_spec
 from visibench.evals.tasks.tasks import load_tasks
+from visibench.results.store import stage_records
 from visibench.utils.token_grids import size
 
 pytestmark = pytest.mark.slow
@@ -52,3 +57,62 @@ def test_the_picture_has_a_place_for_each_token(kind):
     assert dense.tokens == size(drawn.places) == len(drawn.attention)
     assert pruned.tokens == dense.tokens / 2
     assert drawn.figure.subfigs
+
+
+# ---- the commands ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders of saved miniatures, by family."""
+    return {kind: save_askable(kind, tmp_path_factory.mktemp(kind)) for kind in FAMILIES}
+
+
+@every_family
+def test_analyze(kind, saved, cli, disk_data, tmp_path):
+    few = ["--data", disk_data, "--tasks", "gqa", "--limit", 2, "--layers", "1,5", "--out", "out"]
+    code, out, err = cli("analyze", "--model", saved[kind], *few)
+    assert code == 0, err
+    assert "gqa, by the next token:" in out
+    record = stage_records.read(tmp_path / "out" / "stages.json")
+    assert (record.depth, record.tasks["gqa"].asked) == (DEPTH, 2)
+    assert {"stages.png", "stages.svg"} <= {file.name for file in (tmp_path / "out").iterdir()}
+
+
+@every_family
+def test_calibrate(kind, saved, cli, disk_data, tmp_path):
+    few = ["--data", disk_data, "--tasks", "gqa", "--limit", 2, "--confirm", 2, "--target", 0.5, "--out", "out"]
+    code, out, err = cli("calibrate", "--model", saved[kind], *few, "--methods", "fastv,vtw")
+    assert code == 0, err
+    record = json.loads((tmp_path / "out" / "calibration.json").read_text())
+    for chosen in record["chosen"]:
+        assert (chosen["point"] or chosen["nearest"])["spec"] in out
+        if chosen["point"]:
+            method = method_spec.parse(f"{chosen['method']}@{tmp_path}/out/{chosen['method']}.yaml", str(saved[kind]))
+            assert str(method) == chosen["point"]["spec"]
+
+
+@every_family
+def test_show(kind, saved, cli, tmp_path):
+    Image.effect_noise((96, 40), 90).convert("RGB").save(tmp_path / "a.png")
+    asked = ["--image", "a.png", "--question", "Is it red?", "--methods", "fastv:keep=0.5", "--out", "out.png"]
+    code, out, err = cli("show", "--model", saved[kind], *asked)
+    assert code == 0, err
+    assert [line.partition(": ")[0] for line in out.splitlines()] == ["none", "fastv:keep=0.5"]
+    assert Image.open(tmp_path / "out.png").width > 300
+
+
+ASKED = {
+    "analyze": [],
+    "calibrate": [],
+    "show": ["--image", "a.png", "--question", "?", "--methods", "vtw"],
+}
+
+
+@pytest.mark.parametrize("command", ASKED)
+@pytest.mark.parametrize("model", ["llava-next-7b", "qwen2.5-vl-7b", "internvl3-8b"])
+def test_weights_that_nobody_trained_are_refused(command, model, cli, tmp_path):
+    for weights in ("meta", "random"):
+        refused = cli(command, "--model", model, *ASKED[command], "--weights", weights)
+        assert_refused(refused, f"--weights {weights}: how a model fuses images is what training made of it")
+    assert not list(tmp_path.iterdir())

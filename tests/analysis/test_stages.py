@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from refusals import assert_refused
 from visibench.analysis import boundaries
@@ -19,10 +18,9 @@ DEPTH = 10
 
 
 def reading(loaded, layers):
-    """The model, but with attention in these layers alone."""
+    """The model, but with attention in these layers alone, in the last of them so much that every answer needs it."""
     for layer, part in enumerate(loaded.model.model.language_model.layers):
-        if layer not in layers:
-            torch.nn.init.zeros_(part.self_attn.o_proj.weight)
+        part.self_attn.o_proj.weight.mul_(30 if layer == max(layers) else layer in layers)
     return loaded
 
 
@@ -37,6 +35,13 @@ def kl(record, kind, first, end):
     return window.effects["gqa"]["kl"].value
 
 
+def stages(record):
+    """First layers of the middle and the deep stage, by the next token."""
+    (found,) = [one for one in record.stages if (one.task, one.by) == ("gqa", "next token")]
+    assert (found.needed, found.none_because) == (found.asked, "")
+    return found.begin, found.end
+
+
 def test_a_decoder_that_reads_vision_in_one_layer_is_found_out(checkpoint, disk_data):
     record = analysed(checkpoint, disk_data, {3}, (2, 3, 4), parts=("windows",))
     for kind in ("masked", "moved"):
@@ -45,12 +50,14 @@ def test_a_decoder_that_reads_vision_in_one_layer_is_found_out(checkpoint, disk_
         assert kl(record, kind, 0, 3) == 0 < kl(record, kind, 0, 4)
         assert kl(record, kind, 4, DEPTH) == 0 < kl(record, kind, 3, DEPTH)
     assert kl(record, "dropped", 4, DEPTH) == 0 < kl(record, "dropped", 3, DEPTH)
+    assert stages(record) == (3, 4)
 
 
 def test_a_decoder_that_ignores_vision_from_a_layer_on_is_found_out(checkpoint, disk_data):
     record = analysed(checkpoint, disk_data, {0, 1, 2, 3, 4}, (4, 5), parts=("windows",))
     assert kl(record, "dropped", 5, DEPTH) == 0 < kl(record, "dropped", 4, DEPTH)
     assert kl(record, "masked", 5, 6) == kl(record, "moved", 5, DEPTH) == 0
+    assert stages(record) == (0, 5)
 
 
 def unchanged(depth, begin, end, needs=True, questions=4):

@@ -111,3 +111,11 @@ def askable(kind):
         if weights.ndim > 1 and "language_model" not in name and "lm_head" not in name:
             torch.nn.init.normal_(weights, std=0.2)  # or images hardly matter
     return LoadedModel(kind, model, processor)
+
+
+def save_askable(kind, folder):
+    """The same as a checkpoint, for ``from_pretrained``."""
+    loaded = askable(kind)
+    loaded.model.save_pretrained(folder)
+    loaded.processor.save_pretrained(folder)
+    return folder
