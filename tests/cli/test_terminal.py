@@ -61,7 +61,8 @@ def test_the_gate_wraps_what_it_says_at_words(store, columns, monkeypatch, capsy
         monkeypatch.setattr(module, "terminal", lambda: columns)
     check.check(store.root, baseline=store.root / "b.json", update=True)
     out = capsys.readouterr().out
-    assert max(map(len, out.splitlines())) <= min(columns, 120)
+    lines = [line for line in out.splitlines() if str(store.root) not in line]  # a path is not cut
+    assert max(map(len, lines)) <= min(columns, 120)
     told = " ".join(out.split())
     assert "ok the run as a whole: mean score of all questions 70.00 %, now 70.00, change 0.00 [" in told
     assert "PASS: 2 cells keep and compute the same; no drop of a score is shown; not seen would be one below" in told

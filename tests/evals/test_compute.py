@@ -158,3 +158,19 @@ def test_columns_of_a_plan_are_those_of_a_run(random_tiny):
     planned = prefills.planned(random_tiny, visibench.load_method("none"), 20, 144)
     ran = prefills.prefills(random_tiny, visibench.load_method("none"), [random_tiny.synthetic_inputs(1, 20, 144)])
     pd.testing.assert_frame_equal(planned, ran)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["llava-next-13b", "qwen2.5-vl-7b", "internvl3-8b", "smolvlm-2b"])
+def test_every_method_has_its_compute_or_the_reason_why_not(model, command):
+    """Without --method; and each figure is the one that the method alone has."""
+    code, out, _ = command("flops", "--model", model, "--weights", "meta", "--json")
+    found = json.loads(out)
+    listed = {one["method"].partition(":")[0]: one for one in found["methods"]}
+    assert code == 0
+    assert listed.keys() | found["refused"].keys() == set(list_methods())
+    assert not listed.keys() & found["refused"].keys()
+    assert {"none", "fastv", "divprune", "pyramiddrop"} <= listed.keys()
+    one = listed["divprune"]
+    alone = json.loads(command("flops", "--model", model, "--weights", "meta", "--method", one["method"], "--json")[1])
+    assert one["macs"] == alone["macs"]["planned"]["mean"] < listed["none"]["macs"]
