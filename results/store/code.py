@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -61,14 +61,20 @@ def _of_questions(place: str) -> str:
     return " · ".join(filter(None, [read, scorer])) if read else ""
 
 
-def changed(code: Mapping[str, str], where: Mapping[str, str]) -> list[str]:
-    """Which of ``method``, ``task`` and ``engine`` are other code now; what cannot be found here is not told."""
-    now: dict[str, Callable[[], str]] = {
-        "method": lambda: of_method(where.get("method", "")),
-        "task": lambda: of_task(where.get("task", "")),
-        "engine": engine,
-    }
-    return [part for part, before in code.items() if part in now and now[part]() not in ("", before)]
+class Here:
+    """The code that is here now. Each piece is looked up once: cells that are read together share one."""
+
+    def __init__(self) -> None:
+        self.method, self.task = cache(of_method), cache(of_task)
+
+    def changed(self, code: Mapping[str, str], where: Mapping[str, str]) -> list[str]:
+        """Which of ``method``, ``task`` and ``engine`` are other code now; what cannot be found here is not told."""
+        now: dict[str, Callable[[], str]] = {
+            "method": lambda: self.method(where.get("method", "")),
+            "task": lambda: self.task(where.get("task", "")),
+            "engine": engine,
+        }
+        return [part for part, before in code.items() if part in now and now[part]() not in ("", before)]
 
 
 def present(cells: Iterable[T], name: Callable[[T], str], other: Callable[[T], bool]) -> list[T]:

@@ -17,7 +17,7 @@ import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,11 +48,12 @@ class Cell:
     path: Path
     config: CellConfig
     metrics: CellMetrics
+    here: code.Here = field(default_factory=code.Here, compare=False, repr=False)
 
     @cached_property
     def other_code(self) -> list[str]:
         """What of ``method``, ``task`` and ``engine`` has changed since, as far as can be told here."""
-        return code.changed(self.config.code, self.config.sources)
+        return self.here.changed(self.config.code, self.config.sources)
 
     def table(self, *names: str) -> pa.Table:
         """Those of the columns ``names`` that the samples have, a row a question.
@@ -211,7 +212,8 @@ class Store:
 
     def cells(self) -> list[Cell]:
         """All finished cells. Raises :class:`DataError` if there are none, or one is damaged."""
-        cells = [_open(folder) for folder, files in self._folders() if METRICS in files]
+        here = code.Here()
+        cells = [_open(folder, here) for folder, files in self._folders() if METRICS in files]
         if not cells:
             raise DataError(f"no finished results in {str(self.root)!r}{self._hint()}")
         paths: dict[str, Path] = {}
@@ -223,10 +225,10 @@ class Store:
 
     def usable(self) -> list[Cell]:
         """All finished cells that can be read, possibly none."""
-        cells = []
+        cells, here = [], code.Here()
         for folder, files in self._folders() if self.root.is_dir() else []:
             with suppress(DataError):
-                cells += [_open(folder)] if METRICS in files else []
+                cells += [_open(folder, here)] if METRICS in files else []
         return cells
 
     def superseded(self, configs: Iterable[CellConfig]) -> list[tuple[CellConfig, CellConfig]]:
@@ -282,13 +284,13 @@ def _where_allowed() -> Iterator[None]:
             raise
 
 
-def _open(path: Path) -> Cell:
+def _open(path: Path, here: code.Here) -> Cell:
     config, config_facts = _read(path / CONFIG, CellConfig)
     metrics = _metrics(path)
     counted = {key: value for key, value in config_facts.items() if key not in UNHASHED}
     if metrics.config_hash != digest(counted):
         raise DataError(f"{path / CONFIG} was changed after its run: restore it, or delete {path} and run again")
-    return Cell(path, config, metrics)
+    return Cell(path, config, metrics, here)
 
 
 def _metrics(path: Path) -> CellMetrics:
