@@ -6,7 +6,7 @@ import pytest
 import torch
 import units
 import visibench
-from decoders import CONFIGS, ROWS, decoder_model
+from decoders import CONFIGS, decoder_model, rows_of
 from visibench.engine.layout import TokenLayout
 from visibench.errors import VisibenchError
 from visibench.evals.compute import flops
@@ -35,7 +35,7 @@ QUICK = {"llava", "llava_next", "qwen2_5_vl", "smolvlm"}
 def test_a_plan_is_what_then_runs(kind):
     """Tokens by layer and compute, without what the method itself computes, and the images of the prompt."""
     loaded, seen = LoadedModel(kind, decoder_model(kind), None, "random"), 0
-    text, visual = ROWS[kind][0]
+    text, visual = rows_of(kind)[0]
     inputs = synthetic_inputs(loaded.adapter, 1, text, visual)
     for method in map(parse, METHODS):
         try:

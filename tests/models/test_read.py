@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from decoders import CONFIGS, KINDS, ROWS, decoder_model
+from decoders import CONFIGS, KINDS, decoder_model, rows_of
 from families import TEXT
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from visibench.models.adapters import Adapter
@@ -38,7 +38,7 @@ def test_bare_decoders(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_families(kind):
     model = decoder_model(kind)
-    check(model, synthetic_inputs(Adapter(model), 1, *ROWS[kind][0]))
+    check(model, synthetic_inputs(Adapter(model), 1, *rows_of(kind)[0]))
 
 
 @pytest.mark.parametrize(
@@ -50,4 +50,4 @@ def test_families_whose_text_configuration_has_a_scale_or_a_cap(kind, own):
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **CONFIGS[kind] | {"text_config": text})
     model = AutoModelForImageTextToText.from_config(config).eval()
-    check(model, synthetic_inputs(Adapter(model), 1, *ROWS[kind][0]))
+    check(model, synthetic_inputs(Adapter(model), 1, *rows_of(kind)[0]))
