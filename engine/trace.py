@@ -34,19 +34,20 @@ def unwatched(part: Literal["method", "model"]) -> AbstractContextManager[None]:
 class OnHost:
     """Numbers on their way to the host. The device goes on meanwhile: what is queued behind them does not wait."""
 
-    def __init__(self, numbers: Tensor, trace: Trace) -> None:
-        self._trace = trace
+    def __init__(self, parts: Sequence[Tensor], trace: Trace) -> None:
+        self._trace, self._sizes = trace, [part.numel() for part in parts]
+        numbers = parts[0] if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
         self._there = numbers.to("cpu", non_blocking=True)
         self._event = torch.cuda.Event() if numbers.is_cuda else None
         if self._event is not None:
             self._event.record(torch.cuda.current_stream(numbers.device))
 
-    def read(self) -> np.ndarray:
-        """All of them; waits until they are there, and counts as one read."""
+    def read(self) -> list[np.ndarray]:
+        """Those of each part, flat; waits until they are there, and counts as one read."""
         self._trace.host_syncs += 1
         if self._event is not None:
             self._event.synchronize()
-        return np.from_dlpack(self._there)
+        return np.split(np.from_dlpack(self._there).ravel(), np.cumsum(self._sizes)[:-1])
 
 
 class Trace:

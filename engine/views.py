@@ -263,8 +263,8 @@ class AttentionView:
         return attention.Contributions(sums, layout.rows, slice(1, None))
 
     def on_host(self, *numbers: Tensor) -> OnHost:
-        """Tensors of one shape on their way to the host, to decide at the next layer's input what to cut."""
-        return OnHost(numbers[0] if len(numbers) == 1 else torch.stack(numbers), self._trace)
+        """Tensors of one type on their way to the host, to decide at the next layer's input what to cut."""
+        return OnHost(numbers, self._trace)
 
     def _behind(self) -> list[tuple[int, int, int]]:
         """Blocks of the rows from the first visual token on, the last first: their columns, and how many keys they see.

@@ -207,9 +207,8 @@ class VisiPrunerForward(Forward):
         """What stays by the thresholds, None for everything."""
         method, visual = self.method, view.layout.visual
         assert self.coming is not None
-        numbers = self.coming.read().reshape(len(self.unread), -1)
         there = np.arange(visual.sizes[1]) < np.array(visual.counts)[:, None]
-        found = [measured.of_visual(sums) for measured, sums in zip(self.unread, numbers, strict=True)]
+        found = [measured.of_visual(sums) for measured, sums in zip(self.unread, self.coming.read(), strict=True)]
         self.unread, self.coming = [], None
         with np.errstate(divide="ignore", invalid="ignore"):
             *before, weakest = [np.where(there, cosines(*parts), np.inf).min(1) for parts in found]

@@ -157,7 +157,8 @@ def without(inputs, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_compute_is_within_one_percent_of_fvcores_count(kind, monkeypatch):
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_compute_is_within_one_percent_of_fvcores_count(kind, method, monkeypatch):
     for module in (modeling_llava_next, modeling_llava_next_video, modeling_llava_onevision):
         # While it is traced, the models' own code rounds sizes that are tensors.
         monkeypatch.setattr(module, "round", lambda value, digits: round(float(value), digits), raising=False)
@@ -166,7 +167,7 @@ def test_compute_is_within_one_percent_of_fvcores_count(kind, monkeypatch):
     monkeypatch.setattr(masking_utils, "_vmap_expansion_sdpa", spread)
     monkeypatch.setattr(masking_utils, "TransformGetItemToIndex", nullcontext)
     model, inputs = decoder_model(kind), row_samples(kind)[1]
-    with visibench.prune(model, visibench.load_method("fastv", keep=0.4)) as session:
+    with visibench.prune(model, method) as session:
         count, _ = flops.counted(model, inputs)
         (closed,) = flops.executed(session.trace, session.geometry, logits=None).total()
     assert closed == pytest.approx(count, rel=0.01)
