@@ -69,7 +69,8 @@ def models(
     described = [{"name": name, "about": about} for name, about in list_models().items()]
     also = (
         "Also: a local folder, or a hub name such as llava-hf/llava-1.5-7b-hf.\n"
-        f"Tested text decoders: {', '.join(sorted(DECODERS))}."
+        f"Tested text decoders: {', '.join(sorted(DECODERS))}.\n"
+        "Which methods run on which families, and why others do not: visibench models --matrix."
     )
     print_list(described, ["model", "about"], [[m["name"], m["about"]] for m in described], also, as_json=as_json)
 

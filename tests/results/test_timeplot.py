@@ -9,7 +9,6 @@ from xml.etree import ElementTree
 import matplotlib.colors
 import numpy as np
 import pytest
-import visibench
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from refusals import assert_refused
@@ -17,7 +16,7 @@ from visibench.errors import DataError
 from visibench.results.figures import style, timeplot
 from visibench.results.store import profiles
 
-(COMMITTED,) = (Path(visibench.__file__).parent / "results" / "measured").glob("profile_cpu_*.json")
+EARLY = Path(__file__).with_name("early_profile.json")  # of version 0.1.0: AMD EPYC, one thread, bfloat16
 PARTS = ("vision", "prefill", "decode")
 
 
@@ -28,7 +27,7 @@ def spread(times):
 
 def made(settings=((1, 576, 3),), methods=("fastv:keep=0.5",), **changes):
     """What a file holds: at each (batch, visual tokens, new tokens) the dense model and ``methods``, ever faster."""
-    early = json.loads(COMMITTED.read_text())
+    early = json.loads(EARLY.read_text())
     rows, rng = [], np.random.default_rng(0)
     for batch, visual, new in settings:
         dense = None
@@ -74,10 +73,10 @@ def bars(place):
 # ---- numbers -------------------------------------------------------------------------------------------------------
 
 
-def test_bars_end_at_the_medians_of_the_committed_file():
+def test_bars_end_at_the_medians_of_the_file():
     """Against the JSON as it stands, and its times."""
-    rows = json.loads(COMMITTED.read_text())["rows"]
-    (place,) = timeplot.draw(profiles.read(COMMITTED)).axes
+    rows = json.loads(EARLY.read_text())["rows"]
+    (place,) = timeplot.draw(profiles.read(EARLY)).axes
     found = bars(place)
     for number, row in enumerate(rows):
         ends = [found[part][number].get_x() + found[part][number].get_width() for part in PARTS]
@@ -94,8 +93,8 @@ def test_bars_end_at_the_medians_of_the_committed_file():
 
 
 def test_rows_stand_in_the_files_order_with_the_overhead_below_each():
-    rows = json.loads(COMMITTED.read_text())["rows"]
-    (place,) = timeplot.draw(profiles.read(COMMITTED)).axes
+    rows = json.loads(EARLY.read_text())["rows"]
+    (place,) = timeplot.draw(profiles.read(EARLY)).axes
     assert place.yaxis_inverted()
     labels = [label.get_text().replace("\n", " ").replace(", ", ",") for label in place.get_yticklabels()]
     assert labels == [row["method"] for row in rows]
@@ -105,8 +104,8 @@ def test_rows_stand_in_the_files_order_with_the_overhead_below_each():
 
 
 def test_totals_and_speed_ups_stand_beside_the_bars():
-    rows = json.loads(COMMITTED.read_text())["rows"]
-    (place,) = timeplot.draw(profiles.read(COMMITTED)).axes
+    rows = json.loads(EARLY.read_text())["rows"]
+    (place,) = timeplot.draw(profiles.read(EARLY)).axes
     for number, row in enumerate(rows):
         texts = [t.get_text() for t in place.texts if t.xy[1] == number and t.get_va() == "center"]
         times = [f"{row['speedup']['prefill']:.2f}×", f"{row['promised']:.2f}×"]
@@ -167,8 +166,8 @@ def test_segments_differ_without_colour():
 
 
 def test_the_caption_says_how_and_where_it_was_measured():
-    text = " ".join(timeplot.draw(profiles.read(COMMITTED)).get_supxlabel().split())
-    commit = json.loads(COMMITTED.read_text())["environment"]["code"]["commit"][:9]
+    text = " ".join(timeplot.draw(profiles.read(EARLY)).get_supxlabel().split())
+    commit = json.loads(EARLY.read_text())["environment"]["code"]["commit"][:9]
     for part in (
         "medians of 20 rounds over all methods, after 1 to warm up",
         "median of 3 prefills of their own",
@@ -237,7 +236,7 @@ def test_what_is_measured_can_be_drawn(cli, tmp_path):
 
 def test_a_file_of_an_early_version_is_read_in_full(tmp_path):
     """It has no schema version and lacks what could be left out, which then was nothing."""
-    content = json.loads(COMMITTED.read_text())
+    content = json.loads(EARLY.read_text())
     early = {key: value for key, value in content.items() if key not in ("schema_version", "left_out")}
     found = profiles.read(written(tmp_path / "p.json", early))
     early["rows"] = [row | {"plain_ms": None} for row in early["rows"]]
