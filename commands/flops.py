@@ -193,6 +193,7 @@ def _print_each(loaded: LoadedModel, tokens: tuple[int, int], as_json: bool) -> 
 
     described: list[dict[str, Any]] = []
     refused: dict[str, list[str]] = {}
+    adaptive: list[str] = []
     for name, cls in list_methods().items():
         reasons: list[str] = []
         for text in (name, *ways(cls).values()):
@@ -203,15 +204,13 @@ def _print_each(loaded: LoadedModel, tokens: tuple[int, int], as_json: bool) -> 
                 continue
             macs = float(frame[frame.columns.intersection(["executed", "planned"])[0]].iloc[0])
             described.append(facts | {"macs": macs, "T": statistics.fmean(frame["visual_tokens"].iloc[0])})
+            adaptive += [facts["method"]] * cls.adaptive
             break
         else:
             refused.setdefault(reasons[1], []).append(name)  # of the example, with nothing named besides
     dense = next(one["macs"] for one in described if one["method"] == "none")
-    ran = [one["method"] for one in described if list_methods()[one["method"].partition(":")[0]].adaptive]
-    note = (
-        described[0]["note"]
-        or f"{', '.join(ran)}: how much they drop depends on the model; here its weights are random."
-    )
+    open_ended = f"{', '.join(adaptive)}: how much they drop depends on the model; here its weights are random."
+    note = described[0]["note"] or open_ended
     if as_json:
         whys = {name: why for why, names in refused.items() for name in names}
         print(json.dumps({"methods": described, "refused": whys, "note": note}, indent=1))
