@@ -51,6 +51,7 @@ def analyze(
     from ..analysis import stages
     from ..evals.tasks.tasks import load_tasks
     from ..models import load_model
+    from ..models.load import check_outside
     from ..results.store import disk, stage_records
 
     stages.check_trained(weights)
@@ -58,11 +59,12 @@ def analyze(
     wanted = _layers(layers)
     beside = None if against is None else stage_records.read(against)
     folder = out or run_folder(model)
-    with disk.writing(folder):
-        disk.make(folder)
+    check_outside(folder, model)
     tasks = load_tasks([task.strip() for task in task_list.split(",") if task.strip()], data)
     loaded = load_model(model, device=device, dtype=dtype)
     analysis = stages.StageAnalysis(loaded, tasks, wanted, parts, limit, batch_size, seed, folder / JOURNAL)
+    with disk.writing(folder):
+        disk.make(folder)
     questions = sum(task.size(limit)[0] for task in tasks)
     with progress(f"Analysing {model}", questions * analysis.passes) as analysis.on_batch:
         record = analysis.run()

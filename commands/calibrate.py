@@ -15,6 +15,7 @@ from ..utils.rows import laid_out
 from .shared import AsJson, Device, Dtype, names, run_folder, width, wrapped
 
 if TYPE_CHECKING:
+    from ..evals.tasks.tasks import Task
     from ..results.store.calibration_records import CalibratedPoint, CalibrationRecord
 
 
@@ -70,8 +71,8 @@ def calibrate(
     from ..analysis import calibrate as calibration
     from ..analysis import searches
     from ..analysis.stages import check_trained
-    from ..evals.tasks.tasks import load_tasks
     from ..models import load_model
+    from ..models.load import check_outside
     from ..results.store import disk
 
     check_trained(weights)
@@ -79,11 +80,11 @@ def calibrate(
     wanted = names(methods, searches.SEARCHES, "--methods") or list(searches.DEFAULT)
     authors = _authors(wanted, {"vtw": ("threshold", kl), "fitprune": ("target", spare)})
     folder = out or run_folder(model) / "presets"
+    check_outside(folder, model)
+    tasks, others = _asked(task_list, data, evaluation, limit, confirm)
+    loaded = load_model(model, device=device, dtype=dtype)
     with disk.writing(folder):
         disk.make(folder)
-    chosen = [task.strip() for task in task_list.split(",") if task.strip()]
-    tasks, others = load_tasks(chosen, data or _calibration()), load_tasks(chosen, evaluation)
-    loaded = load_model(model, device=device, dtype=dtype)
     with _told(wanted) as on_point:
         record = calibration.calibrate(
             loaded,
@@ -118,6 +119,26 @@ def _told(wanted: list[str]) -> Iterator[Callable[[CalibratedPoint], None]]:
 def _check_share(target: float) -> None:
     if not 0 < target <= 1:
         raise OptionError(f"--target {target:g} is no share of answers: give one above 0 and up to 1, such as 0.98")
+
+
+def _asked(
+    task_list: str, data: str | None, evaluation: str, limit: int, confirm: int
+) -> tuple[list[Task], list[Task]]:
+    """The tasks to calibrate on, and those of the evaluation.
+
+    Raises :class:`OptionError` unless there are questions to search on and others to confirm on.
+    """
+    from ..evals.tasks.tasks import load_tasks
+
+    chosen = [task.strip() for task in task_list.split(",") if task.strip()]
+    tasks = load_tasks(chosen, _calibration() if data is None else data)
+    for task in tasks:
+        if len(task.docs) < limit + confirm:
+            raise OptionError(
+                f"{task.name} has {len(task.docs)} questions in {task.origin}, but --limit {limit} and --confirm "
+                f"{confirm} ask for {limit + confirm}: ask for fewer, or give other --data"
+            )
+    return tasks, load_tasks(chosen, evaluation)
 
 
 def _calibration() -> str:

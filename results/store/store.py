@@ -52,7 +52,7 @@ class Cell:
 
     @cached_property
     def other_code(self) -> list[str]:
-        """What of ``method``, ``task`` and ``engine`` has changed since, as far as can be told here."""
+        """What of ``method``, ``task``, ``data`` and ``engine`` has changed since, as far as can be told here."""
         return self.here.changed(self.config.code, self.config.sources)
 
     def table(self, *names: str) -> pa.Table:
