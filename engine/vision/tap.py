@@ -169,8 +169,9 @@ class VisionTap:
             smaller = self.method.image(pixels, vision) if "image" in self.method.hook_points else None
         if smaller is None:
             return None
-        rest = {key: value for key, value in kwargs.items() if key != "pixel_values"}
-        return (smaller, *args[1:]), rest | {"interpolate_pos_encoding": True}
+        family, rest = self.adapter.family, {key: value for key, value in kwargs.items() if key != "pixel_values"}
+        more = {} if family.smaller is None else family.smaller(self.adapter.model.config, rest, smaller)
+        return (smaller, *args[1:]), rest | more
 
     def _units(self, pixels: Tensor, grids: Tensor | None) -> Units:
         patches = None if grids is None else grids.tolist()
@@ -356,7 +357,7 @@ class VisionTap:
             widths = torch.tensor(encoding.block_widths)[None, None]
         else:
             assert encoding.features is not None
-            vision, count = encoding.vision, int(encoding.features.shape[1])
+            vision, count = encoding.vision, int(encoding.features.shape[1]) * encoding.vision.merged
             tokens = widths = torch.full((1, 1, vision.layers, 2), count + vision.has_cls)
         images = len(encoding.units.grids)
         return tokens.expand(images, 1, -1, 2), widths.expand(images, 1, -1, 2)
