@@ -66,4 +66,6 @@ FAMILY = Family(
     views=_tiles_and_whole,
     images=tiles_of_rows,
     towers={"smolvlm_vision": None},
+    # Of transformers' default sizes patches make no whole tokens.
+    example={"vision_config": {"image_size": 384, "patch_size": 14}, "scale_factor": 3},
 )
