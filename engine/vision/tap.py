@@ -261,7 +261,7 @@ class VisionTap:
 
         def answer(group: Group) -> tuple[Tensor, Merge | None]:
             view = VisionView(encoding, group)
-            decision = checked(ask(view), self.method.name, hook, tuple(view.present.shape))
+            decision = checked(ask(view), self.method.name, hook, view.sizes)
             macs[list(group.units)] += view.macs
             contents = view.projected if hook == "projected" else view.features
             return contents, None if decision is None else on_images(decision)
@@ -309,7 +309,7 @@ class VisionTap:
         with suppress(InputError):  # else it is not known who has which
             rows = encoding.rows(layout)
             trace.units_of_row = rows.of_row
-            trace.projected = rows.sum(np.array([*map(prod, encoding.units.grids)]))
+            trace.projected = torch.from_numpy(rows.sum(np.array([*map(prod, encoding.units.grids)])))
             trace.prompt = layout = replace(layout, images=rows.shapes(encoding.units))
         return layout
 
