@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ..errors import OptionError
 from ..utils.rows import laid_out
-from .shared import AsJson, Device, Dtype, names, run_folder, width, wrapped
+from .shared import AsJson, Device, Dtype, Seed, names, run_folder, width, wrapped
 
 if TYPE_CHECKING:
     from ..evals.tasks.tasks import Task
@@ -56,7 +56,7 @@ def calibrate(
     confirm: Confirmed = 50,
     kl: Divergence = None,
     spare: Spared = None,
-    seed: Annotated[int, typer.Option(help="Each batch starts from generators seeded with it.")] = 0,
+    seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 10,
     out: Annotated[Path | None, typer.Option(help="Folder. (default: runs/MODEL/presets)")] = None,
     weights: Annotated[str, typer.Option(help="pretrained; others give no answers to keep.")] = "pretrained",
@@ -83,9 +83,7 @@ def calibrate(
     check_outside(folder, model)
     tasks, others = _asked(task_list, data, evaluation, limit, confirm)
     loaded = load_model(model, device=device, dtype=dtype)
-    with disk.writing(folder):
-        disk.make(folder)
-    with _told(wanted) as on_point:
+    with disk.made(folder), _told(wanted) as on_point:
         record = calibration.calibrate(
             loaded,
             tasks,

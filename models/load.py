@@ -320,7 +320,7 @@ def _check_files(folder: Path) -> None:
     And for generation settings that cannot be read: transformers goes on without them, and their stop tokens.
     """
     settings = folder / "generation_config.json"
-    if not any(os.path.lexists(folder / name) for name in ("config.json", lora.CONFIG)):
+    if not any(any(folder.glob(name)) for name in ("config.json", lora.CONFIG, "*.safetensors")):
         raise DataError(f"no model in {folder}: it holds neither config.json nor {lora.CONFIG}")
     for file in sorted(folder.rglob("*")):
         if file.exists() and not (file.is_file() or file.is_dir()):

@@ -110,6 +110,23 @@ def make(folder: Path) -> None:
         sync(folder.parent)
 
 
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Within: the folder is there, and can be written to. If it was not, and stays empty, it goes again."""
+    new = [one for one in (folder, *folder.parents) if not os.path.lexists(one)]
+    with writing(folder):
+        make(folder)
+        probe = folder / f"{secrets.token_hex(6)}{PARTIAL}"
+        probe.touch()
+        probe.unlink()
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            for one in new:
+                one.rmdir()
+
+
 def sync(folder: Path) -> None:
     """Force the names in a folder to disk: a renamed file is there only when its folder is."""
     if os.name == "nt":  # cannot open folders
