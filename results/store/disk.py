@@ -35,7 +35,7 @@ def whole(file: Path) -> Iterator[Path]:
 
     A link stays one, to the new file. What is no regular file, such as ``/dev/stdout``, is written to as it is.
     """
-    file = file.resolve()
+    file = Path(os.path.realpath(file))
     if file.exists() and not file.is_file():
         yield file
         return
@@ -86,7 +86,7 @@ def append(file: Path, line: bytes) -> None:
 def bound_lines(file: Path, head: bytes) -> list[bytes]:
     """The whole lines of a file behind its ``head``, which says what they belong to; none where it has another one."""
     try:
-        lines = file.read_bytes().splitlines(keepends=True)
+        lines = read(file).splitlines(keepends=True)
     except OSError:
         return []
     return [line for line in lines[1:] if line.endswith(b"\n")] if lines[:1] == [head] else []
@@ -97,7 +97,7 @@ def bind(file: Path, head: bytes) -> None:
     with writing(file):
         make(file.parent)
         wanted = head + b"".join(bound_lines(file, head))
-        if not file.exists() or file.read_bytes() != wanted:
+        if not file.exists() or read(file) != wanted:
             with whole(file) as partial:
                 partial.write_bytes(wanted)
 
