@@ -10,7 +10,19 @@ from rich.console import Console
 
 from ..errors import IncompleteError, OptionError, StoppedError
 from ..utils.rows import laid_out
-from .shared import DEVICES, DTYPES, AsJson, Attention, DeviceMap, Packed, check_writable, integers, terminal, wrapped
+from .shared import (
+    DEVICES,
+    DTYPES,
+    AsJson,
+    Attention,
+    Compiled,
+    DeviceMap,
+    Packed,
+    check_writable,
+    integers,
+    terminal,
+    wrapped,
+)
 
 if TYPE_CHECKING:
     from ..evals.compute.profile import ProfileConfig
@@ -59,6 +71,7 @@ def profile(
     attention: Attention = None,
     quantization: Packed = None,
     device_map: DeviceMap = None,
+    compiled: Compiled = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch on a CPU. (default: all cores)")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the JSON to this file as well.")] = None,
     as_json: AsJson = False,
@@ -85,6 +98,7 @@ def profile(
         "threads": threads,
     }
     given |= {"attention": attention, "quantization": quantization, "device_map": device_map}
+    given["compile"] = compiled or None
     if config is None and not (model and methods):
         raise OptionError("nothing to profile: give a configuration such as profile_cpu, or --model and --methods")
     content, source = read(config) if config else ({}, "visibench profile")

@@ -17,6 +17,7 @@ from .dry_run import show
 from .shared import (
     AsJson,
     Attention,
+    Compiled,
     Current,
     Device,
     DeviceMap,
@@ -90,6 +91,7 @@ def run(
     attention: Attention = None,
     quantization: Packed = None,
     device_map: DeviceMap = None,
+    compiled: Compiled = False,
     min_pixels: FewestPixels = None,
     max_pixels: MostPixels = None,
     seed: Annotated[int | None, typer.Option(help="For methods that draw. (default: 0)")] = None,
@@ -127,7 +129,7 @@ def run(
         "protocol": protocol or "hf",
         "control": control,
     }
-    content |= _said(attention=attention, quantization=quantization, device_map=device_map)
+    content |= _said(attention=attention, quantization=quantization, device_map=device_map, compile=compiled or None)
     content |= _said(min_pixels=min_pixels, max_pixels=max_pixels, feature_cache_gb=feature_cache_gb)
     if not timing:
         content["timing"] = None
