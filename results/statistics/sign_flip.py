@@ -30,6 +30,8 @@ LIMIT = 2**21
 _DENOMINATORS = 1_000
 _SEED = 20250
 _CHUNK = 4_000
+_AT_ONCE = 2**22
+"""Numbers of one part of the random swaps: 32 MiB."""
 _SLACK = 1e-9
 _ROUNDING = 1e-12
 Integers = NDArray[np.int64]
@@ -157,17 +159,23 @@ def _keys(count: int) -> Integers:
 
 
 def _drawn(swaps: _Swaps, observed: float, flips: int) -> float:
+    # Of images that a swap changes alike, only how many are swapped counts: many images are few kinds.
+    kinds, counts = np.unique(swaps.moves, axis=0, return_counts=True)
+    order = np.argsort(counts, kind="stable")
     reached = count = 0
-    for chosen in _random(len(swaps.moves), flips):
-        hits = np.flatnonzero(_reaches(swaps.difference(chosen @ swaps.moves), observed))
+    for made in _random(counts[order], flips):
+        hits = np.flatnonzero(_reaches(swaps.difference(made @ kinds[order]), observed))
         if reached + len(hits) >= EXTREME:
             return EXTREME / (count + int(hits[EXTREME - reached - 1]) + 1)
-        reached, count = reached + len(hits), count + len(chosen)
+        reached, count = reached + len(hits), count + len(made)
     return (1 + reached) / (1 + count)
 
 
-def _random(images: int, flips: int) -> Iterator[Floats]:
-    """Which images are swapped, 0 or 1: (draws, images), in parts."""
-    rng = np.random.default_rng(_SEED)
-    for start in range(0, flips, _CHUNK):
-        yield rng.integers(0, 2, (min(_CHUNK, flips - start), images), dtype=np.int8).astype(float)
+def _random(counts: Integers, flips: int) -> Iterator[Floats]:
+    """How many images of each kind are swapped, of ``counts``, the smallest first: (draws, kinds), in parts."""
+    rng, alone = np.random.default_rng(_SEED), int((counts == 1).sum())
+    several, chunk = counts[alone:], min(_CHUNK, max(_AT_ONCE // len(counts), 1))
+    for start in range(0, flips, chunk):
+        draws = min(chunk, flips - start)
+        coins = rng.integers(0, 2, (draws, alone), dtype=np.int8)
+        yield np.hstack([coins, rng.binomial(several, 0.5, (draws, len(several)))]).astype(float)
