@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import sys
@@ -84,6 +85,7 @@ def finished(folder: Path) -> list[Cell]:
     """The finished cells of a run folder; a line on standard error says if there are others."""
     from ..results.store.store import FAILURES, Store
 
+    gc.freeze()  # what was imported stays: the collector need not go through it with every few thousand records
     store = Store(folder)
     cells, others = store.cells(), store.unfinished()
     if others:

@@ -6,19 +6,17 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ...errors import DataError
 from ..store.store import Cell
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -40,9 +38,8 @@ class Clusters:
     @classmethod
     def of(cls, values: NDArray[Any], *, sort: bool = False) -> Clusters:
         """By equal values, in the order in which they first come, or sorted."""
-        known = [value for value in dict.fromkeys(values.tolist()) if value is not None and value == value]
-        places = {value: place for place, value in enumerate(sorted(known) if sort else known)}
-        return cls(np.array([places.get(value, -1) for value in values.tolist()], np.int64), [*places])
+        codes, names = pd.factorize(values, sort=sort)
+        return cls(codes.astype(np.int64), names)
 
     @cached_property
     def sizes(self) -> Floats:

@@ -11,20 +11,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+import pandas as pd
 
 from .answers import Answers, Asked, Clusters, Flags, Floats, check_same_questions, normalised
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 COLUMNS = ["doc_id", "question_id", "image", "category", "prompt", "target", "answer", "score"]
 MME_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 RIGHT = 0.5
 """A question counts as right from this score on; only scores of several reference answers (TextVQA) lie in between."""
-Runs: TypeAlias = "Sequence[Answers] | Sequence[pd.DataFrame]"
+Runs = Sequence[Answers] | Sequence[pd.DataFrame]
 T = TypeVar("T")
 
 

@@ -50,13 +50,16 @@ class _Swaps:
     @classmethod
     def of(cls, first: Measured, second: Measured) -> _Swaps:
         """The swaps of two methods' answers, image by image, every run of one with every run of the other."""
-        left = np.repeat(first.sums, len(second.sums), axis=0)  # every run of one side with every run of the other
-        right = np.tile(second.sums, (len(first.sums), 1, 1))
-        value, totals, moves = first.metric.value, (left.sum(1), right.sum(1)), right - left
+        value, runs, others = first.metric.value, len(first.sums), len(second.sums)
+        # Every run of one side with every run of the other.
+        moves = (second.sums[None] - first.sums[:, None]).reshape(runs * others, *first.sums.shape[1:])
+        totals = np.repeat(first.sums.sum(1), others, axis=0), np.tile(second.sums.sum(1), (runs, 1))
 
         def difference(moved: Floats) -> Floats:
             by_run = moved.reshape(-1, *totals[0].shape)
-            return (value(totals[0] + by_run) - value(totals[1] - by_run)).mean(-1)
+            apart = value(totals[0] + by_run) - value(totals[1] - by_run)
+            mean: Floats = apart.sum(-1) / (runs * others)
+            return mean
 
         flat = moves.swapaxes(0, 1).reshape(moves.shape[1], -1)
         if not first.metric.linear:

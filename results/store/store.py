@@ -20,8 +20,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+import pandas as pd
 import pyarrow as pa
 from filelock import SoftFileLease, Timeout
 from pydantic import ValidationError
@@ -29,9 +30,6 @@ from pydantic import ValidationError
 from ...errors import DataError, StorageError
 from . import code, columns, disk
 from .records import UNHASHED, CellConfig, CellMetrics, Failure, Record, digest
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 CONFIG, SAMPLES, METRICS = "config.json", "samples.parquet", "metrics.json"
 ANSWERS, FAILURES, LOCK = "answers", "failures.jsonl", "lock"
