@@ -81,8 +81,17 @@ def print_list(
         wrapped(line)
 
 
-def finished(folder: Path) -> list[Cell]:
-    """The finished cells of a run folder; a line on standard error says if there are others."""
+Current = Annotated[
+    bool,
+    typer.Option("--current", help="Only what the code as it is now made, not what older code did."),
+]
+
+
+def finished(folder: Path, *, current: bool = False) -> list[Cell]:
+    """The finished cells of a run folder; a line on standard error says if there are others.
+
+    ``current``: only those of the code as it is now. Raises :class:`DataError` if all are of other code.
+    """
     from ..results.store.store import FAILURES, Store
 
     gc.freeze()  # what was imported stays: the collector need not go through it with every few thousand records
@@ -95,7 +104,10 @@ def finished(folder: Path) -> list[Cell]:
             f"Left out: {len(others)} of {len(cells) + len(others)} cells of {folder} are not finished ({told}); the "
             "command that began them goes on with them."
         )
-    return cells
+    chosen = [cell for cell in cells if not cell.other_code] if current else cells
+    if cells and not chosen:
+        raise DataError(f"all cells of {folder} are of other code than is here: run it again, or drop --current")
+    return chosen
 
 
 def terminal() -> int | None:

@@ -180,7 +180,9 @@ def _union(facts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _value(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_value(inner)}" for key, inner in value.items())
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _cells(table: ResultTable) -> list[dict[str, Any]]:

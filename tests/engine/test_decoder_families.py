@@ -114,6 +114,7 @@ def test_compute_equals_that_of_torchs_counter(kind, method):
 
 IMAGES = ["divprune:keep=0.4,positions=keep", "cdpruner:keep=0.4,condition=none"]
 VISION = ["fastervlm:keep=0.5", "visionzip:keep=0.6,contextual=2", "holov:keep=0.5,runs=4"]
+VISION += ["tome:tokens=6", "flowcut:tokens=6"]
 VARIANTS = [*product(["llava+cls", "llava+pixtral", "llava+blocks"], IMAGES), *product(["llava+blocks"], VISION)]
 
 

@@ -34,27 +34,28 @@ SHARED = [
 TOWER = ["tome:keep=0.5", "downsample:tokens=6", "flowcut:tokens=6"]
 HIRED = ["hired:keep=0.5"]
 HOLOV = ["holov:keep=0.5,runs=4", "holov:tokens=13,runs=5,shortfall=zeros"]
-RECEIVED = [f"{text},attention=received" for text in CLS[:4] + HOLOV]
+RECEIVED = [f"{text},attention=received" for text in CLS[:4] + HOLOV + HIRED]
 VSCAN = [
     "vscan:keep=0.5,window=2,layers=scaled",
     "vscan:keep=0.8,window=2,cuts=8+24,counts=7+3,layers=scaled,unpad=true,newlines=keep",
     "vscan:keep=0.7,window=3,quota=ceil,layers=scaled,unpad=true",
 ]
 RECEIVED_VSCAN = [f"{text},attention=received" for text in VSCAN]
+SMALLER = ["downsample:keep=0.3"]
 WINDOWS = ["hiprune:keep=0.5,alpha=0.5,middle=1,unpad=true", *SHARED[1:]]
 METHODS = {
     "llava_next": CLS + HIRED + SHARED + TOWER + HOLOV + VSCAN,
-    "vipllava": CLS[:6] + HIRED + SHARED + TOWER[1:2] + HOLOV + VSCAN,
-    "internvl": CLS[:4] + HIRED + SHARED + HOLOV + VSCAN,
+    "vipllava": CLS[:6] + HIRED + SHARED + TOWER + HOLOV + VSCAN,
+    "internvl": CLS[:4] + HIRED + SHARED + SMALLER + HOLOV + VSCAN,
     "llava_onevision": RECEIVED + SHARED + TOWER[:2] + RECEIVED_VSCAN,
     "qwen2_vl": RECEIVED + SHARED + RECEIVED_VSCAN,
     "qwen2_5_vl": RECEIVED + WINDOWS + [text.replace("scaled", "scaled,early=8") for text in RECEIVED_VSCAN],
     "qwen3_vl": RECEIVED + SHARED + RECEIVED_VSCAN,
     "mistral3": SHARED[2:],
-    "smolvlm": RECEIVED[:5] + SHARED + RECEIVED_VSCAN,
-    "idefics3": RECEIVED[:5] + SHARED + RECEIVED_VSCAN,
+    "smolvlm": RECEIVED[:5] + RECEIVED[6:] + SHARED + SMALLER + RECEIVED_VSCAN,
+    "idefics3": RECEIVED[:5] + RECEIVED[6:] + SHARED + SMALLER + RECEIVED_VSCAN,
 }
-ALL = ["fastervlm", "vispruner", "scope", "hiprune", "pooling", "divprune", "cdpruner", "holov"]
+ALL = ["fastervlm", "vispruner", "scope", "hiprune", "hired", "pooling", "divprune", "cdpruner", "holov"]
 CASES = [(kind, text) for kind, texts in METHODS.items() for text in texts]
 QUICK = ("fastervlm", "visionzip", "divprune")
 
