@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
@@ -94,6 +95,7 @@ def finished(folder: Path, *, current: bool = False) -> list[Cell]:
     """
     from ..results.store.store import FAILURES, Store
 
+    gc.freeze()  # what was imported stays: the collector need not go through it with every few thousand records
     store = Store(folder)
     cells, others = store.cells(), store.unfinished()
     if others:
