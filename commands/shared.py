@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -93,6 +95,7 @@ def finished(folder: Path, *, current: bool = False) -> list[Cell]:
     """
     from ..results.store.store import FAILURES, Store
 
+    gc.freeze()  # what was imported stays: the collector need not go through it with every few thousand records
     store = Store(folder)
     cells, others = store.cells(), store.unfinished()
     if others:
@@ -132,6 +135,12 @@ def names(text: str | None, known: Collection[str], option: str) -> list[str]:
         if name not in known:
             raise UnknownNameError(f"{option}: {name!r} is unknown; {suggest(name, known)}")
     return list(dict.fromkeys(found))
+
+
+def methods_in(texts: Iterable[str]) -> list[str]:
+    """Methods named by options, one or several in each: a comma in front of key=value goes on with the same method."""
+    found = (one.strip() for text in texts for one in re.split(r",(?!\s*\w+\s*=)", text))
+    return [one for one in found if one]
 
 
 @contextmanager
