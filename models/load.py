@@ -196,18 +196,13 @@ def load_model(
     and compute alone; both take ``layers``, to keep only that many decoder layers. ``protocol``: how it is asked, see
     :func:`~visibench.models.protocols.find`. ``device_map``: as transformers takes it, in place of ``device``; the
     decoder must lie on one device. ``quantization``: ``4bit`` or ``8bit``, by bitsandbytes while weights are read.
-    ``compile``: norms and MLPs of the decoder by torch.compile (:mod:`.compiled`).
-    Raises UnknownNameError, UnsupportedModelError, OptionError or DataError.
+    ``compile``: see :mod:`.compiled`. Raises UnknownNameError, UnsupportedModelError, OptionError or DataError.
     """
     check_weights(name_or_path, weights, layers)
-    if weights != "pretrained" and (device_map is not None or quantization is not None):
-        raise OptionError("device_map and quantization are about weights that are read: leave weights out")
-    if compile and (device_map is not None or quantization is not None or weights == "meta"):
-        raise OptionError("compile is about plain weights on one device: leave it out, or device_map and quantization")
+    _check_together(weights, placed=device_map is not None or quantization is not None, compiled=compile)
     asked = protocol if isinstance(protocol, Protocol) else find(protocol)
-    place = _device(device)
+    place, processor = _device(device), None
     precision = _precision(dtype, place)
-    processor = None
     with boundary(f"cannot load model {name_or_path!r}", DataError):  # whatever stands in its files
         base = lora.base_of(name_or_path)
         adapted, source = base if base != name_or_path else "", _source(base)
@@ -238,6 +233,13 @@ def load_model(
         if compile:
             compile_parts(loaded.adapter)
     return loaded
+
+
+def _check_together(weights: Weights, *, placed: bool, compiled: bool) -> None:
+    if weights != "pretrained" and placed:
+        raise OptionError("device_map and quantization are about weights that are read: leave weights out")
+    if compiled and (placed or weights == "meta"):
+        raise OptionError("compile is about plain weights on one device: leave it out, or device_map and quantization")
 
 
 def fingerprint(model: str) -> str:

@@ -47,7 +47,10 @@ class VisionTap:
 
     def __init__(self, adapter: Adapter, method: Method, watch: Watch, features: FeatureStore | None = None) -> None:
         self.adapter, self.method, self.watch = adapter, method, watch
-        self.features = None if CHANGING & set(method.hook_points) else features
+        sizes = adapter.geometry.vision
+        # Where the tower lays all images one behind the other, none goes through it as if alone.
+        shares = not (CHANGING & set(method.hook_points) or (sizes is not None and sizes.one_sequence))
+        self.features = features if shares else None
         self.encoding: Encoding | None = None
         self._arguments: Mapping[str, Any] = {}
         self._encoded: Callable[[], Any] | None = None
@@ -169,8 +172,9 @@ class VisionTap:
             smaller = self.method.image(pixels, vision) if "image" in self.method.hook_points else None
         if smaller is None:
             return None
-        rest = {key: value for key, value in kwargs.items() if key != "pixel_values"}
-        return (smaller, *args[1:]), rest | {"interpolate_pos_encoding": True}
+        family, rest = self.adapter.family, {key: value for key, value in kwargs.items() if key != "pixel_values"}
+        more = {} if family.smaller is None else family.smaller(self.adapter.model.config, rest, smaller)
+        return (smaller, *args[1:]), rest | more
 
     def _units(self, pixels: Tensor, grids: Tensor | None) -> Units:
         patches = None if grids is None else grids.tolist()
@@ -356,7 +360,7 @@ class VisionTap:
             widths = torch.tensor(encoding.block_widths)[None, None]
         else:
             assert encoding.features is not None
-            vision, count = encoding.vision, int(encoding.features.shape[1])
+            vision, count = encoding.vision, int(encoding.features.shape[1]) * encoding.vision.merged
             tokens = widths = torch.full((1, 1, vision.layers, 2), count + vision.has_cls)
         images = len(encoding.units.grids)
         return tokens.expand(images, 1, -1, 2), widths.expand(images, 1, -1, 2)

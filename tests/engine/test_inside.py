@@ -1,9 +1,10 @@
-"""Fewer tokens inside a tower of which the model uses the outputs of several blocks side by side."""
+"""What the tower is given or goes on with: outputs of several blocks that are used side by side, smaller images."""
 
 import pytest
 import torch
 import visibench
-from decoders import CLIP, CONFIGS, miniature, row_samples
+from decoders import CLIP, CONFIGS, decoder_model, miniature, row_samples
+from torch.nn.functional import interpolate
 from visibench.engine.decisions import BlockMerge
 from visibench.evals.settings.method_spec import parse
 from visibench.models.adapters import Adapter
@@ -84,3 +85,36 @@ def test_outputs_of_earlier_blocks_follow_the_tokens(kind, text, monkeypatch):
         parts = [followed(outputs[b][image], members.behind[b][image], after)[1:] for b in numbers]
         own = entered[0][image, : len(after) - 1]
         torch.testing.assert_close(own, torch.cat(parts, dim=-1), atol=1e-5, rtol=1e-5)
+
+
+# ---- smaller images -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "side"), [("internvl", 24), ("smolvlm", 12), ("idefics3", 12), ("vipllava", 12)])
+def test_a_smaller_image_is_what_the_model_itself_makes_of_one(kind, side):
+    """Of an image a fourth of its tokens; of SmolVLM and Idefics3 with padding on the right of a tile."""
+    model, (_, sample, *_) = decoder_model(kind), row_samples(kind)
+    pixels, nested = sample["pixel_values"], sample["pixel_values"].ndim == 5
+    if nested:
+        counts = torch.ones(*pixels.shape[:2], *pixels.shape[-2:], dtype=torch.bool)
+        counts[0, 1, :, 12:] = False
+        sample["pixel_attention_mask"] = counts
+        pixels.masked_fill_(~counts[:, :, None], 0)
+    small = interpolate(pixels.flatten(0, -4), (side, side), mode="bicubic", align_corners=False, antialias=True)
+    given = {"pixel_values": small.unflatten(0, pixels.shape[:-3])}
+    if nested:
+        given["pixel_attention_mask"] = counts[..., ::2, ::2]
+    entered = []
+    note = lambda m, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"])  # noqa: E731
+    with torch.no_grad(), visibench.prune(model, parse("downsample:keep=0.3")) as session:
+        hook = Adapter(model).layers[0].register_forward_pre_hook(note, with_kwargs=True)  # behind the cut
+        model(**sample)
+        hook.remove()
+    options = {"interpolate_pos_encoding": True} if kind == "vipllava" else {}
+    with torch.no_grad():
+        own = torch.cat([*model.model.get_image_features(**given, **options).pooler_output]).flatten(0, -2)
+    trace = session.trace
+    assert trace.visual_counts().unique().tolist() == [len(own)]
+    assert len(own) < (sample["input_ids"] == 63).sum() / 3
+    visual = entered[0][0][trace.layouts[0].visual.mask[0]]
+    torch.testing.assert_close(visual, own, atol=1e-5, rtol=1e-5)

@@ -21,7 +21,7 @@ METHODS = [
     visibench.load_method("visipruner", shallow_layers=4),
     visibench.load_method("pyramiddrop", layers="scaled"),  # takes over what norms have made
     visibench.load_method("v2drop", layers="scaled"),
-    visibench.load_method("transprune", accumulate=(1, 2, 3), cuts=(2, 4, 6)),  # reads what goes into MLPs and comes out
+    visibench.load_method("transprune", accumulate=(1, 2, 3), cuts=(2, 4, 6)),  # reads MLPs
     visibench.load_method("divprune", tokens=36),
 ]
 
