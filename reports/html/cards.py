@@ -29,10 +29,8 @@ def method_cards(table: ResultTable, about: Mapping[str, MethodFacts]) -> list[d
     cards = []
     for name in dict.fromkeys(row.method for row in table.rows):
         rows = [row for row in table.rows if row.method == name]
-        facts, common = (
-            about.get(name, MethodFacts(rows[0].title or name, _ELSEWHERE, "")),
-            _common([row.options for row in rows]),
-        )
+        facts = about.get(name, MethodFacts(rows[0].title or name, _ELSEWHERE, ""))
+        common = _common([row.options for row in rows])
         cards.append(
             {
                 "name": name,
