@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...results.tables.method_facts import MethodFacts
 from ...results.tables.tables import ResultTable
-from ...results.tables.titles import row_titles, task_title
+from ...results.tables.titles import task_title
 from ...utils.token_grids import Places, View, drawable, placed, views
 from ..question_image import ImageSource, QuestionImage
 from .inline import veil
@@ -20,22 +21,26 @@ _TEXT = 2000  # characters shown of a question, a target or an answer
 # ---- methods ------------------------------------------------------------------------------------------------------
 
 
-def method_cards(table: ResultTable, about: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+_ELSEWHERE = "This method is not installed where the report was made."
+
+
+def method_cards(table: ResultTable, about: Mapping[str, MethodFacts]) -> list[dict[str, Any]]:
     """A card a method. One that is not installed here shows what the run itself says of it."""
     cards = []
     for name in dict.fromkeys(row.method for row in table.rows):
         rows = [row for row in table.rows if row.method == name]
-        facts, common = about.get(name, {}), _common([row.options for row in rows])
+        facts = about.get(name, MethodFacts(rows[0].title or name, _ELSEWHERE, ""))
+        common = _common([row.options for row in rows])
         cards.append(
             {
                 "name": name,
-                "title": facts.get("title", name),
-                "about": facts.get("about", "This method is not installed where the report was made."),
-                "algorithm": facts.get("algorithm", ""),
-                "paper": facts.get("paper", ""),
-                "source": facts.get("source", ""),
-                "source_url": _source_url(facts.get("source", "")),
-                "hook_points": ", ".join(facts.get("hook_points", [])),
+                "title": facts.title,
+                "about": facts.about,
+                "algorithm": facts.algorithm,
+                "paper": facts.paper,
+                "source": facts.source,
+                "source_url": _source_url(facts.source),
+                "hook_points": ", ".join(facts.hook_points),
                 "positions": ", ".join(sorted({str(row.options.get("positions", "–")) for row in rows})),
                 "options": _spelled(common),
                 "runs": [(row.label, _spelled(row.options, common), row.seeds) for row in rows],
@@ -72,10 +77,7 @@ def question_cards(chosen: Sequence[ShownQuestion], table: ResultTable, source: 
     for question in chosen:
         by_cell.setdefault(question.config.task, {})[question.doc_id] = question.prompt
     loaded = {task: source(configs[task], prompts) for task, prompts in by_cell.items()}
-    order, titles = (
-        {id(row): place for place, row in enumerate(table.rows)},
-        row_titles(row.label for row in table.rows),
-    )
+    order, titles = {id(row): place for place, row in enumerate(table.rows)}, table.titles
     cards = []
     for number, question in enumerate(chosen, start=1):
         shown = loaded[question.config.task][question.doc_id]

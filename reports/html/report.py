@@ -22,9 +22,10 @@ from ...results.figures.style import Look
 from ...results.store.stage_records import StageRecord
 from ...results.tables import summary
 from ...results.tables.columns import Column, TableLook, columns
+from ...results.tables.method_facts import MethodFacts
 from ...results.tables.notes import heading, notes
 from ...results.tables.tables import MethodRow, ResultTable
-from ...results.tables.titles import row_titles, task_title
+from ...results.tables.titles import task_title
 from ..question_image import ImageSource, no_images
 from .cards import method_cards, question_cards
 from .inline import inline
@@ -40,12 +41,12 @@ def report(
     *,
     questions: int = 24,
     images: ImageSource = no_images,
-    about: Mapping[str, Mapping[str, Any]] | None = None,
+    about: Mapping[str, MethodFacts] | None = None,
     stages: StageRecord | None = None,
 ) -> str:
     """The page. ``name``: of the run. ``questions``: how many to show, shared out among the tables.
 
-    ``about``: facts about methods by name, as :func:`visibench.evals.settings.method_spec.describe_methods` gives them.
+    ``about``: facts about methods by name.
     ``stages``: an analysis of how the model fuses images, for a section of its own.
     """
     share, more = divmod(questions, len(tables))
@@ -84,7 +85,7 @@ def _section(
     tables: int,
     questions: int,
     images: ImageSource,
-    about: Mapping[str, Mapping[str, Any]],
+    about: Mapping[str, MethodFacts],
 ) -> dict[str, Any]:
     """What the template shows of one table."""
     prefix = f"t{place}-"
@@ -100,7 +101,7 @@ def _section(
         "figures": _figures(table, prefix),
         "methods": method_cards(table, about),
         "questions": question_cards(chosen, table, images),
-        "rows": list(row_titles(row.label for row in table.rows).values()),
+        "rows": list(table.titles.values()),
         "tasks": [(task, task_title(task)) for task in table.questions],
         "facts": _facts(table),
         "cells": _cells(table),
@@ -111,7 +112,7 @@ def _section(
 
 
 def _grid(table: ResultTable) -> dict[str, Any]:
-    chosen, titles = columns(table), row_titles(row.label for row in table.rows)
+    chosen, titles = columns(table), table.titles
     return {
         "caption": f"Scores, visual tokens and compute on {table.facts['model']}",
         "columns": [

@@ -1,20 +1,14 @@
-"""What tasks and methods are called in print. Without plug-ins, nothing that runs a model is imported."""
+"""What tasks and methods are called in print."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterable
-from functools import lru_cache
-from importlib.metadata import entry_points
+from collections.abc import Mapping
 
-from ...utils.machine import ROOT
 from ..store.records import CONTROL
+from . import method_facts
 
 TASKS = {"gqa": "GQA", "mme": "MME", "textvqa_val": "TextVQA", "pope": "POPE"}
-PLUGINS = "visibench.methods"
-# Both ways in which a class gives its name and title: in the decorator, or as attributes.
-_NAMED = re.compile(r'^(?:@register\(\s*|    name = )"(\w+)"(?:,\s*|.*\n    title = )"([^"\\]+)"', re.MULTILINE)
 _CONTROL = f"{CONTROL} of "
 
 
@@ -23,40 +17,31 @@ def task_title(task: str) -> str:
     return TASKS.get(task, task)
 
 
-@lru_cache(maxsize=1)
-def built_in() -> dict[str, str]:
-    """Display names of the methods of this package, as they are registered."""
-    sources = (file.read_text(encoding="utf-8") for file in sorted((ROOT / "methods").glob("*.py")))
-    return dict(found for source in sources for found in _NAMED.findall(source))
+def method_title(name: str, told: str = "") -> str:
+    """A method's display name, with its preset if it has one; its own name where none is known.
 
-
-@lru_cache(maxsize=1)
-def _titles() -> dict[str, str]:
-    if not entry_points(group=PLUGINS):
-        return built_in()
-    from ...methods.registry import list_methods
-
-    return {name: method.title for name, method in list_methods().items()}
-
-
-def method_title(name: str) -> str:
-    """A method's display name, with its preset if it has one; its own name where none is known."""
+    ``told``: what its run says.
+    """
     base, at, preset = name.partition("@")
-    title = _titles().get(base)
-    return "Dense" if name == "none" else f"{title}{at}{preset}" if title else name
+    facts = None if told else method_facts.known().get(base)
+    title = facts.title if facts else told or base
+    return "Dense" if name == "none" else f"{title}{at}{preset}"
 
 
-def row_titles(labels: Iterable[str]) -> dict[str, str]:
-    """What rows are called in print, by label: their display names, or the labels where two would share a name."""
-    titles = {label: _titled(label) for label in labels}
+def row_titles(told: Mapping[str, str]) -> dict[str, str]:
+    """What rows are called in print, by label: their display names, or the labels where two would share a name.
+
+    ``told``: by label, what the run calls the method.
+    """
+    titles = {label: _titled(label, title) for label, title in told.items()}
     shared = Counter(titles.values())
     return {label: title if shared[title] == 1 else label for label, title in titles.items()}
 
 
-def _titled(label: str) -> str:
+def _titled(label: str, told: str) -> str:
     """The method's display name, with the options of its label."""
     if label.startswith(_CONTROL):
-        return _CONTROL + _titled(label.removeprefix(_CONTROL))
+        return _CONTROL + _titled(label.removeprefix(_CONTROL), told)
     name, _, options = label.partition(":")
-    title = method_title(name)
+    title = method_title(name, told)
     return f"{title} ({', '.join(options.split(','))})" if options else title
