@@ -333,7 +333,7 @@ def _check_files(folder: Path) -> None:
     """
     settings = folder / "generation_config.json"
     if not any(any(folder.glob(name)) for name in ("config.json", lora.CONFIG, "*.safetensors")):
-        raise DataError(f"no model in {folder}: it holds neither config.json nor {lora.CONFIG}")
+        raise DataError(f"cannot load model {str(folder)!r}: it holds neither config.json nor {lora.CONFIG}")
     for file in sorted(folder.rglob("*")):
         if file.exists() and not (file.is_file() or file.is_dir()):
             raise DataError(f"cannot read {file} (no regular file): put the model's own file there, or remove it")

@@ -29,9 +29,9 @@ class _Loader(yaml.SafeLoader):
                 )
         return super().construct_mapping(node, deep)
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         text = super().construct_scalar(node)
-        if odd := unwritable(text):
+        if odd := unwritable(str(text)):
             raise yaml.constructor.ConstructorError(problem=odd, problem_mark=node.start_mark)
         return text
 
