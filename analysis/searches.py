@@ -24,12 +24,11 @@ SPARED = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 MAGNITUDES = tuple(float(f"{10 ** (step / 5):.2g}") for step in range(-15, 4))
 LAYER_THRESHOLDS = (1.0, 0.99, 0.95, 0.9)
 LAYERS = 12
-"""About so many places of a cut are asked in deeper models, at even distances; all of them in others."""
+"""In deeper models cuts are asked at about so many layers, at even distances; at all layers in others."""
 
 
-def places(first: int, depth: int) -> range:
-    """Layers from ``first`` on."""
-    return range(first, depth, max(1, round(depth / LAYERS)))
+def _places(prompts: Prompts, first: int, end: int) -> range:
+    return range(first, end, max(1, round(prompts.depth / LAYERS)))
 
 
 def vtw(prompts: Prompts) -> list[Candidate]:
@@ -39,7 +38,7 @@ def vtw(prompts: Prompts) -> list[Candidate]:
 
 def fastv(prompts: Prompts) -> list[Candidate]:
     """Layer and share."""
-    settings = product(range(1, prompts.depth), KEEPS)
+    settings = product(_places(prompts, 1, prompts.depth), KEEPS)
     return prompts.planned(load_method("fastv", layer=layer, keep=keep) for layer, keep in settings)
 
 
@@ -47,7 +46,7 @@ def pyramiddrop(prompts: Prompts) -> list[Candidate]:
     """Three cuts at even distances, with the authors' ratios and with gentler ones."""
     depth = prompts.depth
     distances = range(1, max((depth - 1) // 3, 1) + 1)
-    cuts = [(at, at + apart, at + 2 * apart) for apart in distances for at in range(depth - 2 * apart)]
+    cuts = [(at, at + apart, at + 2 * apart) for apart in distances for at in _places(prompts, 0, depth - 2 * apart)]
     ratios = [by_factor(factor, 3) for factor in FACTORS]
     return prompts.planned(load_method("pyramiddrop", cuts=at, ratios=by) for at, by in product(cuts, ratios))
 
@@ -64,7 +63,7 @@ def visipruner(prompts: Prompts) -> list[Candidate]:
     Without it the depth only says from where on layers may filter. Exits are numbers of layers behind the filter, all
     of which count at a threshold of -1.
     """
-    depths = places(1, prompts.depth - 2)
+    depths = _places(prompts, 1, prompts.depth - 2)
     found, bench = [*_visipruner(prompts, depths)], prompts.bench
     for depth in depths:
         alone = load_method("visipruner", stages=("shallow",), shallow_layers=depth)
@@ -85,7 +84,7 @@ def _visipruner(
         filters = (weakest < threshold) & (np.arange(first, end) > depth)
         at = np.where(filters.any(1), filters.argmax(1), -1)  # behind the last layer there is nothing to cut
         cut = np.arange(first + 1, end + 1)[at]
-        for (value, numbers), wait in product(above, range(end - depth - 2)):
+        for (value, numbers), wait in product(above, (0, *_places(prompts, 1, end - depth - 2))):
             kept = numbers[asked, at]
             leave = np.where((kept < prompts.visual) & (wait > 0), cut + wait, end)
             method = load_method(
@@ -105,9 +104,9 @@ def readers(prompts: Prompts) -> list[Candidate]:
     """Layer, threshold and exit."""
     norms, found = prompts.look(TakenUp(), taken), []
     scoring = prompts.scoring(load_method("readers", layer=1))  # whatever the layer: nothing has left before it
-    for layer, value in product(range(1, prompts.depth), MAGNITUDES):
+    for layer, value in product(_places(prompts, 1, prompts.depth), MAGNITUDES):
         kept = (norms[:, layer - 1] > value).sum(1)
-        for leave in (*range(layer + 1, prompts.depth), None):
+        for leave in (*_places(prompts, layer + 1, prompts.depth), None):
             cut, gone = (np.full_like(kept, at) for at in (layer, leave or prompts.depth))
             method = load_method("readers", layer=layer, threshold=value, exit=leave)
             found.append(prompts.candidate(method, left(prompts.whole, cut, kept, gone), scoring))
