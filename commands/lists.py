@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .shared import AsJson, print_list, wrapped
+from ..utils.rows import laid_out
+from .shared import AsJson, print_list, width, wrapped
 
 
 def methods(
@@ -55,11 +56,11 @@ def _explain(name: str, *, as_json: bool) -> None:
 
 def models(
     matrix: Annotated[
-        bool, typer.Option("--matrix", help="Which methods run on which model family, and why others do not.")
+        bool, typer.Option("--matrix", help="Only which methods run on which model family: each with all reasons.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the models that need no download. Any supported hub name or local folder works as well."""
+    """List the models that need no download, and which methods run on which model family."""
     if matrix:
         _matrix(as_json=as_json)
         return
@@ -69,10 +70,27 @@ def models(
     described = [{"name": name, "about": about} for name, about in list_models().items()]
     also = (
         "Also: a local folder, or a hub name such as llava-hf/llava-1.5-7b-hf.\n"
-        f"Tested text decoders: {', '.join(sorted(DECODERS))}.\n"
-        "Which methods run on which families, and why others do not: visibench models --matrix."
+        f"Tested text decoders: {', '.join(sorted(DECODERS))}."
     )
     print_list(described, ["model", "about"], [[m["name"], m["about"]] for m in described], also, as_json=as_json)
+    if not as_json:
+        _grouped()
+
+
+def _grouped() -> None:
+    """Methods by families, those alike together, and why a method does not run."""
+    from ..evals.invariants.families import alike
+    from ..models.adapters import UNFIT
+
+    groups, rows, reasons = alike()
+    print("\nWhich methods run on which model families (+ yes, o with an option, - no):\n")
+    for letter, kinds in groups.items():
+        wrapped(f"{letter}  {', '.join(kinds)}", hang="   ")
+    print(laid_out(["methods", *groups], [[", ".join(names), *marks] for names, marks in rows], min(width(), 80)))
+    print()
+    for names, letters, reason in reasons:
+        wrapped(f"{', '.join(names)} on {', '.join(letters)}: {reason}", hang="  ")
+    wrapped(f"All methods on {', '.join(UNFIT)}: refused, see visibench models --matrix.", hang="  ")
 
 
 def _matrix(*, as_json: bool) -> None:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from ..errors import DataError, OptionError
-from .shared import finished, names
+from .shared import Current, finished, names
 
 if TYPE_CHECKING:
     from ..results.figures.style import Look
@@ -45,6 +45,7 @@ def plot(
         ),
     ] = None,
     notes: Annotated[bool, typer.Option("--notes/--no-notes", help="What the figure says below its axes.")] = True,
+    current: Current = False,
 ) -> None:
     """Plot accuracy against compute and prefill time, visual tokens by decoder layer, and compute by component.
 
@@ -61,7 +62,7 @@ def plot(
         )
     forms, look = names(form, FORMATS, "--format") or ["png"], Look(_inches(width), notes, titled=width is not None)
     if source.is_file() or (source.suffix == ".json" and not source.is_dir()):
-        for option, value in (("--kind", kind), ("--task", task)):
+        for option, value in (("--kind", kind), ("--task", task), ("--current", current or None)):
             if value is not None:
                 raise OptionError(
                     f"no folder {str(source)!r} (it is a file): {option} is for the folder of a run, while a profile "
@@ -70,7 +71,7 @@ def plot(
         beside = source.parent if out is None else out
         _profile(source, [out] if single and out else [beside / f"{source.stem}.{suffix}" for suffix in forms], look)
     else:
-        _run(source, kind, task, out, None if single else forms, look)
+        _run(finished(source, current=current), source, kind, task, out, None if single else forms, look)
 
 
 WIDTHS = {"column": 3.0, "page": 6.3}
@@ -106,9 +107,15 @@ def _profile(source: Path, files: list[Path], look: Look) -> None:
 
 
 def _run(
-    folder: Path, kind: str | None, task: str | None, out: Path | None, forms: list[str] | None, look: Look
+    cells: list[Cell],
+    folder: Path,
+    kind: str | None,
+    task: str | None,
+    out: Path | None,
+    forms: list[str] | None,
+    look: Look,
 ) -> None:
-    """Write the figures of a run; ``forms`` None: one figure, to the file ``out``."""
+    """Write the figures of ``cells`` of the run in ``folder``; ``forms`` None: one figure, to the file ``out``."""
     from ..results.figures.plots import KINDS
     from ..results.tables.tables import build
 
@@ -117,9 +124,12 @@ def _run(
         raise OptionError(
             f"{len(kinds)} figures do not fit into the file {out}: choose one with --kind, or give a folder"
         )
-    tables = build(_of_tasks(finished(folder), task))
+    tables = build(_of_tasks(cells, task))
     if forms is None and len(tables) > 1:
-        raise OptionError(f"{folder} holds {len(tables)} tables, which are drawn one by one: give a folder to --out")
+        raise OptionError(
+            f"{folder} holds {len(tables)} tables, which are drawn one by one: give a folder to --out, or --current if "
+            "the others are of other code"
+        )
     base = folder / "plots" if out is None else out
     tasks = "" if task is None else "-" + "-".join(sorted(tables[0].questions))
     for number, table in enumerate(tables, start=1):

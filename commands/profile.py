@@ -10,7 +10,19 @@ from rich.console import Console
 
 from ..errors import IncompleteError, OptionError, StoppedError
 from ..utils.rows import laid_out
-from .shared import DEVICES, DTYPES, AsJson, Attention, DeviceMap, Packed, check_writable, integers, terminal, wrapped
+from .shared import (
+    DEVICES,
+    DTYPES,
+    AsJson,
+    Attention,
+    DeviceMap,
+    Packed,
+    check_writable,
+    integers,
+    methods_in,
+    terminal,
+    wrapped,
+)
 
 if TYPE_CHECKING:
     from ..evals.compute.profile import ProfileConfig
@@ -46,7 +58,7 @@ def profile(
     model: Annotated[str | None, typer.Option(help="See `visibench models`; a local folder, or a hub name.")] = None,
     methods: Annotated[
         list[str] | None,
-        typer.Option("--methods", "--method", metavar="NAME[:key=value,…]", help="Repeat it for several."),
+        typer.Option("--methods", "--method", metavar="NAME[:key=value,…],…", help="Repeat it, or name several: a,b."),
     ] = None,
     weights: Annotated[str | None, typer.Option(help="pretrained, or random: sizes count, not answers.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Only so many decoder layers, of random weights.")] = None,
@@ -73,7 +85,7 @@ def profile(
 
     given: dict[str, Any] = {
         "model": model,
-        "methods": methods,
+        "methods": methods and methods_in(methods),
         "weights": weights,
         "layers": layers,
         "batch_sizes": batch_sizes and integers(batch_sizes, ",", "--batch-sizes"),

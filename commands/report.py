@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ast
-from importlib.abc import SourceLoader
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +13,7 @@ from .shared import check_writable, finished
 
 if TYPE_CHECKING:
     from ..reports.question_image import ImageSource
+    from ..results.tables.method_facts import MethodFacts
 
 
 def report(
@@ -61,24 +60,12 @@ def _images() -> ImageSource:
     return ImageLoader()
 
 
-def _about() -> dict[str, dict[str, Any]]:
-    """Facts about all methods by name, with the description of the file that each is written in."""
-    from ..evals.settings.method_spec import describe_methods
-    from ..methods import list_methods
-    from ..methods.explained import how
+def _about() -> dict[str, MethodFacts]:
+    """Facts about all methods by name; nothing that runs one is imported for those of this package."""
+    from ..results.store.records import CONTROL
+    from ..results.tables.method_facts import MethodFacts, known
+    from ..utils.machine import ROOT
 
-    control = {
-        "title": "Control",
-        "about": "Random tokens at a method's own layers and counts, question by question.",
-        "algorithm": _description("visibench.evals.answers.control"),
-    }
-    methods = {facts["name"]: facts for facts in describe_methods()}
-    algorithms = {name: {"algorithm": how(list_methods()[name])} for name in methods}
-    return {"control": control} | {name: facts | algorithms[name] for name, facts in methods.items()}
-
-
-def _description(module: str) -> str:
-    """The docstring of a module, which is not imported for it."""
-    spec = find_spec(module)
-    source = spec.loader.get_source(module) if spec and isinstance(spec.loader, SourceLoader) else None
-    return ast.get_docstring(ast.parse(source or "")) or ""
+    about = "Random tokens at a method's own layers and counts, question by question."
+    algorithm = ast.get_docstring(ast.parse((ROOT / "evals" / "answers" / "control.py").read_bytes())) or ""
+    return {CONTROL: MethodFacts("Control", about, algorithm)} | known()

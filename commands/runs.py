@@ -17,6 +17,7 @@ from .dry_run import show
 from .shared import (
     AsJson,
     Attention,
+    Current,
     Device,
     DeviceMap,
     Dtype,
@@ -218,6 +219,7 @@ def table(
     ] = False,
     notes: Annotated[bool, typer.Option("--notes/--no-notes", help="What the table says below its rows.")] = True,
     margin: Margin = None,
+    current: Current = False,
     style: Annotated[
         str | None, typer.Option(metavar="paper", help="With --format latex: booktabs, display names, values alone.")
     ] = None,
@@ -233,7 +235,7 @@ def table(
         stray = [name for name, value in (("columns", columns), ("margin", margin)) if value is not None]
         if stray:
             raise OptionError(f"--{stray[0]} and --against exclude each other: give one")
-        print(_against(against, folder, form))
+        print(_against(against, finished(folder, current=current), form))
         return
     from ..results.tables.columns import listing
     from ..results.tables.render import FORMATS, fitted, render
@@ -242,7 +244,7 @@ def table(
     if form not in FORMATS:
         raise OptionError(f"unknown format {form!r}: choose {', '.join(FORMATS)}")
     within = share(margin)
-    tables = build(finished(folder), within)
+    tables = build(finished(folder, current=current), within)
     if columns == "list":
         print_list([], ["column", "what it shows"], [[*one] for one in listing(tables)], as_json=False)
         return
@@ -277,12 +279,11 @@ def _paper(
     return paper(tables, chosen, caption=caption, label=label, noted=noted)
 
 
-def _against(name: str, folder: Path, form: str) -> str:
+def _against(name: str, cells: list[Cell], form: str) -> str:
     from ..results.published import matching
 
     if name != "published":
         raise OptionError(f"--against {name!r} is unknown: results can be compared with published")
-    cells = finished(folder)
     for cell in cells:
         cell.samples()  # not read here, but a damaged cell is refused whatever is asked of it
     return matching.render(matching.compare(cells), form, terminal())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -80,10 +82,20 @@ def print_list(
         wrapped(line)
 
 
-def finished(folder: Path) -> list[Cell]:
-    """The finished cells of a run folder; a line on standard error says if there are others."""
+Current = Annotated[
+    bool,
+    typer.Option("--current", help="Only what the code as it is now made, not what older code did."),
+]
+
+
+def finished(folder: Path, *, current: bool = False) -> list[Cell]:
+    """The finished cells of a run folder; a line on standard error says if there are others.
+
+    ``current``: only those of the code as it is now. Raises :class:`DataError` if all are of other code.
+    """
     from ..results.store.store import FAILURES, Store
 
+    gc.freeze()  # what was imported stays: the collector need not go through it with every few thousand records
     store = Store(folder)
     cells, others = store.cells(), store.unfinished()
     if others:
@@ -93,7 +105,10 @@ def finished(folder: Path) -> list[Cell]:
             f"Left out: {len(others)} of {len(cells) + len(others)} cells of {folder} are not finished ({told}); the "
             "command that began them goes on with them."
         )
-    return cells
+    chosen = [cell for cell in cells if not cell.other_code] if current else cells
+    if cells and not chosen:
+        raise DataError(f"all cells of {folder} are of other code than is here: run it again, or drop --current")
+    return chosen
 
 
 def terminal() -> int | None:
@@ -120,6 +135,12 @@ def names(text: str | None, known: Collection[str], option: str) -> list[str]:
         if name not in known:
             raise UnknownNameError(f"{option}: {name!r} is unknown; {suggest(name, known)}")
     return list(dict.fromkeys(found))
+
+
+def methods_in(texts: Iterable[str]) -> list[str]:
+    """Methods named by options, one or several in each: a comma in front of key=value goes on with the same method."""
+    found = (one.strip() for text in texts for one in re.split(r",(?!\s*\w+\s*=)", text))
+    return [one for one in found if one]
 
 
 @contextmanager

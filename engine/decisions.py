@@ -174,12 +174,25 @@ class BlockMerge:
     """Go on in the vision tower with new tokens, fewer than before.
 
     ``tokens``: (N, t, Dv), CLS first where there is one. ``size``: (N, t), how many of the image's tokens each stands
-    for. ``bias``: (N, t) or None, added to the attention logits of these tokens as keys in the blocks that follow.
+    for. ``group``: int (N, t before), which of them each token of before became: where the model uses the outputs of
+    earlier blocks too, these are averaged alike. ``bias``: (N, t) or None, added to the attention logits of these
+    tokens as keys in the blocks that follow.
     """
 
     tokens: Tensor
     size: Tensor
+    group: Tensor
     bias: Tensor | None = None
+
+
+def merged(tokens: Tensor, size: Tensor, group: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Averages (N, count, D) of ``tokens`` (N, t, D) by ``group``, weighted by ``size`` (N, t), and their sizes."""
+    images, _, width = tokens.shape
+    total = size.new_zeros(images, count).scatter_add(1, group, size)
+    precise = tokens if tokens.dtype == torch.float64 else tokens.float()
+    weighted = precise * size[..., None]
+    sums = weighted.new_zeros(images, count, width).scatter_add(1, group[..., None].expand_as(weighted), weighted)
+    return (sums / total[..., None]).to(tokens.dtype), total
 
 
 def as_merge(decision: Keep | Ranking | Merge) -> Merge:

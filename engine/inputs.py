@@ -102,7 +102,7 @@ def prompt_layout(
     ``mask``: (B, n), of the new tokens. ``given``: the user's own layout. ``visual_tokens``: ids of images and videos.
     """
     tokens, width = inputs.given, inputs.tokens - inputs.drafts
-    mask = None if mask is None else mask[:, :width]
+    mask = mask if mask is None or not inputs.drafts else mask[:, :width]
     if given is not None:
         layout = given.expand(tokens.shape[0])
         if layout.width != width:
@@ -115,7 +115,7 @@ def prompt_layout(
             "or layout=visibench.TokenLayout.from_spans(length, visual=[(start, end)])"
         )
     else:
-        ids = inputs.ids[:, :width]
+        ids = inputs.ids[:, :width] if inputs.drafts else inputs.ids
         later = inputs.cache is not None and inputs.cache.get_seq_length() > 0
         if later and mask is not None and bool((mask[:, :-1] > mask[:, 1:]).any()):
             raise InputError(
@@ -124,7 +124,8 @@ def prompt_layout(
             )
         is_visual = torch.isin(ids, ids.new_tensor(visual_tokens))
         layout = TokenLayout.from_masks(is_visual, torch.ones_like(ids) if mask is None else mask)
-    if bool((layout.roles[:, -1] == VISUAL).any()):
+    span = layout.span
+    if span[1] == layout.width if span else bool((layout.roles[:, -1] == VISUAL).any()):
         raise InputError(
             "the last token of a prompt is visual, and pruning could drop the token whose logits are read: put text "
             "behind the image"
@@ -146,7 +147,7 @@ def new_mask(inputs: Inputs, fed: int, padding: Tensor | None) -> Tensor | None:
         raise InputError(
             f"attention_mask has {mask.shape[1]} columns, and the KV cache was fed {fed} tokens before these {tokens}"
         )
-    return mask[:, fed:]
+    return mask[:, fed:] if fed else mask
 
 
 def hidden(inputs: Inputs, fed: int, padding: Tensor | None) -> Tensor | None:

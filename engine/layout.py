@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -161,18 +161,22 @@ class TokenLayout:
     @classmethod
     def from_masks(cls, is_visual: Tensor, valid: Tensor) -> TokenLayout:
         """Layout from bool masks (B, L) of visual and of valid (not padded) tokens; rows must be left padded."""
-        there = valid.cpu().numpy().astype(bool)
+        there, visual = torch.stack([valid, is_visual]).cpu().numpy().astype(bool)  # one transfer
         if (there[:, :-1] & ~there[:, 1:]).any():
             raise InputError("rows must be left padded without gaps: set the tokenizer's padding_side to 'left'")
-        visual = is_visual.cpu().numpy().astype(bool) & there
+        visual &= there
         roles = np.full(there.shape, PREFIX, dtype=np.int8)
         roles[visual.cumsum(1) > 0] = TEXT
         roles[visual] = VISUAL
         roles[~there] = PAD
-        facts = torch.from_numpy(roles), torch.from_numpy(np.where(visual, visual.cumsum(1) - 1, -1))
+
+        @cache
+        def facts() -> Facts:
+            return torch.from_numpy(roles), torch.from_numpy(np.where(visual, visual.cumsum(1) - 1, -1))
+
         lengths, images, text = (tuple(mask.sum(1).tolist()) for mask in (there, visual, roles == TEXT))
         span = _run(visual) if there.all() else None
-        return cls(lambda: facts, there.shape[1], torch.device("cpu"), lengths, images, text, span)
+        return cls(facts, there.shape[1], torch.device("cpu"), lengths, images, text, span)
 
     @classmethod
     def batch(cls, rows: Sequence[TokenLayout]) -> TokenLayout:

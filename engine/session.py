@@ -56,10 +56,8 @@ class PruningSession:
         self.model, self.method, self.layout, self.watch = model, method, layout, watch
         self.features = features
         self.adapter = Adapter(model)
-        _check_attention(self.adapter, method)
         self.geometry = self.adapter.geometry
-        self._tap = VisionTap(self.adapter, method, watch, features)
-        method.check(self.geometry)
+        self._tap = fitting(self.adapter, method, watch, features)
         self._trace: Trace | None = None
         self._pass: Pass | None = None
         self._turnstile = Turnstile()
@@ -254,6 +252,19 @@ class PruningSession:
 
 def _hooked(stack: ExitStack, register: Callable, hook: Callable) -> None:
     stack.callback(register(hook, with_kwargs=True).remove)
+
+
+def fitting(
+    adapter: Adapter, method: Method, watch: Watch = unwatched, features: FeatureStore | None = None
+) -> VisionTap:
+    """The hooks of a method on the vision side of a model.
+
+    Raises :class:`~visibench.errors.VisibenchError` where the method cannot act on the model.
+    """
+    _check_attention(adapter, method)
+    tap = VisionTap(adapter, method, watch, features)
+    method.check(adapter.geometry)
+    return tap
 
 
 def _check_attention(adapter: Adapter, method: Any) -> None:

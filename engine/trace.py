@@ -71,7 +71,7 @@ class Trace:
         self.layouts: list[TokenLayout] = []
         self.host_syncs = 0
         # Visual tokens that went through the projector, int (B,).
-        self.projected = torch.tensor(prompt.visual_counts)
+        self.projected = torch.from_numpy(np.array(prompt.visual_counts))
         # The same for the whole batch; None: the sum of the above.
         self.batch_projected: int | None = None
         # Of the images of each row, int (B, M, blocks, 2): tokens at the attention and at the MLP of each vision block,

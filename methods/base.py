@@ -217,7 +217,7 @@ class Scored(Ranked, Budgeted):
     def image_tokens(self, view: VisionView) -> Keep:
         """The tokens of each image that stay."""
         scores = self.score(view)
-        self.check_scores(scores, view.present.shape)
+        self.check_scores(scores, view.sizes)
         return Keep(top(scores, self.budget(view.present.sum(1)), view.present))
 
 
@@ -230,10 +230,10 @@ class Picking(Scored):
         raise NotImplementedError
 
     def score(self, view: Any) -> Tensor:
-        return by_place(self.picked(view), view.present.shape[1])
+        return by_place(self.picked(view), view.sizes[1])
 
     def image_tokens(self, view: VisionView) -> Keep:
-        return Keep(marked(self.picked(view), view.present.shape[1]))
+        return Keep(marked(self.picked(view), view.sizes[1]))
 
 
 class ScoredImages(Forward):

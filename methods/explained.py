@@ -28,6 +28,11 @@ def meaning(cls: type[Method], option: str) -> str:
     return own.get(option) or (known if built_in else "")
 
 
+def about(cls: type[Method]) -> str:
+    """The method in a line."""
+    return (cls.__doc__ or "").strip().splitlines()[0].replace("``", "")
+
+
 def how(cls: type[Method]) -> str:
     """The method as its file tells it: algorithm, authors' code, and where paper and code differ.
 

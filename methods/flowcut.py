@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..engine.contract import BlockCut
 from .base import Budgeted, OnImages
-from .pieces import ONE_BLOCK, added_need_renumbering, needs_cls, per_image, precise
+from .pieces import added_need_renumbering, needs_cls, per_image, precise
 from .registry import register
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ class FlowCut(OnImages, Budgeted):
         needs_cls(self, geometry)
         if geometry.vision is not None and geometry.vision.tiled:
             added_need_renumbering(self)  # patches of padding may stay
-        self.require(geometry.vision is None or not geometry.vision.joined_blocks, ONE_BLOCK)
         last = geometry.vision is None or geometry.vision.feature_block >= 1
         self.require(last, "the features are those of the first vision block, and patches leave before it")
 

@@ -13,6 +13,7 @@ newlines (``newlines=drop``). The tokens that stay get new positions. An image w
 
 So the code reads a tile's share from a stripe of the image as a whole, not from the place where the tile lies. Its
 copy of the model took rows for columns where there are not as many of both; here tiles lie as the model has them.
+Towers without CLS need ``attention=received`` in place of what CLS attends to, which is not in the authors' code.
 ``alpha`` is the authors' 0.5 of their scripts.
 """
 
@@ -25,8 +26,7 @@ import torch
 from torch import Tensor
 
 from ..engine.contract import Keep
-from .base import Budgeted, OnImages, floored, top
-from .pieces import needs_cls
+from .base import Budgeted, OnImages, Salient, floored, top
 from .registry import register
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @register("hired", "HiRED", paper="2408.10945", source="hasanar1f/HiRED@42be984")
-class HiRED(OnImages, Budgeted):
+class HiRED(Salient, OnImages, Budgeted):
     """Share a budget among an image and its tiles, and keep the patches of each to which CLS attends most."""
 
     hook_points = ("vision",)
@@ -49,24 +49,31 @@ class HiRED(OnImages, Budgeted):
         super().__post_init__()
         self.require(0 <= self.alpha <= 1, f"alpha is a fraction of the budget in [0, 1], not {self.alpha}")
 
-    def check(self, geometry: Geometry) -> None:
-        super().check(geometry)
-        needs_cls(self, geometry)
-
     def blocks_read(self, vision: VisionGeometry) -> tuple[int, ...]:
-        return -1, -1 - vision.feature_block  # the one whose output is used, and block 0
+        # The one whose output is used, and block 0.
+        return (-1, -1 - vision.feature_block) if self.attention == "cls" else ()
+
+    def blocks_received(self, vision: VisionGeometry) -> tuple[int, ...]:
+        return (*super().blocks_received(vision), *[-1 - vision.feature_block] * self.shares_received(vision))
+
+    def shares_received(self, vision: VisionGeometry) -> bool:
+        """Whether block 0 says by the attention that patches receive which share a tile gets."""
+        return self.attention == "received" and vision.tiled
 
     def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor] | None:
         tiled = geometry.vision is not None and geometry.vision.tiled
         return None if tiled else super().left(layout, geometry)  # what images show decides about tiles
 
     def vision(self, view: VisionView) -> Keep:
-        first = view.cls_weights(-1 - view.vision.feature_block).mean(1)
+        scores = self.salience(view)
+        first = scores
+        if self.attention == "cls" or self.shares_received(view.vision):
+            first = self.salience(view, -1 - view.vision.feature_block)
         budgets = [
             self.shares(first[own[0]], len(own) - 1)
             for own in ([*members] for _, members in groupby(range(len(first)), key=lambda unit: view.parts[unit][0]))
         ]
-        return Keep(top(view.cls_weights().mean(1), torch.cat(budgets), view.present))
+        return Keep(top(scores, torch.cat(budgets), view.present))
 
     def shares(self, attention: Tensor, tiles: int) -> Tensor:
         """Int (1 + tiles,): budgets of an image as a whole, with ``attention`` (P,) in block 0, and of its tiles."""

@@ -82,12 +82,6 @@ def per_image(method: Any, patches: int) -> int:
     return int(method.budget(torch.tensor([patches])))
 
 
-ONE_BLOCK = (
-    "makes fewer tokens from block to block of the vision tower, and this model joins the outputs of several blocks: "
-    "use a method that acts behind the tower, such as visionzip or pooling"
-)
-
-
 def needs_cls(method: Method, geometry: Geometry) -> None:
     """Raise :class:`OptionError` if the vision tower keeps no CLS token apart from the patches."""
     method.require(

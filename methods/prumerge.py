@@ -61,7 +61,6 @@ class PruMerge(OnPatches, Budgeted):
         self.require(self.weights in get_args(Weights), "weights must be 'raw' or 'normalised'")
 
     def check(self, geometry: Geometry) -> None:
-        needs_cls(self, geometry)
         if geometry.vision is not None:
             self.require(
                 not self.fixed or per_image(self, geometry.vision.tokens) >= 1,
@@ -72,6 +71,7 @@ class PruMerge(OnPatches, Budgeted):
                 "reads the vision block after the feature block, and this model takes its features from the last one: "
                 "use a method that reads the feature block, such as visionzip or fastervlm",
             )
+        needs_cls(self, geometry)
 
     @property
     def fixed(self) -> bool:

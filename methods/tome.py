@@ -9,6 +9,9 @@ vision tower up to the one whose output the model uses, between attention and ML
     go on with  the tokens of A that are left, then those of B
     attention   in the blocks that follow, log(size) is added to the logits of each key (proportional attention)
 
+Where the model uses the outputs of several blocks side by side, those of earlier ones are averaged alike, by the edges
+and sizes of each block behind them.
+
 r follows from the budget: as even as possible over the blocks, the larger ones first, and never more than half of the
 patches that a block is given. The merged features get new positions, in the order of the last block. Without a CLS
 token the authors leave the rest of A in order of falling similarity, and so does this.
@@ -24,8 +27,9 @@ import torch
 from torch import Tensor
 
 from ..engine.contract import BlockMerge
+from ..engine.decisions import merged
 from .base import Budgeted, OnImages
-from .pieces import ONE_BLOCK, added_need_renumbering, cosine, per_image, precise
+from .pieces import added_need_renumbering, cosine, per_image
 from .registry import register
 
 if TYPE_CHECKING:
@@ -51,7 +55,6 @@ class ToMe(OnImages, Budgeted):
         super().check(geometry)
         vision = geometry.vision
         if vision is not None:
-            self.require(not vision.joined_blocks, ONE_BLOCK)
             least, blocks = fewest(vision.tokens, vision.feature_block + 1), vision.feature_block + 1
             self.require(
                 per_image(self, vision.tokens) >= least,
@@ -67,7 +70,7 @@ class ToMe(OnImages, Budgeted):
         view.scored((width + 1) // 2 * (width // 2) * view.keys.shape[3])
         group = matched(view.keys.mean(1), merges, first_stays=view.vision.has_cls)
         tokens, size = merged(view.tokens, view.size, group, width - merges)
-        return BlockMerge(tokens, size, size.log() if self.proportional else None)
+        return BlockMerge(tokens, size, group, size.log() if self.proportional else None)
 
     def tower_tokens(self, vision: VisionGeometry) -> list[tuple[int, int]]:
         left = vision.tokens + vision.has_cls
@@ -122,12 +125,3 @@ def matched(metric: Tensor, merges: int, *, first_stays: bool) -> Tensor:
     even_group = torch.empty_like(order).scatter(1, staying, places[:, :behind])
     group[:, ::2] = even_group.scatter(1, leaving, behind + partner.gather(1, leaving))
     return group
-
-
-def merged(tokens: Tensor, size: Tensor, group: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Averages (N, count, D) of ``tokens`` (N, t, D) by ``group``, weighted by ``size`` (N, t), and their sizes."""
-    images, _, width = tokens.shape
-    total = size.new_zeros(images, count).scatter_add(1, group, size)
-    weighted = precise(tokens) * size[..., None]
-    sums = weighted.new_zeros(images, count, width).scatter_add(1, group[..., None].expand_as(weighted), weighted)
-    return (sums / total[..., None]).to(tokens.dtype), total

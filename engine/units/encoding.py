@@ -32,8 +32,9 @@ class Inside:
     ``counts``: tokens of each image, on the host. ``present``: bool (N, t), which of the t places hold one; None: all.
     ``patches``: int (N, t), the place that each token had at first, None while all are there or where tokens are new.
     ``size``: (N, t) and ``bias``: (N, t), as in :class:`BlockMerge`. ``memory``: (N, P), what the method remembers of
-    each patch. ``attended``: of the block at hand. ``width``: t when the block began; ``going_on``: the tokens that
-    enter its MLP in place of those given; ``mlp_output``: what that makes of them.
+    each patch. ``outputs``: (N, t, Dv), by block, of blocks so far that the model uses besides the last one's, at the
+    tokens that are left. ``attended``: of the block at hand. ``width``: t when the block began; ``going_on``: the
+    tokens that enter its MLP in place of those given; ``mlp_output``: what that makes of them.
     """
 
     counts: tuple[int, ...] = ()
@@ -42,10 +43,15 @@ class Inside:
     size: Tensor | None = None
     bias: Tensor | None = None
     memory: Tensor | None = None
+    outputs: dict[int, Tensor] = field(default_factory=dict)
     attended: Attended | None = None
     width: int = 0
     going_on: Tensor | None = None
     mlp_output: Tensor | None = None
+
+    def sizes(self, tokens: Tensor) -> Tensor:
+        """(N, t), fp32: how many of the image's tokens each of ``tokens`` (N, t, Dv) stands for."""
+        return tokens.new_ones(tokens.shape[:2], dtype=torch.float32) if self.size is None else self.size
 
 
 @dataclass
@@ -202,8 +208,7 @@ class BlockView:
     @property
     def size(self) -> Tensor:
         """(N, t), fp32: how many of the image's tokens each token stands for."""
-        size = self._inside.size
-        return self.tokens.new_ones(self.tokens.shape[:2], dtype=torch.float32) if size is None else size
+        return self._inside.sizes(self.tokens)
 
     @property
     def memory(self) -> Tensor | None:

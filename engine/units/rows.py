@@ -76,9 +76,15 @@ class ImageRows:
             found[place] = np.maximum.accumulate(found[place]).clip(min=0)
         return found.reshape(self.units, self.width)
 
-    def sum(self, values: Numbers) -> Tensor:
-        """Sums (B,), on the host, of values (N,) over the units of each row."""
-        return torch.tensor([int(values[own].sum()) for own in self.of_row])
+    @cached_property
+    def _are_units(self) -> bool:
+        """Whether each row is one unit, all of it and in order, so that nothing moves from the one to the other."""
+        source = self._source
+        return source.shape == (self.units, self.width) and bool((source.ravel() == np.arange(source.size)).all())
+
+    def sum(self, values: Numbers) -> Numbers:
+        """Sums (B,) of values (N,) over the units of each row."""
+        return np.array([values[own].sum() for own in self.of_row], np.int64)
 
     def group(self, values: Tensor) -> Tensor:
         """(N, K, …) → (B, M·K, …), zero where a row has fewer units than that with the most, M."""
@@ -91,10 +97,12 @@ class ImageRows:
 
     def tokens(self, values: Tensor) -> Tensor:
         """(N, W, …) → (B, V, …); of anchors and absent ones something or other."""
-        return values.flatten(0, 1)[self.source.clamp(min=0)]
+        return values if self._are_units else values.flatten(0, 1)[self.source.clamp(min=0)]
 
     def features(self, tokens: Tensor) -> Tensor:
         """(B, V, …) → (N, W, …), of the first row in beam search; of features that no token is something or other."""
+        if self._are_units:
+            return tokens
         rows = {unit: row for row in reversed(range(len(self.of_row))) for unit in self.of_row[row]}
         row = on_device(np.array([[rows[unit]] for unit in range(self.units)]), self._device)
         return tokens[row, self.columns]
@@ -110,7 +118,7 @@ class ImageRows:
         replaced = None if merge.replaced is None else self.tokens(merge.replaced)
         if self._anchored:
             anchors = self.source == ANCHOR
-            mask = torch.where(anchors, anchors_stay, mask)
+            mask = mask | anchors if anchors_stay else mask & ~anchors
             replaced = (
                 None if replaced is None else torch.where(anchors[..., None], contents.to(replaced.dtype), replaced)
             )

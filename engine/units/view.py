@@ -69,9 +69,14 @@ class VisionView:
         return self.features[:, :0] if cls is None else of_units(cls, self._group.units)[:, None]
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """N and P."""
+        return len(self._group.units), self._group.tokens
+
+    @property
     def present(self) -> Tensor:
         """Bool (N, P): all true, units have no padding."""
-        return torch.ones(self.features.shape[:2], dtype=torch.bool, device=self.features.device)
+        return torch.ones(self.sizes, dtype=torch.bool, device=self.features.device)
 
     def cls_weights(self, block: int = -1, *, single_head: bool = False) -> Tensor:
         """Attention weights (N, heads, P), fp32, from CLS to the patches in a vision block.
@@ -134,10 +139,15 @@ class ImageView:
         self.projected, self._encoding, self._source, self._units = projected, encoding, source, units
         self.macs = np.zeros(len(projected), np.int64)
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """N and P."""
+        return int(self.projected.shape[0]), int(self.projected.shape[1])
+
     @cached_property
     def present(self) -> Tensor:
         """Bool (N, P): all true."""
-        return torch.ones(self.projected.shape[:2], dtype=torch.bool, device=self.projected.device)
+        return torch.ones(self.sizes, dtype=torch.bool, device=self.projected.device)
 
     @cached_property
     def features(self) -> Tensor:

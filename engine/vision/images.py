@@ -13,14 +13,14 @@ from ..decisions import Merge, checked, on_images
 from ..layout import TokenLayout
 from ..units.encoding import Encoding
 from ..units.rows import ImageRows
-from ..units.shapes import ANCHOR, Group, Packed, decided
+from ..units.shapes import ANCHOR, Group, Numbers, Packed, decided
 from ..units.view import ImageView
 
 
 def decided_on_images(
     forward: Forward, method: Method, layout: TokenLayout, visual: Tensor, encoding: Encoding
-) -> tuple[Merge | None, Tensor]:
-    """The decision about the rows (B, V), asked for images of one length together, and its cost for each row, (B,).
+) -> tuple[Merge | None, Numbers]:
+    """The decision about the rows (B, V), asked for images of one length together, and its cost for each row, int (B,).
 
     ``visual``: (B, V, D), what enters decoder layer 0. Under ``newlines="compete"`` tokens that are no feature are
     shown as well.
@@ -38,7 +38,7 @@ def decided_on_images(
         source = [images[number].moved(firsts[number] * width)[shown[number]] for number in group.units]
         units = [tuple(range(firsts[n], firsts[n] + images[n].units)) for n in group.units]
         view = ImageView(group.pick(contents), encoding, np.stack(source), units)
-        decision = checked(forward.projected(view), method.name, "projected", tuple(view.present.shape))
+        decision = checked(forward.projected(view), method.name, "projected", view.sizes)
         macs[list(group.units)] += view.macs
         return view.projected, None if decision is None else on_images(decision)
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...errors import InputError, UnsupportedModelError, VisibenchError
+from ...errors import InputError, VisibenchError
 from ...models.adapters import Adapter
 from ..attention import Interception
 from ..contract import VISION_SIDE, Forward, Method
@@ -29,6 +29,7 @@ from ..units.shapes import MIXTURE, Group, Numbers, Units, decided
 from ..units.view import VisionView
 from .features import Entry, FeatureStore, SharedTower
 from .images import decided_on_images
+from .limits import check_side, needed
 from .tower import UNSEEN, Tower
 
 # At these points a method changes what the tower is given or computes, so that nobody else can use it.
@@ -46,33 +47,20 @@ class VisionTap:
 
     def __init__(self, adapter: Adapter, method: Method, watch: Watch, features: FeatureStore | None = None) -> None:
         self.adapter, self.method, self.watch = adapter, method, watch
-        self.features = None if CHANGING & set(method.hook_points) else features
+        sizes = adapter.geometry.vision
+        # Where the tower lays all images one behind the other, none goes through it as if alone.
+        shares = not (CHANGING & set(method.hook_points) or (sizes is not None and sizes.one_sequence))
+        self.features = features if shares else None
         self.encoding: Encoding | None = None
         self._arguments: Mapping[str, Any] = {}
         self._encoded: Callable[[], Any] | None = None
         self._exit = ExitStack()
         self._hooks_side = bool(VISION_SIDE & set(method.hook_points))
         self._hooks_features = self._hooks_side and "vision" in adapter.family.sides
-        if self._needed(adapter) - set(adapter.family.sides) and adapter.vision_tower is not None:
-            behind = ", or behind the projector alone, such as divprune" * ("projector" in adapter.family.sides)
-            raise UnsupportedModelError(
-                f"{method.name} acts on the vision side, which cannot be pruned in architecture {adapter.known_as}: "
-                f"choose a method that acts in the decoder{behind}"
-            )
-        if adapter.vision_tower is None and self._hooks_side:
-            raise UnsupportedModelError(
-                f"{method.name} reads the vision tower, and a bare decoder has none: pass the full model"
-            )
+        check_side(adapter, method)
         vision = adapter.geometry.vision if self._hooks_side else None
         self._read = method.blocks_read(vision) if vision else ()
         self._received = method.blocks_received(vision) if vision else ()
-
-    def _needed(self, adapter: Adapter) -> set[str]:
-        """Hook points that the model's family must have been tested at: that of features, where the tower is read."""
-        method, vision = self.method, adapter.geometry.vision
-        needed = VISION_SIDE & set(method.hook_points)
-        reads = bool(needed and vision and (method.blocks_read(vision) or method.blocks_received(vision)))
-        return needed | ({"vision"} if reads or (needed and method.by_unit) else set())
 
     def __enter__(self) -> VisionTap:
         tower = self.adapter.vision_tower
@@ -186,13 +174,14 @@ class VisionTap:
             smaller = self.method.image(pixels, vision) if "image" in self.method.hook_points else None
         if smaller is None:
             return None
-        rest = {key: value for key, value in kwargs.items() if key != "pixel_values"}
-        return (smaller, *args[1:]), rest | {"interpolate_pos_encoding": True}
+        family, rest = self.adapter.family, {key: value for key, value in kwargs.items() if key != "pixel_values"}
+        more = {} if family.smaller is None else family.smaller(self.adapter.model.config, rest, smaller)
+        return (smaller, *args[1:]), rest | more
 
     def _units(self, pixels: Tensor, grids: Tensor | None) -> Units:
         patches = None if grids is None else grids.tolist()
         units = units_of(self.adapter, patches, len(pixels), self._arguments)
-        if self._needed(self.adapter) - {"projector"} and any(image.is_mixed for image in units.images):
+        if needed(self.adapter, self.method) - {"projector"} and any(image.is_mixed for image in units.images):
             raise InputError(MIXTURE.format(self.method.name))
         return units
 
@@ -277,7 +266,7 @@ class VisionTap:
 
         def answer(group: Group) -> tuple[Tensor, Merge | None]:
             view = VisionView(encoding, group)
-            decision = checked(ask(view), self.method.name, hook, tuple(view.present.shape))
+            decision = checked(ask(view), self.method.name, hook, view.sizes)
             macs[list(group.units)] += view.macs
             contents = view.projected if hook == "projected" else view.features
             return contents, None if decision is None else on_images(decision)
@@ -325,7 +314,7 @@ class VisionTap:
         with suppress(InputError):  # else it is not known who has which
             rows = encoding.rows(layout)
             trace.units_of_row = rows.of_row
-            trace.projected = rows.sum(np.array([*map(prod, encoding.units.grids)]))
+            trace.projected = torch.from_numpy(rows.sum(np.array([*map(prod, encoding.units.grids)])))
             trace.prompt = layout = replace(layout, images=rows.shapes(encoding.units))
         return layout
 
@@ -373,7 +362,7 @@ class VisionTap:
             widths = torch.tensor(encoding.block_widths)[None, None]
         else:
             assert encoding.features is not None
-            vision, count = encoding.vision, int(encoding.features.shape[1])
+            vision, count = encoding.vision, int(encoding.features.shape[1]) * encoding.vision.merged
             tokens = widths = torch.full((1, 1, vision.layers, 2), count + vision.has_cls)
         images = len(encoding.units.grids)
         return tokens.expand(images, 1, -1, 2), widths.expand(images, 1, -1, 2)

@@ -14,7 +14,7 @@ from ...errors import UnsupportedModelError, VisibenchError
 from ...models.adapters import Adapter
 from ..attention import Interception
 from ..contract import Method
-from ..decisions import BlockCut, BlockMerge
+from ..decisions import BlockCut, BlockMerge, merged
 from ..segment import at
 from ..trace import Watch
 from ..units.encoding import BlockView, Encoding, Inside
@@ -31,12 +31,15 @@ class Tower:
     Behind the attention: a block adds its MLP's output to what it has kept from before, at full length. So the tokens
     that go on enter through the norm in front of the MLP, the MLP's output is kept back and zeros go on in its place,
     and the block's output is replaced by those tokens plus what was kept back. Images of which different numbers are
-    left are padded to the one with the most, and what is padded is no key. ``current`` returns the record of the images
+    left are padded to the one with the most, and what is padded is no key. Where the model uses the outputs of several
+    blocks, those of earlier ones follow the tokens that later ones leave. ``current`` returns the record of the images
     at hand.
     """
 
     def __init__(self, adapter: Adapter, method: Method, watch: Watch, current: Callable[[], Encoding]) -> None:
         self.adapter, self.method, self.watch, self.current = adapter, method, watch, current
+        vision = adapter.geometry.vision
+        self._joined = () if vision is None else vision.joined_blocks
         self._exit = ExitStack()
 
     def __enter__(self) -> Tower:
@@ -51,6 +54,8 @@ class Tower:
                 # First of the block's hooks, so that hidden states that transformers records are those that go on.
                 behind = partial(self._behind_block, number)
                 stack.callback(block.register_forward_hook(behind, prepend=True).remove)
+            if self._joined:
+                stack.callback(self.adapter.vision_tower.register_forward_hook(self._behind_tower).remove)
             self._exit = stack.pop_all()
         return self
 
@@ -99,14 +104,22 @@ class Tower:
         return output.new_zeros(output.shape[0], inside.width, output.shape[2])
 
     def _behind_block(self, number: int, module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
-        if self.method.block_part == "mlp":
-            return self._asked(number, output)
         inside = self.current().inside
-        left, inside.going_on = inside.going_on, None
-        if left is None:
-            return None
-        assert inside.mlp_output is not None
-        return left + inside.mlp_output
+        if self.method.block_part == "mlp":
+            left = self._asked(number, output)
+        else:
+            left, inside.going_on = inside.going_on, None
+            if left is not None:
+                assert inside.mlp_output is not None
+                left = left + inside.mlp_output
+        if number in self._joined:
+            inside.outputs[number] = output if left is None else left
+        return left
+
+    def _behind_tower(self, module: nn.Module, args: tuple, output: Any) -> None:
+        # The first of the hidden states is the embedding.
+        states, outputs = enumerate(output.hidden_states, start=-1), self.current().inside.outputs
+        output.hidden_states = tuple(outputs.get(block, state) for block, state in states)
 
 
 def _on_keys(inside: Inside, dtype: torch.dtype) -> Tensor | None:
@@ -121,7 +134,10 @@ def _on_keys(inside: Inside, dtype: torch.dtype) -> Tensor | None:
 def _left(inside: Inside, decision: BlockMerge | BlockCut, tokens: Tensor, first: int) -> Tensor:
     """The tokens that go on, ``first`` of which (CLS) always do, and the record of them."""
     if isinstance(decision, BlockMerge):
-        inside.counts, inside.patches = (int(decision.tokens.shape[1]),) * len(tokens), None
+        count, size = int(decision.tokens.shape[1]), inside.sizes(tokens)
+        for block, output in inside.outputs.items():
+            inside.outputs[block], _ = merged(output, size, decision.group, count)
+        inside.counts, inside.patches = (count,) * len(tokens), None
         inside.size, inside.bias = decision.size, decision.bias
         return decision.tokens
     counts, width = decision.counts, max(decision.counts)
@@ -143,4 +159,5 @@ def _left(inside: Inside, decision: BlockMerge | BlockCut, tokens: Tensor, first
     inside.patches = index if inside.patches is None else at(inside.patches, index)
     inside.memory = None if inside.memory is None else at(inside.memory, chosen)
     inside.size, inside.bias = (None if part is None else at(part, index) for part in (inside.size, inside.bias))
+    inside.outputs = {block: at(output, index) for block, output in inside.outputs.items()}
     return at(tokens, index)

@@ -82,7 +82,7 @@ def _seen(trace: Trace, method: Method, adapter: Adapter, units: Units, rows: Im
     if vision.tiled or not vision.tokens:  # else all images are alike
         trace.grids = torch.tensor([(frames, side * high, side * wide) for frames, high, wide in units.grids])
     trace.units_of_row = rows.of_row
-    trace.projected = rows.sum(np.array([*map(prod, units.grids)]))
+    trace.projected = torch.from_numpy(rows.sum(np.array([*map(prod, units.grids)])))
     if {"image", "tower"} & points:
         blocks = method.tower_tokens(vision)
         if blocks is None:

@@ -7,24 +7,28 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import fields
+from string import ascii_uppercase
 from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig
 
-from ...engine import prune
 from ...engine.contract import VISION_SIDE
+from ...engine.session import fitting
 from ...errors import VisibenchError
 from ...methods import Method
 from ...methods.registry import list_methods
-from ...models.adapters import FAMILIES
+from ...models.adapters import FAMILIES, Adapter
 from ...models.geometry import build
-from ..settings.method_spec import parse, spell
+from ..settings.method_spec import parse, written
 
 DEPTH = 32
 """Decoder layers, so that layers that methods name by default exist."""
-NAMED = {"attention": "received"}
-"""Options that let a method run where its defaults do not, and that nobody takes for them in silence."""
+NAMED = {"attention": {"attention": "received"}, "middle": {"middle": "15", "layers": "given"}}
+"""By option that lets a method run where its defaults do not, and that nobody takes for them in silence: all of these.
+
+``middle=15``: the block of HiPrune's authors on Qwen2.5-VL, of whose blocks most attend in windows.
+"""
 
 
 class FamilyVerdict(NamedTuple):
@@ -50,24 +54,25 @@ def example(kind: str) -> Any:
 
 def ways(cls: type[Method]) -> dict[str, str]:
     """A method as text by the option that it is given besides its first example: none, or one that is :data:`NAMED`."""
-    known, example = {field.name for field in fields(cls)}, cls.examples[0]
-    given = ["", *(f"{option}={value}" for option, value in NAMED.items() if option in known)]
-    return {one: spell(cls, ",".join(filter(None, (example, one)))) for one in given}
+    known = {field.name for field in fields(cls)}
+    example = dict(option.split("=") for option in cls.examples[0].split(",") if option)
+    more = {f"{name}={given[name]}": given for name, given in NAMED.items() if name in known}
+    return {one: written(cls, example | given) for one, given in {"": {}, **more}.items()}
 
 
 def verdicts(kind: str) -> dict[str, FamilyVerdict]:
     """Of each method on a family, with its defaults or else with one of the options that are :data:`NAMED`."""
-    model, found = example(kind), {}
+    adapter, found = Adapter(example(kind)), {}
     for name, cls in list_methods().items():
-        reasons = {given: _refusal(model, text) for given, text in ways(cls).items()}
+        reasons = {given: _refusal(adapter, text) for given, text in ways(cls).items()}
         runs = next((given for given, reason in reasons.items() if not reason), None)
         found[name] = FamilyVerdict(reasons[""]) if runs is None else FamilyVerdict(given=runs)
     return found
 
 
-def _refusal(model: Any, text: str) -> str:
+def _refusal(adapter: Adapter, text: str) -> str:
     try:
-        prune(model, parse(text))
+        fitting(adapter, parse(text))
     except VisibenchError as error:
         return str(error).removeprefix(text.partition(":")[0]).lstrip(": ")
     return ""
@@ -79,6 +84,50 @@ Matrix = dict[str, dict[str, FamilyVerdict]]
 def matrix() -> Matrix:
     """The verdicts of all families."""
     return {kind: verdicts(kind) for kind in families()}
+
+
+class Alike(NamedTuple):
+    """The matrix with what is alike together.
+
+    ``groups``: families by a letter. ``rows``: methods, and for each group ``+`` where they run, ``o`` where with an
+    option, ``-`` where not. ``reasons``: methods, letters of the groups, and why not, or with which option.
+    """
+
+    groups: dict[str, list[str]]
+    rows: list[tuple[list[str], list[str]]]
+    reasons: list[tuple[tuple[str, ...], list[str], str]]
+
+
+def alike(of: Matrix | None = None) -> Alike:
+    """What ``visibench models`` prints; families of which most methods run come first."""
+    of = matrix() if of is None else of
+    by_marks: dict[str, list[str]] = defaultdict(list)
+    for kind, found in of.items():
+        by_marks["".join(map(_mark, found.values()))].append(kind)
+    order = sorted(by_marks, key=lambda marks: (marks.count("-"), marks.count("o")))
+    groups = dict(zip(ascii_uppercase, (by_marks[marks] for marks in order), strict=False))
+    methods: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for name, marks in zip(next(iter(of.values())), zip(*order, strict=True), strict=True):
+        methods[marks].append(name)
+    rows = [(names, [*marks]) for marks, names in sorted(methods.items(), key=lambda row: "".join(row[0]).count("-"))]
+    reasons: dict[tuple[tuple[str, ...], str], list[str]] = defaultdict(list)
+    for letter, kinds in groups.items():
+        told: dict[str, dict[str, None]] = defaultdict(dict)
+        for kind in kinds:
+            for name, verdict in of[kind].items():
+                if verdict != FamilyVerdict():
+                    told[_why(kind, verdict)][name] = None
+        for reason, names in told.items():
+            reasons[tuple(names), reason].append(letter)
+    return Alike(groups, rows, [(names, letters, reason) for (names, reason), letters in reasons.items()])
+
+
+def _mark(verdict: FamilyVerdict) -> str:
+    return "-" if verdict.reason else "o" if verdict.given else "+"
+
+
+def _why(kind: str, verdict: FamilyVerdict) -> str:
+    return verdict.reason.replace(repr(kind), "this family") or f"with {verdict.given}"
 
 
 def markdown(of: Matrix) -> str:

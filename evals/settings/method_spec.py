@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from ...engine.contract import Knob, spell_value
 from ...errors import OptionError
 from ...methods import Method, list_methods
-from ...methods.explained import meaning
+from ...methods.explained import about, meaning
 from ...methods.files import find
 from . import presets
 from .target import Target
@@ -210,7 +210,7 @@ def describe(cls: type[Method]) -> dict[str, Any]:
     return {
         "name": cls.name,
         "title": cls.title,
-        "about": (cls.__doc__ or "").strip().splitlines()[0].replace("``", ""),
+        "about": about(cls),
         "paper": cls.paper,
         "source": cls.source,
         "hook_points": list(cls.hook_points),

@@ -23,7 +23,7 @@ class VisionGeometry:
     all but the ``full_blocks``; None: every block attends to the whole image. ``feature_block``: the block whose output
     is used, the last of the ``joined_blocks`` where the outputs of several are used side by side. ``one_sequence``: all
     images of a call are padded to the largest, and their patches attend in one sequence, with a mask between images.
-    ``cls_enters``: CLS is one of the ``tokens``.
+    ``cls_enters``: CLS is one of the ``tokens``. ``squares``: tokens are made of patches that form a square.
     """
 
     layers: int
@@ -44,6 +44,7 @@ class VisionGeometry:
     joined_blocks: tuple[int, ...] = ()
     one_sequence: bool = False
     cls_enters: bool = False
+    squares: bool = False
 
     @property
     def patches(self) -> int:
@@ -113,6 +114,10 @@ RandomImages = Callable[[VisionGeometry, Any, int, int], Images]
 """Images of so many visual tokens for each row of a batch. Arguments: sizes of the vision side, the model's
 configuration, visual tokens of a row, rows. Raises :class:`InputError` where no images have so many."""
 
+Smaller = Callable[[Any, Mapping[str, Any], Tensor], dict[str, Any]]
+"""Keyword arguments of the vision tower that go with images made smaller. Arguments: the model's configuration, the
+keyword arguments for images as they were, and the pixels of the smaller ones."""
+
 Packing = Callable[[Any, VisionGeometry, Mapping[str, Any]], list[tuple[Tensor, int, Tensor]]]
 """For each image, which features of its tiles its tokens are (int (n,), -1 for none, -2 for a mixture of several), how
 many tiles it has, and all features in order, those of padding too. Arguments: the model without its head, sizes of the
@@ -127,6 +132,7 @@ class Family:
     points of methods that may act on that side. ``grids``: frames and patches (N, 3) of each image or tile, from the
     arguments of the vision tower; None where every image has ``VisionGeometry.tokens``. ``views``: where the tokens of
     an image lie in it. ``features``: the part of the projector that is given one vector a token, if not all of it.
+    ``smaller``: what else the tower is given with images made smaller; None: nothing.
     ``packing``: what becomes of the features of tiles; None where an image is all its features in order.
     ``order``: where the tokens of all images, each row by row, lie in the one sequence
     that enters the projector, from configuration and ``grids``; None where images are not in one sequence.
@@ -159,6 +165,7 @@ class Family:
     sides: tuple[str, ...] = ()
     grids: Callable[[Any, tuple, Mapping[str, Any]], Tensor] | None = None
     features: str | None = None
+    smaller: Smaller | None = None
     packing: Packing | None = None
     order: Callable[[Any, Tensor], Tensor] | None = None
     views: Views | None = None

@@ -23,6 +23,7 @@ def _intern_vit(config: Any, projector_macs: int) -> VisionGeometry:
         feature_block=vision.num_hidden_layers - 1,
         projector_macs=projector_macs,
         merged=merged,
+        squares=True,
     )
 
 
@@ -54,7 +55,7 @@ FAMILY = Family(
     projector="model.multi_modal_projector",
     vision_attention="attention",
     vision=_intern_vit,
-    sides=("vision", "projector"),
+    sides=("image", "vision", "projector"),
     views=_views,
     images=whole_images,
     towers={"internvl_vision": "default"},

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from ...errors import InputError
 from .base import Family, Images, VisionGeometry
 from .mistral3 import PIXTRAL
@@ -46,6 +48,11 @@ def whole_images(vision: VisionGeometry, config: Any, visual_tokens: int, batch:
     return Images((batch * images, 3, height, width), {})
 
 
+def interpolated(config: Any, given: Mapping[str, Any], pixels: Tensor) -> dict[str, Any]:
+    """CLIP and SigLIP interpolate the embeddings of positions where they are told to."""
+    return {"interpolate_pos_encoding": True}
+
+
 def _square(config: Any, processor: Any, inputs: Mapping[str, Any], number: int, size: tuple[int, int]) -> list:
     side = config.vision_config.image_size // config.vision_config.patch_size
     return [[side, side, 1, 1, 0]]
@@ -72,6 +79,7 @@ FAMILY = Family(
     projector="model.multi_modal_projector",
     vision=clip,
     sides=("image", "tower", "vision", "projector"),
+    smaller=interpolated,
     views=_square,
     images=whole_images,
     towers=CLIP_OR_SIGLIP | {"clip_vision_model": None, "pixtral": "full"},

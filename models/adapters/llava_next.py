@@ -13,7 +13,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 from ...errors import InputError
 from .base import Family, Images, VisionGeometry
-from .llava import CLIP_OR_SIGLIP, clip
+from .llava import CLIP_OR_SIGLIP, clip, interpolated
 
 
 def _tiled(config: Any, projector_macs: int) -> VisionGeometry:
@@ -101,6 +101,7 @@ FAMILY = Family(
     projector="model.multi_modal_projector",
     vision=_tiled,
     sides=("image", "tower", "vision", "projector"),
+    smaller=interpolated,
     grids=tiles,
     packing=_packing,
     views=base_and_tiles,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, arange, cat, full
 
 from .base import Family, VisionGeometry
-from .llava import clip
+from .llava import clip, interpolated
 from .llava_next import base_and_tiles, four_tiles, packed, tiled_image, tiles
 
 UNLIMITED = "anyres_max_1000000"
@@ -70,6 +70,7 @@ FAMILY = Family(
     video_token="video_token_id",
     vision=_siglip,
     sides=("image", "tower", "vision", "projector"),
+    smaller=interpolated,
     grids=tiles,
     packing=_packing,
     views=_views,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_max_pool2d
 
 from ...errors import InputError
 from .base import Family, Images, VisionGeometry
@@ -26,6 +27,7 @@ def shuffled(config: Any, projector_macs: int) -> VisionGeometry:
         feature_block=vision.num_hidden_layers - 1,
         projector_macs=projector_macs,
         merged=merged,
+        squares=True,
     )
 
 
@@ -34,6 +36,13 @@ def square_tiles(vision: VisionGeometry, args: tuple, kwargs: Mapping[str, Any])
     side = round(vision.patches**0.5)
     pixels = args[0] if args else kwargs["pixel_values"]
     return torch.tensor([[1, side, side]]).expand(pixels.shape[0], -1)
+
+
+def _padding(config: Any, given: Mapping[str, Any], pixels: Tensor) -> dict[str, Any]:
+    """Patches of a smaller tile count where any of those behind them did."""
+    mask, patch = given["patch_attention_mask"], config.vision_config.patch_size
+    size = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
+    return {"patch_attention_mask": adaptive_max_pool2d(mask[:, None].float(), size)[:, 0].bool()}
 
 
 def _tiles_and_whole(
@@ -61,9 +70,12 @@ FAMILY = Family(
     vision_blocks="model.vision_model.encoder.layers",
     projector="model.connector.modality_projection",
     vision=shuffled,
-    sides=("vision", "projector"),
+    sides=("image", "vision", "projector"),
+    smaller=_padding,
     grids=square_tiles,
     views=_tiles_and_whole,
     images=tiles_of_rows,
     towers={"smolvlm_vision": None},
+    # Of transformers' default sizes patches make no whole tokens.
+    example={"vision_config": {"image_size": 384, "patch_size": 14}, "scale_factor": 3},
 )

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...results.tables.method_facts import MethodFacts
 from ...results.tables.tables import ResultTable
 from ...results.tables.titles import row_titles, task_title
 from ...utils.token_grids import Places, View, drawable, placed, views
@@ -20,22 +21,25 @@ _TEXT = 2000  # characters shown of a question, a target or an answer
 # ---- methods ------------------------------------------------------------------------------------------------------
 
 
-def method_cards(table: ResultTable, about: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+_ELSEWHERE = "This method is not installed where the report was made."
+
+
+def method_cards(table: ResultTable, about: Mapping[str, MethodFacts]) -> list[dict[str, Any]]:
     """A card a method. One that is not installed here shows what the run itself says of it."""
     cards = []
     for name in dict.fromkeys(row.method for row in table.rows):
         rows = [row for row in table.rows if row.method == name]
-        facts, common = about.get(name, {}), _common([row.options for row in rows])
+        facts, common = about.get(name, MethodFacts(name, _ELSEWHERE, "")), _common([row.options for row in rows])
         cards.append(
             {
                 "name": name,
-                "title": facts.get("title", name),
-                "about": facts.get("about", "This method is not installed where the report was made."),
-                "algorithm": facts.get("algorithm", ""),
-                "paper": facts.get("paper", ""),
-                "source": facts.get("source", ""),
-                "source_url": _source_url(facts.get("source", "")),
-                "hook_points": ", ".join(facts.get("hook_points", [])),
+                "title": facts.title,
+                "about": facts.about,
+                "algorithm": facts.algorithm,
+                "paper": facts.paper,
+                "source": facts.source,
+                "source_url": _source_url(facts.source),
+                "hook_points": ", ".join(facts.hook_points),
                 "positions": ", ".join(sorted({str(row.options.get("positions", "–")) for row in rows})),
                 "options": _spelled(common),
                 "runs": [(row.label, _spelled(row.options, common), row.seeds) for row in rows],

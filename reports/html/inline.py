@@ -26,10 +26,10 @@ def inline(figure: Figure, prefix: str, title: str) -> str:
     stream, canvas = io.BytesIO(), FigureCanvasSVG(figure)
     with styled():
         layout = figure.get_layout_engine()
-        if layout is not None:  # once; savefig would draw everything one time more for it
+        if layout is not None:  # once; print_figure would draw everything one time more for it
             layout.execute(figure)
             figure.set_layout_engine("none")
-        canvas.print_figure(stream, format="svg", metadata={"Date": None})
+        canvas.print_svg(stream, metadata={"Date": None})
     root = ElementTree.fromstring(stream.getvalue())
     for parent in list(root.iter()):
         for child in list(parent):

@@ -22,6 +22,7 @@ from ...results.figures.style import Look
 from ...results.store.stage_records import StageRecord
 from ...results.tables import summary
 from ...results.tables.columns import Column, TableLook, columns
+from ...results.tables.method_facts import MethodFacts
 from ...results.tables.notes import heading, notes
 from ...results.tables.tables import MethodRow, ResultTable
 from ...results.tables.titles import row_titles, task_title
@@ -40,12 +41,12 @@ def report(
     *,
     questions: int = 24,
     images: ImageSource = no_images,
-    about: Mapping[str, Mapping[str, Any]] | None = None,
+    about: Mapping[str, MethodFacts] | None = None,
     stages: StageRecord | None = None,
 ) -> str:
     """The page. ``name``: of the run. ``questions``: how many to show, shared out among the tables.
 
-    ``about``: facts about methods by name, as :func:`visibench.evals.settings.method_spec.describe_methods` gives them.
+    ``about``: facts about methods by name.
     ``stages``: an analysis of how the model fuses images, for a section of its own.
     """
     share, more = divmod(questions, len(tables))
@@ -84,7 +85,7 @@ def _section(
     tables: int,
     questions: int,
     images: ImageSource,
-    about: Mapping[str, Mapping[str, Any]],
+    about: Mapping[str, MethodFacts],
 ) -> dict[str, Any]:
     """What the template shows of one table."""
     prefix = f"t{place}-"
@@ -179,7 +180,9 @@ def _union(facts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _value(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_value(inner)}" for key, inner in value.items())
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _cells(table: ResultTable) -> list[dict[str, Any]]:

@@ -30,6 +30,8 @@ LIMIT = 2**21
 _DENOMINATORS = 1_000
 _SEED = 20250
 _CHUNK = 4_000
+_AT_ONCE = 2**22
+"""Numbers of one part of the random swaps: 32 MiB."""
 _SLACK = 1e-9
 _ROUNDING = 1e-12
 Integers = NDArray[np.int64]
@@ -48,13 +50,16 @@ class _Swaps:
     @classmethod
     def of(cls, first: Measured, second: Measured) -> _Swaps:
         """The swaps of two methods' answers, image by image, every run of one with every run of the other."""
-        left = np.repeat(first.sums, len(second.sums), axis=0)  # every run of one side with every run of the other
-        right = np.tile(second.sums, (len(first.sums), 1, 1))
-        value, totals, moves = first.metric.value, (left.sum(1), right.sum(1)), right - left
+        value, runs, others = first.metric.value, len(first.sums), len(second.sums)
+        # Every run of one side with every run of the other.
+        moves = (second.sums[None] - first.sums[:, None]).reshape(runs * others, *first.sums.shape[1:])
+        totals = np.repeat(first.sums.sum(1), others, axis=0), np.tile(second.sums.sum(1), (runs, 1))
 
         def difference(moved: Floats) -> Floats:
             by_run = moved.reshape(-1, *totals[0].shape)
-            return (value(totals[0] + by_run) - value(totals[1] - by_run)).mean(-1)
+            apart = value(totals[0] + by_run) - value(totals[1] - by_run)
+            mean: Floats = apart.sum(-1) / (runs * others)
+            return mean
 
         flat = moves.swapaxes(0, 1).reshape(moves.shape[1], -1)
         if not first.metric.linear:
@@ -157,17 +162,23 @@ def _keys(count: int) -> Integers:
 
 
 def _drawn(swaps: _Swaps, observed: float, flips: int) -> float:
+    # Of images that a swap changes alike, only how many are swapped counts: many images are few kinds.
+    kinds, counts = np.unique(swaps.moves, axis=0, return_counts=True)
+    order = np.argsort(counts, kind="stable")
     reached = count = 0
-    for chosen in _random(len(swaps.moves), flips):
-        hits = np.flatnonzero(_reaches(swaps.difference(chosen @ swaps.moves), observed))
+    for made in _random(counts[order], flips):
+        hits = np.flatnonzero(_reaches(swaps.difference(made @ kinds[order]), observed))
         if reached + len(hits) >= EXTREME:
             return EXTREME / (count + int(hits[EXTREME - reached - 1]) + 1)
-        reached, count = reached + len(hits), count + len(chosen)
+        reached, count = reached + len(hits), count + len(made)
     return (1 + reached) / (1 + count)
 
 
-def _random(images: int, flips: int) -> Iterator[Floats]:
-    """Which images are swapped, 0 or 1: (draws, images), in parts."""
-    rng = np.random.default_rng(_SEED)
-    for start in range(0, flips, _CHUNK):
-        yield rng.integers(0, 2, (min(_CHUNK, flips - start), images), dtype=np.int8).astype(float)
+def _random(counts: Integers, flips: int) -> Iterator[Floats]:
+    """How many images of each kind are swapped, of ``counts``, the smallest first: (draws, kinds), in parts."""
+    rng, alone = np.random.default_rng(_SEED), int((counts == 1).sum())
+    several, chunk = counts[alone:], min(_CHUNK, max(_AT_ONCE // len(counts), 1))
+    for start in range(0, flips, chunk):
+        draws = min(chunk, flips - start)
+        coins = rng.integers(0, 2, (draws, alone), dtype=np.int8)
+        yield np.hstack([coins, rng.binomial(several, 0.5, (draws, len(several)))]).astype(float)

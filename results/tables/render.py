@@ -8,12 +8,12 @@ import re
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 from pydantic_core import to_json
-from rich import box
+from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Table as RichTable
 from rich.text import Text
 
 from ...errors import OptionError, suggest
@@ -63,17 +63,16 @@ def fitted(
 
 def _text(tables: list[ResultTable], chosen: Chosen, width: int | None, shown: TableLook) -> str:
     """``width`` None: as wide as the widest line."""
-    # Wider than any table: a terminal that is too narrow would cut figures off.
-    console = Console(file=io.StringIO(), width=1000, no_color=True)
+    stream = io.StringIO()
+    console = Console(file=stream, width=1000, no_color=True)
     for place, (table, columns) in enumerate(zip(tables, chosen, strict=True), start=1):
-        parts: list[str | RichTable] = [*heading(table, place, len(tables)), *_grids(table, columns, width, shown)]
+        grids = "\n".join(_grids(table, columns, width, shown))
         more = ["Intervals, other scores and costs: --wide, or --columns list."] * (shown.brief and shown.notes)
-        for part in [*parts, *notes(table, columns, shown), *more, ""]:
-            wraps = width is not None and isinstance(part, str)
-            soft = isinstance(part, str) and not wraps
-            console.print(part, markup=False, highlight=False, soft_wrap=soft, width=width if wraps else None)
-    stream = console.file
-    assert isinstance(stream, io.StringIO)
+        for line in heading(table, place, len(tables)):
+            console.print(line, markup=False, highlight=False, soft_wrap=width is None, width=width)
+        print(grids, file=stream)
+        for line in [*notes(table, columns, shown), *more, ""]:
+            console.print(line, markup=False, highlight=False, soft_wrap=width is None, width=width)
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
 
@@ -124,7 +123,7 @@ def _layouts(width: int, shown: TableLook) -> list[_Layout]:
     return [_Layout(lambda entry: entry.text("{}*")), _Layout(lambda entry: entry.stacked("{}*"), label)]
 
 
-def _grids(table: ResultTable, columns: Sequence[Column], width: int | None, shown: TableLook) -> list[RichTable]:
+def _grids(table: ResultTable, columns: Sequence[Column], width: int | None, shown: TableLook) -> list[str]:
     """One grid or, where it is wider than ``width``, several behind each other, each with the labels."""
     layouts = _layouts(width or 0, shown)
     for layout in layouts:
@@ -145,20 +144,40 @@ def _grids(table: ResultTable, columns: Sequence[Column], width: int | None, sho
     return [_grid(table, [*words, *part], narrow) for part in parts]
 
 
-def _grid(table: ResultTable, columns: Sequence[Column], layout: _Layout) -> RichTable:
-    grid = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        if column.words:
-            grid.add_column(column.title, max_width=layout.label, overflow="fold")
-        else:
-            grid.add_column(layout.title(table, column), justify="right", no_wrap=True)
+def _grid(table: ResultTable, columns: Sequence[Column], layout: _Layout) -> str:
+    """Rows under their titles, words on the left; a label that is too long for its column is folded."""
+    nothing = [""] * (len(columns) - 1)
+    lines = [[column.title if column.words else layout.title(table, column) for column in columns]]
     for title, rows in table.grouped():
-        if title:
-            grid.add_row()
-            grid.add_row(Text(title))
-        for row in rows:
-            grid.add_row(*(Text(layout.entry(column, row)) for column in columns))
-    return grid
+        lines += [["", *nothing], [title, *nothing]] if title else []
+        lines += [[layout.entry(column, row) for column in columns] for row in rows]
+    natural = [max(cell_len(part) for line in lines for part in line[at].split("\n")) for at in range(len(columns))]
+    widths = [min(w, layout.label) if column.words else w for w, column in zip(natural, columns, strict=True)]
+    cells = [[_folded(text, width) for text, width in zip(line, widths, strict=True)] for line in lines]
+    high = max(map(len, cells[0]))
+    cells[0] = [[""] * (high - len(title)) + title for title in cells[0]]  # titles stand on their rule
+    head, *body = (_aligned(line, widths, columns) for line in cells)
+    return "\n".join(["", head, " " + "─" * (sum(widths) + 3 * len(widths) - 3), *body, ""])
+
+
+def _folded(text: str, room: int) -> list[str]:
+    """The lines of a text, none of them longer."""
+    lines = text.split("\n")
+    if max(map(cell_len, lines)) <= room:
+        return lines
+    return [line.plain.rstrip() for line in Text(text).wrap(Console(), room, overflow="fold")]
+
+
+def _aligned(cells: Sequence[Sequence[str]], widths: Sequence[int], columns: Sequence[Column]) -> str:
+    """A row, in as many lines as its highest cell has, three spaces between its cells."""
+    lines = []
+    for parts in zip_longest(*cells, fillvalue=""):
+        gaps = [" " * (width - cell_len(part)) for part, width in zip(parts, widths, strict=True)]
+        placed = [
+            part + gap if column.words else gap + part for part, gap, column in zip(parts, gaps, columns, strict=True)
+        ]
+        lines.append(f" {'   '.join(placed)}".rstrip())
+    return "\n".join(lines)
 
 
 def _markdown(tables: list[ResultTable], chosen: Chosen, shown: TableLook) -> str:

@@ -1,20 +1,14 @@
-"""What tasks and methods are called in print. Without plug-ins, nothing that runs a model is imported."""
+"""What tasks and methods are called in print."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable
-from functools import lru_cache
-from importlib.metadata import entry_points
 
-from ...utils.machine import ROOT
 from ..store.records import CONTROL
+from . import method_facts
 
 TASKS = {"gqa": "GQA", "mme": "MME", "textvqa_val": "TextVQA", "pope": "POPE"}
-PLUGINS = "visibench.methods"
-# Both ways in which a class gives its name and title: in the decorator, or as attributes.
-_NAMED = re.compile(r'^(?:@register\(\s*|    name = )"(\w+)"(?:,\s*|.*\n    title = )"([^"\\]+)"', re.MULTILINE)
 _CONTROL = f"{CONTROL} of "
 
 
@@ -23,27 +17,11 @@ def task_title(task: str) -> str:
     return TASKS.get(task, task)
 
 
-@lru_cache(maxsize=1)
-def built_in() -> dict[str, str]:
-    """Display names of the methods of this package, as they are registered."""
-    sources = (file.read_text(encoding="utf-8") for file in sorted((ROOT / "methods").glob("*.py")))
-    return dict(found for source in sources for found in _NAMED.findall(source))
-
-
-@lru_cache(maxsize=1)
-def _titles() -> dict[str, str]:
-    if not entry_points(group=PLUGINS):
-        return built_in()
-    from ...methods.registry import list_methods
-
-    return {name: method.title for name, method in list_methods().items()}
-
-
 def method_title(name: str) -> str:
     """A method's display name, with its preset if it has one; its own name where none is known."""
     base, at, preset = name.partition("@")
-    title = _titles().get(base)
-    return "Dense" if name == "none" else f"{title}{at}{preset}" if title else name
+    facts = method_facts.known().get(base)
+    return "Dense" if name == "none" else f"{facts.title}{at}{preset}" if facts else name
 
 
 def row_titles(labels: Iterable[str]) -> dict[str, str]:

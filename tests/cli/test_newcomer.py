@@ -87,12 +87,11 @@ def test_an_edited_method_gets_new_numbers(here, swept, visit):
 
 
 def test_a_table_and_a_figure_for_a_two_column_paper(here, swept, visit):
-    table = visit(
-        "table", "runs/mine", "--format", "latex", "--style", "paper", "--caption", "Ours.", "--label", "tab:us"
-    )
-    drawn = ("--kind", "pareto", "--width", "column", "--no-notes", "--out", "figures", "--format", "pdf")
-    visit("plot", "runs/mine", *drawn)  # into a folder: the edited method's old row has a table of its own
-    figure = min((here / "figures").glob("pareto*.pdf"))
+    styled = ("--format", "latex", "--style", "paper", "--caption", "Ours.", "--label", "tab:us")
+    table = visit("table", "runs/mine", *styled, "--current")  # without the edited method's old row
+    assert table.count(r"\begin{table}") == 1
+    figure = here / "pareto.pdf"
+    visit("plot", "runs/mine", "--kind", "pareto", "--width", "column", "--no-notes", "--out", str(figure), "--current")
     assert figure.read_bytes().startswith(b"%PDF")
     if shutil.which("pdflatex"):
         head = r"\documentclass[twocolumn]{article}\usepackage{booktabs,graphicx}\begin{document}"

@@ -5,6 +5,7 @@ from dataclasses import fields
 import pytest
 import torch
 import visibench
+from families import make_traceable
 from support import state
 from torch.utils.flop_counter import FlopCounterMode
 from units import TILE, VISUAL, collate, model_of, sample_of, samples_of
@@ -34,27 +35,29 @@ SHARED = [
 TOWER = ["tome:keep=0.5", "downsample:tokens=6", "flowcut:tokens=6"]
 HIRED = ["hired:keep=0.5"]
 HOLOV = ["holov:keep=0.5,runs=4", "holov:tokens=13,runs=5,shortfall=zeros"]
-RECEIVED = [f"{text},attention=received" for text in CLS[:4] + HOLOV]
+RECEIVED = [f"{text},attention=received" for text in CLS[:4] + HOLOV + HIRED]
 VSCAN = [
     "vscan:keep=0.5,window=2,layers=scaled",
     "vscan:keep=0.8,window=2,cuts=8+24,counts=7+3,layers=scaled,unpad=true,newlines=keep",
     "vscan:keep=0.7,window=3,quota=ceil,layers=scaled,unpad=true",
 ]
 RECEIVED_VSCAN = [f"{text},attention=received" for text in VSCAN]
+SMALLER = ["downsample:keep=0.3"]
 WINDOWS = ["hiprune:keep=0.5,alpha=0.5,middle=1,unpad=true", *SHARED[1:]]
 METHODS = {
     "llava_next": CLS + HIRED + SHARED + TOWER + HOLOV + VSCAN,
-    "vipllava": CLS[:6] + HIRED + SHARED + TOWER[1:2] + HOLOV + VSCAN,
-    "internvl": CLS[:4] + HIRED + SHARED + HOLOV + VSCAN,
+    "vipllava": CLS[:6] + HIRED + SHARED + TOWER + HOLOV + VSCAN,
+    "internvl": CLS[:4] + HIRED + SHARED + SMALLER + HOLOV + VSCAN,
     "llava_onevision": RECEIVED + SHARED + TOWER[:2] + RECEIVED_VSCAN,
     "qwen2_vl": RECEIVED + SHARED + RECEIVED_VSCAN,
     "qwen2_5_vl": RECEIVED + WINDOWS + [text.replace("scaled", "scaled,early=8") for text in RECEIVED_VSCAN],
     "qwen3_vl": RECEIVED + SHARED + RECEIVED_VSCAN,
     "mistral3": SHARED[2:],
-    "smolvlm": RECEIVED[:5] + SHARED + RECEIVED_VSCAN,
-    "idefics3": RECEIVED[:5] + SHARED + RECEIVED_VSCAN,
+    "deepseek_vl": RECEIVED + SHARED + TOWER[:2] + RECEIVED_VSCAN,
+    "smolvlm": RECEIVED[:5] + RECEIVED[6:] + SHARED + SMALLER + RECEIVED_VSCAN,
+    "idefics3": RECEIVED[:5] + RECEIVED[6:] + SHARED + SMALLER + RECEIVED_VSCAN,
 }
-ALL = ["fastervlm", "vispruner", "scope", "hiprune", "pooling", "divprune", "cdpruner", "holov"]
+ALL = ["fastervlm", "vispruner", "scope", "hiprune", "hired", "pooling", "divprune", "cdpruner", "holov"]
 CASES = [(kind, text) for kind, texts in METHODS.items() for text in texts]
 QUICK = ("fastervlm", "visionzip", "divprune")
 
@@ -137,6 +140,17 @@ def check_compute(model, method, sample):
 def test_compute_equals_that_of_torchs_counter(kind, text):
     for sample in samples_of(kind):
         check_compute(model_of(kind, "eager"), parse(text), sample)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "text"), CASES)
+def test_compute_is_within_one_percent_of_fvcores_count(kind, text, monkeypatch):
+    make_traceable(monkeypatch)
+    model, inputs = model_of(kind, "eager"), samples_of(kind)[1]  # two images
+    with torch.no_grad(), visibench.prune(model, parse(text)) as session:
+        count, _ = flops.counted(model, inputs)
+    (closed,) = flops.executed(session.trace, session.geometry, logits=None).total()
+    assert closed == pytest.approx(count, rel=0.01)
 
 
 SMALL = ("smolvlm", "idefics3")

@@ -8,7 +8,7 @@ import pytest
 import visibench
 from decoders import CONFIGS, decoder_model
 from visibench.errors import VisibenchError
-from visibench.evals.invariants.families import FamilyVerdict, families, markdown, matrix, overview, verdicts
+from visibench.evals.invariants.families import FamilyVerdict, alike, families, markdown, matrix, overview, verdicts
 from visibench.models.adapters import FAMILIES, Adapter
 
 DECODER = ["none", "random", "fastv", "pyramiddrop", "sparsevlm", "dart", "vtw", "staged", "visipruner"]
@@ -46,6 +46,29 @@ def test_the_command_prints_the_matrix(cli):
     assert set(json.loads(out)) == {*families()}
     assert json.loads(out)["qwen2_5_vl"]["fastervlm"] == {"reason": "", "given": "attention=received"}
     assert "llama4" in cli("models", "--matrix")[1]
+
+
+def test_what_is_alike_stands_together_and_nothing_is_lost():
+    found = {kind: verdicts(kind) for kind in ("llava", "vipllava", "qwen2_5_vl")}
+    groups, rows, reasons = alike(found)
+    assert groups == {"A": ["llava", "vipllava"], "B": ["qwen2_5_vl"]}
+    marks = {name: dict(zip(groups, marks, strict=True)) for names, marks in rows for name in names}
+    said = {(name, letter): reason for names, letters, reason in reasons for name in names for letter in letters}
+    for letter, kinds in groups.items():
+        for kind in kinds:
+            for name, verdict in found[kind].items():
+                assert marks[name][letter] == ("-" if verdict.reason else "o" if verdict.given else "+")
+                why = verdict.reason.replace("'qwen2_5_vl'", "this family")
+                assert said.get((name, letter), "") == (why or f"with {verdict.given}" if why or verdict.given else "")
+
+
+@pytest.mark.slow
+def test_the_list_of_models_shows_the_matrix_in_80_columns(cli):
+    _, out, _ = cli("models")
+    shown = out.partition("Which methods run")[2].splitlines()
+    table = [line for line in shown if line.endswith(("+", "-", " o"))]
+    assert len(table) == len(alike().rows)
+    assert max(map(len, table)) <= 80
 
 
 @pytest.mark.slow

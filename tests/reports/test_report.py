@@ -14,7 +14,6 @@ from storing import config
 from typer.testing import CliRunner
 from visibench.cli import app
 from visibench.errors import DataError
-from visibench.evals.settings.method_spec import describe_methods
 from visibench.evals.tasks.tasks import load_tasks
 from visibench.models import load_model
 from visibench.reports.html.inline import inline, veil
@@ -24,7 +23,7 @@ from visibench.reports.image_loader import LONGEST, ImageLoader, seen, stored
 from visibench.reports.question_image import QuestionImage
 from visibench.results.figures import plots
 from visibench.results.store.store import Store
-from visibench.results.tables import summary, titles
+from visibench.results.tables import method_facts, summary, titles
 from visibench.results.tables.render import fitted
 from visibench.results.tables.tables import build
 
@@ -85,8 +84,8 @@ def test_of_two_rows_that_tests_do_not_tell_apart_the_higher_is_not_called_best(
 
 def test_rows_of_one_display_name_have_their_labels(monkeypatch):
     """A plug-in may take the name of a method that is here: only the labels tell them apart then."""
-    known = titles.built_in()
-    monkeypatch.setattr(titles, "_titles", lambda: known | {"mine": known["fastv"]})
+    known = method_facts.known()
+    monkeypatch.setattr(method_facts, "known", lambda: known | {"mine": known["fastv"]})
     labels = ("none", "fastv:keep=0.5", "mine:keep=0.5", "fastv:keep=0.25", "control of fastv:keep=0.5")
     assert titles.row_titles(labels) == {
         "none": "Dense",
@@ -315,8 +314,7 @@ def test_a_grid_that_is_not_the_prompts_draws_no_overlay(tmp_path):
 
 
 def test_cards_tell_of_every_method_even_one_that_is_not_installed(table):
-    about = {facts["name"]: facts for facts in describe_methods()}
-    page = report([table(none=RIGHT, fastv=HALF, elsewhere=WRONG)], "run", about=about)
+    page = report([table(none=RIGHT, fastv=HALF, elsewhere=WRONG)], "run", about=method_facts.known())
     assert 'href="https://arxiv.org/abs/2403.06764"' in page
     assert 'href="https://github.com/pkunlp-icler/FastV/tree/d165972"' in page
     assert "not installed where the report was made" in page

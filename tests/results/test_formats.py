@@ -1,5 +1,6 @@
-"""Tables in LaTeX and HTML, rows grouped by budget, what is bold, and the choice of columns."""
+"""Tables in text, LaTeX and HTML, rows grouped by budget, what is bold, and the choice of columns."""
 
+import io
 import itertools
 import random
 import re
@@ -9,13 +10,49 @@ import subprocess
 import numpy as np
 import pytest
 from markdown_it import MarkdownIt
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from storing import config, full, put
 from tabled import HOSTILE, Reader, answered, fields
 from visibench.results.statistics.comparison import compare
 from visibench.results.statistics.inference import ALPHA, MethodRuns, budget_groups
 from visibench.results.store.store import Store
-from visibench.results.tables.render import render
+from visibench.results.tables.columns import columns
+from visibench.results.tables.render import _grid, _Layout, render
 from visibench.results.tables.tables import build
+
+# ---- text ---------------------------------------------------------------------------------------------------------
+
+
+def by_rich(table, chosen, layout) -> str:
+    grid, stream = Table(box=box.SIMPLE_HEAD, pad_edge=False), io.StringIO()
+    for column in chosen:
+        if column.words:
+            grid.add_column(column.title, max_width=layout.label, overflow="fold")
+        else:
+            grid.add_column(layout.title(table, column), justify="right", no_wrap=True)
+    for title, rows in table.grouped():
+        if title:
+            grid.add_row()
+            grid.add_row(Text(title))
+        for row in rows:
+            grid.add_row(*(Text(layout.entry(column, row)) for column in chosen))
+    Console(file=stream, width=1000, no_color=True).print(grid)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+
+@pytest.mark.parametrize("room", [60, 24, 12])
+@pytest.mark.parametrize("spell", ["text", "stacked", "brief"])
+def test_text_stands_as_rich_would_set_it(store, spell, room):
+    labels = ["none", "ours with words and keep=0.5,layers=scaled", "模型方法" * 9, HOSTILE, "a:b=1,c=2" * 9, "x" * 130]
+    for place, label in enumerate(labels):
+        answered(store, "none" if label == "none" else "fastv", [1, 0, 1, place % 2], 16.0 - place, label=label)
+    (table,) = build(store.cells())
+    layout = _Layout(lambda entry: getattr(entry, spell)("{}*"), room, narrow=spell == "brief")
+    assert _grid(table, columns(table), layout).split("\n") == by_rich(table, columns(table), layout).split("\n")
+
 
 # ---- budgets ------------------------------------------------------------------------------------------------------
 

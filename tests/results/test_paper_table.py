@@ -8,8 +8,10 @@ import sys
 import pytest
 from storing import full
 from visibench.methods import list_methods
+from visibench.methods.explained import about, how
 from visibench.results.store.store import Store
-from visibench.results.tables import titles
+from visibench.results.tables import method_facts
+from visibench.results.tables.method_facts import MethodFacts
 
 
 @pytest.fixture
@@ -90,8 +92,11 @@ def test_it_belongs_to_latex(cli, tmp_path):
         assert "belongs to --format latex" in " ".join(err.split())
 
 
-def test_display_names_are_those_that_methods_are_registered_under():
-    assert titles.built_in() == {name: method.title for name, method in list_methods().items()}
+def test_what_sources_say_of_methods_is_what_they_are_registered_with():
+    assert method_facts.built_in() == {
+        name: MethodFacts(cls.title, about(cls), how(cls), cls.paper, cls.source, cls.hook_points)
+        for name, cls in list_methods().items()
+    }
 
 
 @pytest.mark.slow

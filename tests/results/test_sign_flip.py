@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest, permutation_test
+from scipy.stats import binomtest, norm, permutation_test
 from simulated import clustered, lmms_value, mme, of_scores, pope, quick
 from visibench.results.statistics import sign_flip as module
 from visibench.results.statistics.comparison import MCNEMAR, SIGN_FLIP, compare
@@ -112,6 +112,26 @@ def test_where_there_are_too_many_sums_random_swaps_come_to_the_same(monkeypatch
         monkeypatch.undo()
         assert (counted, none_left_out) == (True, False)
         assert drawn == pytest.approx(exact, rel=4 / EXTREME**0.5, abs=1e-5)
+
+
+def test_of_many_images_only_the_kinds_are_drawn(monkeypatch):
+    """33,000 images that a swap changes in few ways; one that no other is like, which is a coin."""
+    rng, drawn = np.random.default_rng(35), []
+    first, second = ((rng.random((33_000, 3)) < share).astype(float) for share in (0.8, 0.7985))
+    second[0] = 0.1
+    monkeypatch.setattr(
+        module, "_random", lambda counts, flips, old=module._random: drawn.append(counts) or old(counts, flips)
+    )
+    p, exact = sign_flip(quick(first), quick(second))
+    changed = np.count_nonzero(np.abs(first.sum(1) - second.sum(1)) > 1e-9)
+    assert not exact
+    assert [counts.sum() for counts in drawn] == [changed]
+    assert len(drawn[0]) <= 7
+    # The sum of so many independent parts is as good as normal.
+    difference = first.sum(1) - second.sum(1)
+    z = difference.sum() / np.sqrt((difference**2).sum())
+    assert p == pytest.approx(2 * norm.sf(abs(z)), rel=0.15)
+    assert 1e-3 < p < 0.5
 
 
 def test_what_is_drawn_does_not_depend_on_other_tests(monkeypatch):
