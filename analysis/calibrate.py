@@ -34,7 +34,7 @@ from ..results.store.calibration_records import CalibrationRecord, ChosenSetting
 from ..results.store.records import environment
 from .asking import Asker
 from .bench import SettingBench, given
-from .candidates import Candidate, Prompts
+from .candidates import Candidate, SearchPrompts
 from .fit import fit
 from .searches import DEFAULT, GRIDS
 
@@ -73,7 +73,7 @@ def calibrate(
     check_apart(tasks, evaluation, limit + confirm)
     asked = Asker(loaded, limit, batch_size, seed), Asker(loaded, limit + confirm, batch_size, seed, skip=limit)
     search, second = SettingBench(asked[0], tasks, target, (1 + target) / 2), SettingBench(asked[1], tasks, target)
-    prompts_of = Prompts(search, min(prompts, limit))
+    prompts_of = SearchPrompts(search, min(prompts, limit))
     by_authors = {name: fit(name, loaded.model, prompts_of.first, **settings) for name, settings in authors.items()}
     grids: dict[str, int] = {}
     found = []
@@ -144,7 +144,8 @@ def least(
 
 def _frontier(grid: Sequence[Candidate], search: SettingBench) -> list[Method]:
     """Measure settings that were given up: of each part of the ``grid``, by compute, the one that changed fewest."""
-    chosen, edges = [], np.linspace(*(one.macs for one in (grid[0], grid[-1])), PARTS + 1) if grid else []
+    chosen: list[Method] = []
+    edges = np.linspace(grid[0].macs, grid[-1].macs, PARTS + 1).tolist() if grid else []
     for first, end in pairwise(edges):
         inside = [one for one in grid if first <= one.macs <= end and str(one.method) in search.given_up]
         best = min(inside, key=lambda one: search.given_up[str(one.method)], default=None)

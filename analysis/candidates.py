@@ -52,7 +52,7 @@ class Candidate:
         )
 
 
-class Prompts:
+class SearchPrompts:
     """The questions of a search, ``visual`` and ``text`` tokens of each, int (questions,), and what settings leave."""
 
     def __init__(self, bench: SettingBench, fitted_to: int = 16) -> None:

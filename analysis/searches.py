@@ -13,7 +13,7 @@ import numpy as np
 
 from ..methods import load_method
 from ..methods.pyramiddrop import by_factor
-from .candidates import Candidate, Prompts, TakenUp, Unfiltered, contributed, left, taken
+from .candidates import Candidate, SearchPrompts, TakenUp, Unfiltered, contributed, left, taken
 from .fit import schedules
 
 KEEPS = (0.95, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
@@ -27,22 +27,22 @@ LAYERS = 12
 """In deeper models cuts are asked at about so many layers, at even distances; at all layers in others."""
 
 
-def _places(prompts: Prompts, first: int, end: int) -> range:
+def _places(prompts: SearchPrompts, first: int, end: int) -> range:
     return range(first, end, max(1, round(prompts.depth / LAYERS)))
 
 
-def vtw(prompts: Prompts) -> list[Candidate]:
+def vtw(prompts: SearchPrompts) -> list[Candidate]:
     """Every layer."""
     return prompts.planned(load_method("vtw", layer=layer) for layer in range(prompts.depth))
 
 
-def fastv(prompts: Prompts) -> list[Candidate]:
+def fastv(prompts: SearchPrompts) -> list[Candidate]:
     """Layer and share."""
     settings = product(_places(prompts, 1, prompts.depth), KEEPS)
     return prompts.planned(load_method("fastv", layer=layer, keep=keep) for layer, keep in settings)
 
 
-def pyramiddrop(prompts: Prompts) -> list[Candidate]:
+def pyramiddrop(prompts: SearchPrompts) -> list[Candidate]:
     """Three cuts at even distances, with the authors' ratios and with gentler ones."""
     depth = prompts.depth
     distances = range(1, max((depth - 1) // 3, 1) + 1)
@@ -51,13 +51,13 @@ def pyramiddrop(prompts: Prompts) -> list[Candidate]:
     return prompts.planned(load_method("pyramiddrop", cuts=at, ratios=by) for at, by in product(cuts, ratios))
 
 
-def fitprune(prompts: Prompts) -> list[Candidate]:
+def fitprune(prompts: SearchPrompts) -> list[Candidate]:
     """The authors' search for a schedule (:mod:`.fit`), for shares of compute to spare."""
     found = schedules(prompts.loaded.model, prompts.first, SPARED, tolerance=0.03)
     return prompts.planned(one.method for one in found if one is not None)
 
 
-def visipruner(prompts: Prompts) -> list[Candidate]:
+def visipruner(prompts: SearchPrompts) -> list[Candidate]:
     """Depth, thresholds and exit; the shallow phase at depths at which it alone keeps the answers, and left out.
 
     Without it the depth only says from where on layers may filter. Exits are numbers of layers behind the filter, all
@@ -73,7 +73,7 @@ def visipruner(prompts: Prompts) -> list[Candidate]:
 
 
 def _visipruner(
-    prompts: Prompts, depths: Sequence[int], stages: tuple[str, ...] = (), more: float = 0.0
+    prompts: SearchPrompts, depths: Sequence[int], stages: tuple[str, ...] = (), more: float = 0.0
 ) -> Iterator[Candidate]:
     """Settings with these depths; ``stages`` in front of the middle one, and ``more`` multiply-adds that they take."""
     first, end, asked = depths[0] + 1, prompts.depth, np.arange(len(prompts.visual))
@@ -100,7 +100,7 @@ def _visipruner(
             yield prompts.candidate(method, counts, scoring, f"{depth} shallow layers" if stages else "")
 
 
-def readers(prompts: Prompts) -> list[Candidate]:
+def readers(prompts: SearchPrompts) -> list[Candidate]:
     """Layer, threshold and exit."""
     norms, found = prompts.look(TakenUp(), taken), []
     scoring = prompts.scoring(load_method("readers", layer=1))  # whatever the layer: nothing has left before it
@@ -113,7 +113,7 @@ def readers(prompts: Prompts) -> list[Candidate]:
     return found
 
 
-GRIDS: dict[str, Callable[[Prompts], list[Candidate]]] = {
+GRIDS: dict[str, Callable[[SearchPrompts], list[Candidate]]] = {
     "visipruner": visipruner,
     "fastv": fastv,
     "pyramiddrop": pyramiddrop,

@@ -168,8 +168,7 @@ class SharedTower:
     """While active, stands for the vision ``tower``: what ``store`` has of an image is not computed again.
 
     ``seen()`` returns what else is read of the tower's latest run, on one image, and ``recall`` is handed the same for
-    all images of a call, (N, …). Both are by name of part; ``parts`` names them. ``one_sequence``: whether the tower
-    puts out the patches of all images one behind the other, (1, n, D).
+    all images of a call, (N, …). Both are by name of part; ``parts`` names them.
     """
 
     def __init__(
@@ -179,10 +178,8 @@ class SharedTower:
         parts: tuple[str, ...],
         seen: Callable[[], Mapping[str, Entry]],
         recall: Callable[[Mapping[str, Entry]], None],
-        one_sequence: bool = False,
     ) -> None:
         self.tower, self.store, self.parts, self.seen, self.recall = tower, store, parts, seen, recall
-        self.one_sequence = one_sequence
         self._instance_forward: Any = None
 
     def __enter__(self) -> SharedTower:
@@ -218,11 +215,8 @@ class SharedTower:
             images.append(image)
         together = {
             part: {
-                key: torch.cat(
-                    [image[part][key].to(pixel_values.device) for image in images],
-                    dim=1 if self.one_sequence and entry.ndim > 1 else 0,
-                )
-                for key, entry in images[0][part].items()
+                key: torch.cat([image[part][key].to(pixel_values.device) for image in images])
+                for key in images[0][part]
             }
             for part in ("output", *self.parts)
         }

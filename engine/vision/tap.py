@@ -72,9 +72,7 @@ class VisionTap:
             if self._hooks_features:
                 self._hook_projector(stack)
             if self.features is not None:
-                vision = self.adapter.geometry.vision
-                joined = vision is not None and vision.one_sequence
-                stack.enter_context(SharedTower(tower, self.features, self._parts, self._seen, self._recall, joined))
+                stack.enter_context(SharedTower(tower, self.features, self._parts, self._seen, self._recall))
             self._exit = stack.pop_all()
         return self
 

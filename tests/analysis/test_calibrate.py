@@ -11,7 +11,7 @@ from visibench.analysis import fit, searches
 from visibench.analysis.asking import Asker
 from visibench.analysis.bench import SettingBench
 from visibench.analysis.calibrate import calibrate, check_apart, least, presets
-from visibench.analysis.candidates import Prompts
+from visibench.analysis.candidates import SearchPrompts
 from visibench.errors import DataError
 from visibench.evals.settings import method_spec
 from visibench.evals.tasks.tasks import load_tasks
@@ -73,7 +73,7 @@ def test_the_least_of_a_grid_is_found(name, monkeypatch):
         monkeypatch.setattr(searches, part, values)
     loaded, tasks = load_model("tiny"), load_tasks(["gqa", "mme"], str(synthetic.ensure(calibration=True)))
     search, alone, anything = (bench(loaded, tasks, 4, target) for target in (0.75, 0.75, 0.0))
-    grid = searches.GRIDS[name](Prompts(search, 4))
+    grid = searches.GRIDS[name](SearchPrompts(search, 4))
     passing = []
     for one in grid:
         point = alone.measure(one.method)

@@ -9,7 +9,6 @@ import pytest
 import torch
 import visibench
 from cases import every_method
-from decoders import decoder_model, row_samples
 from rich.console import Console
 from storing import untimed
 from support import IMAGE, collate, make_batch, state
@@ -138,16 +137,6 @@ def test_other_families(kind):
         assert torch.equal(logits(store), off)
     assert (towers.images > 0) == (kind == "qwen2_5_vl")
     assert (store.reused > 0) == (kind != "qwen2_5_vl")
-
-
-@pytest.mark.parametrize("kind", ["mistral3", "llava+pixtral"])
-def test_a_tower_that_puts_out_all_images_in_one_sequence(kind):
-    model, inputs, store = decoder_model(kind, "sdpa"), families.collate(row_samples(kind)), FeatureStore(2**30)
-    dense = model(**inputs).logits
-    for reused in (False, True):
-        with visibench.prune(model, visibench.load_method("none"), features=store):
-            torch.testing.assert_close(model(**inputs).logits, dense, rtol=1e-3, atol=1e-3)
-        assert (store.reused > 0) == reused
 
 
 @pytest.mark.parametrize("fail", [False, True])
