@@ -42,12 +42,14 @@ VSCAN = [
     "vscan:keep=0.7,window=3,quota=ceil,layers=scaled,unpad=true",
 ]
 RECEIVED_VSCAN = [f"{text},attention=received" for text in VSCAN]
+LAST = ["prumerge:read_block=features", "prumerge_plus:tokens=9,order=spatial,read_block=features"]
+RECEIVED += [f"{text},attention=received" for text in LAST]
 SMALLER = ["downsample:keep=0.3"]
 WINDOWS = ["hiprune:keep=0.5,alpha=0.5,middle=1,unpad=true", *SHARED[1:]]
 METHODS = {
     "llava_next": CLS + HIRED + SHARED + TOWER + HOLOV + VSCAN,
     "vipllava": CLS[:6] + HIRED + SHARED + TOWER + HOLOV + VSCAN,
-    "internvl": CLS[:4] + HIRED + SHARED + SMALLER + HOLOV + VSCAN,
+    "internvl": CLS[:4] + LAST + HIRED + SHARED + SMALLER + HOLOV + VSCAN,
     "llava_onevision": RECEIVED + SHARED + TOWER[:2] + RECEIVED_VSCAN,
     "qwen2_vl": RECEIVED + SHARED + RECEIVED_VSCAN,
     "qwen2_5_vl": RECEIVED + WINDOWS + [text.replace("scaled", "scaled,early=8") for text in RECEIVED_VSCAN],
