@@ -15,6 +15,7 @@ from .shared import (
     DTYPES,
     AsJson,
     Attention,
+    Compiled,
     DeviceMap,
     Packed,
     check_writable,
@@ -71,6 +72,7 @@ def profile(
     attention: Attention = None,
     quantization: Packed = None,
     device_map: DeviceMap = None,
+    compiled: Compiled = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch on a CPU. (default: all cores)")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the JSON to this file as well.")] = None,
     as_json: AsJson = False,
@@ -92,11 +94,9 @@ def profile(
         "lengths": lengths and [_lengths(part) for part in lengths.split(",")],
         "repeats": repeats,
         "warmup": warmup,
-        "device": device,
-        "dtype": dtype,
-        "threads": threads,
     }
-    given |= {"attention": attention, "quantization": quantization, "device_map": device_map}
+    given |= {"device": device, "dtype": dtype, "threads": threads, "attention": attention}
+    given |= {"quantization": quantization, "device_map": device_map, "compile": compiled}
     if config is None and not (model and methods):
         raise OptionError("nothing to profile: give a configuration such as profile_cpu, or --model and --methods")
     content, source = read(config) if config else ({}, "visibench profile")

@@ -45,6 +45,7 @@ Packed = Annotated[
 DeviceMap = Annotated[
     str | None, typer.Option(metavar="auto|…", help="As transformers takes it, in place of --device; decoder on one.")
 ]
+Compiled = Annotated[bool | None, typer.Option("--compile", help="Norms and MLPs of the decoder by torch.compile.")]
 FewestPixels = Annotated[int | None, typer.Option("--min-pixels", min=1, help="Of an image, for Qwen-VL.")]
 MostPixels = Annotated[int | None, typer.Option("--max-pixels", min=1, help="Of an image, for Qwen-VL.")]
 SizedLayers = Annotated[int | None, typer.Option(min=1, help="With --weights: only so many decoder layers.")]

@@ -85,8 +85,8 @@ class CellConfig(Record):
     alone counts; for others both are empty. ``code``: versions and hashes of the code that decides the numbers, under
     ``method``, ``task`` (definition and prompts) and ``engine``; ``sources``: the module or file of method and task.
     ``protocol``: what a protocol other than ``hf`` says (:meth:`visibench.models.protocols.Protocol.record`).
-    ``placed``: ``quantization`` and ``device_map``, where they were given. ``control``: random tokens at the layers and
-    counts of the method. All eight are left out of what is stored where they are empty.
+    ``placed``: ``quantization``, ``device_map`` and ``compile``, where they were given. ``control``: random tokens at
+    the layers and counts of the method. All eight are left out of what is stored where they are empty.
     """
 
     schemas: ClassVar[tuple[int, ...]] = (CONFIG_SCHEMA,)
