@@ -103,7 +103,8 @@ def main() -> NoReturn:
         stopped = isinstance(error, StoppedError)
         _fail(f"{error}{_kept(error) if error.foreign else ''}", interrupt.code() if stopped else error.exit_code)
     except _UsageProblem as error:
-        _fail(f"{error.format_message()} (see `visibench --help`)", error.exit_code)
+        asked = error.ctx.command_path if error.ctx else "visibench"
+        _fail(f"{error.format_message()} (see `{asked} --help`)", error.exit_code)
     except FOREIGN as error:
         if any(isinstance(one, BrokenPipeError) for one in behind(error)):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or what is left to write complains at the exit

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,7 +11,7 @@ from rich.console import Console
 
 from ..errors import OptionError, UnsupportedModelError
 from ..utils.rows import laid_out
-from .shared import AsJson, Device, Dtype, SizedLayers, SizedPrompt, prompt_lengths, terminal
+from .shared import AsJson, Device, Dtype, SizedLayers, SizedPrompt, methods_in, prompt_lengths, terminal
 
 if TYPE_CHECKING:
     from ..evals.compute.budget import Cost, Prompts, Solution
@@ -153,9 +152,7 @@ def _specs(methods: list[str] | None) -> list[MethodSpec]:
             MethodSpec.of(cls.name, {key: value for key, value in options.items() if key not in decided(cls.knobs[0])})
             for cls, options in plainest
         ]
-    # A comma in front of key=value goes on with the same method.
-    texts = [text for several in methods for text in re.split(r",(?!\s*\w+\s*=)", several)]
-    specs = [MethodSpec.parse(text) for text in texts]
+    specs = [MethodSpec.parse(text) for text in methods_in(methods)]
     for spec in specs:
         spec.knobs()  # raises where nothing is left to turn
     return specs

@@ -10,7 +10,20 @@ from rich.console import Console
 
 from ..errors import IncompleteError, OptionError, StoppedError
 from ..utils.rows import laid_out
-from .shared import DEVICES, DTYPES, AsJson, Attention, DeviceMap, Packed, check_writable, integers, terminal, wrapped
+from .shared import (
+    DEVICES,
+    DTYPES,
+    AsJson,
+    Attention,
+    Compiled,
+    DeviceMap,
+    Packed,
+    check_writable,
+    integers,
+    methods_in,
+    terminal,
+    wrapped,
+)
 
 if TYPE_CHECKING:
     from ..evals.compute.profile import ProfileConfig
@@ -46,7 +59,7 @@ def profile(
     model: Annotated[str | None, typer.Option(help="See `visibench models`; a local folder, or a hub name.")] = None,
     methods: Annotated[
         list[str] | None,
-        typer.Option("--methods", "--method", metavar="NAME[:key=value,…]", help="Repeat it for several."),
+        typer.Option("--methods", "--method", metavar="NAME[:key=value,…],…", help="Repeat it, or name several: a,b."),
     ] = None,
     weights: Annotated[str | None, typer.Option(help="pretrained, or random: sizes count, not answers.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Only so many decoder layers, of random weights.")] = None,
@@ -59,6 +72,7 @@ def profile(
     attention: Attention = None,
     quantization: Packed = None,
     device_map: DeviceMap = None,
+    compiled: Compiled = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch on a CPU. (default: all cores)")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the JSON to this file as well.")] = None,
     as_json: AsJson = False,
@@ -73,18 +87,16 @@ def profile(
 
     given: dict[str, Any] = {
         "model": model,
-        "methods": methods,
+        "methods": methods and methods_in(methods),
         "weights": weights,
         "layers": layers,
         "batch_sizes": batch_sizes and integers(batch_sizes, ",", "--batch-sizes"),
         "lengths": lengths and [_lengths(part) for part in lengths.split(",")],
         "repeats": repeats,
         "warmup": warmup,
-        "device": device,
-        "dtype": dtype,
-        "threads": threads,
     }
-    given |= {"attention": attention, "quantization": quantization, "device_map": device_map}
+    given |= {"device": device, "dtype": dtype, "threads": threads, "attention": attention}
+    given |= {"quantization": quantization, "device_map": device_map, "compile": compiled}
     if config is None and not (model and methods):
         raise OptionError("nothing to profile: give a configuration such as profile_cpu, or --model and --methods")
     content, source = read(config) if config else ({}, "visibench profile")

@@ -17,6 +17,7 @@ from .dry_run import show
 from .shared import (
     AsJson,
     Attention,
+    Compiled,
     Current,
     Device,
     DeviceMap,
@@ -90,6 +91,7 @@ def run(
     attention: Attention = None,
     quantization: Packed = None,
     device_map: DeviceMap = None,
+    compiled: Compiled = None,
     min_pixels: FewestPixels = None,
     max_pixels: MostPixels = None,
     seed: Annotated[int | None, typer.Option(help="For methods that draw. (default: 0)")] = None,
@@ -119,15 +121,14 @@ def run(
         "tasks": [task.strip() for task in task_list.split(",") if task.strip()],
         "limit": limit,
         "batch_size": batch_size,
-        "device": device,
-        "dtype": dtype,
         "seeds": [seed or 0],
         "data": data,
         "include_path": include_path,
         "protocol": protocol or "hf",
         "control": control,
     }
-    content |= _said(attention=attention, quantization=quantization, device_map=device_map)
+    content |= {"device": device, "dtype": dtype}
+    content |= _said(attention=attention, quantization=quantization, device_map=device_map, compile=compiled)
     content |= _said(min_pixels=min_pixels, max_pixels=max_pixels, feature_cache_gb=feature_cache_gb)
     if not timing:
         content["timing"] = None

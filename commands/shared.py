@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,6 +45,7 @@ Packed = Annotated[
 DeviceMap = Annotated[
     str | None, typer.Option(metavar="auto|…", help="As transformers takes it, in place of --device; decoder on one.")
 ]
+Compiled = Annotated[bool | None, typer.Option("--compile", help="Norms and MLPs of the decoder by torch.compile.")]
 FewestPixels = Annotated[int | None, typer.Option("--min-pixels", min=1, help="Of an image, for Qwen-VL.")]
 MostPixels = Annotated[int | None, typer.Option("--max-pixels", min=1, help="Of an image, for Qwen-VL.")]
 SizedLayers = Annotated[int | None, typer.Option(min=1, help="With --weights: only so many decoder layers.")]
@@ -135,6 +137,12 @@ def names(text: str | None, known: Collection[str], option: str) -> list[str]:
         if name not in known:
             raise UnknownNameError(f"{option}: {name!r} is unknown; {suggest(name, known)}")
     return list(dict.fromkeys(found))
+
+
+def methods_in(texts: Iterable[str]) -> list[str]:
+    """Methods named by options, one or several in each: a comma in front of key=value goes on with the same method."""
+    found = (one.strip() for text in texts for one in re.split(r",(?!\s*\w+\s*=)", text))
+    return [one for one in found if one]
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .shared import AsJson, Device, Dtype
+from .shared import AsJson, Device, Dtype, methods_in
 
 
 def show(
@@ -18,7 +18,7 @@ def show(
     model: Annotated[str, typer.Option(help="tiny, a local folder, or a hub name.")],
     methods: Annotated[
         list[str],
-        typer.Option("--methods", "--method", metavar="NAME[:key=value,…]", help="Repeat it, or name several: a,b."),
+        typer.Option("--methods", "--method", metavar="NAME[:key=value,…],…", help="Repeat it, or name several: a,b."),
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="A .png or .svg file.")] = Path("tokens.png"),
     weights: Annotated[str, typer.Option(help="pretrained; others answer nothing.")] = "pretrained",
@@ -38,7 +38,7 @@ def show(
     from ..results.figures import style
 
     check_trained(weights)
-    wanted = [parse(text, model) for given in methods for text in _several(given)]
+    wanted = [parse(text, model) for text in methods_in(methods)]
     style.check(out)
     pictures = [as_rgb(file) for file in image]
     loaded = load_model(model, device=device, dtype=dtype)
@@ -52,8 +52,3 @@ def show(
     for one in shown:
         print(one.said())
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"Drawn in {out}.")
-
-
-def _several(text: str) -> list[str]:
-    """Methods without options may be named together; what has options stands alone."""
-    return [text] if "=" in text else [name.strip() for name in text.split(",") if name.strip()]

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from ..errors import InputError, UnsupportedModelError, VisibenchError
 from ..models.adapters import Adapter
+from ..models.compiled import is_compiled
 from .attention import Interception, implementation_of
 from .cache import OUTSIDE, PrunedCache, check_cache
 from .contract import Method
@@ -91,7 +92,7 @@ class PruningSession:
         decoder = self.adapter.decoder
         if decoder in _active:
             raise VisibenchError("this model is already being pruned: leave the first `with visibench.prune(…)` block")
-        _refuse_compiled(self.model)
+        _refuse_compiled(self.adapter)
         with ExitStack() as stack:
             _active.add(decoder)
             stack.callback(_active.discard, decoder)
@@ -282,14 +283,18 @@ def _check_attention(adapter: Adapter, method: Any) -> None:
         )
 
 
-def _refuse_compiled(model: nn.Module) -> None:
-    """Raise for compiled modules, in which hooks and attention functions are fixed when they are traced."""
-    for name, module in model.named_modules():
-        compiled = module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
+def _refuse_compiled(adapter: Adapter) -> None:
+    """Raise for compiled modules, in which hooks and attention functions are fixed when they are traced.
+
+    Not for a compiled ``forward`` of what stands beside the attention in a layer: hooks go round it, none inside.
+    """
+    free = {*adapter.beside_attention()}
+    for name, module in adapter.model.named_modules():
+        compiled = module._compiled_call_impl is not None or (is_compiled(module) and module not in free)
         if compiled or "_orig_mod" in module._modules:
             raise UnsupportedModelError(
                 f"cannot prune a compiled model ({name or type(module).__name__} is): pass it as it was before "
-                "torch.compile"
+                "torch.compile, or load it with compile=True"
             )
 
 

@@ -15,8 +15,9 @@ patch of all for a neighbour that they do not have.
 
 The authors divide their budget by the number of images in the batch, so that two prompts side by side get half of it
 each; here every image has all of it. Where anchors and buffers are more than T their code fails; here those of highest
-m_j stay. Their block counts from 1: 9 is 8 here. Each tile of an image that the model cuts into tiles has the same
-budget; patches of padding count like others (``unpad=false``), and there are no newlines (``newlines=drop``).
+m_j stay. Their block counts from 1: 9 is 8 here, and 16, which they name for Qwen2.5-VL, is ``middle=15``. Each tile of
+an image that the model cuts into tiles has the same budget; patches of padding count like others (``unpad=false``), and
+there are no newlines (``newlines=drop``).
 """
 
 from __future__ import annotations

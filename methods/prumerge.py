@@ -17,29 +17,35 @@ the others by a_j and spreads the rest evenly over the patches that are left, wh
 The paper averages the neighbours with normalised weights; the code, followed here, adds them with raw ones:
 ``weights="normalised"`` divides by the sum of a_j over the neighbours and the token itself. ``order="spatial"`` keeps
 the image's order. The authors' code fails where more than a third of the patches are outliers: here the stride is 1.
+
+Where a model takes its features from the last block there is none behind it: ``read_block="features"`` reads that one,
+or the last up to it in which patches attend to the whole image. Towers without CLS need ``attention="received"``: a_j
+is what a patch gets, mean over heads and queries, and not what CLS gives it. Neither is in the authors' code.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..engine.contract import Merge
-from .base import Budgeted, OnPatches
-from .pieces import added_need_renumbering, cosine, needs_cls, per_image, pick, precise
+from .base import LATER, Budgeted, OnPatches, Salient
+from .pieces import added_need_renumbering, cosine, per_image, pick, precise
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.contract import Geometry, TokenLayout, VisionView
+    from ..engine.contract import Geometry, TokenLayout, VisionGeometry, VisionView
 
+Block = Literal["after", "features"]
 Order = Literal["attention", "spatial"]
 Weights = Literal["raw", "normalised"]
 
 
 @register("prumerge", "PruMerge", paper="2403.15388", source="42Shawn/LLaVA-PruMerge@097c041")
-class PruMerge(OnPatches, Budgeted):
+class PruMerge(Salient, OnPatches, Budgeted):
     """Keep the patches that stand out in CLS attention, and add to each what is like it."""
 
     hook_points = ("vision",)
@@ -52,6 +58,7 @@ class PruMerge(OnPatches, Budgeted):
     neighbours: int = 32
     order: Order = "attention"
     weights: Weights = "raw"
+    read_block: Block = dataclasses.field(default="after", kw_only=True, metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,19 +66,35 @@ class PruMerge(OnPatches, Budgeted):
         self.require(self.neighbours >= 0, "neighbours must be >= 0")
         self.require(self.order in get_args(Order), "order must be 'attention' or 'spatial'")
         self.require(self.weights in get_args(Weights), "weights must be 'raw' or 'normalised'")
+        self.require(self.read_block in get_args(Block), "read_block must be 'after' or 'features'")
 
     def check(self, geometry: Geometry) -> None:
+        super().check(geometry)
         if geometry.vision is not None:
+            if geometry.vision.tokens:
+                self.check_budget(geometry.vision.tokens)
             self.require(
-                not self.fixed or per_image(self, geometry.vision.tokens) >= 1,
-                "the extra token is always there: the budget must be at least 1 token an image",
-            )
-            self.require(
-                geometry.vision.feature_block + 1 < geometry.vision.layers,
+                self.read_block == "features" or geometry.vision.feature_block + 1 < geometry.vision.layers,
                 "reads the vision block after the feature block, and this model takes its features from the last one: "
-                "use a method that reads the feature block, such as visionzip or fastervlm",
+                "use read_block='features', or a method that reads the feature block, such as visionzip or fastervlm",
             )
-        needs_cls(self, geometry)
+
+    def check_budget(self, patches: int) -> None:
+        """Raise :class:`OptionError` unless there is room for the extra token of an image of so many ``patches``."""
+        self.require(
+            not self.fixed or per_image(self, patches) >= 1,
+            "the extra token is always there: the budget must be at least 1 token an image",
+        )
+
+    def block_at(self, vision: VisionGeometry) -> int:
+        """The block whose queries and keys are read, counted back as in views."""
+        return 0 if self.read_block == "after" else vision.last_full
+
+    def blocks_read(self, vision: VisionGeometry) -> tuple[int, ...]:
+        return (self.block_at(vision),)
+
+    def blocks_received(self, vision: VisionGeometry) -> tuple[int, ...]:
+        return (self.block_at(vision),) if self.attention == "received" else ()
 
     @property
     def fixed(self) -> bool:
@@ -82,8 +105,11 @@ class PruMerge(OnPatches, Budgeted):
         return super().left(layout, geometry) if self.fixed else None
 
     def vision(self, view: VisionView) -> Merge:
-        attention = view.cls_weights(0, single_head=True).squeeze(1)
-        keys = view.keys(0).transpose(1, 2).flatten(2)
+        self.check_budget(view.features.shape[1])
+        block = self.block_at(view.vision)
+        cls = self.attention == "cls"
+        attention = view.cls_weights(block, single_head=True).squeeze(1) if cls else view.received(block)
+        keys = view.keys(block).transpose(1, 2).flatten(2)
         rank = self.ranked(attention)
         kept = rank.isfinite()
         patches, size = view.features.shape[1:]

@@ -31,6 +31,7 @@ from ..utils.machine import processor, version
 from ..utils.sources import ends
 from . import lora, sizes
 from .adapters import Adapter, Geometry, family_of
+from .compiled import compile_parts
 from .geometry import Weights, about, build, check_weights, configuration, nbytes, published, synthetic_inputs
 from .inputs import as_text, prepared, special_tokens
 from .protocols import HF, Protocol, find
@@ -48,6 +49,7 @@ class LoadedModel:
 
     A model known by its sizes alone has no processor (None); ``weights`` says whether its own are in it. ``kept``:
     bytes of processed inputs that stay on the host at most. ``base``: where it is an adapter's, the model without it.
+    ``compiled``: whether its norms and MLPs are.
     """
 
     name: str
@@ -57,6 +59,7 @@ class LoadedModel:
     protocol: Protocol = HF
     kept: int = GIB
     base: str = ""
+    compiled: bool = False
 
     def __repr__(self) -> str:
         dtype = str(self.model.dtype).removeprefix("torch.")
@@ -158,6 +161,7 @@ class LoadedModel:
             "weights": self.weights,
             **({"base": self.base} if self.base else {}),
             **self._placed(),
+            **({"compile": True} if self.compiled else {}),
             "template": self.processor and self.protocol.template_of(self.processor),
             "versions": {name: version(name) for name in ("torch", "transformers", "visibench")},
         }
@@ -181,6 +185,7 @@ def load_model(
     protocol: str | Mapping[str, Any] | Protocol = HF,
     device_map: Any = None,
     quantization: Quantization | None = None,
+    compile: bool = False,
 ) -> LoadedModel:
     """Load a model by name (``tiny``), local folder or hub id such as ``llava-hf/llava-1.5-7b-hf``.
 
@@ -191,15 +196,13 @@ def load_model(
     and compute alone; both take ``layers``, to keep only that many decoder layers. ``protocol``: how it is asked, see
     :func:`~visibench.models.protocols.find`. ``device_map``: as transformers takes it, in place of ``device``; the
     decoder must lie on one device. ``quantization``: ``4bit`` or ``8bit``, by bitsandbytes while weights are read.
-    Raises UnknownNameError, UnsupportedModelError, OptionError or DataError.
+    ``compile``: see :mod:`.compiled`. Raises UnknownNameError, UnsupportedModelError, OptionError or DataError.
     """
     check_weights(name_or_path, weights, layers)
-    if weights != "pretrained" and (device_map is not None or quantization is not None):
-        raise OptionError("device_map and quantization are about weights that are read: leave weights out")
+    _check_together(weights, placed=device_map is not None or quantization is not None, compiled=compile)
     asked = protocol if isinstance(protocol, Protocol) else find(protocol)
-    place = _device(device)
+    place, processor = _device(device), None
     precision = _precision(dtype, place)
-    processor = None
     with boundary(f"cannot load model {name_or_path!r}", DataError):  # whatever stands in its files
         base = lora.base_of(name_or_path)
         adapted, source = base if base != name_or_path else "", _source(base)
@@ -223,11 +226,20 @@ def load_model(
                 model.to(place)
         else:
             model = build(config, weights, layers, place, precision, attn_implementation)
-        loaded = LoadedModel(name_or_path, model.eval(), processor, weights, asked, base=adapted)
+        loaded = LoadedModel(name_or_path, model.eval(), processor, weights, asked, base=adapted, compiled=compile)
         if processor is not None:
             asked.set_up(processor)
         loaded.geometry  # noqa: B018  # checks the model
+        if compile:
+            compile_parts(loaded.adapter)
     return loaded
+
+
+def _check_together(weights: Weights, *, placed: bool, compiled: bool) -> None:
+    if weights != "pretrained" and placed:
+        raise OptionError("device_map and quantization are about weights that are read: leave weights out")
+    if compiled and (placed or weights == "meta"):
+        raise OptionError("compile is about plain weights on one device: leave it out, or device_map and quantization")
 
 
 def fingerprint(model: str) -> str:

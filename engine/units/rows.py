@@ -118,7 +118,7 @@ class ImageRows:
         replaced = None if merge.replaced is None else self.tokens(merge.replaced)
         if self._anchored:
             anchors = self.source == ANCHOR
-            mask = torch.where(anchors, anchors_stay, mask)
+            mask = mask | anchors if anchors_stay else mask & ~anchors
             replaced = (
                 None if replaced is None else torch.where(anchors[..., None], contents.to(replaced.dtype), replaced)
             )

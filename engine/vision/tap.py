@@ -47,7 +47,10 @@ class VisionTap:
 
     def __init__(self, adapter: Adapter, method: Method, watch: Watch, features: FeatureStore | None = None) -> None:
         self.adapter, self.method, self.watch = adapter, method, watch
-        self.features = None if CHANGING & set(method.hook_points) else features
+        sizes = adapter.geometry.vision
+        # Where the tower lays all images one behind the other, none goes through it as if alone.
+        shares = not (CHANGING & set(method.hook_points) or (sizes is not None and sizes.one_sequence))
+        self.features = features if shares else None
         self.encoding: Encoding | None = None
         self._arguments: Mapping[str, Any] = {}
         self._encoded: Callable[[], Any] | None = None

@@ -61,7 +61,7 @@ class Visibench(lmms_eval.lmms):
     method, method_args
         A method and its options: ``method=fastv,method_args=layer=2;keep=0.5``, or in one ``method=fastv:keep=0.5``.
         Options are separated by semicolons, since lmms-eval takes arguments apart at commas.
-    device, dtype, attn_implementation, trust_remote_code, quantization, device_map
+    device, dtype, attn_implementation, trust_remote_code, quantization, device_map, compile
         As for :func:`visibench.load_model`. Of several ranks each takes the GPU of its local rank.
     min_pixels, max_pixels
         Fewest and most pixels of an image, for processors that keep its size (Qwen-VL).
@@ -90,6 +90,7 @@ class Visibench(lmms_eval.lmms):
         trust_remote_code: bool = False,
         quantization: Quantization | None = None,
         device_map: str | None = None,
+        compile: bool = False,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         record: str | None = None,
@@ -105,6 +106,7 @@ class Visibench(lmms_eval.lmms):
             trust_remote_code=bool(trust_remote_code),
             quantization=quantization,
             device_map=device_map,
+            compile=bool(compile),
             protocol=_limited(min_pixels=min_pixels, max_pixels=max_pixels),
         )
         self.method.check(self.loaded.geometry)

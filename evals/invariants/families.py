@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import ChainMap, Counter, defaultdict
 from dataclasses import fields
+from itertools import combinations
 from string import ascii_uppercase
 from typing import Any, NamedTuple
 
@@ -24,7 +25,11 @@ from ..settings.method_spec import parse, written
 
 DEPTH = 32
 """Decoder layers, so that layers that methods name by default exist."""
-NAMED = {"attention": {"attention": "received"}, "middle": {"middle": "15", "layers": "given"}}
+NAMED = {
+    "attention": {"attention": "received"},
+    "middle": {"middle": "15", "layers": "given"},
+    "read_block": {"read_block": "features"},
+}
 """By option that lets a method run where its defaults do not, and that nobody takes for them in silence: all of these.
 
 ``middle=15``: the block of HiPrune's authors on Qwen2.5-VL, of whose blocks most attend in windows.
@@ -32,7 +37,7 @@ NAMED = {"attention": {"attention": "received"}, "middle": {"middle": "15", "lay
 
 
 class FamilyVerdict(NamedTuple):
-    """Whether a method runs on a family: ``reason`` is why not, ``given`` the option that it runs with, if any."""
+    """Whether a method runs on a family: ``reason`` is why not, ``given`` the options that it runs with, if any."""
 
     reason: str = ""
     given: str = ""
@@ -53,11 +58,16 @@ def example(kind: str) -> Any:
 
 
 def ways(cls: type[Method]) -> dict[str, str]:
-    """A method as text by the option that it is given besides its first example: none, or one that is :data:`NAMED`."""
-    known = {field.name for field in fields(cls)}
+    """A method as text by what it is given besides its first example: nothing, or options that are :data:`NAMED`."""
+    known = [name for name in NAMED if name in {field.name for field in fields(cls)}]
     example = dict(option.split("=") for option in cls.examples[0].split(",") if option)
-    more = {f"{name}={given[name]}": given for name, given in NAMED.items() if name in known}
-    return {one: written(cls, example | given) for one, given in {"": {}, **more}.items()}
+    some = (names for count in range(len(known) + 1) for names in combinations(known, count))
+    return {
+        ",".join(f"{name}={NAMED[name][name]}" for name in names): written(
+            cls, dict(ChainMap(*(NAMED[name] for name in names), example))
+        )
+        for names in some
+    }
 
 
 def verdicts(kind: str) -> dict[str, FamilyVerdict]:

@@ -82,6 +82,8 @@ class Config(BaseModel):
     """`4bit` or `8bit`: weights are packed by bitsandbytes while they are read."""
     device_map: str | dict[str, str | int] | None = None
     """Where parts of the model lie, as transformers takes it, in place of `device`; the decoder on one device."""
+    compile: bool = False
+    """Norms and MLPs of the decoder by torch.compile."""
     seeds: Seeds = [0]
     """Seeds of methods that draw."""
     budget: Budget | list[Budget] | None = None
@@ -90,8 +92,8 @@ class Config(BaseModel):
 
     @property
     def placed(self) -> dict[str, Any]:
-        """How weights are packed and where they lie, where that is said; as cells keep it."""
-        said = {"quantization": self.quantization, "device_map": self.device_map}
+        """How weights are packed and lie, and whether parts are compiled, where that is said; as cells keep it."""
+        said = {"quantization": self.quantization, "device_map": self.device_map, "compile": self.compile or None}
         return {key: value for key, value in said.items() if value is not None}
 
     @property

@@ -56,6 +56,7 @@ def _cell(config: SweepConfig, checkpoint: str, variant: Variant, task: Definiti
         method=variant.method.name,
         options=variant.method.hyperparameters(),
         label=variant.label,
+        title=variant.method.title,
         seed=variant.seed,
         task=task.name,
         origin=origin,

@@ -3,6 +3,7 @@
     groups = the finished methods in groups of similar T, as tables have them
     for each group, and each of random (five seeds), pooling and downsample that it lacks:
         the method with the options that come nearest to the group's mean T, unless it cannot spend as much or as little
+        or cannot act on the model
 
 They come behind all other cells, since T of adaptive methods is known only then; so every method gets them, and a
 sweep that goes on finds the same ones again.
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
-from ...errors import OptionError
+from ...errors import OptionError, UnsupportedModelError
 from ...results.statistics.inference import BASELINES, DENSE, RANDOM, budget_groups
 from ...results.store.records import CellConfig
 from ...results.store.store import Cell
@@ -33,7 +34,7 @@ def references(
     """The cells to add to the finished ``cells`` of a sweep.
 
     ``seed``: the first of a method that draws. ``expand``: what a method comes to on the tasks of the sweep. ``say``
-    hears of budgets that a reference cannot meet.
+    hears of budgets that a reference cannot meet, and of models on which it cannot act.
     """
     present = {_setting(cell.config) for cell in cells}
     added: list[CellSpec] = []
@@ -41,7 +42,7 @@ def references(
         seeds = list(range(seed, seed + SEEDS)) if name == RANDOM else None
         try:
             specs = expand(MethodEntry(name=name, budget={"tokens": tokens}, seeds=seeds))
-        except OptionError as error:
+        except (OptionError, UnsupportedModelError) as error:
             say(f"No reference {error}")
             continue
         settings = {_setting(cell.config) for cell in specs}

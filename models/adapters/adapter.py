@@ -105,6 +105,11 @@ class Adapter:
                         f"configuration {weights:,}: merge adapters such as LoRA first (merge_and_unload)"
                     )
 
+    def beside_attention(self) -> list[nn.Module]:
+        """What has weights in the decoder's layers beside their attention: norms and MLPs, layer by layer."""
+        parts = [part for layer in self.layers for part in layer.children() if part is not layer.self_attn]
+        return [part for part in parts if any(True for _ in part.parameters())]
+
     @cached_property
     def layer_types(self) -> tuple[str, ...]:
         """How each decoder layer attends, in the terms of its configuration."""

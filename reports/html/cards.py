@@ -9,7 +9,7 @@ from typing import Any
 
 from ...results.tables.method_facts import MethodFacts
 from ...results.tables.tables import ResultTable
-from ...results.tables.titles import row_titles, task_title
+from ...results.tables.titles import task_title
 from ...utils.token_grids import Places, View, drawable, placed, views
 from ..question_image import ImageSource, QuestionImage
 from .inline import veil
@@ -29,7 +29,8 @@ def method_cards(table: ResultTable, about: Mapping[str, MethodFacts]) -> list[d
     cards = []
     for name in dict.fromkeys(row.method for row in table.rows):
         rows = [row for row in table.rows if row.method == name]
-        facts, common = about.get(name, MethodFacts(name, _ELSEWHERE, "")), _common([row.options for row in rows])
+        facts = about.get(name, MethodFacts(rows[0].title or name, _ELSEWHERE, ""))
+        common = _common([row.options for row in rows])
         cards.append(
             {
                 "name": name,
@@ -76,10 +77,7 @@ def question_cards(chosen: Sequence[ShownQuestion], table: ResultTable, source: 
     for question in chosen:
         by_cell.setdefault(question.config.task, {})[question.doc_id] = question.prompt
     loaded = {task: source(configs[task], prompts) for task, prompts in by_cell.items()}
-    order, titles = (
-        {id(row): place for place, row in enumerate(table.rows)},
-        row_titles(row.label for row in table.rows),
-    )
+    order, titles = {id(row): place for place, row in enumerate(table.rows)}, table.titles
     cards = []
     for number, question in enumerate(chosen, start=1):
         shown = loaded[question.config.task][question.doc_id]

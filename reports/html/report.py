@@ -25,7 +25,7 @@ from ...results.tables.columns import Column, TableLook, columns
 from ...results.tables.method_facts import MethodFacts
 from ...results.tables.notes import heading, notes
 from ...results.tables.tables import MethodRow, ResultTable
-from ...results.tables.titles import row_titles, task_title
+from ...results.tables.titles import task_title
 from ..question_image import ImageSource, no_images
 from .cards import method_cards, question_cards
 from .inline import inline
@@ -101,7 +101,7 @@ def _section(
         "figures": _figures(table, prefix),
         "methods": method_cards(table, about),
         "questions": question_cards(chosen, table, images),
-        "rows": list(row_titles(row.label for row in table.rows).values()),
+        "rows": list(table.titles.values()),
         "tasks": [(task, task_title(task)) for task in table.questions],
         "facts": _facts(table),
         "cells": _cells(table),
@@ -112,7 +112,7 @@ def _section(
 
 
 def _grid(table: ResultTable) -> dict[str, Any]:
-    chosen, titles = columns(table), row_titles(row.label for row in table.rows)
+    chosen, titles = columns(table), table.titles
     return {
         "caption": f"Scores, visual tokens and compute on {table.facts['model']}",
         "columns": [

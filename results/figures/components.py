@@ -13,7 +13,6 @@ from ..statistics.inference import DENSE
 from ..tables.columns.costs import compute_unit
 from ..tables.notes import origin, questions
 from ..tables.tables import MethodRow, ResultTable
-from ..tables.titles import row_titles
 from .captions import counted, timed
 from .style import BESIDE, SCREEN, SMALL, Look, caption, wrap
 
@@ -33,7 +32,7 @@ def by_component(table: ResultTable, look: Look = SCREEN) -> Figure:
     """A bar for each row, in its components; beside it, where something was timed, the prefill's time."""
     unit, name = compute_unit(table)
     was_timed = any(row.prefill for row in table.rows)
-    titles = row_titles(row.label for row in table.rows) if look.titled else {DENSE: "dense"}
+    titles = table.titles if look.titled else {DENSE: "dense"}
     named = [titles.get(row.label, row.label) for row in table.rows]
     labels = [wrap(name.replace(",", ", ").replace("  ", " "), 24 if look.narrow else 34) for name in named]
     lines = sum(1 + 0.5 * label.count("\n") for label in labels)

@@ -38,7 +38,7 @@ def by_layer(table: ResultTable, look: Look = SCREEN) -> Figure:
                 text, (1.02, end), xycoords=("axes fraction", "data"), **SMALL, va="center", color=line["color"]
             )
         place.set(
-            title=wrap(look.method(group.label, group.method), 40),
+            title=wrap(look.method(group.label, group.method, group.rows[0].title), 40),
             xlabel="decoder layer",
             ylabel="visual tokens",
             ylim=(-0.04 * most, 1.06 * most),

@@ -89,7 +89,7 @@ def _plane(table: ResultTable, axis: str, cost: Callable[[MethodRow], float], no
         place.margins(0.08)
     handles = [Line2D([], [], **_look(groups, index)) for index in range(len(groups))]
     for handle, group in zip(handles, groups, strict=True):
-        handle.set_label(look.method(str(handle.get_label()), group.method))
+        handle.set_label(look.method(str(handle.get_label()), group.method, group.rows[0].title))
     where: dict[str, Any] = {"loc": "outside right upper", "handlelength": 3}
     if look.width is not None:
         where = {"loc": "outside upper center", "ncols": max(int(look.width / 1.4), 1), "handlelength": 2}

@@ -68,11 +68,11 @@ class Look:
         """What stands along an axis."""
         return text if self.width is None else wrap(text, 24)
 
-    def method(self, label: str, name: str) -> str:
-        """What a series of a method is called; ``label``: what the run calls it."""
+    def method(self, label: str, name: str, told: str) -> str:
+        """What a series of a method is called; ``label`` and ``told``: what the run calls series and method."""
         if not self.titled:
             return label
-        title = method_title(name)
+        title = method_title(name, told)
         return title if label in (name, "dense") else label.replace(name, title, 1)
 
 

@@ -32,7 +32,7 @@ _BAR, _STRIP = 0.56, 0.1  # heights; rows are 1 apart
 def draw(profile: Profile, look: style.Look = style.SCREEN) -> Figure:
     """A panel for each batch size and length, with a bar for each of its rows."""
     panels = profile.together()
-    names = row_titles(row.method for row in profile.rows) | _REFERENCES if look.titled else {}
+    names = row_titles({row.method: "" for row in profile.rows}) | _REFERENCES if look.titled else {}
     spelled = [[names.get(row.method, row.method.replace(",", ", ")) for row in rows] for rows in panels]
     labels = [[style.wrap(name, 20 if look.narrow else 34) for name in texts] for texts in spelled]
     tall = [[1 + 0.45 * label.count("\n") for label in texts] for texts in labels]

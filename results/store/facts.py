@@ -15,7 +15,7 @@ _QUESTIONS = ("limit", "origin")
 def facts_of(cell: Cell) -> dict[str, Any]:
     """All that two cells must have in common to be compared, whatever their tasks."""
     other = cell.other_code
-    apart = {"method", "options", "label", "seed", "task", "control", *CODE, *_QUESTIONS}
+    apart = {"method", "options", "label", "title", "seed", "task", "control", *CODE, *_QUESTIONS}
     config = cell.config.model_dump(mode="json", exclude=apart)
     kept = {"engine", *({"task"} & {*other})}
     code = {part: hashed for part, hashed in cell.config.code.items() if part in kept}

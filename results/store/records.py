@@ -17,11 +17,11 @@ from pydantic_core import PydanticCustomError
 from ...utils import machine
 
 CONFIG_SCHEMA: Literal[1] = 1
-UNHASHED = ("label", "method_file", "sources")
+UNHASHED = ("label", "title", "method_file", "sources")
 """What of a cell's configuration does not count: how it is called, and where its code lay."""
 CODE = ("method_file", "method_hash", "code", "sources")
 """What of a cell's configuration is about code."""
-LATER_ON = (*CODE, "protocol", "control", "placed")
+LATER_ON = (*CODE, "protocol", "control", "placed", "title")
 """What is left out where it is empty, as in cells of early versions, so that their hashes stay."""
 LONGEST_NAME = 500
 METRICS_SCHEMA: Literal[2] = 2
@@ -76,7 +76,8 @@ CONTROL = "control"
 
 
 class CellConfig(Record):
-    """All that decides the outcome of a cell. ``label`` is how tables call the method; it does not count.
+    """All that decides the outcome of a cell. ``label`` is how tables call the method, ``title`` how
+    print does; they do not count.
 
     ``checkpoint``: hash of a local checkpoint's files, empty for one from the hub. ``options``: every hyperparameter of
     the method. ``origin``: ``embedded``, ``hub``, or the folder of the data. ``timing`` None: prefill is not timed.
@@ -84,8 +85,8 @@ class CellConfig(Record):
     alone counts; for others both are empty. ``code``: versions and hashes of the code that decides the numbers, under
     ``method``, ``task`` (definition and prompts) and ``engine``; ``sources``: the module or file of method and task.
     ``protocol``: what a protocol other than ``hf`` says (:meth:`visibench.models.protocols.Protocol.record`).
-    ``placed``: ``quantization`` and ``device_map``, where they were given. ``control``: random tokens at the layers and
-    counts of the method. All seven are left out of what is stored where they are empty.
+    ``placed``: ``quantization``, ``device_map`` and ``compile``, where they were given. ``control``: random tokens at
+    the layers and counts of the method. All eight are left out of what is stored where they are empty.
     """
 
     schemas: ClassVar[tuple[int, ...]] = (CONFIG_SCHEMA,)
@@ -112,6 +113,7 @@ class CellConfig(Record):
     code: dict[str, str] = {}
     sources: dict[str, str] = {}
     control: bool = False
+    title: str = ""
 
     @model_serializer(mode="wrap")
     def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

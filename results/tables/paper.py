@@ -8,7 +8,7 @@ from .columns import Column, TableLook
 from .formats import escaped
 from .notes import heading, notes
 from .tables import MethodRow, ResultTable
-from .titles import TASKS, row_titles
+from .titles import TASKS
 
 
 def paper(
@@ -34,7 +34,7 @@ def paper(
 
 def _table(table: ResultTable, columns: Sequence[Column], told: list[str], caption: str, label: str) -> str:
     body: list[str] = []
-    titles = row_titles(row.label for row in table.rows)
+    titles = table.titles
     for _, rows in table.grouped():
         body += [
             r"\midrule",

@@ -9,7 +9,7 @@ from ..statistics.inference import ALPHA, DENSE, Contrast, Verdict
 from ..store.records import CONTROL
 from .columns.costs import compute_unit
 from .tables import MethodRow, ResultTable
-from .titles import row_titles, task_title
+from .titles import task_title
 
 _REFERENCES = {"dense": "dense", "random": "random tokens", "control": "random tokens at its own layers and counts"}
 
@@ -127,7 +127,7 @@ def _contrasts(table: ResultTable, row: MethodRow, reference: str) -> dict[str, 
 
 
 def _named(table: ResultTable, row: MethodRow) -> str:
-    return row_titles(row.label for row in table.rows)[row.label]
+    return table.titles[row.label]
 
 
 def _retained(row: MethodRow) -> str:

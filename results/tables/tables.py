@@ -22,6 +22,7 @@ from ..statistics.inference import BASELINES, DENSE, Evidence, infer
 from ..store.facts import differences, facts_of, questions_of
 from ..store.records import ScoreRecord, VisualTokens
 from ..store.store import Cell
+from .titles import row_titles
 
 _ORDER = {method: place for place, method in enumerate(BASELINES)}
 
@@ -93,6 +94,11 @@ class MethodRow:
     evidence: Evidence
     cells: tuple[Cell, ...] = ()
 
+    @property
+    def title(self) -> str:
+        """What its run says the method is called in print; empty in early versions."""
+        return self.cells[0].config.title if self.cells else ""
+
     def named(self, chosen: Callable[[Cell], bool]) -> str:
         """Its ``chosen`` cells by label, task and, where not all of a task's are, seed; empty if there are none."""
         tasks = []
@@ -150,6 +156,11 @@ class ResultTable:
     def is_subset(self) -> bool:
         """Whether some task was asked only in part."""
         return any(task.asked < task.of for task in self.questions.values())
+
+    @cached_property
+    def titles(self) -> dict[str, str]:
+        """What its rows are called in print, by label."""
+        return row_titles({row.label: row.title for row in self.rows})
 
     def grouped(self) -> list[tuple[str, list[MethodRow]]]:
         """The dense row without a title, then the others by similar T, the largest first, each group with its title."""

@@ -13,6 +13,7 @@ from odd_method import PLACES, written
 from refusals import assert_refused
 from storing import full
 from visibench.cli import main
+from visibench.commands.shared import methods_in
 from visibench.results.store.store import Store
 from visibench.utils import interrupt, output
 
@@ -55,6 +56,24 @@ def test_what_nobody_foresaw_is_one_line_and_a_file(cli, monkeypatch):
 def test_lines_are_of_a_length_to_be_read(cli):
     assert_refused(cli("run", "--model", "tiny", "--method", "x" * 9999, "--tasks", "pope"), " … ")
     assert len(cli("table", "y" * 12000)[2]) < 2000
+
+
+def test_a_wrong_option_names_the_help_of_its_command(cli):
+    assert_refused(cli("compare", "a", "b", "c"), "extra argument(s) (c) (see `visibench compare --help`)")
+    assert_refused(cli("wandb", "sync", "--nothing"), "(see `visibench wandb sync --help`)")
+
+
+@pytest.mark.parametrize(
+    ("texts", "found"),
+    [
+        (["fastv, vtw"], ["fastv", "vtw"]),
+        (["fastv:keep=0.25,visipruner@tiny"], ["fastv:keep=0.25", "visipruner@tiny"]),
+        (["fastv:layer=2,keep=0.5,vtw:layer=3", "tome"], ["fastv:layer=2,keep=0.5", "vtw:layer=3", "tome"]),
+        (["./a.py:a:keep=0.5,./a.py:b"], ["./a.py:a:keep=0.5", "./a.py:b"]),
+    ],
+)
+def test_several_methods_in_one_option(texts, found):
+    assert methods_in(texts) == found
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])

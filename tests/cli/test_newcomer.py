@@ -90,6 +90,7 @@ def test_a_table_and_a_figure_for_a_two_column_paper(here, swept, visit):
     styled = ("--format", "latex", "--style", "paper", "--caption", "Ours.", "--label", "tab:us")
     table = visit("table", "runs/mine", *styled, "--current")  # without the edited method's old row
     assert table.count(r"\begin{table}") == 1
+    assert "Norm (keep=0.25)" in table
     figure = here / "pareto.pdf"
     visit("plot", "runs/mine", "--kind", "pareto", "--width", "column", "--no-notes", "--out", str(figure), "--current")
     assert figure.read_bytes().startswith(b"%PDF")

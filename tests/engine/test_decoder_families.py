@@ -1,6 +1,5 @@
 """Every family under methods that act in the decoder, against the dense model and the model's own layers."""
 
-from contextlib import nullcontext
 from itertools import product
 
 import pytest
@@ -8,12 +7,9 @@ import torch
 import visibench
 from by_hand import by_hand, check_cuts, given_densely, last_state
 from decoders import CONFIGS, IMAGE, KINDS, decoder_model, row_samples
-from families import METHODS, collate
+from families import METHODS, collate, make_traceable
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import masking_utils
-from transformers.models.llava_next import modeling_llava_next
-from transformers.models.llava_next_video import modeling_llava_next_video
-from transformers.models.llava_onevision import modeling_llava_onevision
+from visibench.engine.vision.features import FeatureStore
 from visibench.errors import UnsupportedModelError
 from visibench.evals.compute import flops
 from visibench.evals.settings.method_spec import parse
@@ -110,6 +106,22 @@ def test_compute_equals_that_of_torchs_counter(kind, method):
         assert closed.total()[0] == (counter.get_total_flops() - sum(rotary)) / 2
 
 
+@pytest.mark.slow
+@every_kind
+def test_sharing_features_changes_nothing(kind):
+    """Each image goes through the tower alone, with what of the batch's arguments is its own."""
+    model, batch, store = decoder_model(kind), collate(row_samples(kind)), FeatureStore(2**30)
+
+    def state(features):
+        with visibench.prune(model, visibench.load_method("fastv", keep=0.4), features=features):
+            return model(**batch).logits[:, -1]
+
+    off, plain = state(FeatureStore(0)), state(None)
+    assert torch.equal(state(store), off)
+    assert torch.equal(state(store), off)
+    assert (off - plain).abs().max() < 1e-4 * plain.abs().max()
+
+
 # ---- other towers of LLaVA ----------------------------------------------------------------------------------------
 
 IMAGES = ["divprune:keep=0.4,positions=keep", "cdpruner:keep=0.4,condition=none"]
@@ -160,13 +172,7 @@ def without(inputs, name):
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_compute_is_within_one_percent_of_fvcores_count(kind, method, monkeypatch):
-    for module in (modeling_llava_next, modeling_llava_next_video, modeling_llava_onevision):
-        # While it is traced, the models' own code rounds sizes that are tensors.
-        monkeypatch.setattr(module, "round", lambda value, digits: round(float(value), digits), raising=False)
-    # torch's tracer cannot look into vmap, by which Gemma 3's masks are made: the same by broadcasting.
-    spread = lambda mask: lambda *places: mask(*masking_utils._non_vmap_expansion_sdpa(*places))  # noqa: E731
-    monkeypatch.setattr(masking_utils, "_vmap_expansion_sdpa", spread)
-    monkeypatch.setattr(masking_utils, "TransformGetItemToIndex", nullcontext)
+    make_traceable(monkeypatch)
     model, inputs = decoder_model(kind), row_samples(kind)[1]
     with visibench.prune(model, method) as session:
         count, _ = flops.counted(model, inputs)

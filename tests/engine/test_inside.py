@@ -87,6 +87,22 @@ def test_outputs_of_earlier_blocks_follow_the_tokens(kind, text, monkeypatch):
         torch.testing.assert_close(own, torch.cat(parts, dim=-1), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["deepseek_vl", "llava"])
+def test_prumerge_reads_the_features_own_block_by_the_attention_that_patches_receive(kind):
+    """Five patches and the extra token of each of two images, by the weights that the tower itself puts out."""
+    model, sample = decoder_model(kind), row_samples(kind)[1]
+    vision, tower = Adapter(model).geometry.vision, Adapter(model).vision_tower
+    with torch.no_grad():
+        maps = tower(sample["pixel_values"], output_attentions=True).attentions[vision.feature_block]
+        method = parse("prumerge:tokens=6,order=spatial,attention=received,read_block=features")
+        with visibench.prune(model, method) as session:
+            model(**sample)
+    got = maps.mean((1, 2))[:, int(vision.has_cls) :]
+    kept = torch.zeros_like(got, dtype=torch.bool).scatter(1, got.topk(5).indices, value=True)
+    assert session.trace.kept(0)[0].tolist() == kept.flatten().tolist()
+    assert session.trace.visual_counts()[0, 0] == 12
+
+
 # ---- smaller images -----------------------------------------------------------------------------------------------
 
 

@@ -82,7 +82,7 @@ def test_attention_of_the_last_token_is_that_of_the_maps(llava):
 def test_command_draws_answers_and_costs(cli, checkpoint, tmp_path, loaded):
     Image.new("RGB", (48, 32), "red").save(tmp_path / "red.png")
     asked = ["--image", "red.png", "--question", "Is it red?", "--model", checkpoint]
-    code, out, err = cli("show", *asked, "--methods", "fastv:keep=0.25", "--methods", "vtw:layer=3", "--out", "a.svg")
+    code, out, err = cli("show", *asked, "--methods", "fastv:keep=0.25,vtw:layer=3", "--out", "a.svg")
     assert code == 0, err
     assert [line.partition(": ")[0] for line in out.splitlines()] == ["none", "fastv:keep=0.25", "vtw:layer=3"]
     assert (tmp_path / "a.svg").stat().st_size > 1000

@@ -5,6 +5,7 @@ from dataclasses import fields
 import pytest
 import torch
 import visibench
+from families import make_traceable
 from support import state
 from torch.utils.flop_counter import FlopCounterMode
 from units import TILE, VISUAL, collate, model_of, sample_of, samples_of
@@ -41,17 +42,20 @@ VSCAN = [
     "vscan:keep=0.7,window=3,quota=ceil,layers=scaled,unpad=true",
 ]
 RECEIVED_VSCAN = [f"{text},attention=received" for text in VSCAN]
+LAST = ["prumerge:read_block=features", "prumerge_plus:tokens=9,order=spatial,read_block=features"]
+RECEIVED += [f"{text},attention=received" for text in LAST]
 SMALLER = ["downsample:keep=0.3"]
 WINDOWS = ["hiprune:keep=0.5,alpha=0.5,middle=1,unpad=true", *SHARED[1:]]
 METHODS = {
     "llava_next": CLS + HIRED + SHARED + TOWER + HOLOV + VSCAN,
     "vipllava": CLS[:6] + HIRED + SHARED + TOWER + HOLOV + VSCAN,
-    "internvl": CLS[:4] + HIRED + SHARED + SMALLER + HOLOV + VSCAN,
+    "internvl": CLS[:4] + LAST + HIRED + SHARED + SMALLER + HOLOV + VSCAN,
     "llava_onevision": RECEIVED + SHARED + TOWER[:2] + RECEIVED_VSCAN,
     "qwen2_vl": RECEIVED + SHARED + RECEIVED_VSCAN,
     "qwen2_5_vl": RECEIVED + WINDOWS + [text.replace("scaled", "scaled,early=8") for text in RECEIVED_VSCAN],
     "qwen3_vl": RECEIVED + SHARED + RECEIVED_VSCAN,
     "mistral3": SHARED[2:],
+    "deepseek_vl": RECEIVED + SHARED + TOWER[:2] + RECEIVED_VSCAN,
     "smolvlm": RECEIVED[:5] + RECEIVED[6:] + SHARED + SMALLER + RECEIVED_VSCAN,
     "idefics3": RECEIVED[:5] + RECEIVED[6:] + SHARED + SMALLER + RECEIVED_VSCAN,
 }
@@ -85,9 +89,10 @@ def everything(text):
     return parse(f"{name}:{','.join(['keep=1', 'newlines=keep', *inside, *cuts, *wanted])}")
 
 
-@pytest.mark.parametrize(
-    ("kind", "text"), some_quick(case for case in CASES if case[1].split(":")[0] in (*ALL, "vscan"))
-)
+DENSE = [case for case in CASES if case[1].split(":")[0] in (*ALL, "vscan", "tome", "downsample", "flowcut")]
+
+
+@pytest.mark.parametrize(("kind", "text"), some_quick(DENSE))
 def test_keeping_everything_is_dense_bit_for_bit(kind, text):
     model, batch = model_of(kind), collate(samples_of(kind))
     with torch.no_grad(), visibench.prune(model, everything(text)):
@@ -138,6 +143,17 @@ def check_compute(model, method, sample):
 def test_compute_equals_that_of_torchs_counter(kind, text):
     for sample in samples_of(kind):
         check_compute(model_of(kind, "eager"), parse(text), sample)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "text"), CASES)
+def test_compute_is_within_one_percent_of_fvcores_count(kind, text, monkeypatch):
+    make_traceable(monkeypatch)
+    model, inputs = model_of(kind, "eager"), samples_of(kind)[1]  # two images
+    with torch.no_grad(), visibench.prune(model, parse(text)) as session:
+        count, _ = flops.counted(model, inputs)
+    (closed,) = flops.executed(session.trace, session.geometry, logits=None).total()
+    assert closed == pytest.approx(count, rel=0.01)
 
 
 SMALL = ("smolvlm", "idefics3")

@@ -12,6 +12,7 @@ from visibench.evals.settings.method_spec import parse
 
 # By method: operations of a prefill over those of the dense one, behind the projector and with the vision side, and
 # how often more than the dense model it waits for a value. The engine's own read of the prompt's masks is one.
+# VisiPruner's rule waits in each layer that it measures till it filters: docs/speed.md says why no fewer waits will do.
 BOUNDS = {
     "none": (1.01, 1.01, 1),
     "vtw": (1.02, 1.01, 1),

@@ -189,7 +189,7 @@ def test_what_a_model_is_loaded_with_comes_to_load_model(monkeypatch):
     )
     assert given.pop("protocol").record() == {"name": "hf", "min_pixels": 3136, "max_pixels": 1605632}
     said = {"quantization": "4bit", "device_map": "auto", "attn_implementation": "eager"}
-    assert given == {"device": "auto", "dtype": "auto", "trust_remote_code": False} | said
+    assert given == {"device": "auto", "dtype": "auto", "trust_remote_code": False, "compile": False} | said
 
 
 def test_what_a_model_is_loaded_with_is_recorded(definitions, tmp_path):

@@ -23,7 +23,10 @@ def test_what_decides_numbers_is_part_of_a_cell_where_it_is_given():
     assert packed.placed == said
     assert limited.protocol == {"name": "hf", "min_pixels": 4096, "max_pixels": 1605632}
     assert cell(protocol={"extends": "hf", "max_pixels": 9}, max_pixels=16).protocol["max_pixels"] == 16
-    assert len({one.digest() for one in (plain, packed, limited, cell(attention="eager"))}) == 4
+    compiled = cell(compile=True)
+    assert compiled.placed == {"compile": True}
+    assert cell(compile=False) == plain
+    assert len({one.digest() for one in (plain, packed, limited, compiled, cell(attention="eager"))}) == 5
 
 
 def test_the_model_is_loaded_as_the_configuration_says():

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 from rich.console import Console
-from visibench.errors import OptionError
+from visibench.errors import OptionError, UnsupportedModelError
 from visibench.evals.sweeps import executor
 from visibench.evals.sweeps import references as rows
 from visibench.evals.sweeps import sweep as sweeps
@@ -86,12 +86,19 @@ def test_a_sweep_adds_them_at_the_budget_that_was_measured(settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_budget_out_of_reach_is_said_and_the_others_are_added(settings, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OptionError("pooling: T=72 is out of reach: tokens gives T=1 to T=36"),
+        UnsupportedModelError("pooling acts on the vision side, and that of this model has not been tested"),
+    ],
+)
+def test_what_cannot_be_added_is_said_and_the_others_are_added(error, settings, tmp_path, monkeypatch):
     solve = executor.Prepared.solve
 
     def limited(self, name, options, target):
         if name == "pooling":
-            raise OptionError("pooling: T=72 is out of reach: tokens gives T=1 to T=36")
+            raise error
         return solve(self, name, options, target)
 
     monkeypatch.setattr(executor.Prepared, "solve", limited)
@@ -99,7 +106,7 @@ def test_a_budget_out_of_reach_is_said_and_the_others_are_added(settings, tmp_pa
     config = parse_config(settings | {"methods": ["divprune:tokens=72"]}, "test")
     cells = sweeps.sweep(config, tmp_path, QUIET, report=notes)
     assert [c.config.method for c in cells] == ["none", "divprune", *["random"] * 5, "downsample"]
-    assert "No reference pooling: T=72 is out of reach: tokens gives T=1 to T=36" in notes.texts
+    assert f"No reference {error}" in notes.texts
     assert any(text.startswith("6 cells of references") for text in notes.texts)
 
 

@@ -91,6 +91,7 @@ CONFIGS = {
         "vision_config": SIGLIP | {"projection_dim": 48},
         "text_config": HEADS | {"model_type": "gemma"},
     },
+    "deepseek_vl": {"image_token_id": IMAGE, "vision_config": SIGLIP, "text_config": LLAMA},
     "aya_vision": {
         "image_token_index": IMAGE,
         "downsample_factor": 2,

@@ -1,9 +1,14 @@
 """Miniatures of the families beyond LLaVA, with random weights, and batches of uneven rows for them."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import visibench
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, masking_utils
+from transformers.models.llava_next import modeling_llava_next
+from transformers.models.llava_next_video import modeling_llava_next_video
+from transformers.models.llava_onevision import modeling_llava_onevision
 from visibench.models.adapters import Adapter
 from visibench.models.geometry import synthetic_inputs
 
@@ -119,3 +124,14 @@ def collate(samples):
             parts = [pad(part, (0, wide - part.shape[3], 0, tall - part.shape[2])) for part in parts]
         batch[key] = torch.cat(parts)
     return batch
+
+
+def make_traceable(monkeypatch):
+    """What fvcore, by torch's tracer, cannot look into is put in another way for one test."""
+    for module in (modeling_llava_next, modeling_llava_next_video, modeling_llava_onevision):
+        # While it is traced, the models' own code rounds sizes that are tensors.
+        monkeypatch.setattr(module, "round", lambda value, digits: round(float(value), digits), raising=False)
+    # vmap, by which Gemma 3's masks are made: the same by broadcasting.
+    spread = lambda mask: lambda *places: mask(*masking_utils._non_vmap_expansion_sdpa(*places))  # noqa: E731
+    monkeypatch.setattr(masking_utils, "_vmap_expansion_sdpa", spread)
+    monkeypatch.setattr(masking_utils, "TransformGetItemToIndex", nullcontext)

@@ -86,6 +86,7 @@ PIXELS = {
     "mistral3": _sized,
     "internvl": _whole(48),
     "vipllava": _whole(TILE),
+    "deepseek_vl": _whole(TILE),
     "smolvlm": _nested,
     "idefics3": _nested,
 }
@@ -100,7 +101,7 @@ SHAPES = {
     "qwen2_5_vl": _GRIDS,
     "qwen3_vl": _GRIDS,
     "mistral3": _GRIDS,
-} | dict.fromkeys(("internvl", "vipllava", "smolvlm", "idefics3"), _WHOLE)
+} | dict.fromkeys(("internvl", "vipllava", "deepseek_vl", "smolvlm", "idefics3"), _WHOLE)
 
 
 def sample_of(kind, text, images, seed=0):

@@ -48,8 +48,8 @@ def _marks(table: ResultTable, shown: TableLook) -> list[str]:
         most = max(c.tests for against in contrasts.values() for c in against)
         notes.append(
             f"↑ higher, ↓ lower ({references}): same questions, {tests}, p < {ALPHA:g} after Holm over the rows, for "
-            f"each score and reference apart (up to {most} tests). ↗, ↘: p < {ALPHA:g} for this test alone, not after "
-            "Holm. ·: no difference shown, which does not mean that there is none."
+            f"each score and reference apart (up to {most} test{'s' * (most > 1)}). ↗, ↘: p < {ALPHA:g} for this "
+            "test alone, not after Holm. ·: no difference shown, which does not mean that there is none."
         )
     if table.margin is not None:
         notes.append(
