@@ -77,13 +77,13 @@ def calibrate(
 
     check_trained(weights)
     _check_share(target)
-    wanted = names(methods, searches.SEARCHES, "--methods") or list(searches.DEFAULT)
+    wanted = names(methods, searches.GRIDS, "--methods") or list(searches.DEFAULT)
     authors = _authors(wanted, {"vtw": ("threshold", kl), "fitprune": ("target", spare)})
     folder = out or run_folder(model) / "presets"
     check_outside(folder, model)
     tasks, others = _asked(task_list, data, evaluation, limit, confirm)
     loaded = load_model(model, device=device, dtype=dtype)
-    with disk.made(folder), _told(wanted) as on_point:
+    with disk.made(folder), _told(wanted) as on_setting:
         record = calibration.calibrate(
             loaded,
             tasks,
@@ -95,7 +95,7 @@ def calibrate(
             batch_size=batch_size,
             authors=authors,
             seed=seed,
-            on_point=on_point,
+            on_setting=on_setting,
         )
     files = [*calibration.write(record, folder), *_written(record, folder)]
     if as_json:
@@ -106,12 +106,10 @@ def calibrate(
 
 
 @contextmanager
-def _told(wanted: list[str]) -> Iterator[Callable[[CalibratedPoint], None]]:
-    """A line on standard error with the latest point."""
-    with Console(stderr=True).status(f"Measuring {', '.join(wanted)} …") as status:
-        yield lambda point: status.update(
-            f"{point.spec}: {point.macs * 1e-9:.4g} GFLOPs, {point.least.share:.1%} as dense"
-        )
+def _told(wanted: list[str]) -> Iterator[Callable[[str], None]]:
+    """A line on standard error with the latest setting."""
+    with Console(stderr=True).status(f"Asking {', '.join(wanted)} …") as status:
+        yield lambda text: status.update(text)
 
 
 def _check_share(target: float) -> None:
@@ -189,10 +187,11 @@ def _print(record: CalibrationRecord, folder: Path) -> None:
     best = [point for chosen in record.chosen for point in record.frontier(chosen.method)]
     print()
     print(laid_out(header[:-1], [[point.spec, *_figures(point, record)] for point in best], width(), header[1:]))
-    few = sum(not point.complete for point in record.points)
+    asked = ", ".join(f"{record.given_up[name]} of {there} ({name})" for name, there in record.grids.items())
     wrapped(
-        f"Frontier: settings that no other of their method beats, on the {record.searched} questions of each task that "
-        f"were searched on. {few} of {len(record.points)} measurements were given up, the target being out of reach."
+        f"Frontier: settings that no other of their method beats, of those that were asked all {record.searched} "
+        "questions of each task that were searched on. Given up from the cheapest on, each as soon as the target was "
+        f"out of reach: {asked}."
     )
     for chosen in record.chosen:
         if chosen.point is not None:
