@@ -81,7 +81,7 @@ def calibrate(
     authors = _authors(wanted, {"vtw": ("threshold", kl), "fitprune": ("target", spare)})
     folder = out or run_folder(model) / "presets"
     check_outside(folder, model)
-    tasks, others = _asked(task_list, data, evaluation, limit, confirm)
+    tasks, others = _asked(task_list, data, evaluation)
     loaded = load_model(model, device=device, dtype=dtype)
     with disk.made(folder), _told(wanted) as on_setting:
         record = calibration.calibrate(
@@ -97,7 +97,7 @@ def calibrate(
             seed=seed,
             on_setting=on_setting,
         )
-    files = [*calibration.write(record, folder), *_written(record, folder)]
+        files = [*calibration.write(record, folder), *_written(record, folder)]
     if as_json:
         print(record.model_dump_json(indent=1))
         return
@@ -117,24 +117,12 @@ def _check_share(target: float) -> None:
         raise OptionError(f"--target {target:g} is no share of answers: give one above 0 and up to 1, such as 0.98")
 
 
-def _asked(
-    task_list: str, data: str | None, evaluation: str, limit: int, confirm: int
-) -> tuple[list[Task], list[Task]]:
-    """The tasks to calibrate on, and those of the evaluation.
-
-    Raises :class:`OptionError` unless there are questions to search on and others to confirm on.
-    """
+def _asked(task_list: str, data: str | None, evaluation: str) -> tuple[list[Task], list[Task]]:
+    """The tasks to calibrate on, and those of the evaluation."""
     from ..evals.tasks.tasks import load_tasks
 
     chosen = [task.strip() for task in task_list.split(",") if task.strip()]
-    tasks = load_tasks(chosen, _calibration() if data is None else data)
-    for task in tasks:
-        if len(task.docs) < limit + confirm:
-            raise OptionError(
-                f"{task.name} has {len(task.docs)} questions in {task.origin}, but --limit {limit} and --confirm "
-                f"{confirm} ask for {limit + confirm}: ask for fewer, or give other --data"
-            )
-    return tasks, load_tasks(chosen, evaluation)
+    return load_tasks(chosen, _calibration() if data is None else data), load_tasks(chosen, evaluation)
 
 
 def _calibration() -> str:
