@@ -1,7 +1,7 @@
 """What a setting of a method costs and keeps: executed multiply-adds, and answers that are the dense model's.
 
 A setting is given up as soon as it can no longer pass, whatever it would answer to the questions that are left. So
-those are asked first whose answers most of the settings before it changed: which ones come first decides about the
+those are asked first whose answers have changed under most settings of late: which ones come first decides about the
 time that this takes, and nothing about what passes.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -24,109 +24,122 @@ from ..results.statistics.metrics import measure_values
 from ..results.store.calibration_records import Agreement, CalibratedPoint
 from ..results.store.samples import Answer
 from .asking import Asker
+from .candidates import Candidate
 
-Records = dict[str, dict[int, Answer]]
-"""Answers by task and doc_id."""
+Question = tuple[str, int]
+"""Task and doc_id."""
+LATELY = 0.1
+"""What the latest answer to a question counts for, beside those before it."""
+ROUNDING = 1e-9
 
 
 @dataclass
 class SettingBench:
-    """Measures settings on the questions that ``asker`` asks of ``tasks``; every one once.
+    """Settings on the questions that ``asker`` asks of ``tasks``; each question once under what treats it alike.
 
     A setting passes where every task reaches the ``target``, a share of answers, and all together reach ``overall``.
-    ``on_point`` is called with each point that was measured. ``methods``: what was measured, by its text.
+    ``points``: of settings that were asked everything, by their text. ``given_up``: of those that were not, the share
+    of the asked answers that changed.
     """
 
     asker: Asker
     tasks: Sequence[Task]
     target: float
     overall: float = 0.0
-    on_point: Callable[[CalibratedPoint], Any] = lambda point: None
     points: dict[str, CalibratedPoint] = field(default_factory=dict)
-    methods: dict[str, Method] = field(default_factory=dict)
+    given_up: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         none = load_method("none")
-        self.answers = {task.name: self.asker.records(none, task) for task in self.tasks}
-        self._said = {name: {doc: _said(one) for doc, one in records.items()} for name, records in self.answers.items()}
-        self._changed: Counter[tuple[str, int]] = Counter()
-        self.dense = self._point(none, self.answers)
-
-    def measure(self, method: Method, *, everywhere: bool = False) -> CalibratedPoint:
-        """The point of a setting, asked until it cannot pass; ``everywhere``: all questions, whatever it misses."""
-        key = str(method)
-        if key not in self.points or (everywhere and not self.points[key].complete):
-            records: Records = {task.name: {} for task in self.tasks}
-            for task, docs in self._turns():
-                answers = self.asker.records(method, task, docs)
-                self._changed.update((task.name, doc) for doc in answers if not self._same(task.name, doc, answers))
-                records[task.name] |= answers
-                if not everywhere and not self._enough(records):
-                    break
-            self.points[key], self.methods[key] = self._point(method, records), method
-            self.on_point(self.points[key])
-        return self.points[key]
-
-    def passes(self, method: Method) -> bool:
-        """Whether a setting does."""
-        return self._passed(self.measure(method))
-
-    def cheapest(self, methods: Iterable[Method] | None = None) -> list[Method]:
-        """Of those that were measured, or of some, the ones that pass, in order of their multiply-adds."""
-        keys = self.points if methods is None else dict.fromkeys(map(str, methods))
-        reach = [key for key in keys if self._passed(self.points[key])]
-        return [self.methods[key] for key in sorted(reach, key=lambda key: self.points[key].macs)]
-
-    def nearest(self, methods: Iterable[Method]) -> Method | None:
-        """Of settings that were measured, the one that keeps most answers, and of equals the one that costs least."""
-        points = [(self.points[str(one)], one) for one in methods]
-        order = sorted(points, key=lambda both: (-both[0].least.share, both[0].macs))
-        return order[0][1] if order else None
-
-    def _turns(self) -> list[tuple[Task, set[int]]]:
-        """Batches of questions: of each task in turn, those first whose answers change most often."""
-        often, size = self._changed, self.asker.batch_size
-        docs = {
-            name: [doc for _, doc in sorted((-often[name, doc], doc) for doc in said)]
-            for name, said in self._said.items()
+        self.answers = {
+            (task.name, doc): one for task in self.tasks for doc, one in self.asker.records(none, task).items()
         }
-        worst = sorted(self.tasks, key=lambda task: -often[task.name, docs[task.name][0]])
-        starts = range(0, max(map(len, docs.values())), size)
-        batches = [(task, {*docs[task.name][start : start + size]}) for start in starts for task in worst]
-        return [(task, batch) for task, batch in batches if batch]
+        self.questions: list[Question] = [*self.answers]
+        self._total = Counter(name for name, _ in self.questions)
+        self._lately = dict.fromkeys(self.questions, 0.0)
+        self._heard: dict[Hashable, tuple[bool, Answer]] = {
+            (str(none), question): (True, one) for question, one in self.answers.items()
+        }
+        self.dense = self.measure(none)
+        del self.points[str(none)]
 
-    def _enough(self, records: Records) -> bool:
+    def passes(self, method: Method, foreseen: Candidate | None = None) -> bool:
+        """Whether a setting does; ``foreseen``: what is known of it, so that what was answered counts again."""
+        key = str(method)
+        if key not in self.points and key not in self.given_up:
+            self._ask(method, foreseen, everywhere=False)
+        point = self.points.get(key)
+        return point is not None and self._enough(self._shares(point))
+
+    def measure(self, method: Method, foreseen: Candidate | None = None) -> CalibratedPoint:
+        """The point of a setting on all questions, whatever it misses."""
+        if str(method) not in self.points:
+            self._ask(method, foreseen, everywhere=True)
+        return self.points[str(method)]
+
+    def _ask(self, method: Method, foreseen: Candidate | None, *, everywhere: bool) -> None:
+        key, heard = str(method), self._heard
+        fates = {
+            question: (key, question) if foreseen is None else foreseen.fate(number)
+            for number, question in enumerate(self.questions)
+        }
+        same = {one: fate is None or heard[fate][0] for one, fate in fates.items() if fate is None or fate in heard}
+        size = self._spare + 1
+        while len(same) < len(fates) and (everywhere or self._can_pass(same)):
+            left = sorted((one for one in fates if one not in same), key=lambda one: -self._lately[one])
+            for one, answer in self._answers(method, left[:size]):
+                same[one] = _said(answer) == _said(self.answers[one])
+                heard[fates[one]] = same[one], answer
+                self._lately[one] += LATELY * ((not same[one]) - self._lately[one])
+            size *= 2
+        if len(same) < len(fates):
+            self.given_up[key] = sum(not kept for kept in same.values()) / len(same)
+        elif foreseen is None:
+            answers = [heard[fate][1] for fate in fates.values()]
+            tokens = fmean(fmean(one.visual_tokens) for one in answers)
+            self.points[key] = self._point(method, same, fmean(one.executed_macs for one in answers), tokens)
+        else:
+            self.points[key] = self._point(method, same, foreseen.macs, float(foreseen.counts.mean()))
+
+    def _answers(self, method: Method, questions: Sequence[Question]) -> Iterator[tuple[Question, Answer]]:
+        for task in self.tasks:
+            docs = {doc for name, doc in questions if name == task.name}
+            if docs:
+                for doc, answer in self.asker.records(method, task, docs).items():
+                    yield (task.name, doc), answer
+
+    @property
+    def _spare(self) -> int:
+        """How many answers may change, at most."""
+        of_all, each = len(self.questions) * (1 - self.overall), [n * (1 - self.target) for n in self._total.values()]
+        return int(min(of_all, sum(each)) + ROUNDING)
+
+    def _can_pass(self, same: Mapping[Question, bool]) -> bool:
         """Whether a setting passes if it answers all that it was not asked yet as the dense model does."""
-        return self._shares_pass([float(self._kept(task, answers).mean()) for task, answers in records.items()])
+        changed = Counter(name for (name, _), kept in same.items() if not kept)
+        return self._enough([1 - changed[name] / total for name, total in self._total.items()])
 
-    def _passed(self, point: CalibratedPoint) -> bool:
-        return point.complete and self._shares_pass([one.share for one in point.agreement.values()])
+    def _enough(self, shares: Sequence[float]) -> bool:
+        return min(shares) >= self.target - ROUNDING and fmean(shares) >= self.overall - ROUNDING
 
-    def _shares_pass(self, shares: Sequence[float]) -> bool:
-        return min(shares) >= self.target and fmean(shares) >= self.overall
+    def _shares(self, point: CalibratedPoint) -> list[float]:
+        return [one.share for one in point.agreement.values()]
 
-    def _same(self, task: str, doc: int, answers: dict[int, Answer]) -> bool:
-        return doc not in answers or _said(answers[doc]) == self._said[task][doc]
-
-    def _kept(self, task: str, answers: dict[int, Answer]) -> Any:
-        return np.array([self._same(task, doc, answers) for doc in self._said[task]], float)
-
-    def _point(self, method: Method, records: Records) -> CalibratedPoint:
-        asked = [one for answers in records.values() for one in answers.values()]
+    def _point(self, method: Method, same: Mapping[Question, bool], macs: float, tokens: float) -> CalibratedPoint:
         return CalibratedPoint(
             method=method.name,
             spec=str(method),
-            macs=fmean(one.executed_macs for one in asked),
-            tokens=fmean(fmean(one.visual_tokens) for one in asked),
-            agreement={task: self._agreement(task, answers) for task, answers in records.items()},
-            complete=len(asked) == sum(map(len, self._said.values())),
+            macs=macs,
+            tokens=tokens,
+            agreement={task.name: self._agreement(task.name, same) for task in self.tasks},
             confirmed=self.asker.skip > 0,
         )
 
-    def _agreement(self, task: str, answers: dict[int, Answer]) -> Agreement:
-        images = [one.pixels for one in self.answers[task].values()]
-        one = estimate(measure_values(self._kept(task, answers), images, 1.0))
-        return Agreement(share=one.value, low=one.low, high=one.high, questions=len(answers), images=one.images)
+    def _agreement(self, task: str, same: Mapping[Question, bool]) -> Agreement:
+        asked = [question for question in self.questions if question[0] == task]
+        kept, images = [same[one] for one in asked], [self.answers[one].pixels for one in asked]
+        one = estimate(measure_values(np.array(kept, float), images, 1.0))
+        return Agreement(share=one.value, low=one.low, high=one.high, questions=len(asked), images=one.images)
 
 
 def given(method: Method) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -91,26 +92,43 @@ def fitprune_deletions(
 
     Raises :class:`OptionError` for a target out of reach and :class:`InputError` for samples that cannot be used.
     """
-    _require(0 < target < 1, f"target must lie between 0 and 1, not {target}")
+    (found,) = schedules(model, samples, [target], layout, tolerance=tolerance)
+    if found is None:
+        layers = Adapter(model).geometry.layers
+        raise OptionError(
+            f"fitprune: target {target:g} is out of reach: layer 0 always sees all visual tokens, and "
+            f"{layers} layers can spare {1 - 1 / layers:g} at most; give a lower target"
+        )
+    return found
+
+
+@torch.no_grad()
+def schedules(
+    model: PreTrainedModel,
+    samples: Samples,
+    targets: Sequence[float],
+    layout: TokenLayout | None = None,
+    *,
+    tolerance: float = 0.01,
+) -> list[Fitted | None]:
+    """The same for several targets, with each alpha tried once; None for those out of reach."""
+    for target in targets:
+        _require(0 < target < 1, f"target must lie between 0 and 1, not {target}")
     _require(tolerance > 0, f"tolerance must be positive, not {tolerance}")
     _need(samples)
     geometry = Adapter(model).geometry
     dense = [_masses_by_layer(model, sample, layout) for sample in samples]
 
-    def reached(alpha: float) -> Tensor | None:
-        counts = [
-            _counts(model, sample, layout, _Spare(alpha, mass)) for sample, mass in zip(samples, dense, strict=True)
-        ]
-        return enough(torch.cat(counts), target, geometry)
+    @cache
+    def left(alpha: float) -> Tensor:
+        masses = zip(samples, dense, strict=True)
+        return torch.cat([_counts(model, sample, layout, _Spare(alpha, mass)) for sample, mass in masses])
 
-    alpha, counts = smallest(reached, tolerance)
-    if counts is None:
-        most = 1 - 1 / geometry.layers
-        raise OptionError(
-            f"fitprune: target {target:g} is out of reach: layer 0 always sees all visual tokens, and "
-            f"{geometry.layers} layers can spare {most:g} at most; give a lower target"
-        )
-    return _scheduled(counts, alpha, target, geometry)
+    def schedule(target: float) -> Fitted | None:
+        alpha, counts = smallest(lambda alpha: enough(left(alpha), target, geometry), tolerance)
+        return None if counts is None else _scheduled(counts, alpha, target, geometry)
+
+    return [schedule(target) for target in targets]
 
 
 def _scheduled(counts: Tensor, alpha: float, target: float, geometry: Geometry) -> Fitted:
@@ -118,7 +136,7 @@ def _scheduled(counts: Tensor, alpha: float, target: float, geometry: Geometry) 
     out_of = int(counts[:, 0].max())
     left = (out_of * counts.sum(0) / counts[:, 0].sum()).round().long()
     deletions = (left[:-1] - left[1:]).tolist()
-    reduction = 1 - float(visual_macs(left, geometry) / visual_macs(left[:1].expand_as(left), geometry))
+    reduction = 1 - float(decoder_macs(left, geometry) / decoder_macs(left[:1].expand_as(left), geometry))
     mean = float(left.double().mean())
     return Fitted(
         load_method("fitprune", deletions=deletions, out_of=out_of),
@@ -143,13 +161,13 @@ def enough(counts: Tensor, target: float, geometry: Geometry) -> Tensor | None:
 
     ``counts``: int (samples, layers), visual tokens at each layer's input, never growing.
     """
-    goal = (1 - target) * visual_macs(counts[:, :1].expand_as(counts), geometry).mean()
+    goal = (1 - target) * decoder_macs(counts[:, :1].expand_as(counts), geometry).mean()
     stopped = (counts.maximum(counts[:, layer, None]) for layer in range(geometry.layers))
-    return next((plan for plan in stopped if visual_macs(plan, geometry).mean() <= goal), None)
+    return next((plan for plan in stopped if decoder_macs(plan, geometry).mean() <= goal), None)
 
 
-def visual_macs(counts: Tensor, geometry: Geometry) -> Tensor:
-    """Multiply-adds of the decoder on visual tokens alone, fp64; ``counts``: (…, layers), at each layer's input."""
+def decoder_macs(counts: Tensor, geometry: Geometry) -> Tensor:
+    """Multiply-adds of the decoder on tokens that are alone, fp64; ``counts``: (…, layers), at each layer's input."""
     g, n = geometry, counts.double()
     heads, kv_heads = g.heads * g.head_size, g.kv_heads * g.head_size
     each = 2 * g.hidden * (heads + kv_heads) + 3 * g.hidden * g.intermediate

@@ -76,7 +76,7 @@ def calibrate(
 
     check_trained(weights)
     _check_share(target)
-    wanted = names(methods, searches.SEARCHES, "--methods") or list(searches.DEFAULT)
+    wanted = names(methods, searches.GRIDS, "--methods") or list(searches.DEFAULT)
     authors = _authors(wanted, {"vtw": ("threshold", kl), "fitprune": ("target", spare)})
     folder = out or run_folder(model) / "presets"
     with disk.writing(folder):
@@ -84,7 +84,7 @@ def calibrate(
     chosen = [task.strip() for task in task_list.split(",") if task.strip()]
     tasks, others = load_tasks(chosen, data or _calibration()), load_tasks(chosen, evaluation)
     loaded = load_model(model, device=device, dtype=dtype)
-    with _told(wanted) as on_point:
+    with _told(wanted) as on_setting:
         record = calibration.calibrate(
             loaded,
             tasks,
@@ -96,7 +96,7 @@ def calibrate(
             batch_size=batch_size,
             authors=authors,
             seed=seed,
-            on_point=on_point,
+            on_setting=on_setting,
         )
     files = [*calibration.write(record, folder), *_written(record, folder)]
     if as_json:
@@ -107,12 +107,10 @@ def calibrate(
 
 
 @contextmanager
-def _told(wanted: list[str]) -> Iterator[Callable[[CalibratedPoint], None]]:
-    """A line on standard error with the latest point."""
-    with Console(stderr=True).status(f"Measuring {', '.join(wanted)} …") as status:
-        yield lambda point: status.update(
-            f"{point.spec}: {point.macs * 1e-9:.4g} GFLOPs, {point.least.share:.1%} as dense"
-        )
+def _told(wanted: list[str]) -> Iterator[Callable[[str], None]]:
+    """A line on standard error with the latest setting."""
+    with Console(stderr=True).status(f"Asking {', '.join(wanted)} …") as status:
+        yield lambda text: status.update(text)
 
 
 def _check_share(target: float) -> None:
@@ -170,10 +168,11 @@ def _print(record: CalibrationRecord, folder: Path) -> None:
     best = [point for chosen in record.chosen for point in record.frontier(chosen.method)]
     print()
     print(laid_out(header[:-1], [[point.spec, *_figures(point, record)] for point in best], width(), header[1:]))
-    few = sum(not point.complete for point in record.points)
+    asked = ", ".join(f"{record.given_up[name]} of {there} ({name})" for name, there in record.grids.items())
     wrapped(
-        f"Frontier: settings that no other of their method beats, on the {record.searched} questions of each task that "
-        f"were searched on. {few} of {len(record.points)} measurements were given up, the target being out of reach."
+        f"Frontier: settings that no other of their method beats, of those that were asked all {record.searched} "
+        "questions of each task that were searched on. Given up from the cheapest on, each as soon as the target was "
+        f"out of reach: {asked}."
     )
     for chosen in record.chosen:
         if chosen.point is not None:

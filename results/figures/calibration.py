@@ -13,15 +13,14 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def draw(record: CalibrationRecord) -> Figure:
-    """A point a setting; lines join those of a method that no other setting of it beats."""
+    """A point a setting that was asked everything; lines join those of a method that no other of it beats."""
     with styled():
         figure = Figure(figsize=(7.6, 5.0), layout="constrained")
         place = figure.subplots()
         for number, chosen in enumerate(record.chosen):
             look: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
             for point in record.searched_of(chosen.method):
-                alpha = 0.55 if point.complete else 0.2
-                place.plot(point.macs * 1e-9, 100 * point.least.share, markersize=4, alpha=alpha, linestyle="", **look)
+                place.plot(point.macs * 1e-9, 100 * point.least.share, markersize=4, alpha=0.55, linestyle="", **look)
             best = record.frontier(chosen.method)
             line: dict[str, Any] = {"color": look["color"], "linestyle": LINES[number % len(LINES)], "linewidth": 1.2}
             place.plot([p.macs * 1e-9 for p in best], [100 * p.least.share for p in best], label=chosen.method, **line)
@@ -47,8 +46,8 @@ def draw(record: CalibrationRecord) -> Figure:
 def _about(record: CalibrationRecord) -> str:
     facts = record.environment
     return (
-        f"Small: settings on {record.searched} questions of each of {', '.join(record.tasks)}; pale: given up, "
-        f"drawn where they were if all other answers agreed; line: the target, {record.target:.0%}. "
+        f"Small: settings on {record.searched} questions of each of {', '.join(record.tasks)}; without the "
+        f"{sum(record.given_up.values())} that were given up; line: the target, {record.target:.0%}. "
         f"Large: on {record.confirmed} other questions of each, with 95 % intervals by image; black edge: chosen, "
         f"none: the nearest of a method without a setting. Seed {record.seed}; "
         f"{facts.model.get('dtype')}, {facts.model.get('hardware')}, visibench {facts.versions.get('visibench')}."

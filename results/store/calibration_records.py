@@ -10,10 +10,7 @@ CALIBRATION = "calibration.json"
 
 
 class Agreement(Record):
-    """Share of answers that are the dense model's, with its 95 % interval, clustered by image.
-
-    ``questions``: how many were asked. Where a setting was given up before all were, the others count as if they agree.
-    """
+    """Share of answers that are the dense model's, with its 95 % interval, clustered by image."""
 
     share: float
     low: float
@@ -25,9 +22,8 @@ class Agreement(Record):
 class CalibratedPoint(Record):
     """A setting as measured. ``macs``: executed multiply-adds of a prefill, vision included, mean over questions.
 
-    ``tokens``: visual tokens, mean over decoder layers. ``agreement`` by task. ``complete``: all questions were
-    asked; a setting that can reach the target no more is given up.
-    ``confirmed``: measured on the second share.
+    ``tokens``: visual tokens, mean over decoder layers. ``agreement`` by task. ``confirmed``: measured on the second
+    share.
     """
 
     method: str
@@ -35,7 +31,6 @@ class CalibratedPoint(Record):
     macs: float
     tokens: float
     agreement: dict[str, Agreement]
-    complete: bool
     confirmed: bool = False
 
     @property
@@ -59,9 +54,13 @@ class ChosenSetting(Record):
 
 
 class CalibrationRecord(Record):
-    """The outcome. ``searched`` and ``confirmed``: questions of each task in the two shares."""
+    """The outcome. ``searched`` and ``confirmed``: questions of each task in the two shares.
 
-    schema_version: Literal[1] = 1
+    ``points``: settings that were asked all questions of a share. ``grids``: how many settings of each method there
+    were to ask; ``given_up``: how many of them were asked until they could not reach the target any more.
+    """
+
+    schema_version: Literal[2] = 2
     model: str
     checkpoint: str
     target: float
@@ -73,6 +72,8 @@ class CalibrationRecord(Record):
     dense_macs: float
     dense_tokens: float
     points: list[CalibratedPoint]
+    grids: dict[str, int]
+    given_up: dict[str, int]
     chosen: list[ChosenSetting]
     environment: Environment
 
@@ -81,10 +82,9 @@ class CalibrationRecord(Record):
         return [point for point in self.points if point.method == method and not point.confirmed]
 
     def frontier(self, method: str) -> list[CalibratedPoint]:
-        """Complete ones of these that no other beats in multiply-adds and least agreement, by multiply-adds."""
+        """Those of these that no other beats in multiply-adds and least agreement, by multiply-adds."""
         best: list[CalibratedPoint] = []
-        complete = (point for point in self.searched_of(method) if point.complete)
-        for point in sorted(complete, key=lambda point: (point.macs, -point.least.share)):
+        for point in sorted(self.searched_of(method), key=lambda point: (point.macs, -point.least.share)):
             if not best or point.least.share > best[-1].least.share:
                 best.append(point)
         return best

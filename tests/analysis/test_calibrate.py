@@ -6,10 +6,12 @@ import pytest
 import torch
 import yaml
 from refusals import assert_refused
+from visibench import synthetic
 from visibench.analysis import fit, searches
 from visibench.analysis.asking import Asker
 from visibench.analysis.bench import SettingBench
-from visibench.analysis.calibrate import calibrate, check_apart, presets
+from visibench.analysis.calibrate import calibrate, check_apart, least, presets
+from visibench.analysis.candidates import SearchPrompts
 from visibench.errors import DataError
 from visibench.evals.settings import method_spec
 from visibench.evals.tasks.tasks import load_tasks
@@ -34,29 +36,8 @@ def blind_from_5(checkpoint):
     return loaded
 
 
-@pytest.mark.parametrize("many", [0, 1, 2, 5, 8])
-def test_bisection_finds_the_last_that_passes(many):
-    asked = []
-
-    def passes(value):
-        asked.append(value)
-        return value < many
-
-    assert searches.last_that(passes, range(8)) == (many - 1 if many else None)
-    assert len(asked) == len({*asked}) <= 4
-
-
-@pytest.mark.parametrize("many", range(7))
-@pytest.mark.parametrize("known", [0, 2, 6])
-def test_a_staircase_goes_on_where_it_stands(many, known):
-    asked = []
-
-    def passes(value):
-        asked.append(value)
-        return value < many
-
-    assert searches.further(passes, range(6), known) == max(many, known)
-    assert len(asked) == len({*asked}) <= (1 if many <= known else 4)
+def bench(loaded, tasks, limit, target, overall=0.0):
+    return SettingBench(Asker(loaded, limit, 2), tasks, target, overall)
 
 
 @pytest.mark.slow
@@ -64,15 +45,52 @@ def test_a_staircase_goes_on_where_it_stands(many, known):
 def test_what_is_given_up_would_have_failed(loaded, disk_data, target, overall):
     """The verdict on every setting is that of all questions, whichever are asked first and however few."""
     both = load_tasks(["gqa", "pope"], str(disk_data))
-    early, whole = (SettingBench(Asker(loaded, 8, 2), both, target, overall) for _ in range(2))
+    early, whole = (bench(loaded, both, 8, target, overall) for _ in range(2))
     methods = [load_method("vtw", layer=layer) for layer in range(DEPTH)]
     methods += [load_method("fastv", layer=2, keep=keep) for keep in (0.1, 0.5, 0.9)]
     for method in methods:
-        assert whole.measure(method, everywhere=True).complete
-        assert early.passes(method) == whole.passes(method)
-        assert early.points[str(method)].least.share >= whole.points[str(method)].least.share
-    assert [str(one) for one in early.cheapest()] == [str(one) for one in whole.cheapest()]
-    assert not all(point.complete for point in early.points.values())
+        shares = [one.share for one in whole.measure(method).agreement.values()]
+        assert early.passes(method) == (min(shares) >= target and sum(shares) / 2 >= overall)
+    assert 0 < len(early.given_up) < len(methods)
+    for method in methods:
+        assert early.measure(method).agreement == whole.points[str(method)].agreement
+
+
+SMALL = {
+    "KEEPS": (0.9, 0.5, 0.2),
+    "MAGNITUDES": (0.001, 0.016, 0.1),
+    "LAYER_THRESHOLDS": (1.0, 0.95),
+    "SPARED": (0.05, 0.4, 0.8),
+    "LAYERS": 4,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", searches.GRIDS)
+def test_the_least_of_a_grid_is_found(name, monkeypatch):
+    """Against brute force: each setting asked all questions by itself, and its prefills counted."""
+    for part, values in SMALL.items():
+        monkeypatch.setattr(searches, part, values)
+    loaded, tasks = load_model("tiny"), load_tasks(["gqa", "mme"], str(synthetic.ensure(calibration=True)))
+    search, alone, anything = (bench(loaded, tasks, 4, target) for target in (0.75, 0.75, 0.0))
+    grid = searches.GRIDS[name](SearchPrompts(search, 4))
+    passing = []
+    for one in grid:
+        point = alone.measure(one.method)
+        assert one.macs == pytest.approx(point.macs, rel=1e-6 if name == "visipruner" else 1e-3)
+        assert one.counts.mean() == pytest.approx(point.tokens)
+        if alone.passes(one.method) and point.macs < alone.dense.macs:
+            passing.append(point)
+    chosen = least(name, grid, search, anything)
+    if passing:
+        assert chosen.point.macs == pytest.approx(min(point.macs for point in passing), rel=1e-6)
+    assert (chosen.point is None) == (not passing)
+    assert not {point.spec for point in passing} & {*search.given_up}
+
+
+def test_too_few_questions_are_refused(cli, checkpoint, disk_data):
+    few = ["--model", checkpoint, "--data", disk_data, "--tasks", "gqa", "--limit", 6, "--confirm", 6]
+    assert_refused(cli("calibrate", *few), "gqa has 8 questions, fewer than --limit 6 and --confirm 6 take together")
 
 
 def test_withdrawal_is_as_early_as_nothing_is_lost(blind_from_5, tasks):
@@ -83,8 +101,8 @@ def test_withdrawal_is_as_early_as_nothing_is_lost(blind_from_5, tasks):
     assert chosen.point.agreement["gqa"].share == 1
     assert chosen.point.agreement["gqa"].questions == 4
     assert record.dense_macs > chosen.point.macs
-    searched = [point for point in record.points if not point.confirmed]
-    assert all(point.agreement["gqa"].questions == 4 for point in searched)
+    assert all(point.agreement["gqa"].questions == 4 for point in record.points)
+    assert record.grids == {"vtw": DEPTH}
     preset = presets(record)["vtw"]
     assert preset.options == chosen.options
     assert preset.model.checkpoint == record.checkpoint
@@ -92,7 +110,7 @@ def test_withdrawal_is_as_early_as_nothing_is_lost(blind_from_5, tasks):
 
 
 def test_a_target_out_of_reach_names_the_nearest(blind_from_5, tasks, monkeypatch):
-    monkeypatch.setitem(searches.SEARCHES, "vtw", lambda bench, depth, inputs: None)
+    monkeypatch.setitem(searches.GRIDS, "vtw", lambda prompts: [])
     (chosen,) = calibrate(blind_from_5, tasks, ["vtw"], limit=2, confirm=2, batch_size=4).chosen
     assert chosen.point is chosen.nearest is None  # nothing was searched
     assert not presets(calibrate(blind_from_5, tasks, ["vtw"], limit=2, confirm=2, batch_size=4))
@@ -105,12 +123,12 @@ def test_questions_of_the_evaluation_are_refused(tasks, hub_data, disk_data):
 
 
 def test_frontier_holds_what_nothing_beats():
-    def point(macs, share, complete=True):
+    def point(macs, share, confirmed=False):
         agreement = {"gqa": Agreement(share=share, low=0, high=1, questions=9, images=3)}
-        return CalibratedPoint(method="m", spec="m", macs=macs, tokens=1, agreement=agreement, complete=complete)
+        return CalibratedPoint(method="m", spec="m", macs=macs, tokens=1, agreement=agreement, confirmed=confirmed)
 
     cheap, dear, beaten = point(1, 0.5), point(3, 0.9), point(2, 0.4)
-    points = [dear, beaten, cheap, point(0.5, 1.0, complete=False)]
+    points = [dear, beaten, cheap, point(0.5, 1.0, confirmed=True)]
     assert CalibrationRecord.model_construct(points=points).frontier("m") == [cheap, dear]
 
 

@@ -168,7 +168,7 @@ def test_bisection_ends_just_above_the_threshold(tolerance):
 def test_deletion_stops_where_the_target_is_met(llava):
     geometry = replace(Adapter(llava).geometry, layers=4)
     counts = torch.tensor([[16, 8, 4, 2], [32, 32, 16, 0]])
-    assert fit.visual_macs(counts, geometry).tolist() == [macs(row) for row in counts.tolist()]
+    assert fit.decoder_macs(counts, geometry).tolist() == [macs(row) for row in counts.tolist()]
     dense = 4 * (macs([16]) + macs([32]))
     stopped = [counts.maximum(counts[:, [layer]]) for layer in range(4)]
     spares = [1 - sum(map(macs, plan.tolist())) / dense for plan in stopped]

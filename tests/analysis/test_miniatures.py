@@ -7,13 +7,14 @@ import pytest
 import visibench
 from families import FAMILIES, every_family
 from PIL import Image
-from processors import askable, save_askable
+from processors import askable, made_up, save_askable
 from refusals import assert_refused
 from visibench.analysis.calibrate import calibrate
 from visibench.analysis.overlay import overlay
 from visibench.analysis.stages import PARTS, StageAnalysis
 from visibench.evals.settings import method_spec
 from visibench.evals.tasks.tasks import load_tasks
+from visibench.models.adapters import FAMILIES as SUPPORTED
 from visibench.results.store import stage_records
 from visibench.utils.token_grids import size
 
@@ -26,9 +27,7 @@ def tasks(disk_data):
     return load_tasks(["gqa"], str(disk_data))
 
 
-@every_family
-def test_all_is_measured(kind, tasks):
-    record = StageAnalysis(askable(kind), tasks, (1, 4), PARTS, limit=3, batch_size=3).run()
+def check(record):
     assert {curve.quantity.partition("_")[0] for curve in record.curves} == {
         "last",
         "text",
@@ -40,6 +39,16 @@ def test_all_is_measured(kind, tasks):
     blind = {(w.kind, w.first, w.end): w.effects["gqa"]["kl"].value for w in record.windows}
     assert blind["masked", 0, DEPTH] > 1e-4
     assert blind["dropped", 4, DEPTH] < blind["dropped", 1, DEPTH]
+
+
+@every_family
+def test_all_is_measured(kind, tasks):
+    check(StageAnalysis(askable(kind), tasks, (1, 4), PARTS, limit=3, batch_size=3).run())
+
+
+@pytest.mark.parametrize("kind", [kind for kind, family in SUPPORTED.items() if family.vision_tower])
+def test_all_is_measured_in_every_supported_family(kind, tasks):
+    check(StageAnalysis(made_up(kind), tasks, (1, 4), PARTS, limit=2, batch_size=2).run())
 
 
 @every_family

@@ -1,10 +1,15 @@
 """Processors of families with a tokenizer of bytes, and miniatures that go with them: models that can be asked."""
 
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
+from zlib import crc32
 
 import torch
-from families import FAMILIES
+import transformers
+from decoders import decoder_model, rows_of
+from families import FAMILIES, collate
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
@@ -21,7 +26,10 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
 )
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES as IMAGE_PROCESSORS
+from visibench.evals.answers.generate import picture_hash
 from visibench.models import LoadedModel
+from visibench.models.geometry import synthetic_inputs
 
 TURNS = (
     "{% for message in messages %}USER: {% for part in message['content'] %}"
@@ -119,3 +127,37 @@ def save_askable(kind, folder):
     loaded.model.save_pretrained(folder)
     loaded.processor.save_pretrained(folder)
     return folder
+
+
+# ---- every family ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(repr=False)
+class MadeUp(LoadedModel):
+    """A miniature of any family that is asked with made-up tokens and pixels: those of question and image, by hash.
+
+    Its image processor is the family's own, which knows how it would cut an image; nothing goes through it.
+    """
+
+    def inputs(self, questions, images, key=None):
+        (text, visual), *_ = rows_of(self.name)
+        seeds = [
+            crc32(f"{question}{picture_hash(pictures)}".encode())
+            for question, pictures in zip(questions, images, strict=True)
+        ]
+        return collate([synthetic_inputs(self.adapter, 1, text, visual, seed) for seed in seeds])
+
+
+def made_up(kind):
+    """The miniature ``kind`` of :mod:`decoders`."""
+    words = tokenizer([])
+    (images, *_) = [
+        IMAGE_PROCESSORS[kind][backend] for backend in ("torchvision", "pil") if backend in IMAGE_PROCESSORS[kind]
+    ]
+    processor = SimpleNamespace(
+        tokenizer=words,
+        batch_decode=words.batch_decode,
+        chat_template=None,
+        image_processor=getattr(transformers, images)(),
+    )
+    return MadeUp(kind, decoder_model(kind, "sdpa"), processor)

@@ -48,6 +48,7 @@ def test_the_command_prints_the_matrix(cli):
     assert "llama4" in cli("models", "--matrix")[1]
 
 
+@pytest.mark.slow
 def test_what_is_alike_stands_together_and_nothing_is_lost():
     found = {kind: verdicts(kind) for kind in ("llava", "vipllava", "qwen2_5_vl")}
     groups, rows, reasons = alike(found)
