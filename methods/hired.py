@@ -27,7 +27,6 @@ from torch import Tensor
 
 from ..engine.contract import Keep
 from .base import Budgeted, OnImages, Salient, floored, top
-from .pieces import per_image
 from .registry import register
 
 if TYPE_CHECKING:
@@ -74,8 +73,7 @@ class HiRED(Salient, OnImages, Budgeted):
             self.shares(first[own[0]], len(own) - 1)
             for own in ([*members] for _, members in groupby(range(len(first)), key=lambda unit: view.parts[unit][0]))
         ]
-        counts = None if view.vision.tiled else (per_image(self, view.sizes[1]),) * view.sizes[0]
-        return Keep(top(scores, torch.cat(budgets), view.present), counts=counts)
+        return Keep(top(scores, torch.cat(budgets), view.present))
 
     def shares(self, attention: Tensor, tiles: int) -> Tensor:
         """Int (1 + tiles,): budgets of an image as a whole, with ``attention`` (P,) in block 0, and of its tiles."""
