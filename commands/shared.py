@@ -96,7 +96,8 @@ def finished(folder: Path, *, current: bool = False) -> list[Cell]:
     """
     from ..results.store.store import FAILURES, Store
 
-    gc.freeze()  # what was imported stays: the collector need not go through it with every few thousand records
+    gc.freeze()  # what was imported stays, and so do records: the collector would go through them again and again
+    gc.set_threshold(50_000)
     store = Store(folder)
     cells, others = store.cells(), store.unfinished()
     if others:

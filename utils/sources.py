@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import packages_distributions
@@ -170,7 +170,7 @@ def _content(file: Path, changed: int) -> str:
 def bare(text: str) -> str:
     """Python source without lines of comment, strings that are statements of their own, and blank lines."""
     lines, held, said = text.splitlines(), set(), set()
-    for node in ast.walk(_parsed(text)):  # a statement before what is in it
+    for node in _long(_parsed(text)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             if not lines[node.lineno - 1][: node.col_offset].strip():
                 end = node.end_lineno or node.lineno
@@ -183,6 +183,16 @@ def bare(text: str) -> str:
         for place, line in enumerate(lines)
         if place in held or (line.strip() and not line.lstrip().startswith("#"))
     )
+
+
+def _long(tree: ast.Module) -> Iterator[ast.AST]:
+    """Nodes, each before what is in it, but nothing that is in a node of one line: no line of its own ends there."""
+    left: list[ast.AST] = [tree]
+    while left:
+        node = left.pop()
+        yield node
+        if getattr(node, "lineno", None) != getattr(node, "end_lineno", 0):
+            left += ast.iter_child_nodes(node)
 
 
 def of_yaml(file: Path) -> str:

@@ -75,8 +75,7 @@ _SHOWN = (*_ASKED, "answer", "score", "latency_ms", "batch_questions", "visual_t
 
 def _row(table: pa.Table, place: int) -> dict[str, Any]:
     """The question at ``place``, by column."""
-    row: dict[str, Any] = table.slice(place, 1).to_pylist()[0]
-    return row
+    return {name: column[place].as_py() for name, column in zip(table.column_names, table.columns, strict=True)}
 
 
 class TaskAnswers:
