@@ -74,8 +74,9 @@ def _figures(table: ResultTable, row: MethodRow, entry_bytes: int) -> Iterator[l
             yield [f"{task} {score.title}", *_score(row, task, score), asked.asked, asked.of]
     entries = fmean(cell.samples()["kv_lengths"].map(fmean).mean() for cell in row.cells)
     layers = len(row.tokens.per_layer)
-    costs = [row.tokens.mean, row.macs / 1e9, entries, entries * layers * entry_bytes / 1e3]
-    costs += [None if row.prefill is None else row.prefill.median]
+    held = entries * layers * entry_bytes / 1e3
+    prefill = None if row.prefill is None else row.prefill.median
+    costs = [row.tokens.mean, row.macs / 1e9, entries, held, prefill]
     for name, cost in zip(COSTS, costs, strict=True):
         yield [name, cost, None, None, None, None]
 

@@ -49,7 +49,7 @@ def test_what_a_comparison_prints_as_detectable_is_found_with_80_percent(images,
 
 
 def test_a_few_images_with_most_of_the_questions_count_as_few():
-    """30 images have a question each and two have 30: of 32 like images a test would find what it says far more often."""
+    """30 images have a question each and two have 30: taken for 32 like ones, tests would find half of what is said."""
     rng, image = np.random.default_rng(15), np.repeat(np.arange(32), [1] * 30 + [30] * 2)
 
     def measured(scores):
