@@ -210,7 +210,9 @@ def _print_each(loaded: LoadedModel, tokens: tuple[int, int], as_json: bool) -> 
             # Of the example with nothing named besides, unless something named lets it run and not be planned.
             why = next((reason for reason in reasons[1:] if "--weights random" in reason), reasons[1])
             refused.setdefault(why, []).append(name)
-    dense = next(one["macs"] for one in described if one["method"] == "none")
+    dense = next((one["macs"] for one in described if one["method"] == "none"), None)
+    if dense is None:  # nor anything else
+        raise OptionError(next(why for why, names in refused.items() if "none" in names))
     open_ended = f"{', '.join(adaptive)}: how much they drop depends on the model; here its weights are random."
     note = described[0]["note"] or open_ended
     if as_json:

@@ -26,6 +26,7 @@ import pandas as pd
 
 from ... import errors
 from ...errors import DataError, OptionError, VisibenchError
+from ...results.store import disk
 from ...results.store.records import digest
 from ...results.store.store import Cell, Store
 from ...results.tables.render import render
@@ -213,8 +214,9 @@ class Sent:
 
     def __init__(self, folder: Path) -> None:
         self.store, self.marks = Store(folder / "wandb"), {}
-        with suppress(OSError, ValueError):  # without it everything is sent again, to the same runs
-            self.marks = dict(json.loads((folder / "wandb" / "sent.json").read_text(encoding="utf-8")))
+        # Without it everything is sent again, to the same runs.
+        with suppress(OSError, ValueError, TypeError, RecursionError):
+            self.marks = dict(json.loads(disk.read(folder / "wandb" / "sent.json")))
 
     def get(self, place: str) -> str | None:
         """The hash of what went to ``place``."""
