@@ -34,8 +34,9 @@ from .commands import (
     show,
     wandb,
 )
-from .errors import FOREIGN, StoppedError, VisibenchError, behind, reason, shortened
+from .errors import FOREIGN, StoppedError, VisibenchError, about_file, behind, reason, shortened
 from .utils import interrupt, machine, output
+from .utils.output import unwritable
 
 app = typer.Typer(
     name="visibench",
@@ -87,6 +88,9 @@ def main() -> NoReturn:
     atexit.register(gc.freeze)  # or the collector goes through all that was imported once more, for a second or two
     output.take_all_characters()
     interrupt.listen()
+    for argument in sys.argv[1:]:
+        if odd := unwritable(argument):
+            _fail(f"{argument!a}: {odd}: rename the file, or write it in UTF-8")
     try:
         with _tree().make_context("visibench", sys.argv[1:]) as context:
             context.command.invoke(context)
@@ -109,7 +113,7 @@ def main() -> NoReturn:
         if any(isinstance(one, BrokenPipeError) for one in behind(error)):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or what is left to write complains at the exit
             _fail("nobody reads the output any more")
-        _fail(f"unforeseen: {reason(error)}{_kept(error)}")
+        _fail(f"{about_file(error) or f'unforeseen: {reason(error)}'}{_kept(error)}")
     sys.exit(0)
 
 

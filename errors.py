@@ -13,6 +13,9 @@ FOREIGN = (Exception, SystemExit)
 """What may come out of code of others, such as plug-ins: they leave with ``sys.exit(0)``, too."""
 LONGEST = 300
 """Characters of another library's message that are passed on."""
+_MEND = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room")
+_MEND |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "have yourself allowed to do that")
+_MEND |= {errno.ENAMETOOLONG: "use shorter names"}
 
 
 class VisibenchError(Exception):
@@ -101,6 +104,19 @@ def said(error: BaseException) -> str:
 def shortened(text: str, most: int) -> str:
     """The text, in the middle of which something is left out if it is longer."""
     return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
+
+
+def mend(error: OSError) -> str:
+    """What to do about a file that cannot be used."""
+    return _MEND.get(error.errno or 0, "fix that")
+
+
+def about_file(error: BaseException) -> str:
+    """What to say of a file that cannot be used, which nobody looked at before; empty for other errors."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return ""
+    name = shortened(str(error.filename), LONGEST)
+    return f"cannot use {name} ({error.strerror}): {mend(error)}, or give another path"
 
 
 def disk_full(error: BaseException | None) -> bool:

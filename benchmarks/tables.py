@@ -4,7 +4,8 @@
 
 The runs are made up: answers drawn at random (seed 0), a method that differs from the dense model in every tenth, on
 four tasks that are scored as GQA, POPE, MME and TextVQA are. Cells have `--questions` questions (100), three about each
-image; for `--samples`, eight cells have as many as it says. Behind each series stands its exponent: k where four times
+image; for `--samples`, eight cells have as many as it says. Reports ask those of the embedded data and show them with
+their images. Behind each series stands its exponent: k where four times
 the size takes 4^k times as long, from the two largest sizes, start of the process included. Exit code 1 if the largest
 `table` by cells or the largest `report` takes more than `--most` CPU seconds (5), or an exponent is more than 1.
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from visibench.evals.tasks.tasks import load_tasks
 from visibench.results.statistics.metrics import measure
 from visibench.results.store import code
 from visibench.results.store.records import (
@@ -35,6 +37,7 @@ from visibench.results.store.records import (
 from visibench.results.store.store import Store
 
 LAYERS, PROMPT = 12, 144
+PARTS = ("vision_tower", "projections", "ffn")
 PLACES = {
     "gqa": "gqa/gqa.yaml",
     "pope": "pope/pope.yaml",
@@ -58,8 +61,9 @@ def settings(count: int) -> Iterator[tuple[str, dict[str, float]]]:
         yield name, {"keep": round(0.1 + 0.8 * number / count, 6)}
 
 
-def questions(task: str, count: int) -> pd.DataFrame:
-    """What all methods are asked alike."""
+def questions(task: str, count: int, embedded: bool) -> pd.DataFrame:
+    """What all methods are asked alike; ``embedded``: the prompts of the embedded data."""
+    told = load_tasks([task])[0].text if embedded else "Is there a ring in the image (number {})?\nAnswer.".format
     number = np.arange(count)
     image = np.array([f"s{one:06d}" for one in number // (2 if task == "mme" else 3)], object)
     return pd.DataFrame(
@@ -69,7 +73,7 @@ def questions(task: str, count: int) -> pd.DataFrame:
             "question_id": image if task == "mme" else number.astype(str),
             "image": image,
             "category": "existence" if task == "mme" else None,
-            "prompt": [f"Is there a ring in the image (number {one})?\nAnswer in a word." for one in number],
+            "prompt": [told(int(one)) for one in number],
             "target": np.where(number % 2, "yes", "no"),
         }
     )
@@ -103,14 +107,15 @@ def answers(asked: pd.DataFrame, keep: float, rng: np.random.Generator) -> pd.Da
     )
 
 
-def make(folder: Path, methods: int, count: int, tasks: int) -> None:
-    """A finished run of so many methods × tasks, ``count`` questions in each cell."""
+def make(folder: Path, methods: int, count: int, tasks: int, embedded: bool = False) -> None:
+    """A finished run of so many methods × tasks, ``count`` questions in each cell, the ``embedded`` ones or others."""
     store, rng = Store(folder), np.random.default_rng(0)
     for task, scores in list(TASKS.items())[:tasks]:
-        asked = questions(task, count)
+        asked = questions(task, count, embedded)
         for name, options in settings(methods):
             keep = options.get("keep", 1.0)
             samples = answers(asked, keep, rng)
+            macs = samples["executed_macs"].mean()
             told = [(key, title, most, measure(key, [samples], most).value) for key, (title, most) in scores.items()]
             label = f"{name}:keep={keep:g}" if options else name
             where = {"method": f"visibench.methods.{name}", "task": f"{PLACES[task]}+"}
@@ -132,7 +137,7 @@ def make(folder: Path, methods: int, count: int, tasks: int) -> None:
                 scores=[ScoreRecord(key=key, title=t, value=value, maximum=most) for key, t, most, value in told],
                 metrics={key: value for key, _, _, value in told},
                 visual_tokens=VisualTokens(prompt=PROMPT, per_layer=list(samples["visual_tokens"].iloc[0])),
-                compute=Compute(macs=samples["executed_macs"].mean(), macs_sd=0.0, components={}, batch_macs=1e9),
+                compute=Compute(macs=macs, macs_sd=0.0, components=dict.fromkeys(PARTS, macs / 3), batch_macs=1e9),
                 prefill=PrefillTime(times_ms=[10.0] * 20, warmup=3, batch_size=1, device="cpu"),
                 generation={"max_new_tokens": 16},
                 seconds={"answer": 1.0, "total": 1.0},
@@ -189,7 +194,7 @@ def main() -> int:
         return seconds("table", run)
 
     def report(run: Path, methods: int) -> float:
-        make(run, methods, given.questions, len(TASKS))
+        make(run, methods, given.questions, len(TASKS), embedded=True)
         return seconds("report", run, "--out", run / "report.html")
 
     def check(run: Path, methods: int) -> float:

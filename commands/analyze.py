@@ -9,12 +9,14 @@ import typer
 from rich.console import Console
 
 from ..errors import OptionError
-from .shared import AsJson, Device, Dtype, integers, names, progress, run_folder
+from .shared import AsJson, Device, Dtype, Seed, integers, names, progress, run_folder
 
 if TYPE_CHECKING:
     from ..results.store.stage_records import StageRecord
 
 JOURNAL = "stages.jsonl"
+MOST_LAYERS = 2_000
+"""That a model may have."""
 
 
 def analyze(
@@ -24,7 +26,7 @@ def analyze(
     ] = "gqa,mme,textvqa_val,pope",
     data: Annotated[str, typer.Option(help="embedded, hub, or a folder laid out like the hub.")] = "embedded",
     limit: Annotated[int, typer.Option(min=1, metavar="N", help="Ask only the first N questions of each task.")] = 20,
-    seed: Annotated[int, typer.Option(help="Each batch starts from generators seeded with it.")] = 0,
+    seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 20,
     layers: Annotated[
         str | None, typer.Option(metavar="A,B,C-D", help="Look at these decoder layers alone. (default: all)")
@@ -51,15 +53,15 @@ def analyze(
     from ..analysis import stages
     from ..evals.tasks.tasks import load_tasks
     from ..models import load_model
-    from ..results.store import disk, stage_records
+    from ..models.load import check_outside
+    from ..results.store import stage_records
 
     stages.check_trained(weights)
     parts = names(only, stages.PARTS, "--only") or list(stages.PARTS)
     wanted = _layers(layers)
     beside = None if against is None else stage_records.read(against)
     folder = out or run_folder(model)
-    with disk.writing(folder):
-        disk.make(folder)
+    check_outside(folder, model)
     tasks = load_tasks([task.strip() for task in task_list.split(",") if task.strip()], data)
     loaded = load_model(model, device=device, dtype=dtype)
     analysis = stages.StageAnalysis(loaded, tasks, wanted, parts, limit, batch_size, seed, folder / JOURNAL)
@@ -113,7 +115,7 @@ def _layers(text: str | None) -> list[int]:
     found: list[int] = []
     for part in text.split(",") if text is not None else []:
         ends = integers(part, "-", "--layers")
-        if len(ends) > 2 or ends[0] > ends[-1]:
+        if len(ends) > 2 or not ends[0] <= ends[-1] < MOST_LAYERS:
             raise OptionError(f"--layers: expected numbers and ranges such as 0,2,4-7, not {part!r}")
         found += range(ends[0], ends[-1] + 1)
     return found

@@ -12,9 +12,10 @@ from rich.console import Console
 
 from ..errors import OptionError
 from ..utils.rows import laid_out
-from .shared import AsJson, Device, Dtype, names, run_folder, width, wrapped
+from .shared import AsJson, Device, Dtype, Seed, names, run_folder, width, wrapped
 
 if TYPE_CHECKING:
+    from ..evals.tasks.tasks import Task
     from ..results.store.calibration_records import CalibratedPoint, CalibrationRecord
 
 
@@ -55,7 +56,7 @@ def calibrate(
     confirm: Confirmed = 50,
     kl: Divergence = None,
     spare: Spared = None,
-    seed: Annotated[int, typer.Option(help="Each batch starts from generators seeded with it.")] = 0,
+    seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 10,
     out: Annotated[Path | None, typer.Option(help="Folder. (default: runs/MODEL/presets)")] = None,
     weights: Annotated[str, typer.Option(help="pretrained; others give no answers to keep.")] = "pretrained",
@@ -70,8 +71,8 @@ def calibrate(
     from ..analysis import calibrate as calibration
     from ..analysis import searches
     from ..analysis.stages import check_trained
-    from ..evals.tasks.tasks import load_tasks
     from ..models import load_model
+    from ..models.load import check_outside
     from ..results.store import disk
 
     check_trained(weights)
@@ -79,12 +80,10 @@ def calibrate(
     wanted = names(methods, searches.GRIDS, "--methods") or list(searches.DEFAULT)
     authors = _authors(wanted, {"vtw": ("threshold", kl), "fitprune": ("target", spare)})
     folder = out or run_folder(model) / "presets"
-    with disk.writing(folder):
-        disk.make(folder)
-    chosen = [task.strip() for task in task_list.split(",") if task.strip()]
-    tasks, others = load_tasks(chosen, data or _calibration()), load_tasks(chosen, evaluation)
+    check_outside(folder, model)
+    tasks, others = _asked(task_list, data, evaluation)
     loaded = load_model(model, device=device, dtype=dtype)
-    with _told(wanted) as on_setting:
+    with disk.made(folder), _told(wanted) as on_setting:
         record = calibration.calibrate(
             loaded,
             tasks,
@@ -98,7 +97,7 @@ def calibrate(
             seed=seed,
             on_setting=on_setting,
         )
-    files = [*calibration.write(record, folder), *_written(record, folder)]
+        files = [*calibration.write(record, folder), *_written(record, folder)]
     if as_json:
         print(record.model_dump_json(indent=1))
         return
@@ -116,6 +115,14 @@ def _told(wanted: list[str]) -> Iterator[Callable[[str], None]]:
 def _check_share(target: float) -> None:
     if not 0 < target <= 1:
         raise OptionError(f"--target {target:g} is no share of answers: give one above 0 and up to 1, such as 0.98")
+
+
+def _asked(task_list: str, data: str | None, evaluation: str) -> tuple[list[Task], list[Task]]:
+    """The tasks to calibrate on, and those of the evaluation."""
+    from ..evals.tasks.tasks import load_tasks
+
+    chosen = [task.strip() for task in task_list.split(",") if task.strip()]
+    return load_tasks(chosen, _calibration() if data is None else data), load_tasks(chosen, evaluation)
 
 
 def _calibration() -> str:

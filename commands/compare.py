@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,7 +52,7 @@ def _cells(text: str) -> list[Cell]:
     from ..results.store.store import Store
 
     path = Path(text)
-    if path.is_dir() and path.resolve().parent.name == "cells":
+    if os.path.isdir(path) and path.resolve().parent.name == "cells":
         named = [cell for cell in Store(path.resolve().parent.parent).cells() if cell.path == path.resolve()]
         if not named:
             raise DataError(f"no finished results in {text!r}: run it again")

@@ -207,8 +207,12 @@ def _print_each(loaded: LoadedModel, tokens: tuple[int, int], as_json: bool) -> 
             adaptive += [facts["method"]] * cls.adaptive
             break
         else:
-            refused.setdefault(reasons[1], []).append(name)  # of the example, with nothing named besides
-    dense = next(one["macs"] for one in described if one["method"] == "none")
+            # Of the example with nothing named besides, unless something named lets it run and not be planned.
+            why = next((reason for reason in reasons[1:] if "--weights random" in reason), reasons[1])
+            refused.setdefault(why, []).append(name)
+    dense = next((one["macs"] for one in described if one["method"] == "none"), None)
+    if dense is None:  # nor anything else
+        raise OptionError(next(why for why, names in refused.items() if "none" in names))
     open_ended = f"{', '.join(adaptive)}: how much they drop depends on the model; here its weights are random."
     note = described[0]["note"] or open_ended
     if as_json:

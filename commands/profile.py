@@ -125,7 +125,7 @@ def _measured(settings: ProfileConfig, out: Path | None) -> Profile:
         done = len(so_far.together())
         if out is not None:
             with disk.writing(out):
-                out.write_text(so_far.model_dump_json(indent=1), encoding="utf-8")
+                disk.write(out, so_far.model_dump_json(indent=1))
 
     try:
         return measure(settings, Console(stderr=True), keep)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import DataError
 from .shared import check_writable, finished
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def report(
     """
     from ..reports.html.report import report as page_of
     from ..reports.question_image import no_images
-    from ..results.store import stage_records
+    from ..results.store import disk, stage_records
     from ..results.tables.tables import build
 
     cells = finished(folder)
@@ -47,10 +46,8 @@ def report(
         about=_about(),
         stages=stage_records.read(analysis) if analysis.exists() else None,
     )
-    try:
-        file.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"cannot write to {file} ({error.strerror}): choose another file") from error
+    with disk.writing(file):
+        disk.write(file, page)
     print(f"{file} ({len(page.encode()) / 1e6:.1f} MB)")
 
 

@@ -35,6 +35,7 @@ FeatureCache = Annotated[
     ),
 ]
 DEVICES, DTYPES = "auto, cpu, cuda, cuda:1 …", "auto, float32, bfloat16, float16."
+Seed = Annotated[int, typer.Option(min=0, max=2**53, help="Each batch starts from generators seeded with it.")]
 Device = Annotated[str, typer.Option(help=DEVICES)]
 Dtype = Annotated[str, typer.Option(help=DTYPES)]
 Attention = Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2 … (default: sdpa)")]
@@ -96,7 +97,8 @@ def finished(folder: Path, *, current: bool = False) -> list[Cell]:
     """
     from ..results.store.store import FAILURES, Store
 
-    gc.freeze()  # what was imported stays: the collector need not go through it with every few thousand records
+    gc.freeze()  # what was imported stays, and so do records: the collector would go through them again and again
+    gc.set_threshold(50_000)
     store = Store(folder)
     cells, others = store.cells(), store.unfinished()
     if others:
@@ -185,13 +187,15 @@ def prompt_lengths(text: str | None, adapter: Adapter) -> tuple[int, int]:
 
     Raises :class:`OptionError` for anything else.
     """
-    from ..models.geometry import typical
+    from ..models.geometry import MOST_TOKENS, typical
 
     if text is None:
         return 64, typical(adapter)
     numbers = integers(text, "/", "--lengths")
-    if len(numbers) != 2 or not numbers[0]:
-        raise OptionError(f"--lengths: expected TEXT/VISUAL such as 64/576, not {text!r}")
+    if len(numbers) != 2 or not numbers[0] or sum(numbers) > MOST_TOKENS:
+        raise OptionError(
+            f"--lengths: expected TEXT/VISUAL such as 64/576, of {MOST_TOKENS:,} tokens at most, not {text!r}"
+        )
     return numbers[0], numbers[1]
 
 

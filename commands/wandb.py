@@ -175,13 +175,15 @@ def report(
         raise OptionError("reports need wandb-workspaces: pip install 'visibench[report]'") from error
     from ..reports.wandb.document import as_json, document, save
     from ..reports.wandb.sink import prepare
+    from ..results.store import disk
     from ..results.tables.tables import build
 
     destination = destination_of(folder, "offline" if dry_run else "online", project, entity, group, None)
     tables = build(finished(folder))
     if dry_run is not None:
         check_writable(dry_run)
-        dry_run.write_text(json.dumps(as_json(document(tables, destination)), indent=1) + "\n", encoding="utf-8")
+        with disk.writing(dry_run):
+            disk.write(dry_run, json.dumps(as_json(document(tables, destination)), indent=1) + "\n")
         print(dry_run)
         return
     prepare(folder)

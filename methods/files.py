@@ -18,6 +18,7 @@ from typing import Any
 
 from ..engine.contract import Method
 from ..errors import FOREIGN, DataError, UnknownNameError, VisibenchError, said, suggest
+from ..utils.files import read
 from .registry import collecting, get, list_methods
 
 
@@ -61,7 +62,7 @@ def divided(reference: str) -> tuple[str, str]:
 def load_file(path: str) -> dict[str, type[Method]]:
     """The methods that a Python file registers, by name."""
     try:
-        content = Path(path).read_bytes()
+        content = read(path)
     except OSError as error:
         raise DataError(f"no method in {path} ({error.strerror}): give a Python file that is there") from error
     file = MethodFile(str(Path(path).resolve()), hashlib.sha256(content).hexdigest()[:16])

@@ -20,6 +20,8 @@ from ..utils.memory import check_room
 from .adapters import Adapter, Images
 
 Weights = Literal["pretrained", "random", "meta"]
+MOST_TOKENS = 10_000_000
+"""Of a row at most, as many as the longest contexts."""
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from functools import singledispatch
 from pathlib import Path
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import FOREIGN, DataError, InputError, reason
+from ..utils.files import read
 
 _ORIENTATION = 0x112  # the EXIF tag
 
@@ -95,7 +97,7 @@ def _(picture: Image.Image) -> Image.Image:
 @_opened.register(str)
 @_opened.register(Path)
 def _(picture: str | Path) -> Image.Image:
-    return _loaded(lambda: Image.open(picture), f"image {str(picture)!r}")
+    return _loaded(lambda: Image.open(io.BytesIO(read(picture))), f"image {str(picture)!r}")
 
 
 @_opened.register

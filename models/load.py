@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import os
 import re
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
@@ -235,6 +236,23 @@ def load_model(
     return loaded
 
 
+def check_outside(out: Path, model: str) -> None:
+    """Raise :class:`OptionError` where results would lie among the files of a model, and change its fingerprint."""
+    for folder in _parts(model):
+        if os.path.isdir(folder) and out.resolve().is_relative_to(folder.resolve()):
+            raise OptionError(
+                f"the run folder {out} lies in that of model {model}, whose files say which weights these are: "
+                "choose another --out"
+            )
+
+
+def _parts(model: str) -> list[Path]:
+    """The folder of a model, and that of the model which it adapts."""
+    folder = EMBEDDED.get(model, Path(model))
+    with boundary(f"cannot read model {model!r}", DataError):  # an adapter's configuration may be anything
+        return list(dict.fromkeys((folder, Path(lora.base_of(str(folder))))))
+
+
 def _check_together(weights: Weights, *, placed: bool, compiled: bool) -> None:
     if weights != "pretrained" and placed:
         raise OptionError("device_map and quantization are about weights that are read: leave weights out")
@@ -249,12 +267,10 @@ def fingerprint(model: str) -> str:
     are read.
     """
     folder = EMBEDDED.get(model, Path(model))
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return ""
     digest = hashlib.sha256()
-    with boundary(f"cannot read model {model!r}", DataError):  # an adapter's configuration may be anything
-        parts = dict.fromkeys((folder, Path(lora.base_of(str(folder)))))
-    for part in parts:
+    for part in _parts(model):
         _check_files(part)
         for file in sorted(path for path in part.rglob("*") if path.is_file()):
             digest.update(f"{file.relative_to(part)}:{file.stat().st_size}".encode())
@@ -300,7 +316,7 @@ def _source(name: str) -> str:
         return name
     if name in EMBEDDED:
         return str(EMBEDDED[name])
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         _check_files(Path(name))
         return name
     if name.count("/") == 1 and not name.startswith((".", "/")):
@@ -311,11 +327,13 @@ def _source(name: str) -> str:
 
 
 def _check_files(folder: Path) -> None:
-    """Raise :class:`DataError` for what is no file, such as a pipe, whose reader would wait for ever.
+    """Raise :class:`DataError` for a folder of no model, and for what is no file, such as a pipe without an end.
 
     And for generation settings that cannot be read: transformers goes on without them, and their stop tokens.
     """
     settings = folder / "generation_config.json"
+    if not any(any(folder.glob(name)) for name in ("config.json", lora.CONFIG, "*.safetensors")):
+        raise DataError(f"cannot load model {str(folder)!r}: it holds neither config.json nor {lora.CONFIG}")
     for file in sorted(folder.rglob("*")):
         if file.exists() and not (file.is_file() or file.is_dir()):
             raise DataError(f"cannot read {file} (no regular file): put the model's own file there, or remove it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from ..errors import DataError, OptionError
+from ..utils.files import read
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -17,16 +19,16 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 def base_of(name: str) -> str:
     """The model that the adapter in a local folder changes; ``name`` itself where there is no adapter."""
     file = Path(name) / CONFIG
-    if not file.is_file() or (Path(name) / "config.json").is_file():  # merged already, or whole beside it
+    if not os.path.isfile(file) or os.path.isfile(Path(name) / "config.json"):  # merged already, or whole beside it
         return name
-    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings = json.loads(read(file))
     if settings.get("peft_type") != "LORA":
         raise DataError(f"{file}: an adapter of type {settings.get('peft_type')!r}: LORA alone can be merged")
     base = settings.get("base_model_name_or_path")
     if not base:
         raise DataError(f"{file} names no base model: write it as base_model_name_or_path")
     beside = Path(name) / str(base)
-    return str(beside) if beside.is_dir() else str(base)
+    return str(beside) if os.path.isdir(beside) else str(base)
 
 
 def check(folder: str, *, packed: bool) -> None:

@@ -12,6 +12,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import DataError, InputError, OptionError, UnknownNameError, suggest
+from ..utils import yaml_files
+from ..utils.files import read
 
 PACKAGED = Path(__file__).with_suffix(".yaml")
 
@@ -160,7 +162,7 @@ def _built(name: str, values: Any, table: Mapping[str, Any], where: str, depth: 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml_files.parse(read(file).decode("utf-8-sig"))
     except OSError as error:
         raise DataError(f"no protocols in {file} ({error.strerror}): give a YAML file that is there") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -52,6 +52,12 @@ def read(name: str, source: str, config: Any, **options: Any) -> Any:
 
 def _check_size(name: str, source: str, model: Any) -> None:
     files, wanted = sorted(Path(source).glob("*.safetensors")), model.num_parameters()
+    leaves = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    if whole := [key for key in _integers(files) if key.rpartition(".")[2] in leaves]:
+        raise DataError(
+            f"cannot load model {name!r}: {len(whole)} of its weights are whole numbers, and its config.json has no "
+            f"quantization_config that says of what: {_named(whole)}. {MEND}"
+        )
     if files and 2 * (stored := _stored(files)) < wanted:
         raise DataError(
             f"cannot load model {name!r}: its config.json asks for {wanted:,} parameters, but its weights hold "
@@ -67,6 +73,16 @@ def _stored(files: Sequence[Path]) -> int:
         with safe_open(file, "pt") as tensors:
             count += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
     return count
+
+
+def _integers(files: Sequence[Path]) -> list[str]:
+    """Tensors in files of weights that hold no numbers with a fraction."""
+    found: list[str] = []
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            kinds = {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
+            found += [key for key, kind in kinds.items() if "F" not in kind]
+    return found
 
 
 def _complaints(report: Mapping[str, Any]) -> Iterator[str]:

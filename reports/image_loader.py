@@ -21,6 +21,7 @@ from ..results.store.records import CellConfig
 from ..results.store.store import Cell
 from ..utils.bounded_cache import GIB, BoundedCache
 from ..utils.token_grids import drawable, kept_tokens, placed, read, views
+from . import embedded_images
 from .question_image import QuestionImage, numbered
 
 if TYPE_CHECKING:
@@ -50,13 +51,10 @@ class ImageLoader:
         own = Path(source.partition(":")[0]).is_absolute()
         asked = find(config.protocol or "hf")
         entry, data = (source, EMBEDDED) if own else (config.task, config.origin)
-        task = self._task(entry, data, asked)
-        if isinstance(task, str):
-            return dict.fromkeys(prompts, task)
         place = (entry, data, asked, config.model)  # other cells of a sweep show the same questions
-        pictures = partial(self._pictures, config.model, asked, task)
+        show = partial(self._pictures, config, asked, entry, data)
         return {
-            doc_id: self._shown.get((*place, doc_id, prompt), partial(pictures, doc_id, prompt))
+            doc_id: self._shown.get((*place, doc_id, prompt), partial(show, doc_id, prompt))
             for doc_id, prompt in prompts.items()
         }
 
@@ -94,8 +92,15 @@ class ImageLoader:
         return self._tasks[key]
 
     def _pictures(
-        self, model: str, protocol: Protocol, task: Task, doc_id: int, prompt: str
+        self, config: CellConfig, protocol: Protocol, entry: str, data: str, doc_id: int, prompt: str
     ) -> list[QuestionImage] | str:
+        known = embedded_images.find(config, doc_id, prompt)
+        if known is not None:
+            image, side = known
+            return [stored(image, _as_the_model_saw(image.width, image.height), side)]
+        task = self._task(entry, data, protocol)
+        if isinstance(task, str):
+            return task
         if not 0 <= doc_id < len(task.docs):
             return f"the data have changed since the run: there is no question {doc_id}"
         try:
@@ -104,7 +109,7 @@ class ImageLoader:
             return str(error)
         if now != prompt:
             return "the data have changed since the run: this question is another one now"
-        loaded = self._model(model, protocol)
+        loaded = self._model(config.model, protocol)
         if isinstance(loaded, str):
             about = f"as in the data (what the model saw is not known: {loaded})"
             return [stored(image, about, whole=False) for image in images]
@@ -141,9 +146,12 @@ def _as_seen(loaded: LoadedModel, image: Image.Image) -> QuestionImage:
             whole=loaded.adapter.kind != "llava",
         )
     side = math.isqrt(vision.tokens)
-    about = f"as the model saw it, {pixels.shape[1]} × {pixels.shape[0]} pixels"
     square = side**2 == vision.tokens and pixels.shape[0] == pixels.shape[1]
-    return stored(Image.fromarray(pixels), about, side if square else 0)
+    return stored(Image.fromarray(pixels), _as_the_model_saw(*pixels.shape[1::-1]), side if square else 0)
+
+
+def _as_the_model_saw(width: int, height: int) -> str:
+    return f"as the model saw it, {width} × {height} pixels"
 
 
 def _decoded(picture: QuestionImage) -> Image.Image:
@@ -171,14 +179,14 @@ def stored(image: Image.Image, about: str, grid: int = 0, *, whole: bool = True)
     """The image in a page, at most :data:`LONGEST` pixels wide and high: PNG, or JPEG where that is large."""
     small = as_rgb(image)
     small.thumbnail((LONGEST, LONGEST))
-    data, kind = _encoded(small, "PNG"), "png"
+    data, kind = _encoded(small, "PNG", compress_level=3), "png"  # more takes long, and is no smaller for pictures
     if len(data) > _LOSSLESS:
-        data, kind = _encoded(small, "JPEG", quality=85), "jpeg"
+        data, kind = _encoded(small, "JPEG", quality=85, optimize=True), "jpeg"
     uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return QuestionImage(uri, small.width, small.height, grid, about, whole)
 
 
 def _encoded(image: Image.Image, form: str, **options: Any) -> bytes:
     stream = io.BytesIO()
-    image.save(stream, form, optimize=True, **options)
+    image.save(stream, form, **options)
     return stream.getvalue()

@@ -6,24 +6,18 @@ not depend on how some version of a library writes files.
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Image, load_from_disk
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from ..errors import DataError
+from .built import CALIBRATION, MANIFEST, place, seal, sealed, sha
 from .schemas import FEATURES, SPLITS
 from .tables import CALIBRATION_SEED, SEED, all_tables
-
-MANIFEST = Path(__file__).with_name("manifest.json")
-CALIBRATION = Path(__file__).with_name("calibration.json")
-"""The manifest of questions that no evaluation asks."""
-_SEAL = "built.json"  # written last into a finished folder: the manifest it satisfied, and the hashes of its files
 
 
 def ensure(root: Path | None = None, *, calibration: bool = False) -> Path:
@@ -33,11 +27,11 @@ def ensure(root: Path | None = None, *, calibration: bool = False) -> Path:
     damaged. ``calibration``: other scenes and questions of the same kinds, for settings that are found by measuring.
     Raises DataError when the generator does not give the data of the manifest.
     """
-    root = Path(root or os.environ.get("VISIBENCH_CACHE") or Path.home() / ".cache" / "visibench")
-    manifest = json.loads((CALIBRATION if calibration else MANIFEST).read_text())
-    folder = root / f"synthetic-{_sha(json.dumps(manifest, sort_keys=True).encode())[:12]}"
-    if _sealed(folder):
+    file = CALIBRATION if calibration else MANIFEST
+    manifest, folder = json.loads(file.read_text()), place(root, file)
+    if sealed(folder):
         return folder
+    root = folder.parent
     _check_writable(root)
     part = Path(tempfile.mkdtemp(prefix=".synthetic-", dir=root))
     try:
@@ -49,11 +43,11 @@ def ensure(root: Path | None = None, *, calibration: bool = False) -> Path:
                 "constraints.txt (numpy, pillow), or, if scenes or questions were meant to change, run "
                 "python -m visibench.synthetic --write-manifest"
             )
-        _seal(part)
+        seal(part)
         shutil.rmtree(folder, ignore_errors=True)
         part.replace(folder)
     except OSError:
-        if not _sealed(folder):  # unless another process was quicker
+        if not sealed(folder):  # unless another process was quicker
             raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -80,7 +74,7 @@ def digest(rows: Dataset) -> str:
         for name in images:
             png = row[name]["bytes"]
             if png not in seen:
-                seen[png] = _sha(np.ascontiguousarray(Image().decode_example(row[name])).tobytes())
+                seen[png] = sha(np.ascontiguousarray(Image().decode_example(row[name])).tobytes())
             row[name] = seen[png]
         total.update(json.dumps(row, sort_keys=True, ensure_ascii=True).encode() + b"\n")
     return total.hexdigest()
@@ -102,29 +96,8 @@ def _build(folder: Path, calibration: bool = False) -> dict[str, str]:
             enable_progress_bar()
 
 
-def _seal(folder: Path) -> None:
-    (folder / _SEAL).write_text(json.dumps(_files(folder), indent=2) + "\n")
-
-
-def _sealed(folder: Path) -> bool:
-    """Whether the folder was finished and every file in it is still what it was (a fraction of a second)."""
-    try:
-        return json.loads((folder / _SEAL).read_text()) == _files(folder)
-    except (OSError, ValueError):
-        return False
-
-
-def _files(folder: Path) -> dict[str, Any]:
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _SEAL and not p.name.startswith("cache-"))
-    return {str(p.relative_to(folder)): _sha(p.read_bytes()) for p in paths}
-
-
 def _check_writable(root: Path) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot write to {root}: set VISIBENCH_CACHE to a folder of yours ({error})") from None
-
-
-def _sha(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

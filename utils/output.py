@@ -22,6 +22,17 @@ def take_all_characters() -> None:
             stream.reconfigure(errors="visibench.plain")
 
 
+def unwritable(text: str) -> str:
+    """What keeps a text from standing in files and names; empty if nothing does."""
+    if "\0" in text:
+        return "a NUL character, which no name of a file has"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"{error.object[error.start]!a}, which is no character"
+    return ""
+
+
 def printable(text: str) -> str:
     """The text, control characters as Python writes them."""
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)

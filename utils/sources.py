@@ -6,18 +6,21 @@ Lines of comment, docstrings and blank lines do not count. Nothing is imported.
 from __future__ import annotations
 
 import ast
+import glob
 import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from . import yaml_files
 from .machine import version
 
 QUESTIONS = (".jsonl", ".parquet")
@@ -68,26 +71,56 @@ def of_files(files: Iterable[Path]) -> str:
 
 
 def of_questions(place: Path) -> str:
-    """Hash of a file or folder of questions, and of the images that a JSONL names by path; of large files the ends."""
+    """Hash of a file or folder of questions, and of the images that they name by path; of large files the ends."""
     files = [place] if place.is_file() else sorted(file for file in place.glob("*") if file.suffix in QUESTIONS)
+    return _of_contents(one for file in files for one in [file, *_images(file)]) if files else ""
+
+
+def of_data(place: str) -> str:
+    """Hash of data on this disk: of all files in the folders, and of the files, that the lines of ``place`` name.
+
+    Lines may be patterns. What ``datasets`` keeps among its data does not count. Empty where there is nothing.
+    """
+    named = [Path(found) for line in place.splitlines() for found in sorted(glob.glob(line, recursive=True))]
+    found = {file for one in named for file in (one.rglob("*") if one.is_dir() else [one])}
+    files = sorted(file for file in found if os.path.isfile(file) and not file.name.startswith(("cache-", "tmp")))
+    return _of_contents(files) if files else ""
+
+
+def _of_contents(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
-        named = _images(file) if file.suffix == ".jsonl" else []
-        for one in [file, *named]:
-            with suppress(OSError):
-                digest.update(f":{one.stat().st_size}:".encode() + ends(one))
-    return digest.hexdigest()[:16] if files else ""
+        with suppress(OSError):
+            digest.update(f":{file.stat().st_size}:".encode() + ends(file))
+    return digest.hexdigest()[:16]
 
 
 def _images(file: Path) -> list[Path]:
-    """The images that the lines of a file name by path."""
+    """The images that a file of questions names by path."""
     named: dict[Path, None] = {}
-    for line in file.read_text(encoding="utf-8-sig", errors="replace").splitlines():
-        with suppress(ValueError, AttributeError):
-            image = json.loads(line).get("image")
-            paths = image if isinstance(image, list) else [image]
-            named |= {file.parent / path: None for path in paths if isinstance(path, str)}
+    for image in _of_parquet(file) if file.suffix == ".parquet" else _of_lines(file):
+        for one in image if isinstance(image, list) else [image]:
+            path = one.get("path") if isinstance(one, dict) else one
+            named |= {file.parent / path: None} if isinstance(path, str) else {}
     return [path for path in named if os.path.isfile(path)]  # no pipe, which might never end; False for any text
+
+
+def _of_lines(file: Path) -> Iterator[Any]:
+    for line in file.read_text(encoding="utf-8-sig", errors="replace").splitlines():
+        with suppress(ValueError, AttributeError, RecursionError):
+            yield json.loads(line).get("image")
+
+
+def _of_parquet(file: Path) -> list[Any]:
+    """What stands in the column of images, but for the bytes of images."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with suppress(pa.ArrowException, OSError), pq.ParquetFile(file) as parquet:
+        columns = [parquet.schema.column(number) for number in range(len(parquet.schema.names))]
+        texts = [one.path for one in columns if one.path.split(".")[0] == "image" and str(one.logical_type) == "String"]
+        return parquet.read(columns=texts)["image"].to_pylist() if texts else []
+    return []
 
 
 def ends(file: Path) -> bytes:
@@ -138,7 +171,7 @@ def _imported(file: Path, name: str, changed: int) -> set[str]:
     """Dotted names that a module may import, also inside functions."""
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
     names: set[str] = set()
-    for node in ast.walk(_parsed(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(_parsed(file.read_text(encoding="utf-8", errors="replace"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -151,7 +184,7 @@ def _imported(file: Path, name: str, changed: int) -> set[str]:
 def _parsed(text: str) -> ast.Module:
     try:
         return ast.parse(text)
-    except SyntaxError:
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # whoever imports it says what is wrong
         return ast.Module([], [])
 
 
@@ -163,14 +196,14 @@ def _hashed(files: set[Path]) -> str:
 
 @lru_cache(maxsize=1024)
 def _content(file: Path, changed: int) -> str:
-    text = file.read_text(encoding="utf-8")
+    text = file.read_text(encoding="utf-8", errors="surrogateescape")
     return bare(text) if file.suffix == ".py" else text
 
 
 def bare(text: str) -> str:
     """Python source without lines of comment, strings that are statements of their own, and blank lines."""
     lines, held, said = text.splitlines(), set(), set()
-    for node in ast.walk(_parsed(text)):  # a statement before what is in it
+    for node in _long(_parsed(text)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             if not lines[node.lineno - 1][: node.col_offset].strip():
                 end = node.end_lineno or node.lineno
@@ -185,37 +218,62 @@ def bare(text: str) -> str:
     )
 
 
+def _long(tree: ast.Module) -> Iterator[ast.AST]:
+    """Nodes, each before what is in it, but nothing that is in a node of one line: no line of its own ends there."""
+    left: list[ast.AST] = [tree]
+    while left:
+        node = left.pop()
+        yield node
+        if getattr(node, "lineno", None) != getattr(node, "end_lineno", 0):
+            left += ast.iter_child_nodes(node)
+
+
 def of_yaml(file: Path) -> str:
     """Hash of a task's YAML file, the files that it includes, and the Python files beside it that they name."""
-    return _hashed(_of_yaml(file))
+    found = set(_included(file))
+    for one in [*found]:
+        functions = [node.value.rpartition(".")[0] for _, node in _scalars(one) if node.tag == "!function"]
+        for dotted in functions:
+            find = partial(_below, one.parent)
+            module = find(dotted)
+            found |= _closure(module, dotted, find) if module else set()
+    return _hashed(found)
 
 
-def _of_yaml(file: Path) -> set[Path]:
-    found = {file}
-    included, functions = _named_in(file, file.stat().st_mtime_ns)
-    for place in included:
-        if (file.parent / place).is_file() and file.parent / place != file:
-            found |= _of_yaml(file.parent / place)
-    for dotted in functions:
-        module = _below(file.parent, dotted)
-        found |= _closure(module, dotted, lambda name: _below(file.parent, name)) if module else set()
+def said_in(file: Path, *keys: str) -> list[str]:
+    """What a task's YAML says below these keys, at any depth; what the files say that it includes comes last."""
+    return [node.value for one in _included(file) for path, node in _scalars(one) if {*keys} & {*path}]
+
+
+def _included(file: Path) -> list[Path]:
+    """A task's YAML, and those that it includes, directly or not."""
+    found = [file]
+    for one in found:
+        places = [one.parent / node.value for path, node in _scalars(one) if path[-1:] == ("include",)]
+        found += [place for place in dict.fromkeys(places) if os.path.isfile(place) and place not in found]
     return found
 
 
+Scalars = list[tuple[tuple[str, ...], yaml.ScalarNode]]
+
+
+def _scalars(file: Path) -> Scalars:
+    return _scalars_of(file, file.stat().st_mtime_ns)
+
+
 @lru_cache(maxsize=1024)
-def _named_in(file: Path, changed: int) -> tuple[list[str], list[str]]:
-    """The files that a task's YAML includes, and the Python files beside it of which it names functions."""
-    included: list[str] = []
-    functions: list[str] = []
-    todo = [yaml.compose(file.read_text(encoding="utf-8-sig"))]
+def _scalars_of(file: Path, changed: int) -> Scalars:
+    """The values in a YAML file, each with the keys that lead to it; none where it is no YAML."""
+    found: Scalars = []
+    todo: list[tuple[tuple[str, ...], Any]] = []
+    with suppress(yaml.YAMLError):
+        todo.append(((), yaml_files.composed(file.read_text(encoding="utf-8-sig", errors="replace"))))
     while todo:
-        node = todo.pop()
-        if isinstance(node, yaml.ScalarNode) and node.tag == "!function":
-            functions.append(node.value.rpartition(".")[0])
+        keys, node = todo.pop()
+        if isinstance(node, yaml.ScalarNode):
+            found.append((keys, node))
         elif isinstance(node, yaml.SequenceNode):
-            todo += node.value
+            todo += [(keys, value) for value in reversed(node.value)]
         elif isinstance(node, yaml.MappingNode):
-            todo += [value for _, value in node.value]
-            places = [value for key, value in node.value if key.value == "include"]
-            included += [leaf.value for one in places for leaf in (one.value if isinstance(one.value, list) else [one])]
-    return included, functions
+            todo += [((*keys, str(key.value)), value) for key, value in reversed(node.value)]
+    return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
 import socket
 import tempfile
@@ -127,7 +128,7 @@ class FeatureStore:
         try:
             folder = self._own_folder(self._root)
             file = folder / f"{key}-{_sha(data)}.safetensors"
-            part = file.with_suffix(f".{os.getpid()}.part")
+            part = file.with_suffix(f".{secrets.token_hex(6)}.part")
             part.write_bytes(data)
             part.replace(file)
         except OSError as error:

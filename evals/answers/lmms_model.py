@@ -27,6 +27,7 @@ from ...models import LoadedModel, load_model
 from ...models.load import of_rank
 from ...models.protocols import Protocol, find
 from ...models.weights import Quantization
+from ...results.store import disk
 from ...results.store.records import environment
 from ...results.store.samples import Answer
 from ..settings.method_spec import parse
@@ -189,7 +190,8 @@ class Visibench(lmms_eval.lmms):
                     {"task": task, "doc_id": doc_id} | asdict(record) for (task, doc_id), record in records.items()
                 ],
             }
-            _save(self.record, json.dumps(content))
+            disk.make(self.record.parent)
+            disk.write(self.record, json.dumps(content))
 
 
 @dataclass(frozen=True)
@@ -300,14 +302,6 @@ def _gathered(value: Any) -> list[Any] | None:
     values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(value, values, dst=0)
     return values
-
-
-def _save(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 @contextmanager

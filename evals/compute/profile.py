@@ -7,6 +7,7 @@ device is None.
 
 from __future__ import annotations
 
+import os
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,21 +24,26 @@ from ...engine import prune
 from ...errors import OptionError
 from ...methods import Method, load_method
 from ...models import LoadedModel, load_model
-from ...models.geometry import Weights, typical
+from ...models.geometry import MOST_TOKENS, Weights, typical
 from ...models.load import release
 from ...results.store.profiles import DENSE, Lengths, Profile, ProfileRow, RepeatedTimes, speedup
-from ...results.store.records import Record, environment
+from ...results.store.records import MOST_PREFILLS, Record, environment
 from ..settings.config import Config, Count, Variant, variants
 from . import attainable, flops, timing
-from .memory import keep_freed_memory, out_of_memory, peak_memory
+from .memory import check_prefill, keep_freed_memory, out_of_memory, peak_memory
+
+Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS, strict=True)]
+Rounds = Annotated[int, Field(ge=1, le=MOST_PREFILLS, strict=True)]
+Threads = Annotated[int, Field(ge=1, le=max(64, os.cpu_count() or 1), strict=True)]
+"""More would be slower, and so many that OpenMP ends the process."""
 
 
 class AskedLengths(Record):
     """Lengths as a configuration gives them: what it leaves out has a default, of visual tokens those of one image."""
 
-    prompt: Count = 64
-    visual_tokens: Annotated[int, Field(ge=0, strict=True)] | None = None
-    new_tokens: Count = 16
+    prompt: Tokens = 64
+    visual_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS, strict=True)] | None = None
+    new_tokens: Tokens = 16
 
     def of(self, loaded: LoadedModel) -> Lengths:
         """The same for a model."""
@@ -54,15 +60,15 @@ class ProfileConfig(Config):
     """`random`: the model's sizes with random weights; nothing is downloaded."""
     layers: Count | None = None
     """Keep only so many decoder layers."""
-    threads: Count | None = None
+    threads: Threads | None = None
     """Threads of torch on a CPU; null leaves them as they are."""
     batch_sizes: list[Count] = Field(default=[1], min_length=1)
     """Rows of the batches that are timed."""
     lengths: list[AskedLengths] = Field(default=[AskedLengths()], min_length=1)
     """Text tokens, visual tokens (null: those of one image) and new tokens of a row."""
-    warmup: Annotated[int, Field(ge=0, strict=True)] = 3
+    warmup: Annotated[int, Field(ge=0, le=MOST_PREFILLS, strict=True)] = 3
     """Rounds before the first that counts."""
-    repeats: Count = 20
+    repeats: Rounds = 20
     """Rounds that are timed; each runs all methods in turn."""
     overhead_every: Count = 1
     """The overhead of methods takes a prefill of its own, in one of so many rounds."""
@@ -166,6 +172,7 @@ def compare(
 ) -> list[ProfileRow] | None:
     """One row for each contender, the first of which is the dense model; None if they do not fit in memory."""
     try:
+        check_prefill(loaded, batch, lengths.prompt + lengths.visual_tokens + lengths.new_tokens)
         inputs = loaded.synthetic_inputs(batch, lengths.prompt, lengths.visual_tokens)
         with torch.inference_mode():
             facts = [_facts(loaded, contender, inputs, lengths.new_tokens) for contender in contenders]

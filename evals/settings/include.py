@@ -8,6 +8,7 @@ the including file over both. ``add: {methods: […], tasks: […]}`` appends to
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 import yaml
 
 from ...errors import DataError, OptionError, suggest
-from . import method_spec, yaml_files
+from ...utils import yaml_files
+from . import method_spec
 
 PACKAGED = Path(__file__).parents[2] / "configs"
 DEEPEST = 50
@@ -57,7 +59,7 @@ def override(content: dict[str, Any], settings: Iterable[str], known: Iterable[s
 
 def _find(name: str, folder: Path, asking: str = "") -> Path:
     packaged = {file.stem: file for file in PACKAGED.glob("*.yaml")}
-    if (folder / name).is_file():
+    if os.path.isfile(folder / name):
         return folder / name
     if name not in packaged:
         complaint = f"no configuration {name!r}: neither a file nor one of the package"

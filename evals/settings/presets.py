@@ -7,6 +7,7 @@ lie in ``configs/presets/METHOD/``. Options written behind a preset replace its 
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from functools import cache
@@ -17,7 +18,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...errors import DataError, OptionError, UnknownNameError, suggest
-from . import yaml_files
+from ...results.store import disk
+from ...utils import yaml_files
 
 FOLDER = Path(__file__).parents[2] / "configs" / "presets"
 _REFERENCE = re.compile(r"(?P<method>.+\.py(?::[^@]*)?|[^@]*)@(?P<preset>.+)$")
@@ -50,9 +52,7 @@ class Preset(BaseModel):
         """Write it to a YAML file. Raises :class:`DataError` where that cannot be."""
         content = self.model_dump(exclude_defaults=True)
         try:
-            file.write_text(
-                yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120), encoding="utf-8"
-            )
+            disk.write(file, yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120))
         except OSError as error:
             raise DataError(f"cannot write {file}: {error.strerror}") from error
 
@@ -74,7 +74,7 @@ def load(method: str, name: str) -> Preset:
     if name not in packaged and file.suffix not in (".yaml", ".yml"):
         known = suggest(name, packaged) if packaged else f"the package has none of {method}"
         raise UnknownNameError(f"no preset {name!r} of {method}, and not a YAML file; {known}")
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise DataError(f"{method}@{name}: there is no file {file}")
     try:
         preset = Preset.model_validate(yaml_files.mapping(file, "method, options and source"))

@@ -11,7 +11,7 @@ from ..answers.cell_spec import CellSpec
 from ..settings.config import DENSE, Variant, variants
 from ..settings.method_spec import Solve, nowhere
 from ..tasks.definitions import Definition
-from ..tasks.tasks import EMBEDDED, defined, origin_of
+from ..tasks.tasks import EMBEDDED, data_of, defined, origin_of
 from .config import SweepConfig
 
 
@@ -46,6 +46,8 @@ def _cell(config: SweepConfig, checkpoint: str, variant: Variant, task: Definiti
         "task": task.place + ("+" if origin == EMBEDDED else ""),
     }
     hashes = {"method": code.of_method(where["method"]), "task": code.of_task(where["task"]), "engine": code.engine()}
+    if data := data_of(task, origin):
+        where["data"], hashes["data"] = data, code.of_data(data)
     return CellConfig(
         model=config.model,
         checkpoint=checkpoint,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
+from ...engine import prune
 from ...errors import IncompleteError
 from ...methods import Method
 from ...models import LoadedModel, load_model
@@ -59,11 +60,19 @@ class Job:
         """Write down what is asked of the run: after all that can refuse it, and before the first cell."""
         self.store.save("sweep.yaml", self.asked)
 
-    def check(self) -> None:
-        """Raise :class:`OptionError` for methods that cannot act on the model, without loading its weights."""
-        geometry = load_model(self.config.model, weights="meta", dtype=self.config.dtype).geometry
-        for cell in self.cells:
-            cell.method.check(geometry)
+    def check(self, loaded: LoadedModel | None = None) -> None:
+        """Raise what the engine has against the methods on the model, as far as can be known before they run.
+
+        Without the model its sizes do, without its weights.
+        """
+        if loaded is None:
+            attention = self.config.attention
+            loaded = load_model(
+                self.config.model, weights="meta", dtype=self.config.dtype, attn_implementation=attention
+            )
+        for method in {id(cell.method): cell.method for cell in self.cells}.values():
+            with prune(loaded.model, method):
+                pass
 
     def named(self, cell: CellSpec, number: int) -> Named:
         """What events call the cell that is begun as the ``number``-th."""

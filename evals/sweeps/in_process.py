@@ -19,8 +19,7 @@ class InProcess:
     def run(self, job: Job, prepared: Prepared, report: Reporter) -> None:
         """Run a job; Ctrl-C waits for the batch that runs."""
         tasks, loaded, store = prepared.tasks(list(job.sizes)), prepared.loaded, job.store
-        for cell in job.cells:
-            cell.method.check(loaded.geometry)
+        job.check(loaded)
         job.begin()
 
         def say(text: str) -> None:

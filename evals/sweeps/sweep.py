@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ...errors import IncompleteError, OptionError
 from ...models import load_model
+from ...models.load import check_outside
 from ...results.store.store import Cell, Store
 from ...results.tables.render import render
 from ...results.tables.tables import ResultTable, build
@@ -50,7 +51,7 @@ def sweep(
         raise OptionError("weights: meta has nothing that could answer: add --dry-run, or take weights: pretrained")
     store, models, clock = Store(out), config.by_model(), Stopwatch()
     for one in models:
-        _check_apart(out, one.model)
+        check_outside(out, one.model)
     for later in models[1:]:
         geometry = load_model(later.model, weights="meta").geometry
         for method in settled(later):
@@ -67,15 +68,6 @@ def sweep(
     if failed:
         raise IncompleteError(_summary(failed, len(cells)), cells)
     return cells
-
-
-def _check_apart(out: Path, model: str) -> None:
-    folder = Path(model).resolve()
-    if folder.is_dir() and out.resolve().is_relative_to(folder):
-        raise OptionError(
-            f"the run folder {out} lies in that of model {model}, whose files say which weights these are: "
-            "choose another --out"
-        )
 
 
 def _summary(failed: list[str], done: int) -> str:
@@ -127,7 +119,7 @@ def _changed(store: Store, pending: list[CellSpec]) -> list[str]:
     counts: Counter[str] = Counter()
     for new, old in store.superseded(cell.config for cell in pending):
         parts = [part for part in new.code if new.code[part] != old.code.get(part)] or ["method"]
-        where = new.sources | {"engine": "visibench itself"}
+        where = new.sources | {"engine": "visibench itself", "data": f"the data of {new.task}"}
         counts[" and ".join(where[part].removesuffix("+") for part in parts)] += 1
     return [
         f"{what} has changed since {count} of these cells ran: they run anew; what is there stays, shown by tables as "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,13 +11,13 @@ from functools import cache
 from pathlib import Path
 
 from ...errors import DataError, OptionError, UnknownNameError, suggest
+from ...utils import sources
 from .known import TASKS
 from .scorers import SCORERS
 
 DATA = (".jsonl", ".parquet")
 YAML = (".yaml", ".yml")
 BUILDERS = ("json", "parquet", "csv", "arrow", "text", "imagefolder")
-_DATASET = re.compile(r"""^dataset_path *: *["']?([^"'\s#]+)""", re.MULTILINE)
 _ENTRY = re.compile(r"""^["']?(task|group|tag)["']? *: *["']?([\w.+-]+)["']?\s*?(?:#.*)?$""", re.MULTILINE)
 
 
@@ -42,8 +43,12 @@ class Definition:
         """Whether a YAML of one's own names a folder, or a way of ``datasets`` to read files that it names."""
         if self.own or self.stock:
             return False
-        named = _DATASET.search(self.file.read_text(encoding="utf-8-sig"))
-        return named is not None and (named[1] in BUILDERS or Path(named[1]).is_dir())
+        return self.dataset in BUILDERS or os.path.isdir(self.dataset)
+
+    @property
+    def dataset(self) -> str:
+        """What its YAML, or the nearest that it includes, names as its data set."""
+        return next(iter(sources.said_in(self.file, "dataset_path")), "")
 
     @property
     def place(self) -> str:
@@ -54,7 +59,10 @@ class Definition:
 def called(entry: str) -> str:
     """The name of the task that an entry of ``--tasks`` names, whether or not there is one."""
     place, _ = _divided(entry)
-    return Path(place).stem if _is_path(place) else entry
+    if not _is_path(place):
+        return entry
+    defined = _tasks_in(Path(place))
+    return defined[0] if len(defined) == 1 else _stem(place)
 
 
 def find(entry: str, include_path: str = "") -> Definition:
@@ -68,15 +76,15 @@ def find(entry: str, include_path: str = "") -> Definition:
     if not _is_path(place) and entry in {**more, **_stock()}:
         return _by_name(entry, more)
     path = Path(place)
-    if path.suffix in YAML and path.is_file():
-        names = [name for kind, name in _ENTRY.findall(path.read_text(encoding="utf-8-sig")) if kind == "task"]
+    if path.suffix in YAML and os.path.isfile(path):
+        names = _tasks_in(path)
         if len(names) != 1:
             raise DataError(f"{path} defines no task: give it one line `task: NAME`, as lmms-eval's own have")
         return _own_name(Definition(names[0], path.resolve()))
-    if (path.suffix in DATA and path.is_file()) or path.is_dir():
+    if (path.suffix in DATA and os.path.isfile(path)) or os.path.isdir(path):
         if scorer and scorer not in SCORERS:
             raise OptionError(f"{entry}: unknown scorer {scorer!r}; {suggest(scorer, SCORERS)}")
-        return _own_name(Definition(path.resolve().stem, path.resolve(), own=True, scorer=scorer))
+        return _own_name(Definition(_stem(place), path.resolve(), own=True, scorer=scorer))
     if _is_path(place):
         known = ", ".join((*DATA, *YAML))
         raise DataError(f"no questions in {place!r}: give a file that is there ({known}), or a folder of such")
@@ -86,6 +94,11 @@ def find(entry: str, include_path: str = "") -> Definition:
 def _divided(entry: str) -> tuple[str, str]:
     place, colon, scorer = entry.rpartition(":")
     return (place, scorer) if colon and _is_path(place) else (entry, "")
+
+
+def _stem(place: str) -> str:
+    """What questions in a file or folder are called, whatever the way to it; a link has a name of its own."""
+    return Path(os.path.abspath(place)).stem
 
 
 def _is_path(text: str) -> bool:
@@ -130,7 +143,7 @@ def _stock() -> dict[str, tuple[str, Path]]:
 def _included(place: str) -> dict[str, tuple[str, Path]]:
     """The same of a folder of the user's."""
     root = Path(place)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise DataError(f"no folder {place!r}: give as include_path a folder of task YAMLs")
     found = _index(root.resolve())
     for name, (kind, file) in found.items():
@@ -141,8 +154,20 @@ def _included(place: str) -> dict[str, tuple[str, Path]]:
 
 def _index(root: Path) -> dict[str, tuple[str, Path]]:
     found: dict[str, tuple[str, Path]] = {}
-    for file in sorted(file for suffix in YAML for file in root.rglob(f"*{suffix}")):
-        for kind, name in _ENTRY.findall(file.read_text(encoding="utf-8-sig")):
+    for file in sorted(file for suffix in YAML for file in root.rglob(f"*{suffix}") if os.path.isfile(file)):
+        for kind, name in _entries(file):
             if kind == "task" or name not in found:
                 found[name] = (kind, file)
     return found
+
+
+def _tasks_in(file: Path) -> list[str]:
+    """The tasks that a YAML defines; none in what is no YAML."""
+    if file.suffix not in YAML or not os.path.isfile(file):
+        return []
+    return [name for kind, name in _entries(file) if kind == "task"]
+
+
+def _entries(file: Path) -> list[tuple[str, str]]:
+    """What a YAML defines: (kind, name)."""
+    return _ENTRY.findall(file.read_text(encoding="utf-8-sig", errors="replace"))

@@ -11,6 +11,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -19,10 +21,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import FOREIGN, DataError, InputError, OptionError, StorageError, VisibenchError, disk_full, reason
+from ...errors import (
+    FOREIGN,
+    DataError,
+    InputError,
+    OptionError,
+    StorageError,
+    VisibenchError,
+    boundary,
+    disk_full,
+    reason,
+)
 from ...models.protocols import HF, Protocol
+from ...utils import sources
 from ...utils.bounded_cache import GIB, BoundedCache
-from .definitions import Definition, find
+from .definitions import BUILDERS, Definition, find
 from .hub import hub_or_cache
 from .known import TASKS, TaskInfo, TaskMetric
 from .scorers import reference_in
@@ -32,6 +45,8 @@ if TYPE_CHECKING:
 
 EMBEDDED, HUB = "embedded", "hub"
 MME_CATEGORY_MAXIMUM = 200.0
+PARTS = ("", "_images", "_instructions")
+"""How the folders of a data set are called behind its name; GQA's may be two."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +198,7 @@ def defined(entries: Sequence[str], data: str = EMBEDDED, include_path: str = ""
 
 def check_data(data: str) -> None:
     """Raise :class:`DataError` unless ``data`` is ``embedded``, ``hub`` or an existing folder."""
-    if data not in (EMBEDDED, HUB) and not Path(data).is_dir():
+    if data not in (EMBEDDED, HUB) and not os.path.isdir(data):
         raise DataError(f"no data folder {data!r}: give 'embedded', 'hub' or a folder laid out like the hub")
 
 
@@ -194,6 +209,21 @@ def origin_of(definition: Definition, data: str) -> str:
     if data == HUB or (data == EMBEDDED and not (definition.stock and definition.name in TASKS)):
         return HUB
     return EMBEDDED if data == EMBEDDED else str(Path(data).resolve())
+
+
+def data_of(definition: Definition, origin: str) -> str:
+    """The files and folders on this disk that hold a task's questions, as patterns, one a line.
+
+    None for embedded data, for the hub's, and for questions of one's own, which are the task itself.
+    """
+    if definition.own or origin in (EMBEDDED, HUB):
+        return ""
+    named = [glob.escape(definition.dataset)]
+    if not definition.on_disk:
+        named = [glob.escape(f"{origin}/{Path(definition.dataset).name}{part}") for part in PARTS]
+    elif definition.dataset in BUILDERS:
+        named = sources.said_in(definition.file, "data_files", "data_dir")
+    return "\n".join(os.path.abspath(one) for one in named if one)
 
 
 def _load(definition: Definition, origin: str) -> Task:
@@ -207,7 +237,8 @@ def _load(definition: Definition, origin: str) -> Task:
             harness, scorer = own.load(definition)
         metrics = (TaskMetric(scorer.key, scorer.title),)
         return Task(name, origin, harness, TaskInfo(name, name, "questions of one's own", metrics, "image", "answers"))
-    config = lmms_eval.load_yaml_config(str(definition.file), mode="full")
+    with boundary(f"cannot read task {name!r} in {definition.file}", DataError):
+        config = dict(lmms_eval.load_yaml_config(str(definition.file), mode="full"))
     if config.get("output_type", "generate_until") != "generate_until" or "class" in config:
         raise OptionError(
             f"task {name!r} is not of lmms-eval's plain kind generate_until, the only one that can run here"

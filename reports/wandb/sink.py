@@ -11,6 +11,7 @@ measurements. Everything that wandb writes lies in ``<root>/wandb``; temporary f
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -25,6 +26,7 @@ import pandas as pd
 
 from ... import errors
 from ...errors import DataError, OptionError, VisibenchError
+from ...results.store import disk
 from ...results.store.records import digest
 from ...results.store.store import Cell, Store
 from ...results.tables.render import render
@@ -116,6 +118,8 @@ class Sink:
         prepare(folder)
         destination.check()
         self.sent = Sent(folder)
+        self._scratch = tempfile.TemporaryDirectory(prefix="visibench-")
+        self._pictures = Path(self._scratch.name)
 
     def send(self, cell: Cell, cells: Iterable[Cell]) -> bool:
         """Send one cell; ``cells``: where to look for its dense counterpart. False if it is there already."""
@@ -190,8 +194,16 @@ class Sink:
         overlays = self.overlays(cell, frame["doc_id"].tolist()) if self.overlays else {}
         for column in dict.fromkeys(name for by in overlays.values() for name in by):
             images = [overlays.get(doc, {}).get(column) for doc in frame["doc_id"]]
-            frame[column] = pd.Series([wandb.Image(i) if i is not None else None for i in images], dtype=object)
+            shown = [wandb.Image(str(self._file(image))) if image is not None else None for image in images]
+            frame[column] = pd.Series(shown, dtype=object)
         return wandb.Table(dataframe=frame)
+
+    def _file(self, image: Image) -> Path:
+        """An image on disk, written once however many cells show it. By itself wandb compresses each for longer."""
+        file = self._pictures / f"{hashlib.sha256(f'{image.size}'.encode() + image.tobytes()).hexdigest()}.png"
+        if not file.exists():
+            image.save(file, compress_level=1)
+        return file
 
     def _options(self) -> list[Any]:
         return [self.destination.tags, self.destination.rows, self.overlays is not None]
@@ -202,8 +214,9 @@ class Sent:
 
     def __init__(self, folder: Path) -> None:
         self.store, self.marks = Store(folder / "wandb"), {}
-        with suppress(OSError, ValueError):  # without it everything is sent again, to the same runs
-            self.marks = dict(json.loads((folder / "wandb" / "sent.json").read_text(encoding="utf-8")))
+        # Without it everything is sent again, to the same runs.
+        with suppress(OSError, ValueError, TypeError, RecursionError):
+            self.marks = dict(json.loads(disk.read(folder / "wandb" / "sent.json")))
 
     def get(self, place: str) -> str | None:
         """The hash of what went to ``place``."""

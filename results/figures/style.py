@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ...errors import DataError, OptionError
+from ..store import disk
 from ..tables.titles import method_title, task_title
 
 FORMATS = ("png", "svg", "pdf")
@@ -99,8 +100,8 @@ def save(figure: Figure, file: Path) -> None:
     dates: dict[str, dict[str, None]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with styled():
-            figure.savefig(file, format=form, dpi=200, metadata=dates.get(form))
+        with styled(), disk.whole(file) as partial:
+            figure.savefig(partial, format=form, dpi=200, metadata=dates.get(form))
     except OSError as error:
         raise DataError(f"cannot write {file}: {error.strerror or error}") from error
 

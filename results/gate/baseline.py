@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -17,7 +16,7 @@ from pydantic import ValidationError
 
 from ...errors import DataError
 from ..statistics.metrics import COLUMNS, Measured, measure, reproduced
-from ..store import code
+from ..store import code, disk
 from ..store.records import CellConfig, Environment, Record, ScoreRecord, digest
 from ..store.store import Cell
 
@@ -122,7 +121,7 @@ def load(path: Path) -> Baseline:
     """Read a baseline. Raises :class:`DataError` if it is missing, damaged, changed by hand, or something else."""
     remedy = "restore it, or write a new one from a run with --update"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = disk.read(path).decode()
         baseline = Baseline.model_validate_json(text)
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not text"
@@ -141,14 +140,9 @@ def save(baseline: Baseline, path: Path) -> None:
     """Write a baseline, one cell a line; what stands at ``path`` is always complete."""
     cells = ",\n".join(cell.model_dump_json() for cell in baseline.cells)
     text = f'{baseline.model_dump_json(exclude={"cells"})[:-1]},"cells":[\n{cells}\n]}}\n'
-    partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
+        disk.make(path.parent)
+        disk.write(path, text)
     except OSError as error:
         raise DataError(f"cannot write {path} ({error.strerror or error}): choose another --baseline") from error
 

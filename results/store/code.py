@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, lru_cache
 from pathlib import Path
@@ -32,12 +33,18 @@ def of_method(where: str) -> str:
     return sources.of_module(where, inside=inside)
 
 
+def of_data(where: str) -> str:
+    """Hash of a task's data on this disk, from where they lie; empty if they are not there."""
+    return sources.of_data(where)
+
+
 def of_task(where: str) -> str:
     """Version and hash of a task's definition and prompts, from its YAML; empty if that is not there.
 
     ``where``: a file, or its place among lmms-eval's own tasks; a plus sign behind it: on the embedded data.
     """
-    place, embedded, _ = where.partition("+")
+    embedded = where.endswith("+") and not os.path.isabs(where)
+    place = where.removesuffix("+") if embedded else where
     file = Path(place)
     if file.is_absolute() and file.suffix not in (".yaml", ".yml"):
         return _of_questions(place)
@@ -50,7 +57,7 @@ def of_task(where: str) -> str:
     if not file.is_file():
         return ""
     read = sources.of_yaml(file)
-    parts = [f"lmms-eval {version('lmms-eval')}"] * stock + [read] + [sources.of_files([SYNTHETIC])] * bool(embedded)
+    parts = [f"lmms-eval {version('lmms-eval')}"] * stock + [read] + [sources.of_files([SYNTHETIC])] * embedded
     return " · ".join(parts)
 
 
@@ -65,13 +72,14 @@ class Here:
     """The code that is here now. Each piece is looked up once: cells that are read together share one."""
 
     def __init__(self) -> None:
-        self.method, self.task = cache(of_method), cache(of_task)
+        self.method, self.task, self.data = cache(of_method), cache(of_task), cache(of_data)
 
     def changed(self, code: Mapping[str, str], where: Mapping[str, str]) -> list[str]:
-        """Which of ``method``, ``task`` and ``engine`` are other code now; what cannot be found here is not told."""
+        """Which of ``method``, ``task``, ``data`` and ``engine`` have changed; what is not here is not told."""
         now: dict[str, Callable[[], str]] = {
             "method": lambda: self.method(where.get("method", "")),
             "task": lambda: self.task(where.get("task", "")),
+            "data": lambda: self.data(where.get("data", "")),
             "engine": engine,
         }
         return [part for part, before in code.items() if part in now and now[part]() not in ("", before)]

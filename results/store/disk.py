@@ -5,17 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ...errors import StorageError
+from ...errors import StorageError, mend
+from ...utils.files import read as read
 
 PARTIAL = ".partial"
-_MEND = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room")
-_MEND |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "have yourself allowed to write there")
-_MEND |= {errno.ENAMETOOLONG: "use shorter names"}
 
 
 @contextmanager
@@ -26,16 +23,22 @@ def writing(path: Path) -> Iterator[None]:
     except StorageError:
         raise
     except OSError as error:
-        mend = _MEND.get(error.errno or 0, "fix that")
         raise StorageError(
-            f"cannot write to {path} ({error.strerror or error}): {mend}, or choose another --out; what is finished "
-            "is kept"
+            f"cannot write to {path} ({error.strerror or error}): {mend(error)}, or choose another --out; what is "
+            "finished is kept"
         ) from error
 
 
 @contextmanager
 def whole(file: Path) -> Iterator[Path]:
-    """Yield a name to write to; afterwards that file stands in the place of ``file``, or nothing has changed."""
+    """Yield a name to write to; afterwards that file stands in the place of ``file``, or nothing has changed.
+
+    A link stays one, to the new file. What is no regular file, such as ``/dev/stdout``, is written to as it is.
+    """
+    file = Path(os.path.realpath(file))
+    if file.exists() and not file.is_file():
+        yield file
+        return
     partial = file.with_name(f"{file.name}.{secrets.token_hex(6)}{PARTIAL}")  # processes of several machines write
     try:
         yield partial
@@ -53,13 +56,6 @@ def write(file: Path, text: str) -> None:
     """Write a text file as a whole."""
     with whole(file) as partial:
         partial.write_text(text, encoding="utf-8")
-
-
-def read(file: Path) -> bytes:
-    """The content of a file; :class:`OSError` for what is none, such as a pipe, which could be read for ever."""
-    if not stat.S_ISREG(file.stat().st_mode):
-        raise OSError(errno.EINVAL, "no regular file")
-    return file.read_bytes()
 
 
 def sweep_up(folder: Path, now: float) -> None:
@@ -90,7 +86,7 @@ def append(file: Path, line: bytes) -> None:
 def bound_lines(file: Path, head: bytes) -> list[bytes]:
     """The whole lines of a file behind its ``head``, which says what they belong to; none where it has another one."""
     try:
-        lines = file.read_bytes().splitlines(keepends=True)
+        lines = read(file).splitlines(keepends=True)
     except OSError:
         return []
     return [line for line in lines[1:] if line.endswith(b"\n")] if lines[:1] == [head] else []
@@ -101,7 +97,7 @@ def bind(file: Path, head: bytes) -> None:
     with writing(file):
         make(file.parent)
         wanted = head + b"".join(bound_lines(file, head))
-        if not file.exists() or file.read_bytes() != wanted:
+        if not file.exists() or read(file) != wanted:
             with whole(file) as partial:
                 partial.write_bytes(wanted)
 
@@ -112,6 +108,23 @@ def make(folder: Path) -> None:
         make(folder.parent)
         folder.mkdir(exist_ok=True)
         sync(folder.parent)
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Within: the folder is there, and can be written to. If it was not, and stays empty, it goes again."""
+    new = [one for one in (folder, *folder.parents) if not os.path.lexists(one)]
+    with writing(folder):
+        make(folder)
+        probe = folder / f"{secrets.token_hex(6)}{PARTIAL}"
+        probe.touch()
+        probe.unlink()
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            for one in new:
+                one.rmdir()
 
 
 def sync(folder: Path) -> None:

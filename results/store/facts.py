@@ -17,7 +17,7 @@ def facts_of(cell: Cell) -> dict[str, Any]:
     other = cell.other_code
     apart = {"method", "options", "label", "title", "seed", "task", "control", *CODE, *_QUESTIONS}
     config = cell.config.model_dump(mode="json", exclude=apart)
-    kept = {"engine", *({"task"} & {*other})}
+    kept = {"engine", *({"task", "data"} & {*other})}
     code = {part: hashed for part, hashed in cell.config.code.items() if part in kept}
     if other and "engine" not in other:  # methods of one changed package are still of one kind
         code["changed"] = " and ".join(other)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from ...errors import DataError
+from . import disk
 from .records import Environment, Record
 
 SCHEMA: Literal[1] = 1
@@ -173,7 +174,7 @@ def read(path: Path) -> Profile:
     """
     remedy = "restore it, or measure anew with `visibench profile --out`"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(disk.read(path))
     except OSError as error:
         raise DataError(f"cannot read {path} ({error.strerror or error}): {remedy}") from error
     except (ValueError, RecursionError) as error:

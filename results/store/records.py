@@ -24,6 +24,8 @@ CODE = ("method_file", "method_hash", "code", "sources")
 LATER_ON = (*CODE, "protocol", "control", "placed", "title")
 """What is left out where it is empty, as in cells of early versions, so that their hashes stay."""
 LONGEST_NAME = 500
+LONGEST_PART = 90
+"""Bytes of a task's and of a method's name in the name of a cell's folder, which file systems cut at 255."""
 METRICS_SCHEMA: Literal[2] = 2
 PACKAGES = ("visibench", "torch", "torchvision", "transformers", "lmms-eval", "datasets", "pillow", "numpy")
 
@@ -83,7 +85,8 @@ class CellConfig(Record):
     the method. ``origin``: ``embedded``, ``hub``, or the folder of the data. ``timing`` None: prefill is not timed.
     ``method_file``, ``method_hash``: the file of a method that is not registered, and the hash of its content, which
     alone counts; for others both are empty. ``code``: versions and hashes of the code that decides the numbers, under
-    ``method``, ``task`` (definition and prompts) and ``engine``; ``sources``: the module or file of method and task.
+    ``method``, ``task`` (definition and prompts), ``engine``, and ``data`` where these lie in files of the user's;
+    ``sources``: the module or file of method and task, and where the data lie.
     ``protocol``: what a protocol other than ``hf`` says (:meth:`visibench.models.protocols.Protocol.record`).
     ``placed``: ``quantization``, ``device_map`` and ``compile``, where they were given. ``control``: random tokens at
     the layers and counts of the method. All eight are left out of what is stored where they are empty.
@@ -141,7 +144,8 @@ class CellConfig(Record):
     @property
     def folder(self) -> str:
         """Name of the cell's folder: readable, and unique through the hash."""
-        return f"{self.task}-{self.method}-s{self.seed}-{self.digest()[:8]}"
+        task, method = (text.encode()[:LONGEST_PART].decode(errors="ignore") for text in (self.task, self.method))
+        return f"{task}-{method}-s{self.seed}-{self.digest()[:8]}"
 
 
 class ScoreRecord(Record):

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
 from ...errors import DataError
+from . import disk
 from .records import Environment, Record
 
 STAGES_SCHEMA: Literal[1] = 1
@@ -151,11 +150,11 @@ class StageRecord(Record):
 def read(file: Path) -> StageRecord:
     """An analysis from its file. Raises :class:`DataError` for what is none."""
     try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
+        content: Any = json.loads(disk.read(file))
         return StageRecord.model_validate(content)
     except OSError as error:
         raise DataError(
             f"cannot read {file} ({error.strerror or error}): give a file of `visibench analyze`"
         ) from error
-    except (ValueError, ValidationError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is no file of `visibench analyze`: {str(error).splitlines()[0]}") from error

@@ -15,6 +15,7 @@ import errno
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -52,7 +53,7 @@ class Cell:
 
     @cached_property
     def other_code(self) -> list[str]:
-        """What of ``method``, ``task`` and ``engine`` has changed since, as far as can be told here."""
+        """What of ``method``, ``task``, ``data`` and ``engine`` has changed since, as far as can be told here."""
         return self.here.changed(self.config.code, self.config.sources)
 
     def table(self, *names: str) -> pa.Table:
@@ -79,6 +80,7 @@ class Store:
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
         self._leases: dict[Path, SoftFileLease] = {}  # they remember how long others' claims have been untouched
+        self._untouched: dict[Path, tuple[Any, float]] = {}  # the same of claims that are no leases: state, since when
 
     def path(self, config: CellConfig) -> Path:
         """Where the cell lies or will lie."""
@@ -192,12 +194,32 @@ class Store:
         with disk.writing(path), ExitStack() as held:
             disk.make(path)
             lock, mine = self._leases.setdefault(path, SoftFileLease(path / LOCK, lease_duration=LEASE)), False
-            with suppress(Timeout):
+            try:
                 held.enter_context(lock.acquire(timeout=wait))
                 mine = True
+            except Timeout:
+                self._end_if_untouched(path / LOCK)
             release = held.pop_all()
         with release:
             yield mine
+
+    def _end_if_untouched(self, lock: Path) -> None:
+        """Take a claim away that nobody has touched for twice :data:`LEASE`, whatever stands in it.
+
+        Leases end by themselves. An empty file, which a power cut leaves, and a claim of an early version never do.
+        """
+        with suppress(OSError):
+            found = os.lstat(lock)
+            state, now = (found.st_ino, found.st_mtime_ns, found.st_ctime_ns), time.monotonic()
+            before, since = self._untouched.get(lock, (None, now))
+            self._untouched[lock] = state, since if before == state else now
+            if before != state or now - since < 2 * LEASE:
+                return
+            aside = lock.with_name(f"{LOCK}.{secrets.token_hex(6)}{disk.PARTIAL}")
+            os.rename(lock, aside)
+            if os.lstat(aside).st_ino != found.st_ino:  # another process was faster, and has claimed the cell
+                os.link(aside, lock)
+            aside.unlink()
 
     def save(self, name: str, text: str) -> None:
         """Write a file of the run as a whole, such as its configuration or a table, unless it says the same already."""
@@ -226,7 +248,7 @@ class Store:
     def usable(self) -> list[Cell]:
         """All finished cells that can be read, possibly none."""
         cells, here = [], code.Here()
-        for folder, files in self._folders() if self.root.is_dir() else []:
+        for folder, files in self._folders() if os.path.isdir(self.root) else []:
             with suppress(DataError):
                 cells += [_open(folder, here)] if METRICS in files else []
         return cells
@@ -234,7 +256,7 @@ class Store:
     def superseded(self, configs: Iterable[CellConfig]) -> list[tuple[CellConfig, CellConfig]]:
         """Of cells that have yet to run, those that are done by other code, each with the latter."""
         done: dict[str, CellConfig] = {}
-        for folder, files in self._folders() if self.root.is_dir() else []:
+        for folder, files in self._folders() if os.path.isdir(self.root) else []:
             with suppress(DataError):
                 config = _read(folder / CONFIG, CellConfig)[0] if METRICS in files else None
                 done |= {config.asked(): config} if config else {}
@@ -249,8 +271,8 @@ class Store:
 
     def _folders(self) -> list[tuple[Path, list[str]]]:
         """The cells' folders with the names of their files."""
-        if not self.root.is_dir():
-            what = "is a file" if self.root.exists() else "does not exist"
+        if not os.path.isdir(self.root):
+            what = "is a file" if os.path.exists(self.root) else "does not exist"
             raise DataError(f"no folder {str(self.root)!r} (it {what}): give the folder of a run or sweep")
         cells = self.root / "cells"
         return [(cells / name, _names(cells / name)) for name in _names(cells) if (cells / name).is_dir()]

@@ -49,7 +49,7 @@ def _protocol(table: ResultTable) -> list[str]:
 
 def _other_code(table: ResultTable) -> list[str]:
     """Which cells were made by code that has changed since, and which part of it."""
-    parts = {"engine": "visibench itself", "task": "the task's definition", "method": "the method"}
+    parts = {"engine": "visibench itself", "task": "the task's definition", "data": "the data", "method": "the method"}
     told = []
     for part, called in parts.items():
         rows = [_named(row, part) for row in table.rows]

@@ -119,6 +119,7 @@ def test_a_reader_that_goes_away_is_one_line():
 
 
 def test_sigterm_is_like_ctrl_c_with_a_code_of_its_own(cli, monkeypatch):
+    monkeypatch.setattr(interrupt, "_terminated", False)
     # A shell starts what runs in its background with Ctrl-C ignored.
     before = {one: signal.signal(one, signal.default_int_handler) for one in (signal.SIGINT, signal.SIGTERM)}
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):

@@ -11,11 +11,11 @@ from refusals import assert_refused
 from storing import config, full, put
 from visibench.commands.shared import run_folder
 from visibench.errors import OptionError
-from visibench.evals.settings import yaml_files
 from visibench.evals.sweeps.config import parse_config
 from visibench.evals.sweeps.sweep import sweep
 from visibench.results.store import disk
 from visibench.results.store.store import Store
+from visibench.utils import yaml_files
 
 BASE = "model: tiny\ntasks: [gqa]\nmethods: [none]\n"
 LAUGHS = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(

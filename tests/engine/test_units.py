@@ -89,9 +89,10 @@ def everything(text):
     return parse(f"{name}:{','.join(['keep=1', 'newlines=keep', *inside, *cuts, *wanted])}")
 
 
-@pytest.mark.parametrize(
-    ("kind", "text"), some_quick(case for case in CASES if case[1].split(":")[0] in (*ALL, "vscan"))
-)
+DENSE = [case for case in CASES if case[1].split(":")[0] in (*ALL, "vscan", "tome", "downsample", "flowcut")]
+
+
+@pytest.mark.parametrize(("kind", "text"), some_quick(DENSE))
 def test_keeping_everything_is_dense_bit_for_bit(kind, text):
     model, batch = model_of(kind), collate(samples_of(kind))
     with torch.no_grad(), visibench.prune(model, everything(text)):

@@ -90,6 +90,14 @@ def test_images_of_sizes_that_no_model_sees_are_refused(folder):
         visibench.load_model(str(folder))
 
 
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.int64, torch.bool])
+def test_weights_that_are_whole_numbers_are_those_of_nothing_that_config_says(folder, kind):
+    """transformers would take them for what they stand for."""
+    weights(folder, lambda tensors: tensors.update({NORM: (100 * tensors[NORM]).to(kind)}))
+    with pytest.raises(DataError, match=r"1 of its weights are whole numbers, .*layers\.1\.input_layernorm"):
+        visibench.load_model(str(folder))
+
+
 @pytest.mark.parametrize("kind", BROKEN)
 def test_weights_that_do_not_fit_are_refused_by_name(folder, kind, capfd):
     breaks, says = BROKEN[kind]

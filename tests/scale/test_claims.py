@@ -90,6 +90,34 @@ def test_claims_hold_between_machines_and_end_with_theirs(tmp_path, monkeypatch)
     assert not [*store.path(config()).glob("lock*")]
 
 
+@pytest.mark.parametrize("content", [b"", b"99\nanother-machine\n", b"99\nanother", b"\xff\x00", b"[1]\n2\n3\n4\n"])
+def test_claims_that_say_nothing_of_their_end_do_not_hold_for_ever(content, tmp_path, monkeypatch):
+    """What a power cut leaves of a claim, and the claim of an early version, which had no end."""
+    monkeypatch.setattr(stores, "LEASE", 0.5)
+    store = Store(tmp_path)
+    path, mine = store.path(config()), False
+    path.mkdir(parents=True)
+    (path / "lock").write_bytes(content)
+    began = time.monotonic()
+    while not mine:
+        with store.claim(config(), wait=0.1) as mine:
+            assert time.monotonic() - began < 30
+        assert not mine or time.monotonic() - began > 0.5, "it might have been just made"
+    assert not [*path.glob("lock*")]
+
+
+def test_a_claim_that_is_touched_holds_however_odd(tmp_path, monkeypatch):
+    monkeypatch.setattr(stores, "LEASE", 0.2)
+    store = Store(tmp_path)
+    lock = store.path(config()) / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.write_bytes(b"")
+    for number in range(20):
+        os.utime(lock, (number, number))
+        with store.claim(config(), wait=0.05) as mine:
+            assert not mine
+
+
 def test_two_claims_exclude_each_other_in_one_process(tmp_path):
     one, other = Store(tmp_path), Store(tmp_path)
     with one.claim(config()) as first, other.claim(config()) as second:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ...errors import DataError, OptionError
+from ..errors import DataError, OptionError
+from .files import read
+from .output import unwritable
 
 LARGEST = 100_000
 """Values in a document at most."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without two values for one key, of which the first would be lost."""
+    """YAML without two values for one key, one of which would be lost, and without texts that no file can hold."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key for key, _ in node.value]
@@ -25,23 +29,46 @@ class _Loader(yaml.SafeLoader):
                 )
         return super().construct_mapping(node, deep)
 
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        text = super().construct_scalar(node)
+        if odd := unwritable(str(text)):
+            raise yaml.constructor.ConstructorError(problem=odd, problem_mark=node.start_mark)
+        return text
+
 
 def parse(text: str) -> Any:
     """What a text says; raises :class:`yaml.YAMLError`, also for a key that stands twice, and for what is too large."""
-    loader = _Loader(text)
+    with _loader(text) as loader:
+        node = _node(loader)
+        return None if node is None else loader.construct_document(node)
+
+
+def composed(text: str) -> yaml.Node | None:
+    """The same before tags are looked at, which may be anybody's."""
+    with _loader(text) as loader:
+        return _node(loader)
+
+
+@contextmanager
+def _loader(text: str) -> Iterator[_Loader]:
+    loader = None
     try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        if _size(node, {}) > LARGEST:
-            raise yaml.YAMLError(f"more than {LARGEST:,} values, aliases written out")
-        return loader.construct_document(node)
+        loader = _Loader(text)
+        yield loader
     except RecursionError:
         raise yaml.YAMLError("nested too deeply, or in itself") from None
     except (ValueError, OverflowError) as error:  # of a date or number that is none
         raise yaml.YAMLError(str(error)) from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
+
+
+def _node(loader: _Loader) -> yaml.Node | None:
+    node = loader.get_single_node()
+    if node is not None and _size(node, {}) > LARGEST:
+        raise yaml.YAMLError(f"more than {LARGEST:,} values, aliases written out")
+    return node
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
@@ -59,7 +86,7 @@ def mapping(path: Path, expected: str) -> dict[str, Any]:
     Raises :class:`DataError` for what is no YAML, and :class:`OptionError` for what is no mapping.
     """
     try:
-        content = parse(path.read_text(encoding="utf-8"))
+        content = parse(read(path).decode("utf-8-sig"))
     except OSError as error:
         raise DataError(f"cannot read {path} ({error.strerror or error}): fix that, or give another file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
