@@ -130,7 +130,8 @@ class Merge:
     ``bias``: (B, V) or None, a lasting bias on tokens that stay, in place of the one they had: added to the attention
     logits of each as a key, in this layer and all behind it, in later turns and in decoding too. log(n) lets a token
     that stands for n count as often. For methods that say so (``biases_keys``). ``positions``: int (B, V) or (B, V, 3),
-    other positions of the tokens that stay, under the ``keep`` policy; None: their own.
+    other positions of the tokens that stay, under the ``keep`` policy; None: their own. ``counts``: as in
+    :class:`Keep`.
     """
 
     mask: Tensor
@@ -142,6 +143,14 @@ class Merge:
     order: Tensor | None = None
     bias: Tensor | None = None
     positions: Tensor | None = None
+    counts: tuple[int, ...] | None = None
+
+    @property
+    def known(self) -> tuple[tuple[int, ...], tuple[int, ...]] | tuple[()]:
+        """How many stay and how many are new in each row, where that is known on the host and their order is theirs."""
+        if self.counts is None or self.added_present is not None or self.order is not None:
+            return ()
+        return self.counts, (0 if self.added is None else int(self.added.shape[1]),) * len(self.counts)
 
     def added_mask(self) -> Tensor:
         """Bool (B, M): the new tokens that exist."""
@@ -199,7 +208,9 @@ def as_merge(decision: Keep | Ranking | Merge) -> Merge:
     """A decision that only keeps as the Merge that does."""
     if isinstance(decision, Merge):
         return decision
-    return Merge(decision.mask, order=decision.order if isinstance(decision, Keep) else None)
+    if isinstance(decision, Ranking):
+        return Merge(decision.mask)
+    return Merge(decision.mask, order=decision.order, counts=decision.counts)
 
 
 def check_declared(merge: Merge, method: Any, *, aside: bool) -> None:
@@ -275,6 +286,8 @@ def cut(
         counts, new, moves = map(tuple, torch.stack([keep.sum(1), added.sum(1), moved]).tolist())
         if counts == layout.visual_counts and not any(new) and not any(moves):
             return None
+    elif counts == layout.visual_counts and not any(new) and order is None:
+        return None
     stays = torch.cat([layout.visual.place(keep, layout.nonvisual.mask, dim=1), added], dim=1)
     column = torch.cat([column, anchor * 2 + 1], dim=1)
     ids = torch.full_like(added, ADDED, dtype=layout.visual_id.dtype)

@@ -267,12 +267,11 @@ class Pass:
         added = anchor = None
         if merge.added is not None:
             added, anchor = merge.added_mask(), merge.columns(visual)
-        counts = decision.counts if isinstance(decision, Keep) and decision.order is None else None
-        trace.host_syncs += counts is None
+        trace.host_syncs += not merge.known
         check_declared(merge, self.method, aside=isinstance(decision, Keep) and decision.aside)
         segment = segment if merge.bias is None else segment.biased(merge.bias)
         segment = segment if merge.positions is None else segment.moved(merge.positions)
-        change = cut(layout, merge.mask, added, anchor, merge.order, counts)
+        change = cut(layout, merge.mask, added, anchor, merge.order, *merge.known)
         if change is None:
             return segment, segment.laid(joined(prompt, behind))
         if isinstance(decision, Keep) and decision.aside:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..engine.contract import Forward, HookPoint, ImageShape, Keep, Knob, Method, Ranking
-from ..engine.decisions import top
+from ..engine.decisions import top as top  # methods take it from here
 from ..errors import VisibenchError
-from .pieces import by_place, marked
+from .pieces import by_place, marked, per_image
 
 if TYPE_CHECKING:
     from ..engine.contract import (
@@ -218,7 +218,7 @@ class Scored(Ranked, Budgeted):
         """The tokens of each image that stay."""
         scores = self.score(view)
         self.check_scores(scores, view.sizes)
-        return Keep(top(scores, self.budget(view.present.sum(1)), view.present))
+        return chosen(scores.argsort(dim=1, descending=True, stable=True)[:, : per_image(self, view.sizes[1])], view)
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,13 @@ class Picking(Scored):
         return by_place(self.picked(view), view.sizes[1])
 
     def image_tokens(self, view: VisionView) -> Keep:
-        return Keep(marked(self.picked(view), view.sizes[1]))
+        return chosen(self.picked(view), view)
+
+
+def chosen(picked: Tensor, view: VisionView) -> Keep:
+    """Keep of each image the tokens ``picked``, int (N, n), no two of them the same."""
+    images, patches = view.sizes
+    return Keep(marked(picked, patches), counts=(int(picked.shape[1]),) * images)
 
 
 class ScoredImages(Forward):

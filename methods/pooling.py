@@ -39,4 +39,4 @@ class Pooling(OnPatches, Gridded):
             return None
         cells = precise(view.features).transpose(1, 2).reshape(images, size, rows, columns)
         means = adaptive_avg_pool2d(cells, grid).flatten(2).transpose(1, 2)
-        return Merge(torch.zeros_like(view.present), added=means.to(view.features.dtype))
+        return Merge(torch.zeros_like(view.present), added=means.to(view.features.dtype), counts=(0,) * images)

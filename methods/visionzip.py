@@ -88,7 +88,7 @@ class VisionZip(Salient, OnPatches, Budgeted):
         others = rest.shape[1] - contextual
         view.scored(contextual * others * (keys.shape[2] + merged.shape[2]))
         added = torch.cat([view.cls, merged], dim=1)
-        return Merge(kept, added=added, anchors=places(view, added))
+        return Merge(kept, added=added, anchors=places(view, added), counts=(chosen,) * images)
 
 
 def places(view: VisionView, added: Tensor) -> Tensor:

@@ -53,14 +53,15 @@ class VisPruner(Salient, OnPatches, Budgeted):
         self.require(self.drop >= 1, "drop, the patches that leave at a time, must be >= 1")
 
     def vision(self, view: VisionView) -> Keep:
-        patches, size = view.features.shape[1:]
+        images, patches, size = view.features.shape
         budget = per_image(self, patches)
         important = int(budget * self.important)
         similarity = None
         if 0 < budget - important < patches - important:
             view.scored(patches * patches * size)
             similarity = cosine(view.features)
-        return Keep(select(self.salience(view), similarity, important, budget - important, self.drop))
+        stay = select(self.salience(view), similarity, important, budget - important, self.drop)
+        return Keep(stay, counts=(budget,) * images)
 
 
 def select(attention: Tensor, similarity: Tensor | None, important: int, diverse: int, drop: int = 8) -> Tensor:

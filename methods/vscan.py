@@ -162,7 +162,8 @@ class VScanForward(RankedForward):
         kept = columns(mask, local + spread)
         view.scored(2 * kept.shape[1] * patches * size)
         merged = absorbed(precise(view.projected), kept).to(view.projected.dtype)
-        return Merge(mask, replaced=view.projected.scatter(1, kept[..., None].expand_as(merged), merged))
+        replaced = view.projected.scatter(1, kept[..., None].expand_as(merged), merged)
+        return Merge(mask, replaced=replaced, counts=(local + spread,) * units)
 
 
 def windows(grid: Grid, side: int) -> list[int]:

@@ -51,7 +51,7 @@ def _seen(model: str) -> tuple[int, int]:
         plain = config["model_type"] == "llava" and images["image_processor_type"] == "CLIPImageProcessor"
         whole = images["size"] == {"height": size, "width": size} and not images["do_center_crop"]
         return (size, size // patch) if plain and whole else (0, 0)
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError):
         return 0, 0
 
 

@@ -179,7 +179,7 @@ def stored(image: Image.Image, about: str, grid: int = 0, *, whole: bool = True)
     """The image in a page, at most :data:`LONGEST` pixels wide and high: PNG, or JPEG where that is large."""
     small = as_rgb(image)
     small.thumbnail((LONGEST, LONGEST))
-    data, kind = _encoded(small, "PNG"), "png"  # to optimize it takes most of a page's time and saves a few per cent
+    data, kind = _encoded(small, "PNG", compress_level=3), "png"  # more takes long, and is no smaller for pictures
     if len(data) > _LOSSLESS:
         data, kind = _encoded(small, "JPEG", quality=85, optimize=True), "jpeg"
     uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -34,7 +34,8 @@ OWN = {"model", "checkpoint", *(f"environment.model.{fact}" for fact in ("name",
 """In what checkpoints may differ."""
 COLUMNS = ["method", "checkpoint", "figure", "value", "low", "high", "n", "of"]
 NOTE = (
-    "Brackets: 95 % intervals, clustered by image. T: visual tokens, mean over decoder layers. GMACs: multiply-adds "
+    "Brackets: 95 % intervals, clustered by image. T, GMACs and KV: means over the questions of a task, and of these "
+    "over tasks. T: visual tokens, mean over decoder layers. GMACs: multiply-adds "
     "that the prefill of a question alone executes. KV entries: in a layer's cache after it, mean over layers; "
     "KV kB: keys and values of all layers, in the precision of the run."
 )
@@ -71,10 +72,11 @@ def _figures(table: ResultTable, row: MethodRow, entry_bytes: int) -> Iterator[l
         asked = table.questions[task]
         for score in scores:
             yield [f"{task} {score.title}", *_score(row, task, score), asked.asked, asked.of]
-    entries = pd.concat([cell.samples()["kv_lengths"] for cell in row.cells]).map(fmean).mean()
+    entries = fmean(cell.samples()["kv_lengths"].map(fmean).mean() for cell in row.cells)
     layers = len(row.tokens.per_layer)
-    costs = [row.tokens.mean, row.macs / 1e9, entries, entries * layers * entry_bytes / 1e3]
-    costs += [None if row.prefill is None else row.prefill.median]
+    held = entries * layers * entry_bytes / 1e3
+    prefill = None if row.prefill is None else row.prefill.median
+    costs = [row.tokens.mean, row.macs / 1e9, entries, held, prefill]
     for name, cost in zip(COSTS, costs, strict=True):
         yield [name, cost, None, None, None, None]
 

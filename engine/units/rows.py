@@ -88,6 +88,8 @@ class ImageRows:
 
     def group(self, values: Tensor) -> Tensor:
         """(N, K, …) → (B, M·K, …), zero where a row has fewer units than that with the most, M."""
+        if self._are_units:
+            return values
         rows, most = len(self.of_row), max(map(len, self.of_row))
         places = [row * most + place for row, own in enumerate(self.of_row) for place in range(len(own))]
         sources = [unit for own in self.of_row for unit in own]
@@ -114,7 +116,7 @@ class ImageRows:
 
         ``padding``: contents (N, W, D) of all features, if those that no token is may become new ones.
         """
-        mask, order = self.tokens(merge.mask), merge.order
+        mask, order, counts = self.tokens(merge.mask), merge.order, merge.counts if self._are_units else None
         replaced = None if merge.replaced is None else self.tokens(merge.replaced)
         if self._anchored:
             anchors = self.source == ANCHOR
@@ -130,14 +132,15 @@ class ImageRows:
         if merge.added is not None:
             new.append((self.group(merge.added), self.group(merge.added_mask()), *self._anchors(merge)))
         if not new:
-            return Merge(mask, replaced, order=order)
+            return Merge(mask, replaced, order=order, counts=counts)
         added, there, anchors, ranks = (torch.cat(parts, dim=1) for parts in zip(*new, strict=True))
         places = None if merge.added_positions is None else self.group(merge.added_positions)
         if self._tiled and merge.added is not None:
             first = ranks.argsort(dim=1, stable=True)
             added, there, anchors = (_at(part, first) for part in (added, there, anchors))
             places = None if places is None else _at(places, first)
-        return Merge(mask, replaced, added, there, places, anchors, order)
+        present = None if counts is not None and merge.added_present is None else there
+        return Merge(mask, replaced, added, present, places, anchors, order, counts=counts)
 
     def _padding(self, mask: Tensor, contents: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Features (B, K, D) that no token of the rows is, which of them ``mask`` (N, W) keeps, and where they go.

@@ -242,7 +242,7 @@ class VisionTap:
         self._check(encoding)
         if encoding.is_shrunk:
             kept = encoding.kept = _left_inside(encoding, features)
-            encoding.decision = Merge(kept.mask)
+            encoding.decision = Merge(kept.mask, counts=kept.counts)
             encoding.projected_tokens = kept.host_counts + (features.shape[1] if encoding.has_new else 0)
             return None
         merge, macs = self._by_unit(encoding, "vision", self.method.vision)
@@ -250,9 +250,10 @@ class VisionTap:
         if merge is None:
             return None
         masks = [merge.mask] if merge.added is None else [merge.mask, merge.added_mask()]
-        numbers = torch.stack([mask.sum(1) for mask in masks])
-        kept, *new = (TokenSet(mask, tuple(counts)) for mask, counts in zip(masks, numbers.tolist(), strict=True))
-        encoding.kept, encoding.new, encoding.projected_tokens = kept, new[0] if new else None, numbers.sum(0)
+        numbers = merge.known or torch.stack([mask.sum(1) for mask in masks]).tolist()
+        kept, *new = (TokenSet(mask, tuple(counts)) for mask, counts in zip(masks, numbers, strict=False))
+        encoding.kept, encoding.new = kept, new[0] if new else None
+        encoding.projected_tokens = torch.from_numpy(np.sum(numbers, axis=0))
         return units.narrowed(features, merge, kept, encoding.new)
 
     def _by_unit(

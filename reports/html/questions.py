@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ...results.statistics.answers import in_order
 from ...results.statistics.inference import DENSE
 from ...results.statistics.metrics import RIGHT
 from ...results.store.records import CellConfig
@@ -85,7 +86,7 @@ class TaskAnswers:
         self.task = task
         self.rows = [row for row in rows if any(cell.config.task == task for cell in row.cells)]
         self.cells = [[cell for cell in row.cells if cell.config.task == task] for row in self.rows]
-        self.runs = [[cell.table(*_SHOWN).sort_by("doc_id") for cell in cells] for cells in self.cells]
+        self.runs = [[in_order(cell.table(*_SHOWN)) for cell in cells] for cells in self.cells]
         seeds = [np.stack([run["score"].to_numpy().astype(float) for run in runs]) for runs in self.runs]
         self.scores = np.stack([scores.mean(0) for scores in seeds])
         self.right = np.stack([(scores >= RIGHT).all(0) for scores in seeds])

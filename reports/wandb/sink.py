@@ -118,23 +118,22 @@ class Sink:
         prepare(folder)
         destination.check()
         self.sent = Sent(folder)
-        self._scratch = tempfile.TemporaryDirectory(prefix="visibench-")
-        self._pictures = Path(self._scratch.name)
 
     def send(self, cell: Cell, cells: Iterable[Cell]) -> bool:
         """Send one cell; ``cells``: where to look for its dense counterpart. False if it is there already."""
         dense, config = dense_of(cell, cells), config_of(cell)
         environment = cell.metrics.environment.model_dump(mode="json", exclude={"host", "code"})
-        run = WandbRun(
-            id=self.destination.run_id(cell.metrics.config_hash, environment),
-            name=f"{cell.config.label} · {cell.config.task} · seed {cell.config.seed}",
-            kind="cell",
-            config=config,
-            content=lambda: summary(cell, dense) | {"samples": self._samples(cell)},
-            artifact=cell.config.folder,
-            files=[cell.path],
-        )
-        return self._once(run, digest([config, cell.metrics.model_dump_json(), len(dense), self._options()]))
+        with tempfile.TemporaryDirectory() as scratch:
+            run = WandbRun(
+                id=self.destination.run_id(cell.metrics.config_hash, environment),
+                name=f"{cell.config.label} · {cell.config.task} · seed {cell.config.seed}",
+                kind="cell",
+                config=config,
+                content=lambda: summary(cell, dense) | {"samples": self._samples(cell, Path(scratch))},
+                artifact=cell.config.folder,
+                files=[cell.path],
+            )
+            return self._once(run, digest([config, cell.metrics.model_dump_json(), len(dense), self._options()]))
 
     def finish(self, cells: list[Cell]) -> bool:
         """Send tables and figures of all ``cells`` as a run of the whole sweep."""
@@ -187,23 +186,16 @@ class Sink:
         self.sent.put(place, mark)
         return True
 
-    def _samples(self, cell: Cell) -> wandb.Table:
+    def _samples(self, cell: Cell, scratch: Path) -> wandb.Table:
         import wandb
 
         frame = samples(cell, self.destination.rows)
         overlays = self.overlays(cell, frame["doc_id"].tolist()) if self.overlays else {}
         for column in dict.fromkeys(name for by in overlays.values() for name in by):
             images = [overlays.get(doc, {}).get(column) for doc in frame["doc_id"]]
-            shown = [wandb.Image(str(self._file(image))) if image is not None else None for image in images]
+            shown = [wandb.Image(_file(image, scratch)) if image is not None else None for image in images]
             frame[column] = pd.Series(shown, dtype=object)
         return wandb.Table(dataframe=frame)
-
-    def _file(self, image: Image) -> Path:
-        """An image on disk, written once however many cells show it. By itself wandb compresses each for longer."""
-        file = self._pictures / f"{hashlib.sha256(f'{image.size}'.encode() + image.tobytes()).hexdigest()}.png"
-        if not file.exists():
-            image.save(file, compress_level=1)
-        return file
 
     def _options(self) -> list[Any]:
         return [self.destination.tags, self.destination.rows, self.overlays is not None]
@@ -285,6 +277,14 @@ _PRIVATE: dict[str, Any] = {
     "x_disable_stats": True,
     "x_save_requirements": False,
 }
+
+
+def _file(image: Image, scratch: Path) -> str:
+    """An image on disk, written once and fast: by itself wandb packs each as tightly as it can."""
+    file = scratch / f"{hashlib.sha256(f'{image.size}'.encode() + image.tobytes()).hexdigest()}.png"
+    if not file.exists():
+        image.save(file, compress_level=1)
+    return str(file)
 
 
 def _server(mode: str) -> str:

@@ -162,10 +162,7 @@ _known: WeakValueDictionary[tuple[str, int], Asked] = WeakValueDictionary()
 
 def answers(cell: Cell) -> Answers:
     """The samples of a cell, in the order of the questions. What was asked alike is one object, compared in full."""
-    table = cell.table(*ASKED, "answer", "score", PROMPT, TOKENS)
-    number = table["doc_id"].to_numpy()
-    if (number[1:] < number[:-1]).any():
-        table = table.take(np.argsort(number, kind="stable"))
+    table = in_order(cell.table(*ASKED, "answer", "score", PROMPT, TOKENS))
     named, questions = (cell.config.task, len(table)), table.select(ASKED)
     asked = _known.get(named)
     if asked is None or not asked.table.equals(questions):
@@ -178,6 +175,12 @@ def answers(cell: Cell) -> Answers:
         prompt=table[PROMPT].to_numpy() if PROMPT in have else None,
         tokens=_layers(table[TOKENS]) if TOKENS in have else None,
     )
+
+
+def in_order(table: pa.Table) -> pa.Table:
+    """Samples in the order of the questions."""
+    number = table["doc_id"].to_numpy()
+    return table.take(np.argsort(number, kind="stable")) if (number[1:] < number[:-1]).any() else table
 
 
 def check_same_questions(one: Answers | pd.DataFrame, other: Answers | pd.DataFrame) -> None:

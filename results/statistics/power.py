@@ -22,15 +22,16 @@ def detectable(error: float, reference: Measured, *, sides: int = 2, tests: int 
     δ = z √(e² + δ (1 - δ) / n), in units of the metric's maximum, solved for δ. e: the ``error``, from the answers that
     differ now. The second term is the spread that δ brings with it if it strikes the questions of an image together as
     much as they are right together; n: independent questions. z: the sum of the t quantiles of the level and of the
-    power. At least, as many of the n must change as an exact test needs where all change one way, k with
-    2^-k ≤ α / (sides · tests). Of about 20 questions the power is nearer 70 %: exact tests move in steps. None where
-    nothing would be shown: the scale ends within δ, or the images are too few.
+    power, with the degrees of freedom of the intervals: where a few images have most of the questions, more would
+    promise what tests then miss. At least, as many of the n must change as an exact test needs where all change one
+    way, k with 2^-k ≤ α / (sides · tests). Of about 20 questions the power is nearer 70 %: exact tests move in steps.
+    None where nothing would be shown: the scale ends within δ, or the images are too few.
     """
     images, maximum, value, level = reference.images, reference.maximum, reference.value, ALPHA / (sides * tests)
     needed = math.ceil(-math.log2(level))
     if images < needed or math.isnan(error):
         return None
-    z = float(stdtrit(images - 1, 1 - level) + stdtrit(images - 1, POWER))
+    z = float(stdtrit(freedom(reference), 1 - level) + stdtrit(freedom(reference), POWER))
     if maximum is None:  # without a scale only the spread that is there is known
         return z * error if error > 0 else None
     e = error / maximum

@@ -50,7 +50,7 @@ def _table(table: ResultTable, columns: Sequence[Column], told: list[str], capti
             r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
             rf"\begin{{tabular}}{{{''.join('l' if column.words else 'r' for column in columns)}}}",
             r"\toprule",
-            " & ".join(_title(column) for column in columns) + r" \\",
+            " & ".join(_titles(columns)) + r" \\",
             *body,
             r"\bottomrule",
             r"\end{tabular}}",
@@ -60,10 +60,18 @@ def _table(table: ResultTable, columns: Sequence[Column], told: list[str], capti
     )
 
 
-def _title(column: Column) -> str:
-    task = column.name.partition(":")[0]
+def _titles(columns: Sequence[Column]) -> list[str]:
+    """A task stands for its only score; of several the metrics are named too."""
+    tasks = [column.name.partition(":")[0] for column in columns]
+    return [_title(column, task, alone=tasks.count(task) == 1) for column, task in zip(columns, tasks, strict=True)]
+
+
+def _title(column: Column, task: str, *, alone: bool) -> str:
     known = {"method": "Method", "retained": r"Avg.\ (\%)", "tokens": "Tokens", "compute": column.title.split()[-1]}
-    return known.get(task) or escaped(TASKS.get(task, " ".join(column.title.split())))
+    if task in known:
+        return known[task]
+    _, *metric = column.title.split("\n")
+    return escaped(" ".join([TASKS[task], *([] if alone else metric)]) if task in TASKS else column.title)
 
 
 def _entry(column: Column, row: MethodRow, title: str) -> str:

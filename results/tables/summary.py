@@ -70,7 +70,7 @@ def _below_alone(table: ResultTable, row: MethodRow) -> str:
 
 
 def _group(table: ResultTable, rows: Sequence[MethodRow]) -> str:
-    known = [row for row in rows if row.retained is not None]
+    known = [row for row in rows if row.retained is not None and row.method != CONTROL]
     if not known:
         return "No row has all the scores that a share of the dense scores needs."
     first = max(known, key=lambda row: row.retained.mean if row.retained else 0.0)

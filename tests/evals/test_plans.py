@@ -75,7 +75,9 @@ def test_an_image_of_more_tiles_than_the_limit_is_as_large_as_the_model_makes_it
 
 SIZED = [name for name, entry in published().items() if "checkpoint" in entry or "smol" in name]
 # The prompt decides how much some keep, and some have a reason of their own on models with tiles or windows.
-UNPLANNED = "what it saves shows only when it runs|CLS token|acts on the vision side|vision block"
+UNPLANNED = (
+    "shows only when it runs|CLS token|acts on the vision side|vision block|square of patches|images of any size"
+)
 
 
 def unless_refused(loaded, method, visual):

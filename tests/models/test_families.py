@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,8 @@ def test_holes_are_what_pruning_refuses(kind):
     assert set(found) == set(visibench.list_methods())
     assert {found[name] for name in DECODER} == {""}
     for name, reason in found.items():
-        if "acts on the vision side" in reason:
-            with pytest.raises(VisibenchError, match="acts on the vision side"):
+        if reason:
+            with pytest.raises(VisibenchError, match=re.escape(reason)):
                 visibench.prune(decoder_model(kind), visibench.load_method(name, tokens=2))
 
 

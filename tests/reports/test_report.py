@@ -109,6 +109,14 @@ def test_a_control_is_no_setting_to_choose(table, tmp_path):
     assert "[95 % interval, clustered by image] and p of that one test, not adjusted. Near 0" in wide
 
 
+def test_a_control_does_not_stand_for_its_budget(table, tmp_path):
+    table(none=RIGHT, fastv=HALF)
+    store = Store(tmp_path / "run")
+    cell(store, "fastv", RIGHT, 8, label="control of fastv", control=True, macs=1e9)
+    (_, said), *_ = summary.by_group(build(store.cells())[0])
+    assert said.startswith("FastV keeps 50.0 % of the dense scores")
+
+
 def test_without_the_dense_model_no_share_is_named(table):
     alone = table(fastv=HALF, dart=RIGHT)
     assert summary.by_group(alone) == []

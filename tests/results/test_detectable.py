@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from simulated import clustered, of_scores, quick
 from visibench.results.statistics.comparison import compare
+from visibench.results.statistics.metrics import MEAN, Measured
 from visibench.results.statistics.power import detectable
 
 
@@ -45,6 +46,26 @@ def test_what_a_comparison_prints_as_detectable_is_found_with_80_percent(images,
     margin = 3 * math.sqrt(0.8 * 0.2 / runs)
     assert shown(floor) >= least - margin
     assert shown(floor / 2) < least - margin
+
+
+def test_a_few_images_with_most_of_the_questions_count_as_few():
+    """30 images have a question each and two have 30: taken for 32 like ones, tests would find half of what is said."""
+    rng, image = np.random.default_rng(15), np.repeat(np.arange(32), [1] * 30 + [30] * 2)
+
+    def measured(scores):
+        sums = np.stack([np.bincount(image, scores), np.bincount(image)], axis=1)[None].astype(float)
+        return Measured(MEAN, sums, scores[None], sums[0, :, 1], 1.0)
+
+    def compared(gain):
+        """Both right where most questions of an image are or none; each gains a tenth, the first ``gain`` more."""
+        draw, shared = rng.random(len(image)), rng.random(len(image)) < rng.beta(1.87, 0.47, 32)[image]
+        first = np.where(draw < 0.1 + gain, 1.0, np.where(draw > 0.9, 0.0, shared))
+        second = np.where(draw < 0.1 + gain, 0.0, np.where(draw > 0.9, 1.0, shared))
+        return compare(measured(first), measured(second), flips=1000)
+
+    printed = [compared(0.0).detectable for _ in range(60)]
+    floor = float(np.median([one for one in printed if one is not None]))
+    assert np.mean([compared(floor).p <= 0.05 for _ in range(200)]) >= 0.8 - 2 * math.sqrt(0.8 * 0.2 / 200)
 
 
 def test_detectable_effect_of_many_images_is_the_textbook_one():

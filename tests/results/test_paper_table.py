@@ -6,12 +6,16 @@ import subprocess
 import sys
 
 import pytest
-from storing import full
+from storing import config, frame, full, put
 from visibench.methods import list_methods
 from visibench.methods.explained import about, how
+from visibench.results.store.records import ScoreRecord
 from visibench.results.store.store import Store
 from visibench.results.tables import method_facts
+from visibench.results.tables.columns import choose
 from visibench.results.tables.method_facts import MethodFacts
+from visibench.results.tables.paper import paper
+from visibench.results.tables.tables import build
 
 
 @pytest.fixture
@@ -68,6 +72,21 @@ def test_table_and_figure_go_into_a_paper_unchanged(columns, printed, cli, tmp_p
     assert ran.returncode == 0, ran.stdout[-2000:]
     assert "Overfull" not in ran.stdout
     assert "undefined" not in ran.stdout
+
+
+def test_two_scores_of_a_task_have_two_titles(tmp_path):
+    samples = frame(["a", "b"], [1, 0], target=["yes", "no"], answer="yes")
+    scores = [
+        ScoreRecord(key="pope_f1_score", title="F1", value=2 / 3, maximum=1),
+        ScoreRecord(key="pope_accuracy", title="accuracy", value=0.5, maximum=1),
+    ]
+    put(Store(tmp_path), config("none", "pope"), samples=samples, scores=scores)
+    tables = build(Store(tmp_path).cells())
+    head = [r"Method & POPE F1 \% & POPE accuracy \% & GFLOPs \\", r"Method & POPE & GFLOPs \\"]
+    for names, titles in zip(
+        (["method", "pope", "compute"], ["method", "pope:pope_f1_score", "compute"]), head, strict=True
+    ):
+        assert titles in paper(tables, choose(tables, names)).splitlines()
 
 
 @pytest.mark.parametrize(("width", "inches"), [("column", 3.0), ("page", 6.3), ("4.5", 4.5)])

@@ -19,15 +19,15 @@ from visibench.training.compare import figures_of, table_of, together
 IMAGES = "aabbccdd"
 
 
-def answered(store, model, method, right, tokens=(4, 2), **changes):
-    """Eight questions about four images, the first ``right`` of them answered rightly."""
-    score = [1.0] * right + [0.0] * (8 - right)
-    samples = frame(IMAGES, score, kv_lengths=[[n + 3 for n in tokens]] * 8)
-    scores = [ScoreRecord(key="exact_match", title="exact match", value=right / 8, maximum=1)]
+def answered(store, model, method, right, tokens=(4, 2), task="gqa", images=IMAGES, **changes):
+    """Questions about these ``images``, the first ``right`` of them answered rightly."""
+    score = [1.0] * right + [0.0] * (len(images) - right)
+    samples = frame(images, score, kv_lengths=[[n + 3 for n in tokens]] * len(images))
+    scores = [ScoreRecord(key="exact_match", title="exact match", value=right / len(images), maximum=1)]
     changes |= {"visual_tokens": VisualTokens(prompt=4, per_layer=list(tokens)), "scores": scores}
-    changes |= {"metrics": {"exact_match": right / 8}}
+    changes |= {"metrics": {"exact_match": right / len(images)}}
     changes |= {"compute": Compute(macs=2.5e9, macs_sd=0, components={"ffn": 2.5e9}), "prefill": None}
-    put(store, config(method, model=model), samples=samples, **changes)
+    put(store, config(method, task, model=model), samples=samples, **changes)
 
 
 @pytest.fixture
@@ -54,6 +54,13 @@ def test_a_method_stands_beside_itself_for_each_checkpoint(store, tmp_path):
     ]
     low, high = map(float, rows[3][2].partition("[")[2].rstrip("]").split(", "))
     assert 0 <= low < 87.5 < high <= 100
+
+
+def test_costs_are_means_over_tasks_however_many_questions_each_has(store, tmp_path):
+    answered(store, "plain", "none", 8, (4, 4))
+    answered(store, "plain", "none", 2, (8, 8), task="pope", images="ab")
+    figures = figures_of(tmp_path).set_index("figure")["value"]
+    assert (figures["T"], figures["KV entries"]) == (6, 9)
 
 
 def test_the_table_is_made_anew_from_shipped_figures(store, tmp_path, capsys, monkeypatch):
