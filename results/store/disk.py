@@ -33,10 +33,10 @@ def writing(path: Path) -> Iterator[None]:
 def whole(file: Path) -> Iterator[Path]:
     """Yield a name to write to; afterwards that file stands in the place of ``file``, or nothing has changed.
 
-    A link stays one, to the new file. What is no regular file, such as ``/dev/stdout``, is written to as it is.
+    A link stays one, to the new file. A terminal or ``/dev/null`` is written to as it is.
     """
     file = Path(os.path.realpath(file))
-    if file.exists() and not file.is_file():
+    if file.is_char_device():
         yield file
         return
     partial = file.with_name(f"{file.name}.{secrets.token_hex(6)}{PARTIAL}")  # processes of several machines write
