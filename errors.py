@@ -134,7 +134,7 @@ def behind(error: BaseException | None) -> Iterator[BaseException]:
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """``did you mean 'fastv'? `` when a known name is close, and the list of known names in any case."""
-    names = sorted(known)
+    names = sorted(map(str, known))
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}Known: {', '.join(names)}"

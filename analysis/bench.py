@@ -24,13 +24,36 @@ from ..results.statistics.metrics import measure_values
 from ..results.store.calibration_records import Agreement, CalibratedPoint
 from ..results.store.samples import Answer
 from .asking import Asker
-from .candidates import Candidate
 
 Question = tuple[str, int]
 """Task and doc_id."""
 LATELY = 0.1
 """What the latest answer to a question counts for, beside those before it."""
 ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting with ``counts``, int (questions, layers): the visual tokens that it leaves at each layer's input.
+
+    ``macs``: executed multiply-adds of a prefill, mean over questions. ``before``: what else it does, in front of its
+    cuts. ``same``, bool (questions,): where it does nothing.
+    """
+
+    method: Method
+    counts: np.ndarray
+    macs: float
+    before: str
+    same: np.ndarray
+
+    def fate(self, question: int) -> Hashable:
+        """What it does to a question, None for nothing; equal fates give equal answers.
+
+        Settings of one method rank tokens alike, so those that leave as many in each layer leave the same ones.
+        """
+        return (
+            None if self.same[question] else (self.method.name, self.before, question, self.counts[question].tobytes())
+        )
 
 
 @dataclass

@@ -33,8 +33,8 @@ from ..models.load import fingerprint
 from ..results.store.calibration_records import CalibrationRecord, ChosenSetting
 from ..results.store.records import environment
 from .asking import Asker
-from .bench import SettingBench, given
-from .candidates import Candidate, SearchPrompts
+from .bench import Candidate, SettingBench, given
+from .candidates import SearchPrompts
 from .fit import fit
 from .searches import DEFAULT, GRIDS
 

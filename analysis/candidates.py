@@ -6,7 +6,7 @@ compared with is looked at once in each question, and the numbers under any thre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,37 +19,13 @@ from ..engine.layout import TokenLayout
 from ..evals.compute.prefills import prefills, prompts
 from ..methods.readers import taken_up
 from ..methods.visipruner import VisiPruner, VisiPrunerForward, cosines
+from .bench import Candidate, SettingBench
 from .fit import decoder_macs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..engine.contract import AttentionView, Geometry, LayerView
-    from .bench import SettingBench
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A setting with ``counts``, int (questions, layers): the visual tokens that it leaves at each layer's input.
-
-    ``macs``: executed multiply-adds of a prefill, mean over questions. ``before``: what else it does, in front of its
-    cuts. ``same``, bool (questions,): where it does nothing.
-    """
-
-    method: Method
-    counts: np.ndarray
-    macs: float
-    before: str
-    same: np.ndarray
-
-    def fate(self, question: int) -> Hashable:
-        """What it does to a question, None for nothing; equal fates give equal answers.
-
-        Settings of one method rank tokens alike, so those that leave as many in each layer leave the same ones.
-        """
-        return (
-            None if self.same[question] else (self.method.name, self.before, question, self.counts[question].tobytes())
-        )
 
 
 class SearchPrompts:

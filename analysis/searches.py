@@ -13,7 +13,8 @@ import numpy as np
 
 from ..methods import load_method
 from ..methods.pyramiddrop import by_factor
-from .candidates import Candidate, SearchPrompts, TakenUp, Unfiltered, contributed, left, taken
+from .bench import Candidate
+from .candidates import SearchPrompts, TakenUp, Unfiltered, contributed, left, taken
 from .fit import schedules
 
 KEEPS = (0.95, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)

@@ -147,6 +147,8 @@ def _built(name: str, values: Any, table: Mapping[str, Any], where: str, depth: 
     if not isinstance(values, Mapping):
         raise OptionError(f"{where}: protocol {name} is no mapping of keys to values")
     base = values.get("extends")
+    if base is not None and not isinstance(base, str):
+        raise OptionError(f"{where}: protocol {name}: extends: expected the name of a protocol, not {base!r}")
     if depth > len(table):
         raise OptionError(f"{where}: protocol {name} extends itself")
     inherited = _built(base, _named(base, table, where), table, where, depth + 1).model_dump() if base else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 Bools = NDArray[np.bool_]
 MOST = 8
 """Panels of a strip; of more groups of layers the first and last ones and some between are shown."""
+INCH = 12
+"""Characters of a title."""
 _DARK, _HEAT = (0.07, 0.07, 0.1), (0.9, 0.1, 0.1)
 
 
@@ -76,7 +79,9 @@ class Overlay:
         most = max([len(steps) * len(shapes) for _, steps in rows] + lead)
         lines = len(rows) + bool(lead)
         width, height = self.images[0].size
-        figure = Figure(figsize=(2.1 * most + 0.2, lines * (2.1 * height / width + 0.75) + 0.3), layout="constrained")
+        rows = [(_wrapped(title, round(INCH * 2.1 * most)), steps) for title, steps in rows]
+        tall = 2.1 * height / width + 0.6 + 0.15 * max(1 + title.count("\n") for title, _ in rows)
+        figure = Figure(figsize=(2.1 * most + 0.2, lines * tall + 0.3), layout="constrained")
         if self.title:
             figure.suptitle(self.title, fontsize=10)
         parts = figure.subfigures(lines, 1, squeeze=False).ravel()
@@ -117,6 +122,14 @@ class Overlay:
         self.figure.savefig(stream, format="png", dpi=110)
         data = base64.b64encode(stream.getvalue()).decode()
         return f'<img alt="visual tokens that stay" src="data:image/png;base64,{data}">'
+
+
+def _wrapped(text: str, width: int) -> str:
+    """In lines of so many characters, broken behind spaces and commas."""
+    lines = [""]
+    for piece in re.split(r"(?<=[ ,])", text):
+        lines = [*lines, piece] if lines[-1] and len(lines[-1] + piece) > width else [*lines[:-1], lines[-1] + piece]
+    return "\n".join(lines)
 
 
 def _spread(values: NDArray[Any], places: Places) -> list[tuple[int, NDArray[Any]]]:

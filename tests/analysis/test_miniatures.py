@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import visibench
 from families import FAMILIES, every_family
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from processors import askable, made_up, save_askable
 from refusals import assert_refused
@@ -66,6 +67,19 @@ def test_the_picture_has_a_place_for_each_token(kind):
     assert dense.tokens == size(drawn.places) == len(drawn.attention)
     assert pruned.tokens == dense.tokens / 2
     assert drawn.figure.subfigs
+
+
+@every_family
+def test_a_long_title_fits_the_picture(kind):
+    many = visibench.load_method(
+        "visipruner", shallow_layers=1, layer_threshold=0.9, token_threshold=1.5, exit_layers=1
+    )
+    drawn, _ = overlay(askable(kind), [Image.new("RGB", (24, 24))], "?", [many])
+    figure = drawn.figure
+    FigureCanvasAgg(figure).draw()
+    title = figure.subfigs[-1]._suptitle
+    assert title.get_text().count("\n")
+    assert title.get_window_extent().x1 <= figure.bbox.x1
 
 
 # ---- the commands ---------------------------------------------------------------------------------------------------

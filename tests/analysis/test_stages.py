@@ -53,6 +53,15 @@ def test_a_decoder_that_reads_vision_in_one_layer_is_found_out(checkpoint, disk_
     assert stages(record) == (3, 4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", [3, 6])
+def test_the_one_layer_that_reads_vision_is_told_among_all(checkpoint, disk_data, layer):
+    record = analysed(checkpoint, disk_data, {layer}, range(DEPTH), parts=("windows",))
+    for window in record.windows:
+        touches = window.first <= layer < window.end
+        assert (window.effects["gqa"]["kl"].value > 0) == touches, window
+
+
 def test_a_decoder_that_ignores_vision_from_a_layer_on_is_found_out(checkpoint, disk_data):
     record = analysed(checkpoint, disk_data, {0, 1, 2, 3, 4}, (4, 5), parts=("windows",))
     assert kl(record, "dropped", 5, DEPTH) == 0 < kl(record, "dropped", 4, DEPTH)

@@ -150,6 +150,7 @@ REFUSED = [
     ["--device", "cpu:7"],
     ["--device", "cuda:99"],
     ["--dtype", "int8"],
+    ["--attention", "flex_attention"],
     ["--model", "nowhere/at-all"],
     ["--model", "."],
     ["--method", "fastv:layer=77"],

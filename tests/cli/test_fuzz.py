@@ -83,19 +83,42 @@ OPTIONS = {
     "compare": ["--margin", "--json"],
     "flops": ["--method", "--model", "--lengths"],
     "published": ["--format"],
+    "budget": ["--target", "--methods", "--task", "--samples", "--weights", "--lengths", "--layers"],
+    "profile": ["--methods", "--weights", "--batch-sizes", "--lengths", "--repeats", "--warmup", "--threads"],
+    "calibrate": ["--methods", "--tasks", "--data", "--evaluation", "--target", "--limit", "--kl", "--spare", "--seed"],
+    "analyze": ["--tasks", "--data", "--limit", "--layers", "--only", "--against", "--seed"],
+    "show": ["--image", "--question", "--methods", "--out", "--weights"],
+    "plot": ["--kind", "--task", "--format", "--width", "--out"],
+    "report": ["--questions", "--out"],
+    "check": ["--baseline"],
+    "reproduce": ["--limit", "--data"],
+    "check-method": [],
+    "wandb": ["--mode", "--project", "--group", "--tags", "--samples"],
 }
+PLACES_OF = {
+    "sweep": ["quick"],
+    "table": ["nosuch"],
+    "compare": ["a#b:c", "d"],
+    "plot": ["nosuch"],
+    "report": ["nosuch"],
+    "check": ["nosuch"],
+    "check-method": ["nosuch.py"],
+    "wandb": ["sync", "nosuch"],
+}
+# Of what could run, a last word that is none keeps it from doing so.
+LAST = {"run": ["--tasks", "nosuch"], "sweep": ["--only-tasks", "nosuch"], "reproduce": ["nosuch"]}
+LAST |= {key: ["--model", "nosuch"] for key in ("budget", "profile", "calibrate", "analyze", "show")}
 
 
-@asked(40)
+@asked(80)
 @given(st.data())
 def test_options(data):
     command = data.draw(st.sampled_from(sorted(OPTIONS)))
-    given_options = data.draw(st.lists(st.tuples(st.sampled_from(OPTIONS[command]), WORDS), min_size=1, max_size=3))
+    option = st.sampled_from(OPTIONS[command] or ["--json"])
+    given_options = data.draw(st.lists(st.tuples(option, WORDS), min_size=1, max_size=3))
     with TemporaryDirectory() as folder, chdir(folder):
-        # Of what could run, a word that is none keeps it from doing so.
-        last = {"run": ["--tasks", "nosuch"], "sweep": ["--only-tasks", "nosuch"]}.get(command, [])
-        place = {"sweep": ["quick"], "table": ["nosuch"], "compare": ["a#b:c", "d"]}.get(command, [])
-        ended(command, *place, *(part for option in given_options for part in option), *last)
+        words = [part for option in given_options for part in option]
+        ended(command, *PLACES_OF.get(command, []), *words, *LAST.get(command, []))
         assert contents(Path(folder)) == {}
 
 
@@ -106,6 +129,38 @@ VALUES = st.recursive(
 )
 KEYS = """model models tasks methods limit batch_size seeds budget timing data device dtype include add out references
 feature_cache_gb attention nosuch""".split()
+
+
+READERS = {
+    "preset": (["method", "options", "source", "model", "evidence"], {"method": "fastv", "source": "x"}),
+    "protocol": (["system", "template", "image_aspect", "min_pixels", "suffix", "scoring", "extends"], {}),
+    "task": (["task", "dataset_path", "dataset_kwargs", "include", "doc_to_text", "metric_list"], {"task": "odd"}),
+    "profile": (["model", "methods", "lengths", "batch_sizes", "threads", "repeats", "layers"], {}),
+}
+"""Kinds of YAML beside a sweep's: keys, and values to begin with."""
+
+
+@asked(40)
+@given(st.data(), st.binary(max_size=4), st.integers(0))
+def test_yaml_of_other_kinds(data, noise, place):
+    kind = data.draw(st.sampled_from(sorted(READERS)))
+    keys, base = READERS[kind]
+    content = base | data.draw(st.dictionaries(st.sampled_from(keys), VALUES, max_size=3))
+    content = {"odd": content} if kind == "protocol" else content
+    text = yaml.safe_dump(content, allow_unicode=True).encode("utf-8", "surrogatepass")
+    at = place % (len(text) + 1)
+    run = ["run", "--model", "nosuch", "--data", ".", "--method", "none"]
+    asks = {
+        "preset": [*run, "--tasks", "pope", "--method", "fastv@odd.yaml"],
+        "protocol": [*run, "--tasks", "pope", "--protocol", "odd.yaml:odd"],
+        "task": [*run, "--tasks", "odd.yaml"],
+        "profile": ["profile", "odd.yaml", "--model", "nosuch"],
+    }
+    with TemporaryDirectory() as folder, chdir(folder):
+        Path("odd.yaml").write_bytes(text[:at] + noise + text[at:])
+        before = contents(Path(folder))
+        ended(*asks[kind])
+        assert contents(Path(folder)) == before
 
 
 @asked(50)
@@ -138,15 +193,24 @@ def stored(tmp_path_factory):
     return folder
 
 
+COMMANDS = [
+    ["table", "run", "--format", "json"],
+    ["plot", "run", "--out", "pictures"],
+    ["report", "run", "--no-images", "--out", "page.html"],
+    ["compare", "run#none:gqa", "run#fastv:gqa"],
+    ["check", "run", "--baseline", "nosuch"],
+]
+
+
 @asked(20)
-@given(st.integers(0), st.binary(min_size=1, max_size=9), st.integers(0), HOW)
-def test_run_folders(stored, which, noise, place, how):
-    with TemporaryDirectory() as folder:
+@given(st.integers(0), st.binary(min_size=1, max_size=9), st.integers(0), HOW, st.sampled_from(COMMANDS))
+def test_run_folders(stored, which, noise, place, how, command):
+    with TemporaryDirectory() as folder, chdir(folder):
         run = shutil.copytree(stored, Path(folder) / "run")
         files = sorted(file for file in run.rglob("*") if file.is_file())
         spoilt(files[which % len(files)], noise, place, how)
         before = contents(run)
-        ended("table", run, "--format", "json")
+        ended(*command)
         assert contents(run) == before
 
 
@@ -245,6 +309,9 @@ def test_methods(checkpoint, disk_data, place, does):
         return
     with TemporaryDirectory() as folder, chdir(folder):
         written(place, does)
+        Path("out").mkdir()
+        Path("out/sweep.yaml").write_text("methods: [none]")
         run = ["run", "--model", checkpoint, "--data", disk_data, "--tasks", "pope", "--limit", 1, "--no-timing"]
         code, _ = ended(*run, "--method", "./odd.py:odd", "--out", "out", foreseen=False)
         assert code in (2, 3) or does.startswith("return")
+        assert code != 2 or contents(Path("out")) == {"sweep.yaml": b"methods: [none]"}

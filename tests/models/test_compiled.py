@@ -9,9 +9,12 @@ import sys
 import pytest
 import torch
 import visibench
+from decoders import CONFIGS, decoder_model, miniature, row_samples
 from visibench.errors import OptionError
 from visibench.evals.tasks.tasks import load_tasks
 from visibench.models import load_model
+from visibench.models.adapters import Adapter
+from visibench.models.compiled import compile_parts
 
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler"
@@ -64,6 +67,18 @@ def test_a_copy_runs_on_its_own_weights(compiled):
         weights.data.zero_()
     with torch.no_grad():
         assert not torch.equal(own(**inputs).logits, compiled.model(**inputs).logits)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gemma3", "cohere2_vision", "qwen2_vl", "glm4v", "llava_onevision"])
+def test_decoders_with_other_norms_and_mlps(kind):
+    own, found = miniature(kind, CONFIGS[kind], "sdpa"), []
+    compile_parts(Adapter(own))
+    for model in (own, decoder_model(kind, "sdpa")):
+        with torch.no_grad(), visibench.prune(model, visibench.load_method("fastv", layer=1, keep=0.5)):
+            found.append(model(**row_samples(kind)[0]).logits)
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 
 
 @needs_compiler

@@ -91,6 +91,8 @@ def test_protocols_of_a_file_extend_others(tmp_path):
     [
         (None, "lava-1.5", UnknownNameError, "did you mean 'llava-1.5'"),
         (None, "mine.yaml", DataError, "no protocols in mine.yaml"),
+        ("a: {extends: [x]}", "mine.yaml:a", OptionError, "extends: expected the name of a protocol"),
+        ("1: {}\na: {extends: b}", "mine.yaml:a", UnknownNameError, "no protocol 'b'"),
         ("a: {sistem: x}", "mine.yaml", OptionError, "protocol a: sistem: did you mean 'system'"),
         ("a: {max_new_tokens: 0}", "mine.yaml", OptionError, "max_new_tokens: input should be greater"),
         ("a: {}\nb: {}", "mine.yaml", OptionError, "holds 2 protocols: name one"),
