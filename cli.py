@@ -72,6 +72,8 @@ COMMANDS = (
 
 RESUMED = ("run", "sweep", "analyze", "reproduce")
 """Commands that go on where they stopped."""
+READING = ("table", "report", "check", "compare", "plot")
+"""Commands that read a run folder, print, and end."""
 LONGEST_LINE = 1500
 """Characters of a line that says what went wrong."""
 
@@ -155,6 +157,9 @@ def root(
         raise typer.Exit
     if context.invoked_subcommand is None:
         print(context.get_help())
+    elif context.invoked_subcommand in READING and gc.isenabled():
+        gc.disable()  # what is read stays: the collector would go through all of it again and again, for nothing
+        context.call_on_close(gc.enable)
 
 
 for command in COMMANDS:

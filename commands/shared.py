@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import re
 import shutil
@@ -97,8 +96,6 @@ def finished(folder: Path, *, current: bool = False) -> list[Cell]:
     """
     from ..results.store.store import FAILURES, Store
 
-    gc.freeze()  # what was imported stays, and so do records: the collector would go through them again and again
-    gc.set_threshold(50_000)
     store = Store(folder)
     cells, others = store.cells(), store.unfinished()
     if others:

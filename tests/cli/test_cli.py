@@ -1,6 +1,7 @@
 """The command line: what it prints, and what it says when it cannot."""
 
 import csv
+import gc
 import json
 import resource
 import subprocess
@@ -12,7 +13,10 @@ import pytest
 import visibench
 import yaml
 from refusals import assert_refused
+from storing import full
+from visibench.commands import runs
 from visibench.models import LoadedModel
+from visibench.results.store.store import Store
 
 
 def run(model, *more, method="none", tasks="pope"):
@@ -148,6 +152,16 @@ UNUSABLE = [
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, says, cli):
     assert_refused(cli(*arguments), says)
+
+
+def test_commands_that_read_do_so_without_the_garbage_collector(cli, monkeypatch, tmp_path):
+    seen, read = [], runs.finished
+    monkeypatch.setattr(runs, "finished", lambda *args, **named: seen.append(gc.isenabled()) or read(*args, **named))
+    full(Store(tmp_path))
+    code, _, err = cli("table", tmp_path)
+    assert code == 0, err
+    assert cli("table", tmp_path, "--columns", "odd")[0] == 2
+    assert (seen, gc.isenabled()) == ([False, False], True)
 
 
 def test_unknown_models_devices_and_dtypes(cli, checkpoint, disk_data):
