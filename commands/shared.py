@@ -198,6 +198,8 @@ def prompt_lengths(text: str | None, adapter: Adapter) -> tuple[int, int]:
 
 def check_writable(file: Path) -> None:
     """Raise :class:`DataError` if ``file`` cannot be written: before the work whose outcome goes there."""
+    if file.is_fifo():
+        raise DataError(f"cannot write to {file} (a pipe, which nobody may ever read): choose another file")
     existed = file.exists()
     try:
         file.open("a", encoding="utf-8").close()

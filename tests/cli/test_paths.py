@@ -99,6 +99,11 @@ def test_what_is_written_is_whole_or_not_there_and_leaves_links_and_devices_alon
     assert sorted(tmp_path.iterdir()) == [link, target, pipe]
 
 
+@pytest.mark.usefixtures("there")
+def test_a_page_is_not_written_to_a_pipe(cli):
+    assert_refused(cli("report", "run", "--no-images", "--out", "pipe"), "cannot write to pipe (a pipe")
+
+
 def test_a_folder_that_stays_empty_goes_again(tmp_path):
     with pytest.raises(RuntimeError), disk.made(tmp_path / "a" / "b"):
         raise RuntimeError
