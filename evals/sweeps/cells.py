@@ -21,33 +21,37 @@ def cell_specs(config: SweepConfig, *, dense: bool = True, solve: Solve = nowher
     ``solve`` is asked, after all checks, for the methods that have a budget.
     """
     tasks = defined(config.tasks, config.data, config.include_path)
-    return [cell for one in config.by_model() for cell in _of_model(one, tasks, dense, solve)]
+    here = code.Here()
+    return [
+        cell
+        for one in config.by_model()
+        for cell in _of_model(one, tasks, variants(one, dense=dense, solve=solve), here)
+    ]
 
 
-def _of_model(config: SweepConfig, tasks: list[Definition], dense: bool, solve: Solve) -> list[CellSpec]:
+def _of_model(config: SweepConfig, tasks: list[Definition], every: list[Variant], here: code.Here) -> list[CellSpec]:
     checkpoint = fingerprint(config.model)
-    every = variants(config, dense=dense, solve=solve)
     reference = next(
         (one for one in every if one.method.name == DENSE), Variant(load_method(DENSE), DENSE, every[0].seed)
     )
     cells = []
     for variant in every:
         for task in tasks:
-            cell = _cell(config, checkpoint, variant, task)
-            dense_cell = cell if cell.method == DENSE else _cell(config, checkpoint, reference, task)
+            cell = _cell(config, checkpoint, variant, task, here)
+            dense_cell = cell if cell.method == DENSE else _cell(config, checkpoint, reference, task, here)
             cells.append(CellSpec(cell, variant.method, dense_cell))
     return cells
 
 
-def _cell(config: SweepConfig, checkpoint: str, variant: Variant, task: Definition) -> CellConfig:
+def _cell(config: SweepConfig, checkpoint: str, variant: Variant, task: Definition, here: code.Here) -> CellConfig:
     file, origin = file_of(type(variant.method)), origin_of(task, config.data)
     where = {
         "method": file.path if file else type(variant.method).__module__,
         "task": task.place + ("+" if origin == EMBEDDED else ""),
     }
-    hashes = {"method": code.of_method(where["method"]), "task": code.of_task(where["task"]), "engine": code.engine()}
+    hashes = {"method": here.method(where["method"]), "task": here.task(where["task"]), "engine": code.engine()}
     if data := data_of(task, origin):
-        where["data"], hashes["data"] = data, code.of_data(data)
+        where["data"], hashes["data"] = data, here.data(data)
     return CellConfig(
         model=config.model,
         checkpoint=checkpoint,

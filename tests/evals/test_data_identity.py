@@ -44,6 +44,19 @@ def test_a_folder_of_data_counts_by_its_content_and_each_set_for_its_task_alone(
     assert ids(SETS, data=str(data)) == before
 
 
+def test_data_are_read_once_for_all_methods(disk_data, monkeypatch):
+    read = []
+    monkeypatch.setattr(code.sources, "of_data", lambda place: read.append(place) or "hash")
+    content = {
+        "model": "tiny",
+        "tasks": ["pope"],
+        "methods": ["none", "fastv:keep=0.5", "random:keep=0.5"],
+        "data": str(disk_data),
+    }
+    assert len(cell_specs(parse_config(content, "test"))) == 3
+    assert len(read) == 1
+
+
 TASK = "task: mine\ndataset_path: {path}\ndataset_kwargs: {kwargs}\ntest_split: test\n"
 
 
