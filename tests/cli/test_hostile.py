@@ -109,6 +109,28 @@ def test_a_run_does_not_lie_among_the_files_of_its_model(checkpoint, disk_data):
     assert sorted(checkpoint.rglob("*")) == before
 
 
+@pytest.mark.parametrize("command", ["analyze", "calibrate"])
+def test_nothing_measured_lies_there_either(command, cli, checkpoint, disk_data):
+    before = sorted(checkpoint.rglob("*"))
+    asked = [command, "--model", checkpoint, "--data", disk_data, "--out", checkpoint / "measured"]
+    assert_refused(cli(*asked), "choose another --out")
+    assert sorted(checkpoint.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--threads", 10**9),
+        ("--repeats", 10**12),
+        ("--layers", 10**12),
+        ("--batch-sizes", 10**12),
+        ("--lengths", f"{10**12}+576"),
+    ],
+)
+def test_a_profile_of_absurd_sizes_is_refused(option, value, cli):
+    assert_refused(cli("profile", "--model", "tiny", "--methods", "vtw", option, value), "")
+
+
 def test_spreadsheets_find_no_formulas(cli, tmp_path):
     store, labels = Store(tmp_path), ["=cmd|' /C calc'!A0", "+1+1", "@SUM(1)", "-2+3", "plain"]
     put(store, config("none"))
