@@ -66,9 +66,8 @@ class HiRED(Salient, OnImages, Budgeted):
 
     def vision(self, view: VisionView) -> Keep:
         scores = self.salience(view)
-        first = scores
-        if self.attention == "cls" or self.shares_received(view.vision):
-            first = self.salience(view, -1 - view.vision.feature_block)
+        apart = self.attention == "cls" or self.shares_received(view.vision)
+        first = self.salience(view, -1 - view.vision.feature_block) if apart else scores
         budgets = [
             self.shares(first[own[0]], len(own) - 1)
             for own in ([*members] for _, members in groupby(range(len(first)), key=lambda unit: view.parts[unit][0]))

@@ -78,8 +78,8 @@ CONTROL = "control"
 
 
 class CellConfig(Record):
-    """All that decides the outcome of a cell. ``label`` is how tables call the method, ``title`` how
-    print does; they do not count.
+    """All that decides the outcome of a cell. ``label`` is how tables call the method, ``title`` how it
+    is called in print; neither counts.
 
     ``checkpoint``: hash of a local checkpoint's files, empty for one from the hub. ``options``: every hyperparameter of
     the method. ``origin``: ``embedded``, ``hub``, or the folder of the data. ``timing`` None: prefill is not timed.
