@@ -3,13 +3,12 @@
 import pytest
 import torch
 import visibench
-from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+from tiled import PATCHES, Tiling
 from units import TILE, VISUAL, collate, model_of, sample_of
 from visibench.evals.settings.method_spec import parse
 from visibench.methods import Forward, Merge, Method
 from visibench.models.adapters import Adapter
 
-SIDE, PATCHES = 4, 16
 # Heights and widths: without padding, padded above and below, padded at the sides, and two images in a row.
 ROWS = [[(24, 48)], [(60, 24)], [(40, 30)], [(20, 44)], [(40, 30), (24, 48)]]
 every_row = pytest.mark.parametrize("sizes", [pytest.param(row, marks=pytest.mark.slow) for row in ROWS[:2]] + ROWS[2:])
@@ -22,9 +21,8 @@ class ByHand:
     def __init__(self, sample, sizes):
         model = model_of("llava_next", "eager").model
         pinpoints, keys = model.config.image_grid_pinpoints, []
-        # Rows and columns of tiles; a whole image comes before them.
-        self.grids = [get_anyres_image_grid_shape(size, pinpoints, TILE) for size in sizes]
-        counts = [1 + rows * columns for rows, columns in self.grids]
+        self.tilings = [Tiling(size, pinpoints, TILE) for size in sizes]
+        counts = [tiling.units for tiling in self.tilings]
         pixels = torch.cat([tiles[:n] for tiles, n in zip(sample["pixel_values"], counts, strict=True)])
         block = model.vision_tower.encoder.layers[-2]
         hook = block.self_attn.k_proj.register_forward_hook(lambda m, args, output: keys.append(output))
@@ -38,32 +36,11 @@ class ByHand:
         self.last = cut(tower.attentions[-2].sum(1)[:, 0, 1:])
         self.first = cut(tower.attentions[0].sum(1)[:, 0, 1:])
         self.received = cut(tower.attentions[-2].mean((1, 2))[:, 1:])
-        self.sizes = sizes
         self.project = model.multi_modal_projector
-
-    def raster(self, image):
-        """(tile, patch) of all tiles, row by row of the whole."""
-        rows, columns = self.grids[image]
-        for y in range(rows * SIDE):
-            for x in range(columns * SIDE):
-                yield 1 + y // SIDE * columns + x // SIDE, y % SIDE * SIDE + x % SIDE
-
-    def places(self, image, *, padding):
-        """(tile, patch) of the whole image, then of its tiles, with or without those of padding."""
-        (tall, wide), (down, across) = self.sizes[image], (SIDE * number for number in self.grids[image])
-        if wide / tall > across / down:
-            above, left = (down - int(tall * (across / wide))) // 2, 0
-        else:
-            above, left = 0, (across - int(wide * (down / tall))) // 2
-        yield from ((0, patch) for patch in range(PATCHES))
-        for number, place in enumerate(self.raster(image)):
-            y, x = divmod(number, across)
-            if padding or (above <= y < down - above and left <= x < across - left):
-                yield place
 
     def in_order(self, image, kept, *, padding=True):
         """Features of the whole image's ``kept`` patches, then those of its tiles."""
-        places = self.places(image, padding=padding)
+        places = self.tilings[image].places(padding=padding)
         return [self.features[image][tile, patch] for tile, patch in places if patch in kept[tile]]
 
 
@@ -119,7 +96,7 @@ def test_holov_goes_through_all_tiles_without_newlines(sizes):
     with torch.no_grad():
         hand, images = ByHand(sample, sizes), []
         for image in range(len(sizes)):
-            places = list(hand.places(image, padding=False))
+            places = hand.tilings[image].places(padding=False)
             attention = torch.stack([hand.last[image][place] for place in places])
             features = torch.stack([hand.features[image][place] for place in places])
             images.append(hand.project(features[attention.topk(9).indices]))
@@ -193,8 +170,8 @@ def test_hired_shares_its_budget_by_what_the_whole_image_shows(sizes, text, alph
     sample, rate = sample_of("llava_next", 7, sizes), float(text[5:8])
     with torch.no_grad():
         hand, images = ByHand(sample, sizes), []
-        for image, (rows, columns) in enumerate(hand.grids):
-            tiles = rows * columns
+        for image, tiling in enumerate(hand.tilings):
+            tiles = tiling.units - 1
             total = int((1 + tiles) * PATCHES * rate)
             whole = min(int(total * alpha), PATCHES)
             seen = best(hand.first[image][0], int(PATCHES * (1 - alpha)))
