@@ -74,8 +74,9 @@ class Trace:
         self.projected = torch.from_numpy(np.array(prompt.visual_counts))
         # The same for the whole batch; None: the sum of the above.
         self.batch_projected: int | None = None
-        # Of the images of each row, int (B, M, blocks, 2): tokens at the attention and at the MLP of each vision block,
-        # zeros for images that a row does not have; and the places that they took. None: all tokens in every block.
+        # Of the images of each row, int (B, M, blocks, 3): tokens at the attention and at the MLP of each vision block,
+        # and the pairs of its attention; zeros for images that a row does not have. And the same of the places that
+        # they took. None: all tokens in every block.
         self.tower: Tensor | None = None
         self.batch_tower: Tensor | None = None
         # Frames and patches, int (N, 3), of all images or tiles of the batch; None: images are of one size.

@@ -355,7 +355,7 @@ class VisionTap:
         return rows.translate(merge, visual, anchors_stay=self.method.newlines != "drop", padding=new)
 
     def _tower_tokens(self, encoding: Encoding) -> tuple[Tensor, Tensor]:
-        """Int (N, 1, blocks, 2): tokens of units at attention and MLP of each block, and places they took."""
+        """Int (N, 1, blocks, 3): of units, tokens at attention and MLP of each block and pairs; and places they took."""
         if "tower" in self.method.hook_points:
             tokens = torch.tensor(encoding.block_tokens).permute(2, 0, 1)[:, None]
             widths = torch.tensor(encoding.block_widths)[None, None]
@@ -363,8 +363,9 @@ class VisionTap:
             assert encoding.features is not None
             vision, count = encoding.vision, int(encoding.features.shape[1]) * encoding.vision.merged
             tokens = widths = torch.full((1, 1, vision.layers, 2), count + vision.has_cls)
-        images = len(encoding.units.grids)
-        return tokens.expand(images, 1, -1, 2), widths.expand(images, 1, -1, 2)
+        shape = (len(encoding.units.grids), 1, -1, 3)
+        tokens, widths = (torch.cat([part, part[..., :1] ** 2], dim=-1) for part in (tokens, widths))
+        return tokens.expand(shape), widths.expand(shape)
 
 
 def _left_inside(encoding: Encoding, features: Tensor) -> TokenSet:

@@ -140,16 +140,18 @@ def decode(trace: Trace, geometry: Geometry, steps: Any = 1) -> Flops:
     )
 
 
-def vision_tower_macs(vision: VisionGeometry, tokens: Sequence[tuple[int, int]] | None = None) -> float:
-    """MACs of the vision tower for one image: patch convolution and all its blocks, two FFN matrices each.
+def vision_tower_macs(vision: VisionGeometry, tokens: Sequence[tuple[int, int, int]] | None = None) -> float:
+    """MACs of the vision tower for one image: patch convolution, all its blocks, and projectors that it has inside.
 
-    ``tokens``: tokens at the attention and at the MLP of each block, CLS included; None: the full image throughout.
+    ``tokens``: tokens at the attention and at the MLP of each block, CLS included, and the query-key pairs of its
+    attention; None: the full image throughout.
     """
     full = vision.patches + vision.has_cls
-    tokens = tokens or [(full, full)] * vision.layers
-    d = vision.hidden
-    blocks = [4 * n * d * d + 2 * n * n * d + 2 * m * d * vision.intermediate for n, m in tokens]
-    return float((tokens[0][0] - vision.has_cls) * vision.patch_inputs * d + sum(blocks))
+    tokens = tokens or [(full, full, full * full)] * vision.layers
+    d, mlp = vision.hidden, vision.ffn_matrices * vision.hidden * vision.intermediate
+    blocks = sum(4 * n * d * d + 2 * pairs * d + m * mlp for n, m, pairs in tokens)
+    inner = tokens[-1][1] // vision.merged * vision.inner_macs
+    return float((tokens[0][0] - vision.has_cls) * vision.patch_inputs * d + blocks + inner)
 
 
 def call_macs(vision: VisionGeometry, grids: Sequence[Sequence[int]]) -> float:

@@ -87,7 +87,8 @@ def _seen(trace: Trace, method: Method, adapter: Adapter, units: Units, rows: Im
         blocks = method.tower_tokens(vision)
         if blocks is None:
             return False
-        trace.tower = rows.group(torch.tensor(blocks).expand(len(units.grids), 1, -1, 2))
+        known = torch.tensor([(n, m, n * n) for n, m in blocks])
+        trace.tower = rows.group(known.expand(len(units.grids), 1, -1, 3))
     if {"image", "tower", "vision"} & points:
         assert trace.prompt.images is not None
         loose = [sum(image.loose for image in images) for images in trace.prompt.images]
