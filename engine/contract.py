@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .attention import Contributions
     from .layout import TokenLayout, TokenSet
     from .trace import OnHost
-    from .units.encoding import BlockView
+    from .units.blocks import BlockView
     from .units.view import ImageView, VisionView
     from .views import AttentionView, LayerView, SublayerView
 
@@ -199,7 +199,10 @@ class Method:
         return None
 
     def block(self, view: BlockView) -> BlockMerge | BlockCut | None:
-        """In every block of the vision tower, behind its attention or its MLP, as ``block_part`` says."""
+        """In every block of the vision tower, behind its attention or its MLP, as ``block_part`` says.
+
+        Asked once for each shape of unit. Budgets count the tokens of ``view.grid``.
+        """
         return None
 
     def blocks_read(self, vision: VisionGeometry) -> tuple[int, ...]:
@@ -211,7 +214,7 @@ class Method:
         return ()
 
     def tower_tokens(self, vision: VisionGeometry) -> Sequence[tuple[int, int]] | None:
-        """For a method that acts there: tokens of an image, with CLS, at attention and MLP of each block of the tower.
+        """For a method that acts there: patches of a unit, with CLS, at attention and MLP of each block of the tower.
 
         None: the inputs decide.
         """

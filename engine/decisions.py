@@ -168,10 +168,11 @@ class Merge:
 
 @dataclass(frozen=True)
 class BlockCut:
-    """Go on in the vision tower with the patches of highest ``scores`` (N, P), of each image so many as ``counts`` say.
+    """Go on in the vision tower with the patches of highest ``scores`` (N, P), of each unit so many as ``counts`` say.
 
     ``counts``: on the host, at most those that are there. Of equal scores the earlier patch stays; they keep their
-    order, and CLS its place.
+    order, and CLS its place. Where several patches make a token, those that are left at the end do in their order: of
+    each unit a multiple of them.
     """
 
     scores: Tensor
@@ -180,18 +181,16 @@ class BlockCut:
 
 @dataclass(frozen=True)
 class BlockMerge:
-    """Go on in the vision tower with new tokens, fewer than before.
+    """Go on in the vision tower with averages of tokens, weighted by size, the number of patches they stand for.
 
-    ``tokens``: (N, t, Dv), CLS first where there is one. ``size``: (N, t), how many of the image's tokens each stands
-    for. ``group``: int (N, t before), which of them each token of before became: where the model uses the outputs of
-    earlier blocks too, these are averaged alike. ``bias``: (N, t) or None, added to the attention logits of these
-    tokens as keys in the blocks that follow.
+    ``group``: int (N, u), which of ``count`` tokens each one becomes, CLS first where there is one. Where several
+    patches make a token behind the tower it is these tokens that merge, patch by patch. ``proportional``: log(size) is
+    added to the attention logits of all of them as keys in the blocks that follow.
     """
 
-    tokens: Tensor
-    size: Tensor
     group: Tensor
-    bias: Tensor | None = None
+    count: int
+    proportional: bool = False
 
 
 def merged(tokens: Tensor, size: Tensor, group: Tensor, count: int) -> tuple[Tensor, Tensor]:

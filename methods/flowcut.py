@@ -15,23 +15,36 @@ projector in their order in the image, with new positions: T of every image, fro
 
 The authors drop from all images of a batch as many as from the one that loses most, so that an image's patches depend
 on those beside it; here each image keeps its own pace. One number of each image is read back at every cut.
+
+Where a model makes each token of a square of patches behind the tower, the budget is T times as many patches. What is
+left is single patches, square by square, and those that follow one another make a token, with a new position.
+
+``query="mean"``, for towers without CLS, is the authors' program for Qwen2-VL (commit 9df269f): c is the mean over
+heads of what the mean of all patches' queries pays to each patch, e_j is c_j times that norm, the second share and its
+softmax fall away, and c is taken plus 1e-7 in the logarithm of H. Patches of padding within a tile ask nothing and get
+nothing, so that they leave first. That program leaves 2 T tokens in the tower, and T of them at decoder layer 2, those
+that the prompt's last token reads most; here T are left in the tower and the decoder cuts nothing.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..engine.contract import BlockCut
-from .base import Budgeted, OnImages
-from .pieces import added_need_renumbering, needs_cls, per_image, precise
+from .base import LATER, Budgeted, OnImages
+from .pieces import added_need_renumbering, per_image, precise
 from .registry import register
 
 if TYPE_CHECKING:
     from ..engine.contract import BlockView, Geometry
+
+
+Query = Literal["cls", "mean"]
 
 
 @register("flowcut", "FlowCut", paper="2505.19536", source="TungChintao/FlowCut@a2ecd24")
@@ -45,34 +58,64 @@ class FlowCut(OnImages, Budgeted):
     vision_blocks = ()
     examples = ("keep=0.5", "tokens=3,positions=keep")
 
+    query: Query = dataclasses.field(default="cls", kw_only=True, metadata=LATER)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.query in get_args(Query), "query must be 'cls' or 'mean'")
+
     def check(self, geometry: Geometry) -> None:
         super().check(geometry)
-        needs_cls(self, geometry)
-        if geometry.vision is not None and geometry.vision.tiled:
-            added_need_renumbering(self)  # patches of padding may stay
-        last = geometry.vision is None or geometry.vision.feature_block >= 1
-        self.require(last, "the features are those of the first vision block, and patches leave before it")
+        vision = geometry.vision
+        if vision is None:
+            return
+        self.require(
+            vision.has_cls or self.query == "mean",
+            "scores patches by the attention of the CLS token, and this model's vision tower has none: "
+            "use query='mean', or a method without it, such as divprune or pooling",
+        )
+        if vision.tiled or vision.merged > 1:
+            added_need_renumbering(self)  # patches of padding may stay, and those of several squares make a token
+        last = "the features are those of the first vision block, and patches leave before it"
+        self.require(vision.feature_block >= 1, last)
 
     def block(self, view: BlockView) -> BlockCut | None:
-        budget, to_go = per_image(self, view.vision.tokens), view.vision.feature_block - 1 - view.block
+        vision = view.vision
+        budget, to_go = per_image(self, vision.tokens) * vision.merged, vision.feature_block - 1 - view.block
         if to_go < 0 or max(view.counts) <= budget:
             return None
-        attention, score = emergent(view)
+        attention, score = by_cls(view) if self.query == "cls" else by_mean(view)
         score = view.memory = score if view.memory is None else view.memory.lerp(score, 0.5)
         if to_go % 2:
             return None
-        entropies = view.read(torch.special.entr(attention).sum(1)) if to_go else [0.0] * len(score)
+        entropies = view.read(self.entropy(attention)) if to_go else [0.0] * len(score)
         counts = (left(*one, budget, to_go) for one in zip(view.counts, entropies, strict=True))
         return BlockCut(score, tuple(counts))
 
+    def entropy(self, attention: Tensor) -> Tensor:
+        """(N,), of ``attention`` (N, P), as the authors' programs have it."""
+        if self.query == "cls":
+            return torch.special.entr(attention).sum(1)
+        return -(attention * (attention + 1e-7).log()).sum(1)
 
-def emergent(view: BlockView) -> tuple[Tensor, Tensor]:
+
+def by_cls(view: BlockView) -> tuple[Tensor, Tensor]:
     """Shares (N, P) of the patches in the attention of CLS, and their scores (N, P) in this block."""
     logits = torch.cat([view.cls_logits(), view.cls_logits("values")], dim=1)
     mass = logits.softmax(2).unflatten(1, (2, -1)).mean(2)[:, :, 1:]
     shares = mass / mass.sum(2, keepdim=True)
-    strength = precise(view.values[:, :, 1:]).mean(1).norm(p=1, dim=2)
-    return shares[:, 0], shares.sum(1) * strength
+    return shares[:, 0], shares.sum(1) * strength(view.values[:, :, 1:])
+
+
+def by_mean(view: BlockView) -> tuple[Tensor, Tensor]:
+    """Attention (N, P) of the mean query to the patches, and their scores (N, P) in this block."""
+    attention = view.mean_logits().softmax(2).mean(1)
+    return attention, attention * strength(view.values[:, :, int(view.vision.has_cls) :])
+
+
+def strength(values: Tensor) -> Tensor:
+    """(N, P): L1 norm of the mean over heads of ``values`` (N, heads, P, d)."""
+    return precise(values).mean(1).norm(p=1, dim=2)
 
 
 def left(count: int, entropy: float, budget: int, to_go: int) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 if TYPE_CHECKING:
-    from ..engine.contract import AttentionView, Geometry, LayerView, Method, TokenLayout
+    from ..engine.contract import AttentionView, LayerView, Method, TokenLayout
 
 
 def precise(values: Tensor) -> Tensor:
@@ -80,15 +80,6 @@ def pick(tokens: Tensor, index: Tensor) -> Tensor:
 def per_image(method: Any, patches: int) -> int:
     """The budget of one image, on the host, of a ``method`` that has one (:class:`~.base.Budgeted`)."""
     return int(method.budget(torch.tensor([patches])))
-
-
-def needs_cls(method: Method, geometry: Geometry) -> None:
-    """Raise :class:`OptionError` if the vision tower keeps no CLS token apart from the patches."""
-    method.require(
-        geometry.vision is None or geometry.vision.has_cls,
-        "scores patches by the attention of the CLS token, and this model's vision tower has none: "
-        "use a method without it, such as divprune or pooling",
-    )
 
 
 def added_need_renumbering(method: Method, remedy: str = "use positions='renumber'") -> None:

@@ -16,6 +16,11 @@ r follows from the budget: as even as possible over the blocks, the larger ones 
 patches that a block is given. The merged features get new positions, in the order of the last block. Without a CLS
 token the authors leave the rest of A in order of falling similarity, and so does this.
 
+Where a model makes each token of a square of patches behind the tower, squares merge (ours: the authors have no such
+tower). The key of a square is the mean over its patches, too; edges are between squares at even and at odd places, row
+by row; patches merge with those at their places in the partner's square, by size; log(size) goes on the keys of all
+patches. The squares that are left, in their order, become the tokens. r and halving count squares.
+
 ``proportional=False`` leaves out the last line, as the authors do for towers not trained with it.
 """
 
@@ -27,7 +32,6 @@ import torch
 from torch import Tensor
 
 from ..engine.contract import BlockMerge
-from ..engine.decisions import merged
 from .base import Budgeted, OnImages
 from .pieces import added_need_renumbering, cosine, per_image
 from .registry import register
@@ -58,7 +62,7 @@ class ToMe(OnImages, Budgeted):
             least, blocks = fewest(vision.tokens, vision.feature_block + 1), vision.feature_block + 1
             self.require(
                 per_image(self, vision.tokens) >= least,
-                f"each of {blocks} vision blocks can at most halve the {vision.tokens} patches: "
+                f"each of {blocks} vision blocks can at most halve the {vision.tokens} tokens: "
                 f"the budget must be at least {least} tokens an image",
             )
 
@@ -66,38 +70,38 @@ class ToMe(OnImages, Budgeted):
         merges = self.merges(view.vision)[view.block]
         if merges == 0:
             return None
-        width = view.tokens.shape[1]
-        view.scored((width + 1) // 2 * (width // 2) * view.keys.shape[3])
-        group = matched(view.keys.mean(1), merges, first_stays=view.vision.has_cls)
-        tokens, size = merged(view.tokens, view.size, group, width - merges)
-        return BlockMerge(tokens, size, group, size.log() if self.proportional else None)
+        keys = view.token_keys
+        width = keys.shape[1]
+        view.scored((width + 1) // 2 * (width // 2) * keys.shape[2])
+        group = matched(keys, merges, first_stays=view.vision.has_cls)
+        return BlockMerge(group, width - merges, self.proportional)
 
     def tower_tokens(self, vision: VisionGeometry) -> list[tuple[int, int]]:
-        left = vision.tokens + vision.has_cls
-        return [(left, left := left - merges) for merges in self.merges(vision)]
+        left, patches = vision.patches + vision.has_cls, vision.merged
+        return [(left, left := left - merges * patches) for merges in self.merges(vision)]
 
     def merges(self, vision: VisionGeometry) -> tuple[int, ...]:
-        """r of every block; none behind the block whose output the model uses."""
+        """r of every block, in tokens; none behind the block whose output the model uses."""
         blocks = vision.feature_block + 1
         return schedule(vision.tokens, per_image(self, vision.tokens), blocks) + (0,) * (vision.layers - blocks)
 
 
-def fewest(patches: int, blocks: int) -> int:
-    """Patches that are left where each block merges as many as it can."""
+def fewest(tokens: int, blocks: int) -> int:
+    """Tokens that are left where each block merges as many as it can."""
     for _ in range(blocks):
-        patches -= patches // 2
-    return patches
+        tokens -= tokens // 2
+    return tokens
 
 
-def schedule(patches: int, target: int, blocks: int) -> tuple[int, ...]:
-    """Merges in each block, largest first, so that ``target`` patches are left: even shares unless halving forbids."""
+def schedule(tokens: int, target: int, blocks: int) -> tuple[int, ...]:
+    """Merges in each block, largest first, so that ``target`` are left: even shares unless halving forbids."""
     merges = []
     for left in range(blocks, 0, -1):
-        share = -(-(patches - target) // left)
-        while fewest(patches - share, left - 1) > target:
+        share = -(-(tokens - target) // left)
+        while fewest(tokens - share, left - 1) > target:
             share += 1
         merges.append(share)
-        patches -= share
+        tokens -= share
     return tuple(sorted(merges, reverse=True))
 
 

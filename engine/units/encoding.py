@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,44 +14,12 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...models.adapters import VisionGeometry
-from .. import attention
 from ..decisions import Merge
 from ..layout import TokenLayout, TokenSet
 from .bidirectional import real_patches, received
+from .inside import Inside
 from .rows import ImageRows
 from .shapes import Grid, Packed, Units, of_units
-
-Attended = tuple[Tensor, Tensor, Tensor, float]
-"""Query of the first token (N, heads, 1, d), keys and values (N, heads, t, d) of a block, and its scaling."""
-
-
-@dataclass
-class Inside:
-    """Where a tower stands in which a method acts: what the blocks so far leave to the next one, N images of t tokens.
-
-    ``counts``: tokens of each image, on the host. ``present``: bool (N, t), which of the t places hold one; None: all.
-    ``patches``: int (N, t), the place that each token had at first, None while all are there or where tokens are new.
-    ``size``: (N, t) and ``bias``: (N, t), as in :class:`BlockMerge`. ``memory``: (N, P), what the method remembers of
-    each patch. ``outputs``: (N, t, Dv), by block, of blocks so far that the model uses besides the last one's, at the
-    tokens that are left. ``attended``: of the block at hand. ``width``: t when the block began; ``going_on``: the
-    tokens that enter its MLP in place of those given; ``mlp_output``: what that makes of them.
-    """
-
-    counts: tuple[int, ...] = ()
-    present: Tensor | None = None
-    patches: Tensor | None = None
-    size: Tensor | None = None
-    bias: Tensor | None = None
-    memory: Tensor | None = None
-    outputs: dict[int, Tensor] = field(default_factory=dict)
-    attended: Attended | None = None
-    width: int = 0
-    going_on: Tensor | None = None
-    mlp_output: Tensor | None = None
-
-    def sizes(self, tokens: Tensor) -> Tensor:
-        """(N, t), fp32: how many of the image's tokens each of ``tokens`` (N, t, Dv) stands for."""
-        return tokens.new_ones(tokens.shape[:2], dtype=torch.float32) if self.size is None else self.size
 
 
 @dataclass
@@ -69,8 +37,9 @@ class Encoding:
     ``padding_macs``: on what they were padded with. ``kept``: the features that were projected where others were
     dropped before, ``new``: those that were added to them; ``projected_tokens``: their number, int (N,).
     ``projector_input``: tokens that entered the projector in all. ``block_tokens``: where a method acts inside the
-    tower, tokens of each unit (N,) at the attention and at the MLP of each block; ``block_widths``: places that they
-    took. ``host_syncs``: how often the method read numbers there.
+    tower, tokens of each unit (N,) at the attention and at the MLP of each block; ``block_places``: places that they
+    took. ``inside``: what is left there, one for each shape of unit; ``form``: how that lies in the tower's tensors.
+    ``host_syncs``: how often the method read numbers there.
     """
 
     vision: VisionGeometry
@@ -94,8 +63,9 @@ class Encoding:
     projected_tokens: Tensor | None = None
     projector_input: int = 0
     block_tokens: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
-    block_widths: list[tuple[int, int]] = field(default_factory=list)
-    inside: Inside = field(default_factory=Inside)
+    block_places: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    inside: list[Inside] = field(default_factory=list)
+    form: Any = None
     padding_macs: int = 0
     macs: NDArray[np.int64] = field(init=False)
 
@@ -104,23 +74,47 @@ class Encoding:
 
     @property
     def is_shrunk(self) -> bool:
-        """Whether the tower put out fewer features than the prompt has tokens."""
+        """Whether the tower put out fewer features than the prompt has tokens, or in a full grid fewer that count."""
+        if any(inside.is_cut for inside in self.inside):
+            return True
         return self.features is not None and int(self.features.shape[1]) < self.units.width
 
     @property
     def has_new(self) -> bool:
-        """Whether those that it put out stand for no patch in particular."""
-        return self.is_shrunk and self.inside.patches is None
+        """Whether those that it put out stand for no token of the prompt in particular."""
+        kept = self.vision.merged == 1 and any(inside.patches is not None for inside in self.inside)
+        return self.is_shrunk and not kept
+
+    @property
+    def inside_counts(self) -> tuple[int, ...]:
+        """Of each unit, how many tokens the tower has left, CLS among them, where a method acts in it."""
+        return self._of_units([inside.counts for inside in self.inside])
+
+    @property
+    def tokens_left(self) -> tuple[int, ...]:
+        """Of each unit, how many tokens are made of the patches that it has left there."""
+        return self._of_units([inside.tokens_left for inside in self.inside])
+
+    def _of_units(self, parts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        if len(parts) == 1:
+            return parts[0]
+        by_number: dict[int, int] = {}
+        for inside, part in zip(self.inside, parts, strict=True):
+            by_number |= zip(inside.group.units, part, strict=True)
+        return tuple(by_number[unit] for unit in range(len(self.units.grids)))
 
     def rows(self, layout: TokenLayout) -> ImageRows:
         """Where the units stand in the rows of a prompt."""
         return ImageRows(layout, self.units.images, self.units.width)
 
-    def scored(self, macs: int | tuple[int, ...]) -> None:
-        """Multiply-adds were spent on scoring each unit: an int, or N of them where units differ."""
+    def scored(self, macs: int | tuple[int, ...], units: Sequence[int]) -> None:
+        """Multiply-adds were spent on scoring each of some ``units``, by number: an int, or one each where they differ.
+
+        What units of fewer are padded with is counted besides.
+        """
         # A tracer's sizes are tensors.
-        more = np.array([int(work) for work in (macs if isinstance(macs, tuple) else (macs,))])
-        self.macs = self.macs + more
+        more = np.array([int(work) for work in (macs if isinstance(macs, tuple) else (macs,) * len(units))])
+        self.macs[list(units)] += more
         self.padding_macs += int(more.max() * len(more) - more.sum())
 
     def observe(self, name: int, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> None:
@@ -189,62 +183,6 @@ def joined(videos: Encoding, is_video: NDArray[np.bool_], counts: Sequence[int])
     grids = [grid for run in runs for grid in run.units.grids]
     units = Units(tuple(grids[unit] for unit in order), tuple(images))
     return Encoding(videos.vision, units, grids=videos.grids[order], is_joined=True)
-
-
-class BlockView:
-    """A block of the vision tower, behind its attention or its MLP as the method says: N images, P patches each.
-
-    ``block``: its number. ``tokens``: hidden states (N, t, Dv) of all tokens, CLS first where there is one. ``vision``:
-    sizes of the tower. ``counts``: the patches of each image, on the host.
-    """
-
-    def __init__(self, block: int, tokens: Tensor, encoding: Encoding) -> None:
-        assert encoding.inside.attended is not None
-        self._query, self.keys, self.values, self._scaling = encoding.inside.attended
-        self.block, self.tokens, self.vision = block, tokens, encoding.vision
-        self.counts = tuple(count - int(self.vision.has_cls) for count in encoding.inside.counts)
-        self._encoding, self._inside = encoding, encoding.inside
-
-    @property
-    def size(self) -> Tensor:
-        """(N, t), fp32: how many of the image's tokens each token stands for."""
-        return self._inside.sizes(self.tokens)
-
-    @property
-    def memory(self) -> Tensor | None:
-        """(N, P): what the method set here in an earlier block, of the patches that are left; None if nothing."""
-        return self._inside.memory
-
-    @memory.setter
-    def memory(self, values: Tensor) -> None:
-        self._inside.memory = values
-
-    def cls_logits(self, of: Literal["keys", "values"] = "keys") -> Tensor:
-        """Logits (N, heads, t), fp32, of CLS's attention; with ``of="values"`` products of its value and each token's.
-
-        Minus infinity where there is no token, so that a softmax over all is one over those that are there.
-        """
-        if of == "keys":
-            logits = attention.fine(self._query @ self.keys.transpose(-1, -2)) * self._scaling
-        else:
-            logits = attention.fine(self.values[:, :, :1] @ self.values.transpose(-1, -2))
-        width = self.keys.shape[1] * self.keys.shape[3]
-        self.scored(tuple((count + 1) * width for count in self.counts))
-        if self._inside.present is not None:
-            logits = logits.masked_fill(~self._inside.present[:, None, None], float("-inf"))
-        return logits.squeeze(2)
-
-    def read(self, values: Tensor) -> list[float]:
-        """One number of each image (N,) on the host, which waits for the device; counted like the reads of cuts."""
-        self._encoding.host_syncs += 1
-        return values.tolist()
-
-    def scored(self, macs: int | tuple[int, ...]) -> None:
-        """Count ``macs`` multiply-adds that the method itself spent on matrix products: an int, or one of each image.
-
-        Where images differ each is taken to be padded to the largest.
-        """
-        self._encoding.scored(macs)
 
 
 def _squares(grid: Grid, side: int) -> NDArray[np.int64]:

@@ -29,6 +29,7 @@ from ..units.shapes import MIXTURE, Group, Numbers, Units, decided
 from ..units.view import VisionView
 from .features import Entry, FeatureStore, SharedTower
 from .images import decided_on_images
+from .left import left_inside, squares_left
 from .limits import check_side, needed
 from .tower import UNSEEN, Tower
 
@@ -237,24 +238,30 @@ class VisionTap:
     # ---- at the projector -----------------------------------------------------------------------------------------
 
     def _on_features(self, module: nn.Module, args: tuple[Tensor]) -> Tensor | None:
-        encoding, units = self._current(), self._current().units
-        features = encoding.features = units.spread(args[0])
+        encoding, vision = self._current(), self._current().vision
+        features = encoding.features = encoding.units.spread(args[0])
         self._check(encoding)
+        if encoding.is_shrunk and vision.merged > 1 and encoding.inside:
+            return self._narrowed(encoding, squares_left(encoding, features))
         if encoding.is_shrunk:
-            kept = encoding.kept = _left_inside(encoding, features)
+            kept = encoding.kept = left_inside(encoding, features)
             encoding.decision = Merge(kept.mask, counts=kept.counts)
             encoding.projected_tokens = kept.host_counts + (features.shape[1] if encoding.has_new else 0)
             return None
         merge, macs = self._by_unit(encoding, "vision", self.method.vision)
-        encoding.decision, encoding.macs = merge, encoding.macs + macs
-        if merge is None:
-            return None
+        encoding.macs = encoding.macs + macs
+        return None if merge is None else self._narrowed(encoding, merge)
+
+    def _narrowed(self, encoding: Encoding, merge: Merge) -> Tensor:
+        """What is left to project by a decision about all units."""
+        assert encoding.features is not None
+        encoding.decision = merge
         masks = [merge.mask] if merge.added is None else [merge.mask, merge.added_mask()]
         numbers = merge.known or torch.stack([mask.sum(1) for mask in masks]).tolist()
         kept, *new = (TokenSet(mask, tuple(counts)) for mask, counts in zip(masks, numbers, strict=False))
         encoding.kept, encoding.new = kept, new[0] if new else None
         encoding.projected_tokens = torch.from_numpy(np.sum(numbers, axis=0))
-        return units.narrowed(features, merge, kept, encoding.new)
+        return encoding.units.narrowed(encoding.features, merge, kept, encoding.new)
 
     def _by_unit(
         self, encoding: Encoding, hook: str, ask: Callable[[VisionView], Keep | Merge | None]
@@ -357,8 +364,8 @@ class VisionTap:
     def _tower_tokens(self, encoding: Encoding) -> tuple[Tensor, Tensor]:
         """Int (N, 1, blocks, 3): of units, tokens at attention and MLP of each block and pairs; and places they took."""
         if "tower" in self.method.hook_points:
-            tokens = torch.tensor(encoding.block_tokens).permute(2, 0, 1)[:, None]
-            widths = torch.tensor(encoding.block_widths)[None, None]
+            every = encoding.block_tokens, encoding.block_places
+            tokens, widths = (torch.tensor(numbers).permute(2, 0, 1)[:, None] for numbers in every)
         else:
             assert encoding.features is not None
             vision, count = encoding.vision, int(encoding.features.shape[1]) * encoding.vision.merged
@@ -366,17 +373,3 @@ class VisionTap:
         shape = (len(encoding.units.grids), 1, -1, 3)
         tokens, widths = (torch.cat([part, part[..., :1] ** 2], dim=-1) for part in (tokens, widths))
         return tokens.expand(shape), widths.expand(shape)
-
-
-def _left_inside(encoding: Encoding, features: Tensor) -> TokenSet:
-    """Which patches are left of each unit where the tower put out fewer; none where its tokens are new ones."""
-    images, patches, inside = features.shape[0], encoding.units.width, encoding.inside
-    left = features.new_zeros(images, patches + 1, dtype=torch.bool)
-    if inside.patches is None:
-        return TokenSet(left[:, :-1], (0,) * images)
-    first = int(encoding.vision.has_cls)
-    index = inside.patches[:, first:] - first
-    if inside.present is not None:
-        index = index.masked_fill(~inside.present[:, first:], patches)
-    counts = tuple(count - first for count in inside.counts)
-    return TokenSet(left.scatter(1, index, torch.ones_like(index, dtype=torch.bool))[:, :-1], counts)

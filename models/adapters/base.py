@@ -148,6 +148,8 @@ class Family:
     vision_norm: str = "layer_norm2"
     vision_mlp: str = "mlp"
     vision_attention: str = "self_attn"
+    # What a vision block multiplies its MLP's output by; None: nothing.
+    vision_scale: str | None = None
     image_token: str = "image_token_id"
     vision: Callable[[Any, int], VisionGeometry] | None = None
     # Of videos, in a family where they go the way of images; None: videos are refused.
