@@ -8,8 +8,8 @@ from ..contract import VISION_SIDE, Method
 
 BEHIND = "choose a method that acts behind the tower, such as visionzip or pooling"
 INSIDE = (
-    "{} lets single patches merge or leave inside the vision tower, and {} makes each token of a square of patches "
-    "behind it, which those that are left do not form: " + BEHIND
+    "{} lets patches merge or leave inside the vision tower, and that of {} has those of all images in one sequence: "
+    + BEHIND
 )
 SMALLER = (
     "{} shows the tower a smaller image, and {} takes images of any size, whose tokens have places of their own in the "
@@ -35,7 +35,7 @@ def check_side(adapter: Adapter, method: Method) -> None:
             )
         return
     missing = needed(adapter, method) - sides
-    if "vision" in sides and "tower" in missing and vision.merged > 1:
+    if "vision" in sides and "tower" in missing and not vision.tokens:
         raise UnsupportedModelError(INSIDE.format(method.name, adapter.known_as))
     if "vision" in sides and "image" in missing and not vision.tokens:
         raise UnsupportedModelError(SMALLER.format(method.name, adapter.known_as))

@@ -362,7 +362,7 @@ class VisionTap:
         return rows.translate(merge, visual, anchors_stay=self.method.newlines != "drop", padding=new)
 
     def _tower_tokens(self, encoding: Encoding) -> tuple[Tensor, Tensor]:
-        """Int (N, 1, blocks, 3): of units, tokens at attention and MLP of each block and pairs; and places they took."""
+        """Int (N, 1, blocks, 3): of units, tokens at attention and MLP of each block, and pairs; the same of places."""
         if "tower" in self.method.hook_points:
             every = encoding.block_tokens, encoding.block_places
             tokens, widths = (torch.tensor(numbers).permute(2, 0, 1)[:, None] for numbers in every)

@@ -141,8 +141,7 @@ def test_one_tile_or_frame_costs_what_a_whole_image_does(kind):
 @pytest.mark.parametrize(
     ("kind", "name", "why"),
     [
-        ("internvl", "tome", "makes each token of a square of patches.*behind the tower, such as"),
-        ("qwen2_5_vl", "flowcut", "makes each token of a square of patches.*behind the tower, such as"),
+        ("qwen2_5_vl", "flowcut", "has those of all images in one sequence.*behind the tower, such as"),
         ("qwen2_5_vl", "downsample", "takes images of any size.*max_pixels"),
     ],
 )

@@ -49,7 +49,7 @@ def test_a_plan_needs_images_that_the_model_has(model, visual, message):
 
 def test_a_plan_is_made_for_nothing_that_cannot_run():
     loaded = visibench.load_model("qwen2.5-vl-7b", weights="meta", layers=2)
-    with pytest.raises(UnsupportedModelError, match="flowcut lets single patches merge or leave inside"):
+    with pytest.raises(UnsupportedModelError, match="flowcut lets patches merge or leave inside"):
         prefills.planned(loaded, visibench.load_method("flowcut", tokens=96), 20, 576)
 
 
