@@ -21,8 +21,8 @@ left is single patches, square by square, and those that follow one another make
 
 ``query="mean"``, for towers without CLS, is the authors' program for Qwen2-VL (commit 9df269f): c is the mean over
 heads of what the mean of all patches' queries pays to each patch, e_j is c_j times that norm, the second share and its
-softmax fall away, and c is taken plus 1e-7 in the logarithm of H. Patches of padding within a tile ask nothing and get
-nothing, so that they leave first. That program leaves 2 T tokens in the tower, and T of them at decoder layer 2, those
+softmax fall away, c is taken plus 1e-7 in the logarithm of H, and F is the features' block itself, in front of the
+projector. Patches of padding within a tile ask nothing and get nothing, so that they leave first. That program leaves 2 T tokens in the tower, and T of them at decoder layer 2, those
 that the prompt's last token reads most; here T are left in the tower and the decoder cuts nothing.
 """
 
@@ -41,7 +41,7 @@ from .pieces import added_need_renumbering, per_image, precise
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.contract import BlockView, Geometry
+    from ..engine.contract import BlockView, Geometry, VisionGeometry
 
 
 Query = Literal["cls", "mean"]
@@ -77,11 +77,15 @@ class FlowCut(OnImages, Budgeted):
         if vision.tiled or vision.merged > 1:
             added_need_renumbering(self)  # patches of padding may stay, and those of several squares make a token
         last = "the features are those of the first vision block, and patches leave before it"
-        self.require(vision.feature_block >= 1, last)
+        self.require(self.last_cut(vision) >= 0, last)
+
+    def last_cut(self, vision: VisionGeometry) -> int:
+        """The block behind which all but the budget leave."""
+        return vision.feature_block - (self.query == "cls")
 
     def block(self, view: BlockView) -> BlockCut | None:
         vision = view.vision
-        budget, to_go = per_image(self, vision.tokens) * vision.merged, vision.feature_block - 1 - view.block
+        budget, to_go = per_image(self, vision.tokens) * vision.merged, self.last_cut(vision) - view.block
         if to_go < 0 or max(view.counts) <= budget:
             return None
         attention, score = by_cls(view) if self.query == "cls" else by_mean(view)

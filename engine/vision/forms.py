@@ -19,6 +19,7 @@ NO_BIAS = (
     "{} adds to the attention logits of the vision tower, and flash attention cannot: load the model with "
     "attn_implementation='sdpa'"
 )
+NOT_WHOLE = "{} leaves {} patches of each unit, of which {} make a token: leave a multiple of that"
 
 
 class Batch(Form):
@@ -69,9 +70,7 @@ class Batch(Form):
             return tokens
         inside = self._inside
         if any((count - inside.first) % inside.merged for count in inside.counts):
-            raise VisibenchError(
-                f"{method} leaves {[count - inside.first for count in inside.counts]} patches of each image, of which "
-                f"{inside.merged} make a token: leave a multiple of that"
-            )
+            left = [count - inside.first for count in inside.counts]
+            raise VisibenchError(NOT_WHOLE.format(method, left, inside.merged))
         places = self._squares[: tokens.shape[1]]
         return tokens.new_zeros(len(tokens), self._full, tokens.shape[2]).index_copy_(1, places, tokens)

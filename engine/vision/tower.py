@@ -114,8 +114,8 @@ class Tower:
                 assert form.mlp_output is not None
                 left = left + (form.mlp_output if scale is None else getattr(module, scale) * form.mlp_output)
         if number in self._joined:
-            (inside,) = encoding.inside
-            inside.outputs[number] = output if left is None else left
+            for inside in encoding.inside:
+                inside.outputs[number] = form.tokens(inside, output if left is None else left)
         if number + 1 == len(self.adapter.vision_blocks):
             return form.whole(self.method.name, output if left is None else left)
         return left
