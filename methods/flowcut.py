@@ -20,10 +20,11 @@ Where a model makes each token of a square of patches behind the tower, the budg
 left is single patches, square by square, and those that follow one another make a token, with a new position.
 
 ``query="mean"``, for towers without CLS, is the authors' program for Qwen2-VL (commit 9df269f): c is the mean over
-heads of what the mean of all patches' queries pays to each patch, e_j is c_j times that norm, the second share and its
-softmax fall away, c is taken plus 1e-7 in the logarithm of H, and F is the features' block itself, in front of the
-projector. Patches of padding within a tile ask nothing and get nothing, so that they leave first. That program leaves 2 T tokens in the tower, and T of them at decoder layer 2, those
-that the prompt's last token reads most; here T are left in the tower and the decoder cuts nothing.
+heads of what the mean of all patches' queries pays to each patch, e_j is c_j times that norm, with no part by values;
+c is taken plus 1e-7 in the logarithm of H, and F is the features' block itself, in front of the projector. Patches of
+padding within a tile ask nothing and get nothing, so that they leave first. That program leaves 2 T tokens in the
+tower, and T of them at decoder layer 2, those that the prompt's last token reads most; here T are left in the tower,
+and the decoder cuts nothing.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ NAMED = {
     "attention": {"attention": "received"},
     "middle": {"middle": "15", "layers": "given"},
     "read_block": {"read_block": "features"},
+    "query": {"query": "mean"},
 }
 """By option that lets a method run where its defaults do not, and that nobody takes for them in silence: all of these.
 
