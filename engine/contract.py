@@ -191,12 +191,17 @@ class Method:
         """
         return None
 
-    def image(self, pixels: Tensor, vision: VisionGeometry) -> Tensor | None:
-        """Once for each batch of images, in front of the vision tower: pixels (N, 3, h, w) for ``pixels``.
+    def image(self, pixels: Tensor, grid: Grid, vision: VisionGeometry) -> Tensor | None:
+        """In front of the vision tower, once for each shape of image or tile: smaller ``pixels`` (N, C, h, w).
 
-        The tower interpolates its position embeddings to another size.
+        ``grid``: frames, rows and columns of the tokens that the tower makes of each; those of :meth:`smaller` are what
+        it makes then. The tower interpolates its position embeddings to another size.
         """
         return None
+
+    def smaller(self, grid: Grid, vision: VisionGeometry) -> Grid:
+        """Of a method that acts there: the grid of tokens of an image or tile that had ``grid``."""
+        return grid
 
     def block(self, view: BlockView) -> BlockMerge | BlockCut | None:
         """In every block of the vision tower, behind its attention or its MLP, as ``block_part`` says.

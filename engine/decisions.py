@@ -131,7 +131,8 @@ class Merge:
     logits of each as a key, in this layer and all behind it, in later turns and in decoding too. log(n) lets a token
     that stands for n count as often. For methods that say so (``biases_keys``). ``positions``: int (B, V) or (B, V, 3),
     other positions of the tokens that stay, under the ``keep`` policy; None: their own. ``counts``: as in
-    :class:`Keep`.
+    :class:`Keep`. ``images``: int (N, 3), frames and patches of the images that the rows hold then, all of them, row by
+    row: positions that are numbered anew are those that the model itself gives such a prompt.
     """
 
     mask: Tensor
@@ -144,6 +145,7 @@ class Merge:
     bias: Tensor | None = None
     positions: Tensor | None = None
     counts: tuple[int, ...] | None = None
+    images: Tensor | None = None
 
     @property
     def known(self) -> tuple[tuple[int, ...], tuple[int, ...]] | tuple[()]:

@@ -276,8 +276,10 @@ class Pass:
             return segment, segment.laid(joined(prompt, behind))
         if isinstance(decision, Keep) and decision.aside:
             self.aside.append(segment.without(merge.mask, change, prompt))
-        left = change.gather(prompt, merge.added)
-        return self._laid(segment.cut(change, merge.added_positions, anchor), left, behind)
+        after = segment.cut(change, merge.added_positions, anchor)
+        if merge.images is not None:
+            trace.host_syncs, after = trace.host_syncs + 1, after.showing(merge.images, self.adapter)
+        return self._laid(after, change.gather(prompt, merge.added), behind)
 
     def _join(self, segment: Segment, hidden: Tensor) -> tuple[Segment, Tensor]:
         """Take up again all that was held aside."""

@@ -75,6 +75,7 @@ class Segment:
     first new one, -1 for none; None while every column is there. ``positions``: as the model gave them, (B, places) or
     (B, places, 3). ``valid``: bool (B, places), None: all. ``added``: whether some tokens share the column, and not the
     position, of another, or have moved. ``renumbered``: in the form of ``positions``, where the engine counts anew.
+    ``counted``: (B, L, 3), positions of the tokens of ``layout`` from 0 on, where they are no plain count.
     ``bias``: (B, places), added to the logits of these tokens as keys, None: nothing. ``packs``: whether rows of
     unequal length are laid one behind the other.
     """
@@ -89,6 +90,7 @@ class Segment:
     renumbered: Tensor | None = None
     bias: Tensor | None = None
     packs: bool = False
+    counted: Tensor | None = None
     _told: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @cached_property
@@ -153,14 +155,9 @@ class Segment:
         if self.valid is None and not self.held.length and self.positions.ndim == 2:
             count = torch.arange(start, start + self.places, device=self.positions.device)
             return replace(self, renumbered=count.expand_as(self.positions), _told={})
-        valid, first = self.valid, self.positions[:, :1]
-        if valid is None:
-            count = torch.arange(1, self.places + 1, device=self.positions.device)[None]
-        else:
-            count = valid.cumsum(1)
-            if self.held.length:
-                first = at(self.positions, valid.to(torch.int8).argmax(1, keepdim=True))
-        count = on_every_axis(count.expand(self.positions.shape[0], -1), self.positions)
+        valid, first, count = self.valid, self.positions[:, :1], self._count()
+        if valid is not None and self.held.length:
+            first = at(self.positions, valid.to(torch.int8).argmax(1, keepdim=True))
         if self.held.positions is not None:
             first = self.held.positions[:, -1:] + 1
         elif not self.held.length:
@@ -172,6 +169,22 @@ class Segment:
                 self._whole_rows(prompt.everything.device_counts)[:, None, None], self.positions, counted
             )
         return replace(self, renumbered=counted, _told={})
+
+    def showing(self, images: Tensor, adapter: Adapter) -> Segment:
+        """Counting as the model counts a prompt whose images have these frames and patches, int (N, 3)."""
+        assert self.layout is not None
+        return replace(self, counted=adapter.places(self.layout.visual.mask, self.layout.valid, images))
+
+    def _count(self) -> Tensor:
+        """Int, in the form of ``positions``: numbers of the tokens from 1 on."""
+        if self.counted is not None:
+            behind = torch.arange(1, self.places - self.counted.shape[1] + 1, device=self.positions.device)
+            return 1 + torch.cat([self.counted, self.counted[:, -1:] + behind[:, None]], dim=1)
+        if self.valid is None:
+            count = torch.arange(1, self.places + 1, device=self.positions.device).expand(len(self.positions), -1)
+        else:
+            count = self.valid.cumsum(1)
+        return on_every_axis(count, self.positions)
 
     def _whole_rows(self, lengths: Tensor) -> Tensor:
         """Bool (B,): rows that hold every column of the ``lengths``, int (B,), that they had."""

@@ -81,6 +81,8 @@ class Trace:
         self.batch_tower: Tensor | None = None
         # Frames and patches, int (N, 3), of all images or tiles of the batch; None: images are of one size.
         self.grids: Tensor | None = None
+        # The same of what the tower was given in place of these images, where a method made them smaller.
+        self.tower_grids: Tensor | None = None
         # Where the tokens of an image lie in it (:mod:`visibench.utils.token_grids`): by the model's image processor,
         # inputs of the batch, the image's number there and its size (width, height); None where that is not known.
         self.views: Callable[[Any, Mapping[str, Any], int, tuple[int, int]], list[list[int]]] | None = None

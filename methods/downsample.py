@@ -1,12 +1,13 @@
 """Downsampling of the image itself: fewer patches for vision tower, projector and decoder alike.
 
-    the pixels of an image are resized (bicubic, antialiased) to h × w patches, and the tower interpolates its position
-    embeddings to that grid
-    h × w: as for pooling, the largest grid within the budget that is at most twice as wide as high; the largest square
-    within it where the model makes tokens of squares of patches, and takes these out of a square
+    the pixels of an image are resized (bicubic, antialiased) to h × w tokens, and the tower does with them what it does
+    with an image of that size
+    h × w: as for pooling, the largest grid within the budget that is at most twice as wide as high (of an image that is
+    no square: as wide and high as it is); the largest square within it where the model makes tokens of squares of
+    patches, and takes these out of a square
 
 So it is compared at the number of visual tokens that the decoder really gets, and saves compute in the tower besides.
-The tokens get new positions.
+The tokens get new positions: those that the model gives the tokens of an image of that size.
 """
 
 from __future__ import annotations
@@ -33,32 +34,26 @@ class Downsample(Gridded):
 
     hook_points = ("image",)
 
-    def smaller(self, vision: VisionGeometry) -> tuple[int, int]:
-        """Rows and columns of the tokens of an image or tile."""
-        rows, columns = self.grid(vision.grid, vision.grid)
+    def smaller(self, grid: Grid, vision: VisionGeometry) -> Grid:
+        rows, columns = self.grid(*grid[1:])
         side = isqrt(rows * columns)
-        return (side, side) if vision.squares else (rows, columns)
+        return (grid[0], side, side) if vision.squares else (grid[0], rows, columns)
 
     def images(self, layout: TokenLayout, geometry: Geometry) -> Sequence[Sequence[ImageShape]] | None:
-        images = super().images(layout, geometry)
-        if images is None or geometry.vision is None:
+        images, vision = super().images(layout, geometry), geometry.vision
+        if images is None or vision is None:
             return None
-        unit = (1, *self.smaller(geometry.vision))
-        return [
-            [replace(one, units=(unit,) * len(one.padded or one.units), padded=()) for one in row] for row in images
-        ]
+        small = lambda one: tuple(self.smaller(unit, vision) for unit in one.padded or one.units)  # noqa: E731
+        return [[replace(one, units=small(one), padded=()) for one in row] for row in images]
 
     def unit_left(self, grid: Grid) -> int:
         return prod(grid)
 
-    def tower_tokens(self, vision: VisionGeometry) -> list[tuple[int, int]]:
-        return [(prod(self.smaller(vision)) * vision.merged + vision.has_cls,) * 2] * vision.layers
-
-    def image(self, pixels: Tensor, vision: VisionGeometry) -> Tensor | None:
-        rows, columns = self.smaller(vision)
-        if rows == columns == vision.grid:
+    def image(self, pixels: Tensor, grid: Grid, vision: VisionGeometry) -> Tensor | None:
+        small = self.smaller(grid, vision)
+        if small == grid:
             return None
-        patch = pixels.shape[-1] // vision.grid
-        size = (rows * patch, columns * patch)
+        sides = zip(pixels.shape[2:], grid[1:], small[1:], strict=True)
+        size = [side // before * after for side, before, after in sides]
         smaller = interpolate(precise(pixels), size, mode="bicubic", align_corners=False, antialias=True)
         return smaller.to(pixels.dtype)

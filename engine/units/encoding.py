@@ -26,7 +26,8 @@ from .shapes import Grid, Packed, Units, of_units
 class Encoding:
     """What the vision side computed of one batch of images, and what the method decided about them.
 
-    ``units``: what the tower encoded by itself, N of them with up to W tokens each. ``pixels``: what entered the tower,
+    ``units``: what the tower encoded by itself, N of them with up to W tokens each; ``smaller``: what it was given in
+    their place, where a method made images smaller. ``pixels``: what entered the tower,
     where images are of one size; ``grids``: frames and patches (N, 3) where they differ in shape, those of a run
     ``before`` included, of images in front of videos; ``is_joined``: made of both. ``cls``: the CLS feature (N, Dv),
     and ``cls_of`` the blocks whose outputs are used. ``real``: bool (N, patches), which patches the tower does not take
@@ -46,6 +47,7 @@ class Encoding:
     units: Units
     pixels: Tensor | None = None
     grids: Tensor | None = None
+    smaller: Units | None = None
     before: Encoding | None = None
     is_joined: bool = False
     cls: Tensor | None = None
@@ -75,7 +77,7 @@ class Encoding:
     @property
     def is_shrunk(self) -> bool:
         """Whether the tower put out fewer features than the prompt has tokens, or in a full grid fewer that count."""
-        if any(inside.is_cut for inside in self.inside):
+        if self.smaller is not None or any(inside.is_cut for inside in self.inside):
             return True
         return self.features is not None and int(self.features.shape[1]) < self.units.width
 

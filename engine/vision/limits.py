@@ -11,10 +11,6 @@ INSIDE = (
     "{} lets patches merge or leave inside the vision tower, and that of {} has those of all images in one sequence: "
     + BEHIND
 )
-SMALLER = (
-    "{} shows the tower a smaller image, and {} takes images of any size, whose tokens have places of their own in the "
-    "prompt: have its processor make them smaller, as max_pixels does"
-)
 UNTESTED = "{} acts on the vision side, and that of {} has not been tested: choose a method that acts in the decoder"
 
 
@@ -37,8 +33,6 @@ def check_side(adapter: Adapter, method: Method) -> None:
     missing = needed(adapter, method) - sides
     if "vision" in sides and "tower" in missing and not vision.tokens:
         raise UnsupportedModelError(INSIDE.format(method.name, adapter.known_as))
-    if "vision" in sides and "image" in missing and not vision.tokens:
-        raise UnsupportedModelError(SMALLER.format(method.name, adapter.known_as))
     if missing:
         behind = ", or behind the projector alone, such as divprune" * ("projector" in sides)
         raise UnsupportedModelError(UNTESTED.format(method.name, adapter.known_as) + behind)

@@ -31,6 +31,7 @@ from .features import Entry, FeatureStore, SharedTower
 from .images import decided_on_images
 from .left import left_inside, squares_left
 from .limits import check_side, needed
+from .smaller import images_of, renewed, shown_patches, shown_smaller, spaced
 from .tower import UNSEEN, Tower
 
 # At these points a method changes what the tower is given or computes, so that nobody else can use it.
@@ -72,6 +73,8 @@ class VisionTap:
             stack.callback(tower.register_forward_pre_hook(self._on_pixels, with_kwargs=True).remove)
             if self._hooks_features:
                 self._hook_projector(stack)
+            if "image" in self.method.hook_points and self.adapter.family.tower_outputs:
+                stack.callback(tower.register_forward_hook(self._watched(self._behind_tower)).remove)
             if self.features is not None:
                 stack.enter_context(SharedTower(tower, self.features, self._parts, self._seen, self._recall))
             self._exit = stack.pop_all()
@@ -165,17 +168,19 @@ class VisionTap:
         self.encoding = Encoding(vision, self._units(pixels, grids), grids=grids)
         if grids is not None and before is not None and before.grids is not None:  # videos behind images
             self.encoding.grids, self.encoding.before = torch.cat([before.grids, grids]), before
-        if grids is not None and self.adapter.family.order is not None:
-            return None
         if grids is None:  # else images of several shapes: hashes of rows do without their pixels
             self.encoding.pixels = pixels
-        with self.watch("method"):
-            smaller = self.method.image(pixels, vision) if "image" in self.method.hook_points else None
-        if smaller is None:
+        if "image" not in self.method.hook_points:
             return None
-        family, rest = self.adapter.family, {key: value for key, value in kwargs.items() if key != "pixel_values"}
-        more = {} if family.smaller is None else family.smaller(self.adapter.model.config, rest, smaller)
-        return (smaller, *args[1:]), rest | more
+        given = {key: value for key, value in kwargs.items() if key != "pixel_values"}
+        with self.watch("method"):
+            small = shown_smaller(self.adapter, self.method, self.encoding, pixels, given)
+        return None if small is None else ((small[0], *args[1:]), small[1])
+
+    def _behind_tower(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._current().smaller is not None:
+            for name in self.adapter.family.tower_outputs:
+                setattr(output, name, spaced(self._current(), getattr(output, name)))
 
     def _units(self, pixels: Tensor, grids: Tensor | None) -> Units:
         patches = None if grids is None else grids.tolist()
@@ -239,8 +244,10 @@ class VisionTap:
 
     def _on_features(self, module: nn.Module, args: tuple[Tensor]) -> Tensor | None:
         encoding, vision = self._current(), self._current().vision
-        features = encoding.features = encoding.units.spread(args[0])
+        features = encoding.features = (encoding.smaller or encoding.units).spread(args[0])
         self._check(encoding)
+        if encoding.smaller is not None:
+            return None
         if encoding.is_shrunk and vision.merged > 1 and encoding.inside:
             return self._narrowed(encoding, squares_left(encoding, features))
         if encoding.is_shrunk:
@@ -293,6 +300,11 @@ class VisionTap:
     def _on_projected(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
         encoding, units = self._current(), self._current().units
         encoding.projector_input = output.shape[:-1].numel()
+        if encoding.smaller is not None:
+            inside = bool(self.adapter.family.tower_outputs)
+            encoding.decision = renewed(encoding, output, anchored=inside)
+            encoding.projected_tokens = torch.tensor([*map(prod, encoding.smaller.grids)])
+            return None if inside else output.new_zeros(len(units.grids), units.width, output.shape[-1])
         if encoding.kept is None:
             encoding.projected = units.spread(output)
             return None
@@ -349,7 +361,11 @@ class VisionTap:
             work = rows.sum(macs)
         trace.scored(0, work, int(work.sum()) + encoding.padding_macs)
         trace.host_syncs += encoding.host_syncs
-        if encoding.is_shrunk or "tower" in method.hook_points:
+        if encoding.smaller is not None:
+            trace.tower_grids, trace.units_of_row = shown_patches(encoding), rows.of_row
+            if decision is not None and self.adapter.family.places is not None:
+                decision = replace(decision, images=images_of(rows, encoding))
+        if "tower" in method.hook_points:
             trace.tower, trace.batch_tower = (rows.group(tokens) for tokens in self._tower_tokens(encoding))
         if encoding.projected_tokens is not None:
             trace.projected = rows.group(encoding.projected_tokens[:, None]).sum(1).cpu()
@@ -363,13 +379,8 @@ class VisionTap:
 
     def _tower_tokens(self, encoding: Encoding) -> tuple[Tensor, Tensor]:
         """Int (N, 1, blocks, 3): of units, tokens at attention and MLP of each block, and pairs; the same of places."""
-        if "tower" in self.method.hook_points:
-            every = encoding.block_tokens, encoding.block_places
-            tokens, widths = (torch.tensor(numbers).permute(2, 0, 1)[:, None] for numbers in every)
-        else:
-            assert encoding.features is not None
-            vision, count = encoding.vision, int(encoding.features.shape[1]) * encoding.vision.merged
-            tokens = widths = torch.full((1, 1, vision.layers, 2), count + vision.has_cls)
+        every = encoding.block_tokens, encoding.block_places
+        tokens, widths = (torch.tensor(numbers).permute(2, 0, 1)[:, None] for numbers in every)
         shape = (len(encoding.units.grids), 1, -1, 3)
         tokens, widths = (torch.cat([part, part[..., :1] ** 2], dim=-1) for part in (tokens, widths))
         return tokens.expand(shape), widths.expand(shape)

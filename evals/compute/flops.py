@@ -104,11 +104,11 @@ def _vision(trace: Trace, vision: VisionGeometry | None, inside: Tensor | None) 
     projector = trace.projected.double().numpy() * vision.projector_macs
     if inside is not None:
         rows = [[vision_tower_macs(vision, unit) for unit in row if unit[0][0]] for row in inside.tolist()]
-    elif trace.grids is None:
+    elif (shown := trace.grids if trace.tower_grids is None else trace.tower_grids) is None:
         images = np.array(trace.prompt.visual_counts, dtype=float) / (vision.tokens or 1)
         return images * vision_tower_macs(vision), projector
     else:
-        grids = trace.grids.tolist()
+        grids = shown.tolist()
         if trace.units_of_row is None:  # shared out by visual tokens, which is exact for one row and for rows alike
             counts = np.array(trace.prompt.visual_counts, dtype=float)
             return counts / max(counts.sum(), 1) * call_macs(vision, grids), projector

@@ -83,7 +83,10 @@ def _seen(trace: Trace, method: Method, adapter: Adapter, units: Units, rows: Im
         trace.grids = torch.tensor([(frames, side * high, side * wide) for frames, high, wide in units.grids])
     trace.units_of_row = rows.of_row
     trace.projected = torch.from_numpy(rows.sum(np.array([*map(prod, units.grids)])))
-    if {"image", "tower"} & points:
+    if "image" in points:
+        small = [method.smaller(grid, vision) for grid in units.grids]
+        trace.tower_grids = torch.tensor([(frames, side * high, side * wide) for frames, high, wide in small])
+    if "tower" in points:
         blocks = method.tower_tokens(vision)
         if blocks is None:
             return False

@@ -7,6 +7,7 @@ from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -128,6 +129,15 @@ class Adapter:
         axes_first = positions.movedim(-1, 0) if positions.ndim == 3 else positions
         by_type = {"layer_type": layer_type} if self._rotary_by_type else {}
         return self.decoder.rotary_emb(like, position_ids=axes_first, **by_type)
+
+    def places(self, visual: Tensor, valid: Tensor, grids: Tensor) -> Tensor:
+        """Positions (B, L, 3) that the model gives a prompt, of which tokens ``visual`` and ``valid``, bool (B, L).
+
+        ``grids``: int (N, 3), frames and patches of its images. Counted on the host.
+        """
+        assert self.family.places is not None
+        is_visual, counts = torch.stack([visual, valid]).cpu()
+        return self.family.places(self.model.base_model, is_visual, counts, grids).to(visual.device)
 
     @cached_property
     def _rotary_by_type(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -114,9 +114,25 @@ RandomImages = Callable[[VisionGeometry, Any, int, int], Images]
 """Images of so many visual tokens for each row of a batch. Arguments: sizes of the vision side, the model's
 configuration, visual tokens of a row, rows. Raises :class:`InputError` where no images have so many."""
 
-Smaller = Callable[[Any, Mapping[str, Any], Tensor], dict[str, Any]]
+Smaller = Callable[[Any, Mapping[str, Any], Tensor, Tensor], dict[str, Any]]
 """Keyword arguments of the vision tower that go with images made smaller. Arguments: the model's configuration, the
-keyword arguments for images as they were, and the pixels of the smaller ones."""
+keyword arguments for images as they were, and the pixels of the smaller ones, with their frames and patches (N, 3)."""
+
+
+class Patches(NamedTuple):
+    """The two ways between images and the rows of pixels, one a patch, that a tower takes in their place.
+
+    ``images``: from the model's configuration, patches (n · P, F) and the frames and patches (f, r, c) of each of the n
+    images; one frame (n · f, C, h, w) behind the other. ``rows``: from the configuration and images, patches.
+    """
+
+    images: Callable[[Any, Tensor, Sequence[int]], Tensor]
+    rows: Callable[[Any, Tensor], Tensor]
+
+
+Places = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+"""Positions (B, L, 3) that a model gives the tokens of a prompt. Arguments: the model without its head, which tokens
+are visual and which count, bool (B, L), and frames and patches (N, 3) of their images."""
 
 Packing = Callable[[Any, VisionGeometry, Mapping[str, Any]], list[tuple[Tensor, int, Tensor]]]
 """For each image, which features of its tiles its tokens are (int (n,), -1 for none, -2 for a mixture of several), how
@@ -132,7 +148,9 @@ class Family:
     points of methods that may act on that side. ``grids``: frames and patches (N, 3) of each image or tile, from the
     arguments of the vision tower; None where every image has ``VisionGeometry.tokens``. ``views``: where the tokens of
     an image lie in it. ``features``: the part of the projector that is given one vector a token, if not all of it.
-    ``smaller``: what else the tower is given with images made smaller; None: nothing.
+    ``smaller``: what else the tower is given with images made smaller; None: nothing. ``patches``: where it takes rows
+    of pixels in place of images. ``tower_outputs``: where the projector is a part of it, what it puts out of the tokens
+    of all images, one behind the other. ``places``: positions of a prompt where they follow from the shapes of images.
     ``packing``: what becomes of the features of tiles; None where an image is all its features in order.
     ``order``: where the tokens of all images, each row by row, lie in the one sequence
     that enters the projector, from configuration and ``grids``; None where images are not in one sequence.
@@ -168,6 +186,9 @@ class Family:
     grids: Callable[[Any, tuple, Mapping[str, Any]], Tensor] | None = None
     features: str | None = None
     smaller: Smaller | None = None
+    patches: Patches | None = None
+    tower_outputs: tuple[str, ...] = ()
+    places: Places | None = None
     packing: Packing | None = None
     order: Callable[[Any, Tensor], Tensor] | None = None
     views: Views | None = None

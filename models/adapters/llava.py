@@ -48,7 +48,7 @@ def whole_images(vision: VisionGeometry, config: Any, visual_tokens: int, batch:
     return Images((batch * images, 3, height, width), {})
 
 
-def interpolated(config: Any, given: Mapping[str, Any], pixels: Tensor) -> dict[str, Any]:
+def interpolated(config: Any, given: Mapping[str, Any], pixels: Tensor, grids: Tensor) -> dict[str, Any]:
     """CLIP and SigLIP interpolate the embeddings of positions where they are told to."""
     return {"interpolate_pos_encoding": True}
 

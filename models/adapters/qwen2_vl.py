@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import Family, Images, VisionGeometry
+from .base import Family, Images, Patches, VisionGeometry
 
 
 def vit(config: Any, projector_macs: int, *, hidden: int, intermediate: int, **more: Any) -> VisionGeometry:
@@ -58,6 +58,31 @@ def _image(vision: VisionGeometry, config: Any, visual_tokens: int, batch: int) 
     return Images(shape, {"image_grid_thw": grid.expand(batch, -1)})
 
 
+def _images(config: Any, patches: Tensor, grid: Sequence[int]) -> Tensor:
+    """Of a patch lie all channels and copies of the frame, of squares of patches those that become one token."""
+    side, merge = config.vision_config.patch_size, config.vision_config.spatial_merge_size
+    rows, columns = grid[1] // merge, grid[2] // merge
+    parts = patches.unflatten(1, (-1, side, side)).unflatten(0, (-1, rows, columns, merge, merge))
+    return parts.permute(0, 5, 1, 3, 6, 2, 4, 7).flatten(5).flatten(2, 4)
+
+
+def _rows(config: Any, images: Tensor) -> Tensor:
+    side, merge = config.vision_config.patch_size, config.vision_config.spatial_merge_size
+    parts = images.unflatten(3, (-1, merge, side)).unflatten(2, (-1, merge, side))
+    return parts.permute(0, 2, 5, 3, 6, 1, 4, 7).flatten(5).flatten(0, 4)
+
+
+def _smaller(config: Any, given: Mapping[str, Any], pixels: Tensor, grids: Tensor) -> dict[str, Any]:
+    return {"grid_thw": grids.to(given["grid_thw"])}
+
+
+def _places(model: Any, visual: Tensor, valid: Tensor, grids: Tensor) -> Tensor:
+    """By the model's own count, for which all that is visual is of images."""
+    kinds = visual.long()
+    places, _ = model.get_rope_index(kinds, kinds, image_grid_thw=grids, attention_mask=valid.long())
+    return places.movedim(0, -1)
+
+
 FAMILY = Family(
     decoder="model.language_model",
     vision_tower="model.visual",
@@ -67,8 +92,12 @@ FAMILY = Family(
     features="model.visual.merger.mlp",
     vision_attention="attn",
     vision=_vit,
-    sides=("vision", "projector"),
+    sides=("image", "vision", "projector"),
     grids=_grids,
+    smaller=_smaller,
+    patches=Patches(_images, _rows),
+    tower_outputs=("pooler_output",),
+    places=_places,
     order=_in_order,
     views=_views,
     images=_image,

@@ -27,5 +27,6 @@ FAMILY = replace(
     features="model.visual.merger.linear_fc1",
     vision=_deep,
     deepstack=True,
+    tower_outputs=("pooler_output", "deepstack_features"),
     towers={"qwen3_vl_vision": None},
 )

@@ -38,10 +38,9 @@ def square_tiles(vision: VisionGeometry, args: tuple, kwargs: Mapping[str, Any])
     return torch.tensor([[1, side, side]]).expand(pixels.shape[0], -1)
 
 
-def _padding(config: Any, given: Mapping[str, Any], pixels: Tensor) -> dict[str, Any]:
+def _padding(config: Any, given: Mapping[str, Any], pixels: Tensor, grids: Tensor) -> dict[str, Any]:
     """Patches of a smaller tile count where any of those behind them did."""
-    mask, patch = given["patch_attention_mask"], config.vision_config.patch_size
-    size = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
+    mask, (_, *size) = given["patch_attention_mask"], grids[0].tolist()
     return {"patch_attention_mask": adaptive_max_pool2d(mask[:, None].float(), size)[:, 0].bool()}
 
 

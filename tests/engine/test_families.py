@@ -142,7 +142,6 @@ def test_one_tile_or_frame_costs_what_a_whole_image_does(kind):
     ("kind", "name", "why"),
     [
         ("qwen2_5_vl", "flowcut", "has those of all images in one sequence.*behind the tower, such as"),
-        ("qwen2_5_vl", "downsample", "takes images of any size.*max_pixels"),
     ],
 )
 def test_the_vision_side_is_left_alone_where_it_is_built_differently(kind, name, why):

@@ -1,0 +1,250 @@
+"""Downsampling where images have any shape: the pruned model on a prompt is the model itself on the prompt with smaller
+images, made by the processor's own way from images to patches, and with as many fewer placeholders."""
+
+from functools import cache
+
+import pytest
+import torch
+import visibench
+from torch.nn.functional import interpolate
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+from units import CONFIGS, VISUAL, collate, model_of, sample_of, samples_of
+from visibench.evals.settings.method_spec import parse
+from visibench.models.adapters import Adapter
+
+SMALL = {(4, 5): (2, 3), (3, 6): (1, 4), (2, 2): (2, 2), (7, 1): (6, 1), (9, 4): (3, 2)}
+"""Rows and columns of tokens, and the most within 6 of them whose cells are as high as wide up to twice as high, in
+units of the image's own."""
+METHOD = "downsample:tokens=6"
+KINDS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+every_kind = pytest.mark.parametrize("kind", KINDS)
+PATCH, MERGE = 6, 2
+GENERATED = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "suppress_tokens": [VISUAL]}
+LATER = torch.tensor([[7, 9, 11, 8]])
+
+
+def patched(image):
+    """Patches (P, F) of an image (3, h, w), as the processor lays them out."""
+    patches, _, _ = Qwen2VLImageProcessor.patchify(None, image[None], PATCH, MERGE, 2)
+    return patches[0]
+
+
+@cache
+def pixels_of(rows, columns):
+    """Of each number in the patches of so large an image, the pixel that it is."""
+    sides = 3, rows * MERGE * PATCH, columns * MERGE * PATCH
+    return patched(torch.arange(torch.Size(sides).numel(), dtype=torch.float64).view(sides)).long(), sides
+
+
+def smaller(sample):
+    """The same row with images made smaller."""
+    if "pixel_values" not in sample:
+        return sample
+    shapes = [(rows // MERGE, columns // MERGE) for _, rows, columns in sample["image_grid_thw"].tolist()]
+    patches, pixels, grids, ids = sample["pixel_values"], [], [], sample["input_ids"][0].tolist()
+    for part, shape in zip(patches.split([MERGE**2 * r * c for r, c in shapes]), shapes, strict=True):
+        numbers, sides = pixels_of(*shape)
+        image, (rows, columns) = part.new_empty(sides), SMALL[shape]
+        image.view(-1)[numbers.flatten()] = part.flatten()
+        # A processor's copies of the image are one.
+        assert torch.equal(patched(image), part)
+        if SMALL[shape] != shape:
+            size = (rows * MERGE * PATCH, columns * MERGE * PATCH)
+            image = interpolate(image[None].float(), size, mode="bicubic", antialias=True)[0].to(part.dtype)
+        pixels.append(patched(image))
+        grids.append([1, rows * MERGE, columns * MERGE])
+    new, shapes = [], iter(shapes)
+    for place, token in enumerate(ids):
+        if token != VISUAL:
+            new.append(token)
+        elif place == 0 or ids[place - 1] != VISUAL:
+            rows, columns = SMALL[next(shapes)]
+            new += [VISUAL] * (rows * columns)
+    ids = torch.tensor([new])
+    more = {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.tensor(grids)}
+    kinds = {"mm_token_type_ids": (ids == VISUAL).int()}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | more | kinds
+
+
+def images_of(kind, shapes, seed=0, text=9, dtype=torch.float32):
+    """A row of images as a processor makes them: of each patch two copies that are one."""
+    sample = sample_of(kind, text, shapes, seed=seed)
+    if shapes:
+        sample["pixel_values"] = as_processed(sample["pixel_values"]).to(dtype)
+    return sample
+
+
+def as_processed(patches):
+    copies = patches.view(len(patches), 3, 2, PATCH * PATCH)
+    return copies[:, :, :1].expand_as(copies).reshape(patches.shape).contiguous()
+
+
+def rows_of(kind):
+    samples = samples_of(kind)
+    return [s | {"pixel_values": as_processed(s["pixel_values"])} if "pixel_values" in s else s for s in samples]
+
+
+def close(one, other):
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@every_kind
+@pytest.mark.parametrize("shapes", [[(4, 5)], [(3, 6), (2, 2)], [(9, 4), (9, 4), (7, 1)], [(2, 2)], []], ids=str)
+def test_logits_are_those_of_the_model_on_the_smaller_images(kind, shapes):
+    """Of all tokens; of one image, several of which some stay as they are, some alike; and none."""
+    model, sample = model_of(kind), images_of(kind, shapes)
+    with torch.no_grad():
+        wanted = model(**smaller(sample)).logits
+        with visibench.prune(model, parse(METHOD)) as session:
+            found = model(**sample).logits
+    close(found, wanted)
+    trace = session.trace
+    assert trace.visual_counts()[0].tolist() == [sum(r * c for r, c in map(SMALL.get, shapes))] * 6
+    assert trace.kv_lengths()[0].tolist() == [smaller(sample)["input_ids"].shape[1]] * 6
+    stay = [shape == SMALL[shape] for shape in shapes for _ in range(shape[0] * shape[1])]
+    assert trace.kept(0)[0].tolist() == stay
+
+
+@every_kind
+def test_rows_of_a_padded_batch_are_those_of_the_model_on_the_smaller_images(kind):
+    model, samples = model_of(kind), rows_of(kind)
+    with torch.no_grad():
+        wanted = model(**collate([smaller(sample) for sample in samples])).logits[:, -1]
+        with visibench.prune(model, parse(METHOD)) as session:
+            found = model(**collate(samples)).logits[:, -1]
+    close(found, wanted)
+    assert session.trace.tower_grids.tolist() == [[1, 4, 6], [1, 2, 8], [1, 4, 4], [1, 12, 2]]
+    assert session.trace.projected.tolist() == [6, 8, 0, 6]
+
+
+@every_kind
+@pytest.mark.parametrize("cached", [True, False])
+def test_answers_are_those_of_the_model_on_the_smaller_images(kind, cached):
+    """Generated for a padded batch, and for each row alone."""
+    model, samples, options = model_of(kind), rows_of(kind), GENERATED | {"use_cache": cached}
+    wanted = model.generate(**collate([smaller(sample) for sample in samples]), **options)[:, -4:]
+    with visibench.prune(model, parse(METHOD)):
+        assert model.generate(**collate(samples), **options)[:, -4:].tolist() == wanted.tolist()
+        alone = [model.generate(**sample, **options)[0, -4:].tolist() for sample in samples]
+    assert alone == wanted.tolist()
+
+
+@every_kind
+def test_beams_are_those_of_the_model_on_the_smaller_images(kind):
+    model, samples = model_of(kind), rows_of(kind)[:2]
+    options = GENERATED | {"num_beams": 3}
+    wanted = model.generate(**collate([smaller(sample) for sample in samples]), **options)[:, -4:]
+    with visibench.prune(model, parse(METHOD)):
+        assert model.generate(**collate(samples), **options)[:, -4:].tolist() == wanted.tolist()
+
+
+BY_TOKEN = {"input_ids", "attention_mask", "mm_token_type_ids"}
+
+
+def whole(turns):
+    """Turns as one prompt."""
+    keys = {key for turn in turns for key in turn}
+    return {key: torch.cat([turn[key] for turn in turns if key in turn], dim=int(key in BY_TOKEN)) for key in keys}
+
+
+def in_turns(model, turns):
+    """Logits behind the last of some turns, one call for each, with the positions that they have in one prompt."""
+    together, cache, fed = whole(turns), None, 0
+    mask = together["attention_mask"]
+    places, _ = model.model.get_rope_index(**{k: v for k, v in together.items() if k != "pixel_values"})
+    for turn in turns:
+        end = fed + turn["input_ids"].shape[1]
+        more = {"attention_mask": mask[:, :end], "position_ids": places[..., fed:end]}
+        output = model(**turn | more, past_key_values=cache, use_cache=True)
+        cache, fed = output.past_key_values, end
+    return output.logits
+
+
+@every_kind
+def test_a_later_text_counts_on_as_it_does_behind_the_smaller_images(kind):
+    model, samples = model_of(kind), rows_of(kind)
+    ids = LATER.expand(len(samples), -1)
+    later = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": torch.zeros_like(ids)}
+    with torch.no_grad():
+        wanted = in_turns(model, [collate([smaller(sample) for sample in samples]), later])
+        with visibench.prune(model, parse(METHOD)):
+            found = in_turns(model, [collate(samples), later])
+    close(found, wanted)
+
+
+@every_kind
+@pytest.mark.parametrize("first", [[(4, 5)], []], ids=str)
+def test_a_later_image_is_that_of_the_model_on_both_smaller_images(kind, first):
+    model, turns = model_of(kind), [images_of(kind, first), images_of(kind, [(9, 4)], seed=3)]
+    small = [smaller(turn) for turn in turns]
+    with torch.no_grad():
+        wanted = model(**whole(small)).logits[:, -1]
+        close(in_turns(model, small)[:, -1], wanted)
+        with visibench.prune(model, parse(METHOD)):
+            found = in_turns(model, turns)[:, -1]
+    close(found, wanted)
+
+
+@every_kind
+def test_generation_goes_on_behind_a_cache(kind):
+    """A second question about the same image, as ``generate`` is asked it."""
+    model, sample = model_of(kind), images_of(kind, [(4, 5)])
+
+    def chat(first):
+        cache = model.generate(**first, **GENERATED, return_dict_in_generate=True)
+        ids = torch.cat([cache.sequences, LATER], dim=1)
+        kinds = (ids == VISUAL).int()
+        answer = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=kinds,
+            past_key_values=cache.past_key_values,
+            **GENERATED,
+        )
+        return answer[0, first["input_ids"].shape[1] :].tolist()
+
+    wanted = chat(smaller(sample))
+    with visibench.prune(model, parse(METHOD)):
+        assert chat(sample) == wanted
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_sees_the_same_smaller_image(kind, dtype):
+    """Pixels are resized in fp32 and rounded once, as those in the test."""
+    model, sample = model_of(kind), images_of(kind, [(9, 4)], dtype=dtype)
+    tower, seen = Adapter(model).vision_tower, []
+    note = lambda m, args, kwargs: seen.append((args[0], kwargs["grid_thw"]))  # noqa: E731
+    model.to(dtype)
+    try:
+        with torch.no_grad(), visibench.prune(model, parse(METHOD)):
+            hook = tower.register_forward_pre_hook(note, with_kwargs=True)
+            assert model(**sample).logits.isfinite().all()
+    finally:
+        hook.remove()
+        model.to(torch.float32)
+    ((pixels, grids),) = seen
+    assert torch.equal(pixels, smaller(sample)["pixel_values"])
+    assert torch.equal(grids, smaller(sample)["image_grid_thw"])
+
+
+@every_kind
+def test_what_was_made_of_the_larger_image_beforehand_is_not_used(kind):
+    """Positions and lengths for the tower, which a caller may hand over with the images."""
+    model, sample = model_of(kind), images_of(kind, [(9, 4)])
+    patches = len(sample["pixel_values"])
+    made = {"image_cu_seqlens": torch.tensor([0, patches], dtype=torch.int32)}
+    with torch.no_grad(), visibench.prune(model, parse(METHOD)):
+        close(model(**sample, **made).logits, model(**sample).logits)
+
+
+@every_kind
+def test_nothing_stays_behind(kind):
+    model, sample = model_of(kind), images_of(kind, [(4, 5)])
+    tower = Adapter(model).vision_tower
+    before, hooks = model(**sample).logits, [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tower.modules()]
+    with torch.no_grad(), visibench.prune(model, parse(METHOD)):
+        model(**sample)
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tower.modules()] == hooks
+    assert torch.equal(model(**sample).logits, before)
+    assert CONFIGS[kind]["vision_config"]["patch_size"] == PATCH
