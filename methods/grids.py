@@ -11,6 +11,8 @@ from .pieces import added_need_renumbering, per_image
 if TYPE_CHECKING:
     from ..engine.contract import Geometry
 
+AT_LEAST = "the budget must be at least 1 token an image"
+
 
 def grid_within(budget: int, rows: int, columns: int | None = None) -> tuple[int, int]:
     """Rows and columns of the grid of most cells within the budget, for tokens of so many ``rows`` and ``columns``.
@@ -44,11 +46,12 @@ class Gridded(OnImages, Budgeted):
     def grid(self, rows: int, columns: int) -> tuple[int, int]:
         """Rows and columns that ``rows`` × ``columns`` patches become."""
         budget = per_image(self, rows * columns)
-        self.require(budget >= 1, "the budget must be at least 1 token an image")
+        self.require(budget >= 1, AT_LEAST)
         return grid_within(budget, rows, columns)
 
     def check(self, geometry: Geometry) -> None:
         super().check(geometry)
+        self.require(self.tokens != 0, AT_LEAST)
         if geometry.vision is None or not geometry.vision.tokens:
             return
         tokens, side = geometry.vision.tokens, geometry.vision.grid
