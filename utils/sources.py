@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache, partial
@@ -24,6 +25,7 @@ from . import yaml_files
 from .machine import version
 
 QUESTIONS = (".jsonl", ".parquet")
+_NAME = re.compile(r"[\w.+-]+")
 WHOLE_FILE, EDGE = 32 << 20, 64 << 10
 Find = Callable[[str], Path | None]
 """Where the module of a dotted name lies; None for one that does not count."""
@@ -245,6 +247,27 @@ def said_in(file: Path, *keys: str) -> list[str]:
     return [node.value for one in _included(file) for path, node in _scalars(one) if {*keys} & {*path}]
 
 
+def defined_in(file: Path) -> list[tuple[str, str]]:
+    """(kind, name) of what a task's YAML defines: a task, a group of those that it lists, or tags that it has."""
+    node, found = _node(file), []
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+        listed = key.value == "tag" and isinstance(value, yaml.SequenceNode)
+        if key.value in ("task", "group", "tag"):
+            found += [(key.value, one.value) for one in (value.value if listed else [value]) if _is_name(one)]
+    return found
+
+
+def _is_name(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and bool(_NAME.fullmatch(node.value))
+
+
+def _node(file: Path) -> yaml.Node | None:
+    """None where it is no YAML."""
+    with suppress(yaml.YAMLError):
+        return yaml_files.composed(file.read_text(encoding="utf-8-sig", errors="replace"))
+    return None
+
+
 def _included(file: Path) -> list[Path]:
     """A task's YAML, and those that it includes, directly or not."""
     found = [file]
@@ -265,9 +288,7 @@ def _scalars(file: Path) -> Scalars:
 def _scalars_of(file: Path, changed: int) -> Scalars:
     """The values in a YAML file, each with the keys that lead to it; none where it is no YAML."""
     found: Scalars = []
-    todo: list[tuple[tuple[str, ...], Any]] = []
-    with suppress(yaml.YAMLError):
-        todo.append(((), yaml_files.composed(file.read_text(encoding="utf-8-sig", errors="replace"))))
+    todo: list[tuple[tuple[str, ...], Any]] = [((), _node(file))]
     while todo:
         keys, node = todo.pop()
         if isinstance(node, yaml.ScalarNode):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +17,6 @@ from .scorers import SCORERS
 DATA = (".jsonl", ".parquet")
 YAML = (".yaml", ".yml")
 BUILDERS = ("json", "parquet", "csv", "arrow", "text", "imagefolder")
-_ENTRY = re.compile(r"""^["']?(task|group|tag)["']? *: *["']?([\w.+-]+)["']?\s*?(?:#.*)?$""", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -155,7 +153,7 @@ def _included(place: str) -> dict[str, tuple[str, Path]]:
 def _index(root: Path) -> dict[str, tuple[str, Path]]:
     found: dict[str, tuple[str, Path]] = {}
     for file in sorted(file for suffix in YAML for file in root.rglob(f"*{suffix}") if os.path.isfile(file)):
-        for kind, name in _entries(file):
+        for kind, name in sources.defined_in(file):
             if kind == "task" or name not in found:
                 found[name] = (kind, file)
     return found
@@ -165,9 +163,4 @@ def _tasks_in(file: Path) -> list[str]:
     """The tasks that a YAML defines; none in what is no YAML."""
     if file.suffix not in YAML or not os.path.isfile(file):
         return []
-    return [name for kind, name in _entries(file) if kind == "task"]
-
-
-def _entries(file: Path) -> list[tuple[str, str]]:
-    """What a YAML defines: (kind, name)."""
-    return _ENTRY.findall(file.read_text(encoding="utf-8-sig", errors="replace"))
+    return [name for kind, name in sources.defined_in(file) if kind == "task"]

@@ -5,9 +5,10 @@ from itertools import product
 import pytest
 import torch
 import visibench
-from by_hand import by_hand, check_cuts, given_densely, last_state
+from by_hand import by_hand, check_cuts, given_densely, last_state, with_some_aside
 from decoders import CONFIGS, IMAGE, KINDS, decoder_model, row_samples
 from families import METHODS, collate, make_traceable
+from probes import AsideProbe
 from torch.utils.flop_counter import FlopCounterMode
 from visibench.engine.vision.features import FeatureStore
 from visibench.errors import UnsupportedModelError
@@ -51,6 +52,18 @@ def test_keeping_everything_is_dense_bit_for_bit(kind):
 def test_a_cut_equals_the_models_own_layers_on_gathered_inputs(kind, positions):
     inputs = row_samples(kind)[1]  # two images, or one in tiles
     check_cuts(decoder_model(kind), inputs, inputs["input_ids"][0] == IMAGE, positions)
+
+
+@every_kind
+def test_tokens_held_aside_equal_the_models_own_layers_that_they_pass_by(kind):
+    model, inputs = decoder_model(kind), row_samples(kind)[1]
+    given, visual = given_densely(model, inputs), inputs["input_ids"][0] == IMAGE
+    state, trace = last_state(model, AsideProbe(layer=1, back=3), inputs)
+    keep = torch.ones_like(visual)
+    keep[visual] = trace.kept(1)[0]
+    assert 0 < keep[visual].sum() < visual.sum() == trace.kept(3).sum()
+    own = with_some_aside(model, given, (1, 3), keep, visual)
+    torch.testing.assert_close(state, own, atol=2e-5, rtol=1e-4)
 
 
 # ---- batches, generation, compute ---------------------------------------------------------------------------------

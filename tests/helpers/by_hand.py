@@ -61,6 +61,22 @@ def by_hand(model, given, cut, keep, visual, positions):
     return decoder.norm(hidden)[:, -1]
 
 
+def with_some_aside(model, given, span, keep, visual):
+    """The last state when tokens that are not in ``keep`` pass by the layers of a ``span``, and are there behind it."""
+    adapter = Adapter(model)
+    decoder, features = adapter.decoder, given["decoder"][1].get("deepstack_visual_embeds") or []
+    args, kwargs = given[span[0]]
+    hidden = (args[0] if args else kwargs["hidden_states"]).clone()
+    for layer in range(span[0], len(decoder.layers)):
+        here = keep if layer < span[1] else torch.ones_like(keep)
+        mask = given[layer][1]["attention_mask"][:, :, here][:, :, :, here]
+        table = rotary_table(adapter, given, layer, here, "keep")
+        hidden[:, here] = decoder.layers[layer](hidden[:, here], attention_mask=mask, position_embeddings=table)
+        if layer < len(features):  # all of them get what the model adds, wherever they are
+            hidden = decoder._deepstack_process(hidden, visual[None], features[layer])
+    return decoder.norm(hidden)[:, -1]
+
+
 def check_cuts(model, inputs, visual, positions):
     """Cuts in front of an early, a middle and a late layer, in a row with ``visual`` tokens, bool (L,)."""
     given = given_densely(model, inputs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from visibench.methods import BlockCut, Forward, Keep, Merge, Method
+from visibench.methods import BlockCut, Forward, Join, Keep, Merge, Method
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,17 @@ class Probe(Method):
     def mask(self, present):
         keep = torch.arange(present.shape[1]) % self.every != 0
         return keep.expand_as(present) & present
+
+
+@dataclass(frozen=True)
+class AsideProbe(Probe):
+    """Holds aside what Probe drops, until the layer ``back``."""
+
+    back: int = 3
+    holds_aside = True
+
+    def begin(self, layout, geometry):
+        return AsideForward(self)
 
 
 @dataclass(frozen=True)
@@ -116,6 +127,16 @@ class DecoderProbe(Forward):
 
     def layer_input(self, layer, view):
         return Keep(self.method.mask(view.present)) if layer == self.method.layer else None
+
+
+class AsideForward(Forward):
+    def __init__(self, method):
+        self.method = method
+
+    def layer_input(self, layer, view):
+        if layer == self.method.layer:
+            return Keep(self.method.mask(view.present), aside=True)
+        return Join() if layer == self.method.back else None
 
 
 class MergeForward(DecoderProbe):
