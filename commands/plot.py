@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -98,7 +99,7 @@ def _profile(source: Path, files: list[Path], look: Look) -> None:
     from ..results.figures import style, timeplot
     from ..results.store import profiles
 
-    if any(file.resolve() == source.resolve() for file in files):
+    if os.path.realpath(source) in map(os.path.realpath, files):
         raise OptionError(f"the figure would take the place of {source} itself: give another file to --out")
     profile = profiles.read(source)
     for file in files:

@@ -36,7 +36,7 @@ from .compiled import compile_parts
 from .geometry import Weights, about, build, check_weights, configuration, nbytes, published, synthetic_inputs
 from .inputs import as_text, prepared, special_tokens
 from .protocols import HF, Protocol, find
-from .support import check_configuration
+from .support import ATTENTION, check_configuration
 from .weights import Quantization, placement
 from .weights import read as read_weights
 
@@ -200,6 +200,9 @@ def load_model(
     ``compile``: see :mod:`.compiled`. Raises UnknownNameError, UnsupportedModelError, OptionError or DataError.
     """
     check_weights(name_or_path, weights, layers)
+    if attn_implementation not in ATTENTION:  # transformers drops parts of a name, such as "paged|"
+        known = suggest(attn_implementation, ATTENTION)
+        raise OptionError(f"attention implementation {attn_implementation!r} cannot be observed; {known}")
     _check_together(weights, placed=device_map is not None or quantization is not None, compiled=compile)
     asked = protocol if isinstance(protocol, Protocol) else find(protocol)
     place, processor = _device(device), None
@@ -239,7 +242,7 @@ def load_model(
 def check_outside(out: Path, model: str) -> None:
     """Raise :class:`OptionError` where results would lie among the files of a model, and change its fingerprint."""
     for folder in _parts(model):
-        if os.path.isdir(folder) and out.resolve().is_relative_to(folder.resolve()):
+        if os.path.isdir(folder) and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
             raise OptionError(
                 f"the run folder {out} lies in that of model {model}, whose files say which weights these are: "
                 "choose another --out"

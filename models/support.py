@@ -32,6 +32,9 @@ DECODERS = {
 }
 """Tested text decoders, by ``model_type`` of the text configuration."""
 
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
+"""Attention implementations of transformers that can be observed."""
+
 Towers = Mapping[str, str | None]
 """Tested vision towers of a family, each with its strategy of choosing features (None: it has no choice)."""
 

@@ -41,7 +41,7 @@ _Nodes: type[yaml.SafeLoader] | type[yaml.CSafeLoader] = yaml.SafeLoader
 if yaml.__with_libyaml__:
 
     class _Nodes(Composer, yaml.CSafeLoader):  # type: ignore[no-redef]
-        """Nodes of what libyaml reads, in a seventh of the time; composed here, since it crashes where it nests deep."""
+        """What libyaml reads, in a seventh of the time; composed in Python, since it crashes on what nests deep."""
 
         def __init__(self, text: str) -> None:
             yaml.CSafeLoader.__init__(self, text)

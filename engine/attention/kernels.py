@@ -15,6 +15,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...errors import UnsupportedModelError
+from ...models.support import ATTENTION
 from ..packing import Packing
 
 PREFIX = "visibench_"
@@ -32,7 +33,7 @@ def _dispatch(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_
     return interceptor(kernel, module, query, key, value, attention_mask, **kwargs)
 
 
-for _name in ("eager", "sdpa", "flash_attention_2", "flash_attention_3"):
+for _name in ATTENTION:
     if _name in ALL_MASK_ATTENTION_FUNCTIONS:
         AttentionInterface.register(PREFIX + _name, _dispatch)
         AttentionMaskInterface.register(PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])

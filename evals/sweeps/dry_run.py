@@ -18,8 +18,8 @@ from typing import Literal
 
 from rich.console import Console
 
-from ...engine import prune
 from ...engine.layout import TokenLayout
+from ...engine.session import fitting
 from ...errors import FOREIGN, DataError, reason
 from ...methods import Method, load_method
 from ...models import LoadedModel
@@ -99,7 +99,7 @@ def _check(config: SweepConfig, methods: Sequence[Method], prepared: Prepared) -
         prepared.report(Note(text=f"Not checked against the model: {error}"))
         return None
     for method in methods:
-        prune(sizes.model, method)
+        fitting(sizes.adapter, method)
     return sizes
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
-from ...engine import prune
+from ...engine.session import fitting
 from ...errors import IncompleteError
 from ...methods import Method
 from ...models import LoadedModel, load_model
@@ -71,8 +71,7 @@ class Job:
                 self.config.model, weights="meta", dtype=self.config.dtype, attn_implementation=attention
             )
         for method in {id(cell.method): cell.method for cell in self.cells}.values():
-            with prune(loaded.model, method):
-                pass
+            fitting(loaded.adapter, method)
 
     def named(self, cell: CellSpec, number: int) -> Named:
         """What events call the cell that is begun as the ``number``-th."""

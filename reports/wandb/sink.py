@@ -226,7 +226,7 @@ def prepare(folder: Path) -> None:
 
     Limits that are set already stay. Must come before wandb is used in this process.
     """
-    inner = (folder / "wandb").resolve()
+    inner = Path(os.path.realpath(folder / "wandb"))  # links that lead in a circle are no folder
     inner.mkdir(parents=True, exist_ok=True)
     os.environ |= {
         "WANDB_DIR": str(inner.parent),

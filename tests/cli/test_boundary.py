@@ -151,6 +151,7 @@ REFUSED = [
     ["--device", "cuda:99"],
     ["--dtype", "int8"],
     ["--attention", "flex_attention"],
+    ["--attention", "paged|sdpa"],
     ["--model", "nowhere/at-all"],
     ["--model", "."],
     ["--method", "fastv:layer=77"],

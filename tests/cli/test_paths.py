@@ -99,6 +99,22 @@ def test_what_is_written_is_whole_or_not_there_and_leaves_links_and_devices_alon
     assert sorted(tmp_path.iterdir()) == [link, target, pipe]
 
 
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["wandb", "sync", "."], "wandb (File exists): fix that"),
+        (["run", "--model", "tiny", "--method", "none", "--tasks", "pope", "--out", "wandb/out"], "wandb/out"),
+        (["plot", "profile.json", "--out", "wandb/a.png"], "profile.json is no profile"),
+    ],
+)
+def test_links_that_lead_in_a_circle_are_one_clear_line(cli, command, says):
+    Path("wandb").symlink_to("wandb")
+    Path("profile.json").write_text("{}")
+    result = cli(*command)
+    assert_refused(result, says)
+    assert "unforeseen" not in result[2]
+
+
 @pytest.mark.usefixtures("there")
 def test_a_page_is_not_written_to_a_pipe(cli):
     assert_refused(cli("report", "run", "--no-images", "--out", "pipe"), "cannot write to pipe (a pipe")

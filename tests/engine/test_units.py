@@ -1,5 +1,6 @@
 """Methods of the vision side in families whose images are tiles, or of any shape."""
 
+import sys
 from dataclasses import fields
 
 import pytest
@@ -15,7 +16,7 @@ from visibench.errors import InputError
 from visibench.evals.compute import flops
 from visibench.evals.settings.method_spec import parse
 from visibench.methods.base import Method
-from visibench.models.adapters import Adapter
+from visibench.models.adapters import FAMILIES, Adapter
 
 CLS = [
     "fastervlm:keep=0.5",
@@ -233,6 +234,32 @@ def test_padding_within_a_tile_asks_nothing_and_receives_nothing(kind, attention
         with torch.no_grad(), visibench.prune(model, parse(RECEIVED[0]), features=store) as session:
             model(**sample)
         assert session.trace.kept(0)[0].tolist() == kept.flatten().tolist()
+
+
+@pytest.mark.parametrize(("kind", "block"), [("qwen2_vl", 2), ("qwen2_5_vl", 1), ("qwen3_vl", 2)])
+def test_received_attention_is_that_of_the_last_block_that_sees_the_whole_image(kind, block, monkeypatch):
+    """By the weights of the model's own tower, of which Qwen2.5-VL's last block attends in windows."""
+    model, sample, weights = model_of(kind, "eager"), samples_of(kind)[1], []
+    attention, module = model.model.visual.blocks[block].attn, sys.modules[type(model).__module__]
+    kernel = module.eager_attention_forward
+
+    def noted(asking, *given, **more):
+        output = kernel(asking, *given, **more)
+        weights.extend([output[1][0].mean((0, 1))] if asking is attention else [])
+        return output
+
+    with monkeypatch.context() as patched, torch.no_grad():
+        patched.setattr(module, "eager_attention_forward", noted)
+        model(**sample)
+    order = FAMILIES[kind].order(model.config, sample["image_grid_thw"])
+    got = [part.view(-1, 4).sum(1) for part in weights]  # 2 × 2 patches make a token
+    assert [len(part) for part in got] == [18, 4]
+    _, trace = last_logits(model, parse(RECEIVED[0]), sample)
+    kept = torch.cat(got)[order].split([18, 4])
+    wanted = [
+        torch.zeros(len(part), dtype=torch.bool).index_fill(0, part.topk(len(part) // 2).indices, 1) for part in kept
+    ]
+    assert trace.kept(0)[0].tolist() == torch.cat(wanted).tolist()
 
 
 TOO_LARGE = "{}.*interpolates the features of an image of so many tiles.*: give it smaller images, or choose divprune"

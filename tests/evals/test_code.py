@@ -111,6 +111,26 @@ def test_a_task_is_its_yaml_what_that_includes_and_its_functions(tmp_path):
     assert code.of_task(str(tmp_path / "none.yaml")) == ""
 
 
+def test_what_a_yaml_defines_is_read_as_yaml(tmp_path):
+    """Names of tasks, groups and tags, however they are written; not those that stand deeper, or are listed."""
+    for number, (text, names) in enumerate(
+        {
+            "task: mine  # the name\n": ["task mine"],
+            "\"task\" : 'mine'\ntag: [a, b]\n": ["task mine", "tag a", "tag b"],
+            "{group: both, task: [one, two]}": ["group both"],
+            "group: both\ntask:\n- one\n- {task: two}\n": ["group both"],
+            "note: >\n  task: no\nmetadata: {task: no}\ntask: !own mine\n": ["task mine"],
+            "task: two words\n": [],
+            "task:\n": [],
+            "- task: no\n": [],
+            "task: mine\n: [": [],
+            "[" * 10_000: [],
+        }.items()
+    ):
+        (file := tmp_path / f"{number}.yaml").write_text(text)
+        assert [" ".join(entry) for entry in sources.defined_in(file)] == names, text
+
+
 def test_changed_code_says_so_and_runs_anew_and_old_cells_are_shown_as_of_other_code(mine, tmp_path, capsys):
     from rich.console import Console
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 from storing import outcome
@@ -17,8 +18,10 @@ from visibench.evals.answers import generate
 from visibench.evals.settings import method_spec
 from visibench.evals.settings.config import variants
 from visibench.evals.settings.include import PACKAGED
+from visibench.evals.sweeps import dry_run
 from visibench.evals.sweeps.cells import cell_specs
 from visibench.evals.sweeps.config import load_config, parse_config
+from visibench.evals.sweeps.executor import Job, Prepared
 from visibench.evals.sweeps.sweep import sweep
 from visibench.methods import list_methods
 from visibench.models.load import fingerprint
@@ -183,6 +186,24 @@ def test_fingerprint_follows_the_weights(tmp_path):
 
 
 # ---- running ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("check", ["before it is loaded", "loaded", "planned"])
+def test_methods_are_checked_without_a_hook_on_the_model(check, loaded, settings, tmp_path, monkeypatch):
+    fits, does_not = (parse_config(settings | {"methods": [f"fastv:keep=0.5,layer={n}"]}, "t") for n in (2, 77))
+    for name in ("register_forward_pre_hook", "register_forward_hook"):
+        monkeypatch.setattr(torch.nn.Module, name, lambda *_, **options: pytest.fail("a hook was placed"))
+
+    def checked(config):
+        job = Job(config, cell_specs(config), {}, Store(tmp_path), {}, "")
+        if check == "planned":
+            dry_run._check(config, [cell.method for cell in job.cells], Prepared(config, print))
+        else:
+            job.check(loaded if check == "loaded" else None)
+
+    checked(fits)
+    with pytest.raises(OptionError, match="layer"):
+        checked(does_not)
 
 
 @pytest.fixture
