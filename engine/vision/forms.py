@@ -22,7 +22,7 @@ NO_BIAS = (
 NOT_WHOLE = "{} leaves {} patches of each unit, of which {} make a token: leave a multiple of that"
 
 
-class Batch(Form):
+class Batched(Form):
     """Units of one size lie in (N, t, D): CLS where there is one, then their patches, row by row.
 
     Once a method has decided, they lie as it was shown them: square by square where several make a token, padded to the

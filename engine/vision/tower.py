@@ -16,7 +16,7 @@ from ..contract import Method
 from ..trace import Watch
 from ..units.blocks import BlockView, Form, Heads
 from ..units.encoding import Encoding
-from .forms import Batch
+from .forms import Batched
 
 UNSEEN = (
     "{} reads the vision tower, and the tower ran without it: set the attention implementation and compile before the "
@@ -66,7 +66,7 @@ class Tower:
     def _on_attention(self, kernel: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
         encoding = self.current()
         if encoding.form is None:
-            encoding.form = Batch(encoding, q, mask)
+            encoding.form = Batched(encoding, q, mask)
         heads: dict[Heads, Tensor] = {"queries": q, "keys": k, "values": v}
         mask = encoding.form.attends(self.method.name, module, heads, mask, kwargs["scaling"])
         return kernel(module, q, k, v, mask, **kwargs)

@@ -34,6 +34,8 @@ SHARED = [
     "cdpruner:tokens=3,condition=none",
 ]
 TOWER = ["tome:keep=0.5", "downsample:tokens=6", "flowcut:tokens=6"]
+MEAN_QUERY = ["flowcut:keep=0.5,query=mean"]
+INSIDE = [TOWER[0], *MEAN_QUERY]
 HIRED = ["hired:keep=0.5"]
 HOLOV = ["holov:keep=0.5,runs=4", "holov:tokens=13,runs=5,shortfall=zeros"]
 RECEIVED = [f"{text},attention=received" for text in CLS[:4] + HOLOV + HIRED]
@@ -49,16 +51,16 @@ SMALLER = ["downsample:keep=0.3"]
 WINDOWS = ["hiprune:keep=0.5,alpha=0.5,middle=1,unpad=true", *SHARED[1:]]
 METHODS = {
     "llava_next": CLS + HIRED + SHARED + TOWER + HOLOV + VSCAN,
-    "vipllava": CLS[:6] + HIRED + SHARED + TOWER + HOLOV + VSCAN,
-    "internvl": CLS[:4] + LAST + HIRED + SHARED + SMALLER + HOLOV + VSCAN,
-    "llava_onevision": RECEIVED + SHARED + TOWER[:2] + RECEIVED_VSCAN,
+    "vipllava": CLS[:6] + HIRED + SHARED + TOWER + MEAN_QUERY + HOLOV + VSCAN,
+    "internvl": CLS[:4] + LAST + HIRED + SHARED + SMALLER + INSIDE + TOWER[2:] + HOLOV + VSCAN,
+    "llava_onevision": RECEIVED + SHARED + TOWER[:2] + MEAN_QUERY + RECEIVED_VSCAN,
     "qwen2_vl": RECEIVED + SHARED + SMALLER + RECEIVED_VSCAN,
     "qwen2_5_vl": RECEIVED + WINDOWS + SMALLER + [text.replace("scaled", "scaled,early=8") for text in RECEIVED_VSCAN],
     "qwen3_vl": RECEIVED + SHARED + SMALLER + RECEIVED_VSCAN,
     "mistral3": SHARED[2:],
-    "deepseek_vl": RECEIVED + SHARED + TOWER[:2] + RECEIVED_VSCAN,
-    "smolvlm": RECEIVED[:5] + RECEIVED[6:] + SHARED + SMALLER + RECEIVED_VSCAN,
-    "idefics3": RECEIVED[:5] + RECEIVED[6:] + SHARED + SMALLER + RECEIVED_VSCAN,
+    "deepseek_vl": RECEIVED + SHARED + TOWER[:2] + MEAN_QUERY + RECEIVED_VSCAN,
+    "smolvlm": RECEIVED[:5] + RECEIVED[6:] + SHARED + SMALLER + INSIDE + RECEIVED_VSCAN,
+    "idefics3": RECEIVED[:5] + RECEIVED[6:] + SHARED + SMALLER + INSIDE + RECEIVED_VSCAN,
 }
 ALL = ["fastervlm", "vispruner", "scope", "hiprune", "hired", "pooling", "divprune", "cdpruner", "holov"]
 CASES = [(kind, text) for kind, texts in METHODS.items() for text in texts]
@@ -83,7 +85,7 @@ def last_logits(model, method, batch):
 def everything(text):
     """The same method with all that it may keep."""
     name, options = text.split(":")
-    same = ("attention", "middle", "runs", "layers", "condition", "early")
+    same = ("attention", "query", "middle", "runs", "layers", "condition", "early")
     wanted = [option for option in options.split(",") if option.startswith(same)]
     inside = ["unpad=true"] if "unpad" in {field.name for field in fields(type(parse(text)))} else []
     cuts = ["cuts="] if name == "vscan" else []
@@ -273,7 +275,7 @@ def interpolated(monkeypatch):
     return model, samples_of("llava_onevision", [(9, [(48, 48)]), (5, []), (6, [(24, 24)]), (7, [(48, 44)])])
 
 
-@pytest.mark.parametrize("text", [RECEIVED[0], RECEIVED[1], RECEIVED[4], *SHARED[:2], *TOWER[:2]])
+@pytest.mark.parametrize("text", [RECEIVED[0], RECEIVED[1], RECEIVED[4], *SHARED[:2], *TOWER[:2], *MEAN_QUERY])
 def test_methods_that_ask_for_features_refuse_interpolated_images_before_anything_runs(interpolated, text):
     model, samples = interpolated
     ran, method = [], parse(text)
