@@ -6,9 +6,14 @@ from functools import cache
 import pytest
 import torch
 import visibench
+from PIL import Image
 from torch.nn.functional import interpolate
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 from units import CONFIGS, VISUAL, collate, model_of, sample_of, samples_of
+from visibench.errors import UnsupportedModelError
+from visibench.evals.compute import flops
+from visibench.evals.compute.prefill_plan import planned_prefill
 from visibench.evals.settings.method_spec import parse
 from visibench.models.adapters import Adapter
 
@@ -117,6 +122,7 @@ def test_rows_of_a_padded_batch_are_those_of_the_model_on_the_smaller_images(kin
     assert session.trace.projected.tolist() == [6, 8, 0, 6]
 
 
+@pytest.mark.slow
 @every_kind
 @pytest.mark.parametrize("cached", [True, False])
 def test_answers_are_those_of_the_model_on_the_smaller_images(kind, cached):
@@ -186,6 +192,32 @@ def test_a_later_image_is_that_of_the_model_on_both_smaller_images(kind, first):
 
 
 @every_kind
+def test_later_images_of_a_padded_batch_are_those_of_each_row(kind):
+    """Rows are padded in front of each turn; one had no image before, another image stays as it is."""
+    model = model_of(kind)
+    rows = [([(4, 5)], [(9, 4)], 9), ([], [(2, 2)], 6), ([(7, 1), (3, 6)], [], 7)]
+    turns = [[images_of(kind, row[turn], seed=turn, text=row[2]) for turn in (0, 1)] for row in rows]
+    first, second = (collate(list(each)) for each in zip(*turns, strict=True))
+    mask = torch.cat([first["attention_mask"], second["attention_mask"]], dim=1)
+    with torch.no_grad():
+        wanted = [model(**whole([smaller(turn) for turn in row])).logits[0, -1] for row in turns]
+        with visibench.prune(model, parse(METHOD)):
+            cache = model(**first, use_cache=True).past_key_values
+            places = (mask.cumsum(1) - 1).clamp(min=0)[:, -second["input_ids"].shape[1] :].expand(3, -1, -1)
+            more = {"attention_mask": mask, "position_ids": places}
+            found = model(**second | more, past_key_values=cache, use_cache=True).logits[:, -1]
+    close(found, torch.stack(wanted))
+
+
+@every_kind
+def test_looked_up_drafts_change_no_answer(kind):
+    model, sample = model_of(kind), images_of(kind, [(4, 5)])
+    wanted = model.generate(**smaller(sample), **GENERATED)[0, -4:]
+    with visibench.prune(model, parse(METHOD)):
+        assert model.generate(**sample, **GENERATED, prompt_lookup_num_tokens=2)[0, -4:].tolist() == wanted.tolist()
+
+
+@every_kind
 def test_generation_goes_on_behind_a_cache(kind):
     """A second question about the same image, as ``generate`` is asked it."""
     model, sample = model_of(kind), images_of(kind, [(4, 5)])
@@ -236,6 +268,54 @@ def test_what_was_made_of_the_larger_image_beforehand_is_not_used(kind):
     made = {"image_cu_seqlens": torch.tensor([0, patches], dtype=torch.int32)}
     with torch.no_grad(), visibench.prune(model, parse(METHOD)):
         close(model(**sample, **made).logits, model(**sample).logits)
+
+
+@pytest.mark.slow
+@every_kind
+def test_compute_is_that_of_the_model_on_the_smaller_images(kind):
+    """Row by row and part by part; and what the batch executed, by torch's counter."""
+    model, samples = model_of(kind, "eager"), rows_of(kind)
+    with torch.no_grad():
+        with visibench.prune(model, parse("none")) as dense:
+            model(**collate([smaller(sample) for sample in samples]))
+        with visibench.prune(model, parse(METHOD)) as session, FlopCounterMode(display=False) as counter:
+            model(**collate(samples), logits_to_keep=1)
+    parts, wanted = (flops.executed(one.trace, one.geometry).components() for one in (session, dense))
+    assert parts == wanted
+    rotary = [sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.endswith("rotary_emb")]
+    (ran,) = flops.executed_by_batch(session.trace, session.geometry).total()
+    assert ran == (counter.get_total_flops() - sum(rotary)) / 2
+
+
+def test_a_plan_is_that_of_the_smaller_image():
+    """36 × 36 tokens become 18 × 18, in windows of 8 patches and a rest of 4."""
+    loaded = visibench.load_model("qwen2.5-vl-7b", weights="meta")
+    small, dense = (
+        planned_prefill(loaded, parse(text), 64, tokens)
+        for text, tokens in (("downsample:keep=0.25", 1296), ("none", 324))
+    )
+    assert small.tower_grids.tolist() == dense.grids.tolist() == [[1, 36, 36]]
+    assert flops.executed(small, loaded.geometry).components() == flops.executed(dense, loaded.geometry).components()
+
+
+@every_kind
+def test_videos_are_refused_by_name(kind):
+    model = model_of(kind)
+    given = {"input_ids": torch.tensor([[5, 6]]), "pixel_values_videos": torch.zeros(16, 3 * 2 * PATCH**2)}
+    with (
+        visibench.prune(model, parse(METHOD)),
+        pytest.raises(UnsupportedModelError, match="downsample acts on the vision side, where frames of a video"),
+    ):
+        model(**given, video_grid_thw=torch.tensor([[1, 4, 4]]))
+
+
+def test_pictures_say_that_tokens_are_new():
+    model, sample = model_of("qwen2_5_vl"), images_of("qwen2_5_vl", [(4, 5), (2, 2)])
+    with visibench.prune(model, parse(METHOD)) as session:
+        model(**sample)
+    picture = session.trace.show([Image.new("RGB", (60, 48)), Image.new("RGB", (24, 24))])
+    assert [shape for (shape,) in picture.places] == [[4, 5, 1, 1, 0], [2, 2, 1, 1, 0]]
+    assert [said for said, _ in picture.strips[0].steps()] == ["layers 0–5: 4 + 6 merged"]
 
 
 @every_kind
