@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...errors import VisibenchError
 from ...models.adapters import Adapter
 from ..contract import Method
 from ..decisions import Merge
 from ..units.encoding import Encoding
 from ..units.rows import ImageRows
-from ..units.shapes import Units, on_device
+from ..units.shapes import Grid, Units, on_device
 
 
 def shown_smaller(
@@ -34,15 +35,16 @@ def shown_smaller(
         images = torch.cat(own) if len(own) > 1 else own[0]
         if ways is not None:
             images = ways.images(config, images, _patches([group.grid], vision.merged)[0])
-        small = method.image(images, group.grid, vision)
+        small, after = method.image(images, group.grid, vision), method.smaller(group.grid, vision)
         if small is None:
             continue
+        _check(method, images, small, group.grid, after)
         rows = small if ways is None else ways.rows(config, small)
         places = group.units if len(groups) > 1 else (0,)
         for place, part in zip(places, rows.chunk(len(places)), strict=True):
             parts[place] = part
         for unit in group.units:
-            grids[unit] = method.smaller(group.grid, vision)
+            grids[unit] = after
     if (*grids,) == units.grids:
         return None
     pixels = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -53,6 +55,17 @@ def shown_smaller(
     # Other tensors follow from the shapes that the images had: the tower makes its own.
     rest = {key: value for key, value in given.items() if not isinstance(value, Tensor)}
     return pixels, rest | more
+
+
+def _check(method: Method, images: Tensor, small: Tensor, before: Grid, after: Grid) -> None:
+    """Raise :class:`VisibenchError` unless the images that a method made are as large as it says, and smaller."""
+    sides = [side // old * new for side, old, new in zip(images.shape[2:], before[1:], after[1:], strict=True)]
+    wanted = (*images.shape[:2], *sides)
+    if small.shape != wanted or before == after or any(new > old for old, new in zip(before, after, strict=True)):
+        raise VisibenchError(
+            f"{method.name}.image: of images {tuple(images.shape)}, {before} tokens, it made {tuple(small.shape)}, and "
+            f"{method.name}.smaller says {after} tokens, which is {wanted}: it must be fewer, and the same"
+        )
 
 
 def _patches(grids: Any, merged: int) -> list[tuple[int, int, int]]:

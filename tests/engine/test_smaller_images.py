@@ -11,10 +11,11 @@ from torch.nn.functional import interpolate
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 from units import CONFIGS, VISUAL, collate, model_of, sample_of, samples_of
-from visibench.errors import UnsupportedModelError
+from visibench.errors import UnsupportedModelError, VisibenchError
 from visibench.evals.compute import flops
 from visibench.evals.compute.prefill_plan import planned_prefill
 from visibench.evals.settings.method_spec import parse
+from visibench.methods.base import Method
 from visibench.models.adapters import Adapter
 
 SMALL = {(4, 5): (2, 3), (3, 6): (1, 4), (2, 2): (2, 2), (7, 1): (6, 1), (9, 4): (3, 2)}
@@ -328,3 +329,19 @@ def test_nothing_stays_behind(kind):
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tower.modules()] == hooks
     assert torch.equal(model(**sample).logits, before)
     assert CONFIGS[kind]["vision_config"]["patch_size"] == PATCH
+
+
+@pytest.mark.parametrize("says", [(1, 2, 2), (1, 4, 5), (1, 8, 5)], ids=["other", "same", "larger"])
+def test_a_method_that_makes_other_images_than_it_says_is_told(says):
+    class Halved(Method):
+        name, hook_points, vision_blocks, positions = "halved", ("image",), (), "renumber"
+
+        def image(self, pixels, grid, vision):
+            return pixels[..., ::2, :] if grid != says else pixels
+
+        def smaller(self, grid, vision):
+            return says
+
+    told = pytest.raises(VisibenchError, match=r"^halved.image: of images \(1, 6, 48, 60\), \(1, 4, 5\) tokens")
+    with visibench.prune(model_of("qwen2_5_vl"), Halved()), told:
+        model_of("qwen2_5_vl")(**images_of("qwen2_5_vl", [(4, 5)]))
