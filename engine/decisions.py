@@ -187,12 +187,14 @@ class BlockMerge:
 
     ``group``: int (N, u), which of ``count`` tokens each one becomes, CLS first where there is one. Where several
     patches make a token behind the tower it is these tokens that merge, patch by patch. ``proportional``: log(size) is
-    added to the attention logits of all of them as keys in the blocks that follow.
+    added to the attention logits of all of them as keys in the blocks that follow. ``stands``: int (N, count), at which
+    of the u places each new one stands, in towers whose blocks give every patch a position.
     """
 
     group: Tensor
     count: int
     proportional: bool = False
+    stands: Tensor | None = None
 
 
 def merged(tokens: Tensor, size: Tensor, group: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -58,14 +58,8 @@ class ToMe(OnImages, Budgeted):
 
     def check(self, geometry: Geometry) -> None:
         super().check(geometry)
-        vision = geometry.vision
-        if vision is not None:
-            least, blocks = fewest(vision.tokens, vision.feature_block + 1), vision.feature_block + 1
-            self.require(
-                per_image(self, vision.tokens) >= least,
-                f"each of {blocks} vision blocks can at most halve the {vision.tokens} tokens: "
-                f"the budget must be at least {least} tokens an image",
-            )
+        if geometry.vision is not None:
+            self.merges(geometry.vision)
 
     def block(self, view: BlockView) -> BlockMerge | None:
         merges = self.merges(view.vision)[view.block]
@@ -75,16 +69,24 @@ class ToMe(OnImages, Budgeted):
         width = keys.shape[1]
         view.scored((width + 1) // 2 * (width // 2) * keys.shape[2])
         group = matched(keys, merges, first_stays=view.vision.has_cls)
-        return BlockMerge(group, width - merges, self.proportional)
+        return BlockMerge(group, width - merges, self.proportional, stood(group, width - merges))
 
     def tower_tokens(self, vision: VisionGeometry) -> list[tuple[int, int]]:
         left, patches = vision.patches + vision.has_cls, vision.merged
         return [(left, left := left - merges * patches) for merges in self.merges(vision)]
 
     def merges(self, vision: VisionGeometry) -> tuple[int, ...]:
-        """r of every block, in tokens; none behind the block whose output the model uses."""
-        blocks = vision.feature_block + 1
-        return schedule(vision.tokens, per_image(self, vision.tokens), blocks) + (0,) * (vision.layers - blocks)
+        """r of every block, in tokens; none behind the block whose output the model uses.
+
+        Raises :class:`OptionError` where that many cannot merge.
+        """
+        tokens, budget, blocks = vision.tokens, per_image(self, vision.tokens), vision.feature_block + 1
+        self.require(
+            budget >= (least := fewest(tokens, blocks)),
+            f"each of {blocks} vision blocks can at most halve the {tokens} tokens: "
+            f"the budget must be at least {least} tokens an image",
+        )
+        return schedule(tokens, budget, blocks) + (0,) * (vision.layers - blocks)
 
 
 def fewest(tokens: int, blocks: int) -> int:
@@ -130,3 +132,13 @@ def matched(metric: Tensor, merges: int, *, first_stays: bool) -> Tensor:
     even_group = torch.empty_like(order).scatter(1, staying, places[:, :behind])
     group[:, ::2] = even_group.scatter(1, leaving, behind + partner.gather(1, leaving))
     return group
+
+
+def stood(group: Tensor, count: int) -> Tensor:
+    """Int (N, count): where each of ``count`` tokens stood before; those of B that others merged into keep their place.
+
+    ``group``: int (N, t), which of them each token became.
+    """
+    place = torch.arange(group.shape[1], device=group.device).expand_as(group)
+    places = group.new_zeros(len(group), count).scatter(1, group[:, ::2], place[:, ::2])
+    return places.scatter(1, group[:, 1::2], place[:, 1::2])

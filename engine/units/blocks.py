@@ -24,8 +24,8 @@ class Form:
 
     ``scaling``: of the attention of the block at hand, None until that was seen. ``places``: what the tokens of each
     unit take. ``going_on``: the tokens that enter the MLP of the block at hand in place of those that it was given, of
-    ``shape``; ``mlp_output``: what that makes of them. Where units of different shapes lie together, what goes on does
-    so as a whole.
+    ``shape``; ``mlp_output``: what that makes of them. ``pairs``: query-key pairs of each unit in its attention; empty
+    where all places attend to all. Where units of different shapes lie together, what goes on does so as a whole.
     """
 
     places: tuple[int, ...] = ()
@@ -33,6 +33,7 @@ class Form:
     going_on: Tensor | None = None
     mlp_output: Tensor | None = None
     shape: tuple[int, ...] = ()
+    pairs: tuple[int, ...] = ()
 
     def attends(self, method: str, module: Any, heads: dict[Heads, Tensor], mask: Any, scaling: float) -> Any:
         """A block attends, for the ``method`` of that name: the mask with which it has to. Remembers the ``heads``.
@@ -169,8 +170,7 @@ class BlockView:
 
     def read(self, values: Tensor) -> list[float]:
         """One number of each unit (N,) on the host, which waits for the device; counted like the reads of cuts."""
-        self._encoding.host_syncs += 1
-        return values.tolist()
+        return self._encoding.read(values)
 
     def scored(self, macs: int | tuple[int, ...]) -> None:
         """Count ``macs`` multiply-adds that the method itself spent on matrix products: an int, or one of each unit.

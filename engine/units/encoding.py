@@ -17,7 +17,7 @@ from ...models.adapters import VisionGeometry
 from ..decisions import Merge
 from ..layout import TokenLayout, TokenSet
 from .bidirectional import real_patches, received
-from .inside import Inside
+from .inside import Inside, by_unit
 from .rows import ImageRows
 from .shapes import Grid, Packed, Units, of_units
 
@@ -40,6 +40,8 @@ class Encoding:
     ``projector_input``: tokens that entered the projector in all. ``block_tokens``: where a method acts inside the
     tower, tokens of each unit (N,) at the attention and at the MLP of each block; ``block_places``: places that they
     took. ``inside``: what is left there, one for each shape of unit; ``form``: how that lies in the tower's tensors.
+    ``block_pairs``: query-key pairs of each unit in the attention of each block, empty where all of its tokens attend
+    to all.
     ``host_syncs``: how often the method read numbers there.
     """
 
@@ -66,6 +68,7 @@ class Encoding:
     projector_input: int = 0
     block_tokens: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
     block_places: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    block_pairs: list[tuple[int, ...]] = field(default_factory=list)
     inside: list[Inside] = field(default_factory=list)
     form: Any = None
     padding_macs: int = 0
@@ -90,20 +93,23 @@ class Encoding:
     @property
     def inside_counts(self) -> tuple[int, ...]:
         """Of each unit, how many tokens the tower has left, CLS among them, where a method acts in it."""
-        return self._of_units([inside.counts for inside in self.inside])
+        return by_unit(self.inside, [inside.counts for inside in self.inside])
 
     @property
     def tokens_left(self) -> tuple[int, ...]:
         """Of each unit, how many tokens are made of the patches that it has left there."""
-        return self._of_units([inside.tokens_left for inside in self.inside])
+        return by_unit(self.inside, [inside.tokens_left for inside in self.inside])
 
-    def _of_units(self, parts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-        if len(parts) == 1:
-            return parts[0]
-        by_number: dict[int, int] = {}
-        for inside, part in zip(self.inside, parts, strict=True):
-            by_number |= zip(inside.group.units, part, strict=True)
-        return tuple(by_number[unit] for unit in range(len(self.units.grids)))
+    @property
+    def new_tokens(self) -> tuple[int, ...]:
+        """The same, but none of units that lost nothing."""
+        left = [inside.tokens_left if inside.is_cut else (0,) * len(inside.counts) for inside in self.inside]
+        return by_unit(self.inside, left)
+
+    def read(self, values: Tensor) -> list:
+        """``values`` on the host, which waits for the device, while the tower runs; counted."""
+        self.host_syncs += 1
+        return values.tolist()
 
     def rows(self, layout: TokenLayout) -> ImageRows:
         """Where the units stand in the rows of a prompt."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +17,15 @@ PADDING = 1e-20
 """What a patch of padding weighs in an average: nothing beside one of the image, and evenly among its like."""
 
 
+def by_unit(every: Sequence[Inside], parts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """One number of each unit, in their order, of those in ``parts``, one of each unit of ``every`` shape."""
+    if len(every) == 1:
+        return parts[0]
+    shapes = zip(every, parts, strict=True)
+    found = {unit: one for inside, part in shapes for unit, one in zip(inside.group.units, part, strict=True)}
+    return tuple(found[unit] for unit in range(len(found)))
+
+
 @dataclass
 class Inside:
     """N units of one ``group``, t tokens each: CLS first where there is one, then patches.
@@ -27,7 +37,8 @@ class Inside:
     all are there or where tokens are new. ``size``: (N, t), how many patches each stands for, None: one. ``bias``:
     (N, t), added to the attention logits of these tokens as keys. ``memory``: (N, P), what the method remembers of each
     patch. ``outputs``: (N, t, Dv), by block, of blocks so far that the model uses besides the last one's, at the tokens
-    that are left.
+    that are left. ``seats``: int (N, t), in a tower of one sequence, the place there that each had at first; one that
+    others merged into keeps its own.
     """
 
     group: Group
@@ -42,6 +53,7 @@ class Inside:
     bias: Tensor | None = None
     memory: Tensor | None = None
     outputs: dict[int, Tensor] = field(default_factory=dict)
+    seats: Tensor | None = None
 
     @property
     def tokens_left(self) -> tuple[int, ...]:
@@ -82,6 +94,9 @@ class Inside:
             self.outputs[block], _ = merged(output, size, group, count)
         tokens, self.size = merged(tokens, size, group, count)
         self.counts, self.patches = (count,) * len(tokens), None
+        if self.seats is not None:
+            assert decision.stands is not None
+            self.seats = self.seats.gather(1, self._of_patches(decision.stands))
         self.bias = self.size.log() if decision.proportional else None
         self.real = None if self.real is None else self.size > 0.5
         return tokens
@@ -113,7 +128,7 @@ class Inside:
         self.counts = tuple(count + first for count in counts)
         self.patches = index if self.patches is None else at(self.patches, index)
         self.memory = None if self.memory is None else at(self.memory, chosen)
-        parts = (self.size, self.bias, self.real)
-        self.size, self.bias, self.real = (None if part is None else at(part, index) for part in parts)
+        parts = (self.size, self.bias, self.real, self.seats)
+        self.size, self.bias, self.real, self.seats = (None if part is None else at(part, index) for part in parts)
         self.outputs = {block: at(output, index) for block, output in self.outputs.items()}
         return at(tokens, index)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ class ImageShape:
     padded: tuple[Grid, ...] = ()
 
 
-def on_device(numbers: Numbers, like: Tensor | torch.device) -> Tensor:
+def on_device(numbers: NDArray[Any], like: Tensor | torch.device) -> Tensor:
     """The same as a tensor, on the device of ``like``."""
     return torch.from_numpy(np.ascontiguousarray(numbers)).to(like.device if isinstance(like, Tensor) else like)
 
@@ -154,6 +155,13 @@ class Units:
     def width(self) -> int:
         """W."""
         return max(map(prod, self.grids))
+
+    @cached_property
+    def squares(self) -> tuple[Numbers, ...]:
+        """Where the tokens of each unit, row by row, lie in the one sequence."""
+        assert self.order is not None
+        ends = np.cumsum([prod(grid) for grid in self.grids])
+        return tuple(np.split(self.order, ends[:-1]))
 
     @cached_property
     def whole(self) -> tuple[Group, ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..decisions import Merge
 from ..layout import TokenSet
 from ..units.encoding import Encoding
+from ..units.shapes import on_device
 
 
 def left_inside(encoding: Encoding, features: Tensor) -> TokenSet:
@@ -27,10 +29,18 @@ def left_inside(encoding: Encoding, features: Tensor) -> TokenSet:
 
 
 def squares_left(encoding: Encoding, features: Tensor) -> Merge:
-    """The first of the ``features`` (N, W, Dv) of each unit as new tokens, as many as its squares that are left."""
-    counts, none = encoding.tokens_left, features.new_zeros(features.shape[:2], dtype=torch.bool)
-    added, there = features[:, : max(counts)], None
-    if min(counts) < max(counts):
-        place = torch.arange(max(counts), device=features.device)
-        there = place < torch.tensor(counts, device=features.device)[:, None]
-    return Merge(none, added=added, added_present=there, counts=(0,) * len(counts))
+    """Of units that lost some, the first of the ``features`` (N, W, Dv) as new tokens, as many as squares are left.
+
+    Each stands by the token of the prompt at its own place among them. Units that lost nothing stay as they are.
+    """
+    new = np.array(encoding.new_tokens)
+    kept = np.array(encoding.tokens_left) - new
+    place, most = np.arange(features.shape[1]), int(new.max())
+    there = None if new.min() == most else on_device(place[:most] < new[:, None], features)
+    return Merge(
+        on_device(place < kept[:, None], features),
+        added=features[:, :most],
+        added_present=there,
+        anchors=torch.arange(most, device=features.device).expand(len(new), -1),
+        counts=tuple(kept.tolist()),
+    )

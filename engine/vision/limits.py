@@ -6,11 +6,6 @@ from ...errors import UnsupportedModelError
 from ...models.adapters import Adapter
 from ..contract import VISION_SIDE, Method
 
-BEHIND = "choose a method that acts behind the tower, such as visionzip or pooling"
-INSIDE = (
-    "{} lets patches merge or leave inside the vision tower, and that of {} has those of all images in one sequence: "
-    + BEHIND
-)
 UNTESTED = "{} acts on the vision side, and that of {} has not been tested: choose a method that acts in the decoder"
 
 
@@ -31,8 +26,6 @@ def check_side(adapter: Adapter, method: Method) -> None:
             )
         return
     missing = needed(adapter, method) - sides
-    if "vision" in sides and "tower" in missing and not vision.tokens:
-        raise UnsupportedModelError(INSIDE.format(method.name, adapter.known_as))
     if missing:
         behind = ", or behind the projector alone, such as divprune" * ("projector" in sides)
         raise UnsupportedModelError(UNTESTED.format(method.name, adapter.known_as) + behind)

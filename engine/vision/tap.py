@@ -383,4 +383,6 @@ class VisionTap:
         tokens, widths = (torch.tensor(numbers).permute(2, 0, 1)[:, None] for numbers in every)
         shape = (len(encoding.units.grids), 1, -1, 3)
         tokens, widths = (torch.cat([part, part[..., :1] ** 2], dim=-1) for part in (tokens, widths))
+        if any(encoding.block_pairs):
+            tokens[..., 2] = widths[..., 2] = torch.tensor(encoding.block_pairs).T[:, None]
         return tokens.expand(shape), widths.expand(shape)

@@ -17,6 +17,8 @@ from ..trace import Watch
 from ..units.blocks import BlockView, Form, Heads
 from ..units.encoding import Encoding
 from .forms import Batched
+from .postponed import Postponed
+from .sequence import OneSequence
 
 UNSEEN = (
     "{} reads the vision tower, and the tower ran without it: set the attention implementation and compile before the "
@@ -39,7 +41,8 @@ class Tower:
     def __init__(self, adapter: Adapter, method: Method, watch: Watch, current: Callable[[], Encoding]) -> None:
         self.adapter, self.method, self.watch, self.current = adapter, method, watch, current
         vision = adapter.geometry.vision
-        self._joined = () if vision is None else vision.joined_blocks
+        assert vision is not None
+        self._vision, self._inner = vision, Postponed(adapter.inner_projectors)
         self._exit = ExitStack()
 
     def __enter__(self) -> Tower:
@@ -53,15 +56,26 @@ class Tower:
                     stack.callback(norm.register_forward_pre_hook(partial(self._before_mlp, number)).remove)
                     stack.callback(mlp.register_forward_hook(self._behind_mlp).remove)
                 # First of the block's hooks, so that hidden states that transformers records are those that go on.
+                if family.order is not None:
+                    before = partial(self._before_block, number)
+                    stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
                 behind = partial(self._behind_block, number)
                 stack.callback(block.register_forward_hook(behind, prepend=True).remove)
-            if self._joined:
+            if self._vision.joined_blocks or self._vision.inner_blocks:
+                stack.enter_context(self._inner)
                 stack.callback(self.adapter.vision_tower.register_forward_hook(self._behind_tower).remove)
             self._exit = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._exit.close()
+
+    def _before_block(self, number: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        encoding, full = self.current(), self._vision.full_blocks
+        if encoding.form is None:
+            encoding.form = OneSequence(encoding, self.method.name, args[0])
+        windowed = self._vision.window is not None and number not in full
+        return args, kwargs | encoding.form.told(kwargs, encoding.read, windowed=windowed)
 
     def _on_attention(self, kernel: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
         encoding = self.current()
@@ -87,6 +101,7 @@ class Tower:
                 left = form.laid([v.tokens if d is None else inside.going_on(d, v.tokens) for inside, v, d in every])
         form.scaling, form.shape = None, tuple(tokens.shape)
         behind_attention = self.method.block_part == "attention"
+        encoding.block_pairs.append(form.pairs)
         encoding.block_tokens.append((counts, encoding.inside_counts if behind_attention else counts))
         encoding.block_places.append((places, form.places if behind_attention else places))
         return left
@@ -113,7 +128,7 @@ class Tower:
             if left is not None:
                 assert form.mlp_output is not None
                 left = left + (form.mlp_output if scale is None else getattr(module, scale) * form.mlp_output)
-        if number in self._joined:
+        if number in (*self._vision.joined_blocks, *self._vision.inner_blocks):
             for inside in encoding.inside:
                 inside.outputs[number] = form.tokens(inside, output if left is None else left)
         if number + 1 == len(self.adapter.vision_blocks):
@@ -121,7 +136,12 @@ class Tower:
         return left
 
     def _behind_tower(self, module: nn.Module, args: tuple, output: Any) -> None:
+        encoding, blocks = self.current(), self._vision.inner_blocks
+        if blocks:
+            made = zip(self._inner.forwards, blocks, strict=True)
+            output.deepstack_features = [encoding.form.projected(projector, block) for projector, block in made]
+            return
+        (inside,) = encoding.inside
         # The first of the hidden states is the embedding.
-        (inside,) = self.current().inside
         states = enumerate(output.hidden_states, start=-1)
         output.hidden_states = tuple(inside.outputs.get(block, state) for block, state in states)

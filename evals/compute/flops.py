@@ -101,18 +101,20 @@ def _vision(trace: Trace, vision: VisionGeometry | None, inside: Tensor | None) 
     """MACs of tower and projector for each row (B,); ``inside``: tokens in the tower, as a trace has them."""
     if vision is None:
         return (np.zeros(trace.prompt.rows),) * 2
-    projector = trace.projected.double().numpy() * vision.projector_macs
-    if inside is not None:
+    entered = trace.projected.double().numpy()
+    projector = entered * vision.projector_macs
+    if inside is not None:  # projectors that the tower has inside are given what is left behind its last block
         rows = [[vision_tower_macs(vision, unit) for unit in row if unit[0][0]] for row in inside.tolist()]
-    elif (shown := trace.grids if trace.tower_grids is None else trace.tower_grids) is None:
+        return np.array([sum(row) for row in rows], dtype=float) + entered * vision.inner_macs, projector
+    shown = trace.grids if trace.tower_grids is None else trace.tower_grids
+    if shown is None:
         images = np.array(trace.prompt.visual_counts, dtype=float) / (vision.tokens or 1)
         return images * vision_tower_macs(vision), projector
-    else:
-        grids = shown.tolist()
-        if trace.units_of_row is None:  # shared out by visual tokens, which is exact for one row and for rows alike
-            counts = np.array(trace.prompt.visual_counts, dtype=float)
-            return counts / max(counts.sum(), 1) * call_macs(vision, grids), projector
-        rows = [[call_macs(vision, [grids[unit] for unit in row])] for row in trace.units_of_row]
+    grids = shown.tolist()
+    if trace.units_of_row is None:  # shared out by visual tokens, which is exact for one row and for rows alike
+        counts = np.array(trace.prompt.visual_counts, dtype=float)
+        return counts / max(counts.sum(), 1) * call_macs(vision, grids), projector
+    rows = [[call_macs(vision, [grids[unit] for unit in row])] for row in trace.units_of_row]
     return np.array([sum(row) for row in rows], dtype=float), projector
 
 
@@ -141,7 +143,7 @@ def decode(trace: Trace, geometry: Geometry, steps: Any = 1) -> Flops:
 
 
 def vision_tower_macs(vision: VisionGeometry, tokens: Sequence[tuple[int, int, int]] | None = None) -> float:
-    """MACs of the vision tower for one image: patch convolution, all its blocks, and projectors that it has inside.
+    """MACs of the vision tower for one image: patch convolution and all its blocks.
 
     ``tokens``: tokens at the attention and at the MLP of each block, CLS included, and the query-key pairs of its
     attention; None: the full image throughout.
@@ -150,8 +152,7 @@ def vision_tower_macs(vision: VisionGeometry, tokens: Sequence[tuple[int, int, i
     tokens = tokens or [(full, full, full * full)] * vision.layers
     d, mlp = vision.hidden, vision.ffn_matrices * vision.hidden * vision.intermediate
     blocks = sum(4 * n * d * d + 2 * pairs * d + m * mlp for n, m, pairs in tokens)
-    inner = tokens[-1][1] // vision.merged * vision.inner_macs
-    return float((tokens[0][0] - vision.has_cls) * vision.patch_inputs * d + blocks + inner)
+    return float((tokens[0][0] - vision.has_cls) * vision.patch_inputs * d + blocks)
 
 
 def call_macs(vision: VisionGeometry, grids: Sequence[Sequence[int]]) -> float:

@@ -87,11 +87,11 @@ def _seen(trace: Trace, method: Method, adapter: Adapter, units: Units, rows: Im
         small = [method.smaller(grid, vision) for grid in units.grids]
         trace.tower_grids = torch.tensor([(frames, side * high, side * wide) for frames, high, wide in small])
     if "tower" in points:
-        blocks = method.tower_tokens(vision)
-        if blocks is None:
+        blocks = [method.tower_tokens(replace(vision, tokens=prod(grid))) for grid in units.grids]
+        if vision.window is not None or None in blocks:  # in windows the inputs decide how many pairs there are
             return False
-        known = torch.tensor([(n, m, n * n) for n, m in blocks])
-        trace.tower = rows.group(known.expand(len(units.grids), 1, -1, 3))
+        known = torch.tensor([[(n, m, n * n) for n, m in own] for own in blocks if own is not None])
+        trace.tower = rows.group(known[:, None])
     if {"image", "tower", "vision"} & points:
         assert trace.prompt.images is not None
         loose = [sum(image.loose for image in images) for images in trace.prompt.images]

@@ -60,6 +60,7 @@ class Adapter:
         self.vision_blocks = self._part(self.family.vision_blocks)
         self.projector = self._part(self.family.projector)
         self.features = self._part(self.family.features) if self.family.features else self.projector
+        self.inner_projectors = [*(self._part(self.family.inner_projectors) or ())]
         self.layers = self.decoder.layers
         self.image_token: int | None = getattr(model.config, self.family.image_token, None)
         names = (self.family.image_token, self.family.video_token)

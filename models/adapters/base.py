@@ -18,7 +18,8 @@ class VisionGeometry:
     ``tokens``: visual tokens of one image, or of one tile in a family that cuts images into tiles; 0 if they depend on
     the image. ``tiled``: images are cut into tiles, of which not all tokens enter the prompt. ``patches``: those of
     which the tower makes them, without CLS. ``merged``: patches in one token. ``projector_macs``: for one token.
-    ``inner_macs``: for one token of the whole image, of projectors that the tower has inside.
+    ``inner_macs``: for one token of the whole image, of projectors that the tower has inside, behind its
+    ``inner_blocks``.
     ``ffn_matrices``: 2, or 3 in a gated FFN. ``window``: patches along a side of the windows in which blocks attend,
     all but the ``full_blocks``; None: every block attends to the whole image. ``feature_block``: the block whose output
     is used, the last of the ``joined_blocks`` where the outputs of several are used side by side. ``one_sequence``: all
@@ -37,6 +38,7 @@ class VisionGeometry:
     projector_macs: int
     merged: int = 1
     inner_macs: int = 0
+    inner_blocks: tuple[int, ...] = ()
     tiled: bool = False
     ffn_matrices: int = 2
     window: int | None = None
@@ -176,6 +178,8 @@ class Family:
     bidirectional: bool = False
     # Whether features from inside the tower are added behind the first decoder layers.
     deepstack: bool = False
+    # Projectors that the tower has inside, one for each of the ``inner_blocks``.
+    inner_projectors: str | None = None
     # Where positions of a prompt begin.
     first_position: int = 0
     # Whether its LM head scales and caps logits as the text configuration says; most models with images leave that out.

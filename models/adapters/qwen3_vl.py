@@ -19,6 +19,7 @@ def _deep(config: Any, projector_macs: int) -> VisionGeometry:
         intermediate=vision.intermediate_size,
         # Features from inside the tower go through mergers of their own, of the same sizes.
         inner_macs=projector_macs * len(vision.deepstack_visual_indexes),
+        inner_blocks=tuple(vision.deepstack_visual_indexes),
     )
 
 
@@ -27,6 +28,7 @@ FAMILY = replace(
     features="model.visual.merger.linear_fc1",
     vision=_deep,
     deepstack=True,
+    inner_projectors="model.visual.deepstack_merger_list",
     tower_outputs=("pooler_output", "deepstack_features"),
     towers={"qwen3_vl_vision": None},
 )

@@ -7,7 +7,7 @@ import visibench
 from families import METHODS, ROWS, collate, every_family, every_method, model_of, samples_of
 from probes import Probe
 from torch.utils.flop_counter import FlopCounterMode
-from visibench.errors import InputError, UnsupportedModelError
+from visibench.errors import InputError
 from visibench.evals.compute import flops, prefills
 from visibench.evals.compute.timing import greedy
 from visibench.models import LoadedModel
@@ -136,17 +136,6 @@ def test_one_tile_or_frame_costs_what_a_whole_image_does(kind):
     if kind != "qwen2_5_vl":
         assert flops.grid_macs(vision, (1, side, side)) == flops.vision_tower_macs(vision)
     assert flops.grid_macs(vision, (2, 8, 12)) == 2 * flops.grid_macs(vision, (1, 8, 12))
-
-
-@pytest.mark.parametrize(
-    ("kind", "name", "why"),
-    [
-        ("qwen2_5_vl", "flowcut", "has those of all images in one sequence.*behind the tower, such as"),
-    ],
-)
-def test_the_vision_side_is_left_alone_where_it_is_built_differently(kind, name, why):
-    with pytest.raises(UnsupportedModelError, match=f"^{name} .*'{kind}' {why}"):
-        visibench.prune(model_of(kind), visibench.load_method(name, tokens=8))
 
 
 def test_pixel_shuffled_features_can_be_chosen_behind_the_projector():

@@ -105,9 +105,17 @@ def test_every_entry_has_plans_of_an_ordinary_image_for_all_methods_that_fit(nam
     assert found >= 12
 
 
-RAGGED = {"llava_next": "fastervlm:keep=0.5", "llava_onevision": "divprune:keep=0.3", "qwen2_vl": "pooling:tokens=5"}
-RAGGED |= {"qwen2_5_vl": "holov:keep=0.5,runs=2,attention=received", "smolvlm": "cdpruner:tokens=3,condition=none"}
-RAGGED = [*RAGGED.items(), ("qwen2_5_vl", "downsample:tokens=6"), ("qwen3_vl", "downsample:keep=0.4")]
+RAGGED = [
+    ("llava_next", "fastervlm:keep=0.5"),
+    ("llava_onevision", "divprune:keep=0.3"),
+    ("qwen2_vl", "pooling:tokens=5"),
+    ("qwen2_vl", "tome:keep=0.5"),
+    ("qwen3_vl", "tome:tokens=5"),
+    ("qwen3_vl", "downsample:keep=0.4"),
+    ("qwen2_5_vl", "downsample:tokens=6"),
+    ("qwen2_5_vl", "holov:keep=0.5,runs=2,attention=received"),
+    ("smolvlm", "cdpruner:tokens=3,condition=none"),
+]
 
 
 @pytest.mark.parametrize(("kind", "text"), RAGGED)

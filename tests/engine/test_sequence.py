@@ -1,0 +1,136 @@
+"""Fewer tokens inside towers of one sequence: Qwen2-VL, Qwen2.5-VL with windows, Qwen3-VL with features from inside."""
+
+from copy import deepcopy
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import sequences
+import torch
+import visibench
+from decoders import CONFIGS, miniature
+from torch.utils.flop_counter import FlopCounterMode
+from units import collate, sample_of
+from visibench.engine.vision.features import FeatureStore
+from visibench.errors import InputError, OptionError
+from visibench.evals.compute import flops
+from visibench.evals.settings.method_spec import parse
+from visibench.models.adapters import Adapter
+
+DEEP = {
+    "qwen2_vl": {"depth": 6},
+    "qwen2_5_vl": {"depth": 6, "fullatt_block_indexes": [1, 4]},
+    "qwen3_vl": {"depth": 6, "deepstack_visual_indexes": [1, 3, 5]},
+}
+TEXTS = [
+    "flowcut:tokens=5,query=mean",
+    "flowcut:keep=0.3,query=mean",
+    "tome:tokens=5",
+    "tome:keep=0.4,proportional=false",
+]
+IMAGES = [[(4, 5)], [(3, 6), (5, 3), (2, 2), (3, 6)], [(1, 7), (2, 8)]]
+QUICK = TEXTS[0], TEXTS[2]
+every_case = pytest.mark.parametrize(
+    ("kind", "text", "number"),
+    [
+        pytest.param(kind, text, number, marks=[] if text in QUICK and number == 1 else pytest.mark.slow)
+        for kind in DEEP
+        for text in TEXTS
+        for number in range(len(IMAGES))
+    ],
+)
+
+
+@cache
+def deep(kind, attention="sdpa"):
+    own = {"vision_config": CONFIGS[kind]["vision_config"] | DEEP[kind]}
+    return miniature(kind, CONFIGS[kind] | own, attention)
+
+
+def by_hand(model, method, sample):
+    """What each image becomes, (T, D), with what is added behind the first decoder layers."""
+    vision, images = Adapter(model).geometry.vision, []
+    for picture in sequences.pictures(model, sample):
+        tokens = len(picture.hidden) // sequences.PARTS
+        if method.name == "flowcut":
+            sequences.flowcut(model, picture, int(method.budget(torch.tensor(tokens))))
+        else:
+            merges = method.merges(replace(vision, tokens=tokens))
+            sequences.tome(model, picture, merges, proportional=method.proportional)
+        images.append(sequences.projected(model, picture))
+    return images
+
+
+def last_state(model, method, sample):
+    states = []
+    hook = model.lm_head.register_forward_pre_hook(lambda m, args: states.append(args[0][:, -1]))
+    with visibench.prune(model, method) as session:
+        model(**sample)
+    hook.remove()
+    return states[0], session.trace
+
+
+@every_case
+@torch.no_grad()
+def test_the_decoder_gets_what_each_image_alone_becomes_by_hand(kind, text, number):
+    model, method, sample = deep(kind), parse(text), sample_of(kind, 9, IMAGES[number], seed=number)
+    images = by_hand(model, method, sample)
+    state, trace = last_state(model, method, sample)
+    assert trace.visual_counts()[0].unique().tolist() == [sum(len(tokens) for tokens, _ in images)]
+    torch.testing.assert_close(state, sequences.last_state(model, sample, images), atol=2e-5, rtol=1e-4)
+    assert (state - last_state(model, visibench.load_method("none"), sample)[0]).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+@every_case
+@torch.no_grad()
+def test_eager_attention_gives_the_same_and_its_compute_is_torchs(kind, text, number):
+    model, method, sample = deep(kind, "eager"), parse(text), sample_of(kind, 9, IMAGES[number], seed=number)
+    with visibench.prune(model, method) as session, FlopCounterMode(display=False) as counter:
+        logits = model(**sample).logits
+    closed = flops.executed(session.trace, session.geometry, logits=None)
+    rotary = [sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.endswith("rotary_emb")]
+    assert closed.total()[0] == (counter.get_total_flops() - sum(rotary)) / 2
+    assert flops.executed_by_batch(session.trace, session.geometry, logits=None).total() == closed.total()
+    with visibench.prune(deep(kind), method):
+        torch.testing.assert_close(deep(kind)(**sample).logits, logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", DEEP)
+@torch.no_grad()
+def test_units_that_lose_nothing_keep_their_tokens_and_positions(kind):
+    """A row of one small image beside others is as without a method, in the same batch; nothing is left behind."""
+    model, method = deep(kind), parse("tome:tokens=5")
+    samples = [sample_of(kind, 9, [(2, 2)], seed=1), sample_of(kind, 6, [(4, 5), (2, 2)], seed=2)]
+    with visibench.prune(model, method, features=FeatureStore(2**20)) as session:
+        pruned = model(**collate(samples)).logits[:, -1]
+    assert session.trace.kept(0).sum(1).tolist() == [4, 4]
+    assert session.trace.visual_counts()[:, 0].tolist() == [4, 9]
+    dense = model(**collate(samples)).logits[:, -1]
+    assert (pruned - dense)[0].abs().max() < 1e-5 * dense.abs().max()
+    assert (pruned - dense)[1].abs().max() > 1e-3
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", DEEP)
+@torch.no_grad()
+def test_an_image_that_would_have_no_token_left_is_refused_by_name(kind):
+    model, sample = deep(kind), sample_of(kind, 9, [(2, 2), (4, 5)])
+    for text, error, why in (
+        ("flowcut:keep=0.2,query=mean", InputError, "flowcut leaves nothing of an image of 4 tokens.*: keep more"),
+        ("tome:keep=0.2", OptionError, "tome: .*halve the 4 tokens: the budget must be at least 1 token"),
+    ):
+        with pytest.raises(error, match=why), visibench.prune(model, parse(text)):
+            model(**sample)
+
+
+@pytest.mark.parametrize("kind", DEEP)
+@torch.no_grad()
+def test_half_precision_leaves_as_many(kind):
+    model, sample = deepcopy(deep(kind)).to(torch.bfloat16), sample_of(kind, 9, [(4, 5), (3, 6)])
+    for text, left in {"tome:keep=0.5": 19, "flowcut:tokens=8,query=mean": 16}.items():
+        with visibench.prune(model, parse(text)) as session:
+            logits = model(**sample).logits
+        assert session.trace.visual_counts()[0].unique().tolist() == [left]
+        assert logits.dtype == torch.bfloat16
+        assert logits.isfinite().all()
