@@ -2,9 +2,8 @@
 
     the pixels of an image are resized (bicubic, antialiased) to h × w tokens, and the tower does with them what it does
     with an image of that size
-    h × w: as for pooling, the largest grid within the budget that is at most twice as wide as high (of an image that is
-    no square: as wide and high as it is); the largest square within it where the model makes tokens of squares of
-    patches, and takes these out of a square
+    h × w: as for pooling, the largest grid within the budget that is once to twice as wide for its height as the image;
+    the largest square within it where the model makes tokens of squares of patches, and takes these out of a square
 
 So it is compared at the number of visual tokens that the decoder really gets, and saves compute in the tower besides.
 The tokens get new positions: those that the model gives the tokens of an image of that size.
