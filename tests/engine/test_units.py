@@ -11,6 +11,7 @@ from support import state
 from torch.utils.flop_counter import FlopCounterMode
 from units import TILE, VISUAL, collate, model_of, sample_of, samples_of
 from visibench.engine.contract import Forward, Keep
+from visibench.engine.units.view import VisionView
 from visibench.engine.vision.features import FeatureStore
 from visibench.errors import InputError
 from visibench.evals.compute import flops
@@ -217,7 +218,7 @@ def test_kept_tokens_equal_the_models_own_decoder_on_them(kind, text, positions)
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["smolvlm", "idefics3"])
-def test_padding_within_a_tile_asks_nothing_and_receives_nothing(kind, attention):
+def test_padding_within_a_tile_asks_nothing_and_receives_nothing(kind, attention, monkeypatch):
     """By the weights that the model's own tower puts out; images shared or not."""
     model = model_of(kind, attention)
     sample = sample_of(kind, 9, [(), (), ()])
@@ -234,9 +235,12 @@ def test_padding_within_a_tile_asks_nothing_and_receives_nothing(kind, attention
     assert (got[~asked] == 0).all()
     wanted = got.view(3, 2, 2, 2, 2).sum((2, 4)).flatten(1)  # 2 × 2 patches make a token
     kept = torch.zeros(3, 4, dtype=torch.bool).scatter(1, wanted.topk(2).indices, value=True)
+    own, seen = VisionView.received, []
+    monkeypatch.setattr(VisionView, "received", lambda *given: seen.append(own(*given)) or seen[-1])
     for store in (None, FeatureStore(2**20)):
         with torch.no_grad(), visibench.prune(model, parse(RECEIVED[0]), features=store) as session:
             model(**sample)
+        torch.testing.assert_close(seen.pop(), wanted, atol=1e-6, rtol=1e-4)
         assert session.trace.kept(0)[0].tolist() == kept.flatten().tolist()
 
 
