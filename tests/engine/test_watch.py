@@ -1,17 +1,19 @@
 """Hooks that know whether they ran, calls that cannot be followed, and what is refused before anything runs."""
 
 import copy
+import inspect
 
 import pytest
 import torch
 import visibench
 from cases import FASTV, PLAINEST, every_method
-from decoders import decoder_model
+from decoders import CONFIGS, decoder_model
 from support import IMAGE, make_batch, make_llava
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import QuantizedCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 from visibench.errors import InputError, UnsupportedModelError, VisibenchError
+from visibench.models.adapters import Adapter
 
 GREEDY = {"do_sample": False, "suppress_tokens": [IMAGE]}
 
@@ -145,16 +147,35 @@ def test_logits_by_place_and_prompts_that_end_in_an_image_are_refused(llava):
         llava(input_ids=ids, pixel_values=pixels)
 
 
-def test_videos_that_go_another_way_than_images_are_refused_before_anything_runs():
-    model = decoder_model("glm4v")
+OTHER_VIDEOS = {
+    "glm4v": ((128, 216), {"video_grid_thw": torch.tensor([[2, 8, 8]])}),
+    "llava_next_video": ((1, 2, 3, 24, 24), {}),
+    "video_llava": ((1, 8, 3, 24, 24), {}),
+}
+
+
+@pytest.mark.slow
+def test_families_whose_videos_go_another_way_are_known():
+    models = {kind: decoder_model(kind) for kind in CONFIGS}
+    takes = {kind for kind, one in models.items() if "pixel_values_videos" in inspect.signature(one.forward).parameters}
+    assert {kind for kind in takes if Adapter(models[kind]).family.video_token is None} == {*OTHER_VIDEOS}
+
+
+@pytest.mark.parametrize("kind", OTHER_VIDEOS)
+def test_videos_that_go_another_way_than_images_are_refused_before_anything_runs(kind):
+    model, ran, (shape, more) = decoder_model(kind), [], OTHER_VIDEOS[kind]
     ids = torch.tensor([[5, 61, *[62] * 32, 60, 7, 8, 9]])
-    video = {"pixel_values_videos": torch.randn(128, 216), "video_grid_thw": torch.tensor([[2, 8, 8]])}
-    ran = []
-    model.model.visual.register_forward_pre_hook(lambda *_: ran.append(1))
+    video = {"pixel_values_videos": torch.randn(shape), **more}
+    if kind == "glm4v":
+        video["mm_token_type_ids"] = 2 * (ids == 62)
+    parts = Adapter(model).vision_tower, Adapter(model).decoder
+    hooks = [part.register_forward_pre_hook(lambda *_: ran.append(1)) for part in parts]
     with visibench.prune(model, visibench.load_method("random", keep=0.1)):
         for call in (model, model.generate):
             with pytest.raises(UnsupportedModelError, match=r"videos of .* go another way"):
-                call(input_ids=ids, mm_token_type_ids=2 * (ids == 62), **video)
+                call(input_ids=ids, **video)
+    for hook in hooks:
+        hook.remove()
     assert not ran
 
 
