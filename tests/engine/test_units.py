@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 import torch
 import visibench
-from families import make_traceable
+from families import BY_TOKEN, make_traceable
 from support import state
 from torch.utils.flop_counter import FlopCounterMode
 from units import TILE, VISUAL, collate, model_of, sample_of, samples_of
@@ -214,6 +214,30 @@ def check_kept(model, method, sample):
 def test_kept_tokens_equal_the_models_own_decoder_on_them(kind, text, positions):
     for sample in samples_of(kind):
         check_kept(model_of(kind), parse(f"{text},positions={positions}"), sample)
+
+
+class Sees(Method):
+    """Keeps every image as it enters the decoder."""
+
+    name, hook_points, vision_blocks, newlines = "sees", ("projector",), (), "compete"
+
+    def begin(self, layout, geometry):
+        forward, self.__dict__["seen"] = Forward(), []
+        forward.projected = lambda view: self.seen.extend(view.projected)
+        return forward
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_methods_behind_the_projector_see_each_image_as_the_model_makes_it(kind):
+    """Of a row of two images: those that ``get_image_features`` returns, newlines included and breaks not."""
+    model, sample, method = model_of(kind), samples_of(kind)[1], Sees()
+    last_logits(model, method, sample)
+    images = {key: value for key, value in sample.items() if key not in BY_TOKEN}
+    with torch.no_grad():
+        wanted = [*model.model.get_image_features(**images).pooler_output]
+    wanted = wanted if len(wanted) > 1 else wanted[0].chunk(2)  # tiles of a row together
+    assert len(method.seen) == len(wanted) == 2
+    assert all(any(own.shape == one.shape and torch.equal(own, one) for own in method.seen) for one in wanted)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
