@@ -38,6 +38,7 @@ from torch import Tensor
 
 from ..engine.contract import BlockCut
 from .base import LATER, Budgeted, OnImages
+from .grids import AT_LEAST
 from .pieces import added_need_renumbering, per_image, precise
 from .registry import register
 
@@ -77,6 +78,7 @@ class FlowCut(OnImages, Budgeted):
         )
         if vision.tiled or vision.merged > 1:
             added_need_renumbering(self)  # patches of padding may stay, and those of several squares make a token
+        self.require(vision.tokens > 0 or 0 not in (self.tokens, self.keep), AT_LEAST)
         last = "the features are those of the first vision block, and patches leave before it"
         self.require(self.last_cut(vision) >= 0, last)
 

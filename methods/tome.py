@@ -34,6 +34,7 @@ from torch import Tensor
 from ..engine.contract import BlockMerge
 from ..engine.decisions import merged as merged  # how the engine carries out a BlockMerge
 from .base import Budgeted, OnImages
+from .grids import AT_LEAST
 from .pieces import added_need_renumbering, cosine, per_image
 from .registry import register
 
@@ -60,6 +61,7 @@ class ToMe(OnImages, Budgeted):
         super().check(geometry)
         if geometry.vision is not None:
             self.merges(geometry.vision)
+            self.require(0 not in (self.tokens, self.keep), AT_LEAST)  # where images have sizes of their own
 
     def block(self, view: BlockView) -> BlockMerge | None:
         merges = self.merges(view.vision)[view.block]

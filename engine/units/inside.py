@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ...errors import VisibenchError
 from ..decisions import BlockCut, BlockMerge, merged
 from ..segment import at
 from .shapes import Group
 
+NO_STANDS = "patches have positions in this vision tower: let a BlockMerge say where its tokens stand (stands)"
 PADDING = 1e-20
 """What a patch of padding weighs in an average: nothing beside one of the image, and evenly among its like."""
 
@@ -95,7 +97,8 @@ class Inside:
         tokens, self.size = merged(tokens, size, group, count)
         self.counts, self.patches = (count,) * len(tokens), None
         if self.seats is not None:
-            assert decision.stands is not None
+            if decision.stands is None:
+                raise VisibenchError(NO_STANDS)
             self.seats = self.seats.gather(1, self._of_patches(decision.stands))
         self.bias = self.size.log() if decision.proportional else None
         self.real = None if self.real is None else self.size > 0.5

@@ -64,7 +64,7 @@ class OneSequence(Form):
         shapes = [part.shape for part in seats]
         parts = places.split([part.numel() for part in seats])
         self._places = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-        self._known: dict[bool, list[int]] = {}
+        self._known: dict[bool, tuple[dict[str, Any], tuple[int, ...]]] = {}
         self._bias: Tensor | None = None
 
     # ---- a block begins -------------------------------------------------------------------------------------------
@@ -73,24 +73,27 @@ class OneSequence(Form):
         """Keyword arguments of a block in place of those ``given``, which are for all patches; ``read`` brings numbers
         to the host. ``windowed``: whether it attends in windows."""
         if windowed not in self._known:
-            self._known[windowed] = self._in_windows(given["cu_seqlens"], read) if windowed else [*self.places]
-        lengths = self._known[windowed]
-        ends = np.cumsum(self.places)
+            self._known[windowed] = self._in_blocks(given, read, windowed=windowed)
+        told, self.pairs = self._known[windowed]
+        return told
+
+    def _in_blocks(
+        self, given: Mapping[str, Any], read: Callable[[Tensor], list[int]], *, windowed: bool
+    ) -> tuple[dict[str, Any], tuple[int, ...]]:
+        """What blocks of a kind are told until the next decision, and their query-key pairs, by unit."""
+        bounds, lengths, ends = given["cu_seqlens"], [*self.places], np.cumsum(self.places)
+        if windowed:
+            taken = torch.searchsorted(self._seats, bounds.to(self._seats.dtype)).diff()
+            lengths = [length for length in read(taken) if length]
         owner = np.searchsorted(ends, np.cumsum(lengths))
-        self.pairs = tuple(np.bincount(owner, np.square(lengths), len(ends)).astype(int).tolist())
+        pairs = tuple(np.bincount(owner, np.square(lengths), len(ends)).astype(int).tolist())
         if not self._has_moved:
-            return {}
-        bounds = torch.tensor([0, *accumulate(lengths)], dtype=given["cu_seqlens"].dtype)
+            return {}, pairs
         told = {
-            "cu_seqlens": bounds.to(self._seats.device, non_blocking=True),
+            "cu_seqlens": torch.tensor([0, *accumulate(lengths)], dtype=bounds.dtype).to(bounds.device),
             "position_embeddings": tuple(table[self._seats] for table in given["position_embeddings"]),
         }
-        return told if given.get("max_seqlen") is None else told | {"max_seqlen": max(lengths)}
-
-    def _in_windows(self, bounds: Tensor, read: Callable[[Tensor], list[int]]) -> list[int]:
-        """How many tokens each window has, of those that have any."""
-        window = torch.bucketize(self._seats, bounds[1:], right=True)
-        return [length for length in read(torch.bincount(window, minlength=len(bounds) - 1)) if length]
+        return told if given.get("max_seqlen") is None else told | {"max_seqlen": max(lengths)}, pairs
 
     def attends(self, method: str, module: Any, heads: dict[Heads, Tensor], mask: Any, scaling: float) -> Any:
         if self.scaling is None:
@@ -123,8 +126,9 @@ class OneSequence(Form):
         return given[self._places_of(inside)]
 
     def heads(self, inside: Inside, which: Heads) -> Tensor:
-        pieces = self._pieces[which]
-        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+        if len(self._pieces[which]) > 1:
+            self._pieces[which] = [torch.cat(self._pieces[which], dim=2)]
+        (whole,) = self._pieces[which]
         return whole[0].transpose(0, 1)[self._places_of(inside)].transpose(1, 2)
 
     def laid(self, parts: Sequence[Tensor]) -> Tensor:
@@ -136,6 +140,7 @@ class OneSequence(Form):
         return self._row(parts)
 
     def whole(self, method: str, tokens: Tensor) -> Tensor:
+        self._pieces = {}
         if not self._has_moved:
             return tokens
         if any(count % self._side for count in self.places):

@@ -1,5 +1,7 @@
 """Fewer tokens inside towers of one sequence: Qwen2-VL, Qwen2.5-VL with windows, Qwen3-VL with features from inside."""
 
+import gc
+import weakref
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
@@ -11,8 +13,10 @@ import visibench
 from decoders import CONFIGS, miniature
 from torch.utils.flop_counter import FlopCounterMode
 from units import collate, sample_of
+from visibench.engine.contract import BlockMerge, Method
 from visibench.engine.vision.features import FeatureStore
-from visibench.errors import InputError, OptionError
+from visibench.engine.vision.sequence import OneSequence
+from visibench.errors import InputError, OptionError, VisibenchError
 from visibench.evals.compute import flops
 from visibench.evals.settings.method_spec import parse
 from visibench.models.adapters import Adapter
@@ -134,3 +138,43 @@ def test_half_precision_leaves_as_many(kind):
         assert session.trace.visual_counts()[0].unique().tolist() == [left]
         assert logits.dtype == torch.bfloat16
         assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", DEEP)
+@torch.no_grad()
+def test_nothing_of_a_batch_outlives_it_with_the_cyclic_collector_off(kind, monkeypatch):
+    model, sample, made = deep(kind), sample_of(kind, 9, [(4, 5), (2, 2)]), []
+    monkeypatch.setattr(OneSequence, "laid", noting(OneSequence.laid, made))
+    gc.collect()
+    gc.disable()
+    try:
+        for text in ("tome:keep=0.5", "flowcut:keep=0.5,query=mean"):
+            with visibench.prune(model, parse(text)):
+                model(**sample)
+    finally:
+        gc.enable()
+    assert made
+    assert not any(form() for form in made)
+
+
+def noting(laid, made):
+    def noted(form, parts):
+        made.append(weakref.ref(form))
+        return laid(form, parts)
+
+    return noted
+
+
+@torch.no_grad()
+def test_a_merge_must_say_where_its_tokens_stand():
+    class Halves(Method):
+        name, hook_points, positions = "halves", ("tower",), "renumber"
+
+        def block(self, view):
+            squares = view.token_keys.shape[1]
+            group = torch.arange(squares).div(2, rounding_mode="floor").expand(len(view.counts), -1)
+            return BlockMerge(group, (squares + 1) // 2) if view.block == 0 else None
+
+    model, wrong = deep("qwen2_vl"), "let a BlockMerge say where its tokens stand"
+    with pytest.raises(VisibenchError, match=wrong), visibench.prune(model, Halves()):
+        model(**sample_of("qwen2_vl", 9, [(4, 5)]))
