@@ -26,14 +26,17 @@ def run(model, *more, method="none", tasks="pope"):
 def test_help_is_quick_and_loads_nothing_heavy():
     code = "import sys; sys.argv = ['visibench', '--help']\nfrom visibench.__main__ import main\ntry: main()\n"
     code += "finally: print([m for m in ('torch', 'transformers', 'pandas', 'pydantic') if m in sys.modules])"
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    times = []
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert done.stdout.splitlines()[-1] == "[]"
     for command in ("methods", "models", "tasks", "run", "sweep", "table"):
         assert command in done.stdout
-    # Processor time, because the cores may be busy with something else.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 0.4
+    # Processor time, because the cores may be busy with something else, which slows it all the same.
+    assert min(times) <= 0.3
 
 
 def test_version(cli):
