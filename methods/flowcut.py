@@ -58,7 +58,7 @@ class FlowCut(OnImages, Budgeted):
     positions = "renumber"
     unpad = False
     vision_blocks = ()
-    examples = ("keep=0.5", "tokens=3,positions=keep")
+    examples = ("keep=0.5", "tokens=3,positions=keep", "tokens=5,query=mean")
 
     query: Query = dataclasses.field(default="cls", kw_only=True, metadata=LATER)
 

@@ -80,9 +80,7 @@ class Encoding:
     @property
     def is_shrunk(self) -> bool:
         """Whether the tower put out fewer features than the prompt has tokens, or in a full grid fewer that count."""
-        if self.smaller is not None or any(inside.is_cut for inside in self.inside):
-            return True
-        return self.features is not None and int(self.features.shape[1]) < self.units.width
+        return self.smaller is not None or any(inside.is_cut for inside in self.inside)
 
     @property
     def has_new(self) -> bool:

@@ -248,7 +248,7 @@ class VisionTap:
         self._check(encoding)
         if encoding.smaller is not None:
             return None
-        if encoding.is_shrunk and vision.merged > 1 and encoding.inside:
+        if encoding.is_shrunk and vision.merged > 1:
             return self._narrowed(encoding, squares_left(encoding, features))
         if encoding.is_shrunk:
             kept = encoding.kept = left_inside(encoding, features)
@@ -380,9 +380,8 @@ class VisionTap:
     def _tower_tokens(self, encoding: Encoding) -> tuple[Tensor, Tensor]:
         """Int (N, 1, blocks, 3): of units, tokens at attention and MLP of each block, and pairs; the same of places."""
         every = encoding.block_tokens, encoding.block_places
-        tokens, widths = (torch.tensor(numbers).permute(2, 0, 1)[:, None] for numbers in every)
-        shape = (len(encoding.units.grids), 1, -1, 3)
-        tokens, widths = (torch.cat([part, part[..., :1] ** 2], dim=-1) for part in (tokens, widths))
+        tokens, places = (np.array(numbers).transpose(2, 0, 1)[:, None] for numbers in every)
+        tokens, places = (np.concatenate([part, part[..., :1] ** 2], axis=-1) for part in (tokens, places))
         if any(encoding.block_pairs):
-            tokens[..., 2] = widths[..., 2] = torch.tensor(encoding.block_pairs).T[:, None]
-        return tokens.expand(shape), widths.expand(shape)
+            tokens[..., 2] = places[..., 2] = np.array(encoding.block_pairs).T[:, None]
+        return torch.from_numpy(tokens), torch.from_numpy(places)

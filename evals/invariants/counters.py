@@ -23,8 +23,8 @@ ELEMENTWISE = """
 __and__ __or__ __rshift__ __xor__ _foreach_mul _upsample_bicubic2d_aa abs add add_ addcmul all amax amin any argmax
 argmin argsort as_strided bitwise_not bitwise_or clamp clamp_min cos cosine_similarity cumsum diagonal div embedding
 empty_like eq exp expand_as eye fill_ flip floor full full_like gather ge gelu gt index index_put_ index_select isfinite
-le lift_fresh linalg_svdvals linalg_vector_norm log logical_not lt masked_fill masked_fill_ masked_scatter max maximum
-mean min minimum mul ne neg new_empty new_full new_ones new_zeros norm ones_like pad pad_sequence pow quantile
+le lerp lift_fresh linalg_svdvals linalg_vector_norm log logical_not lt masked_fill masked_fill_ masked_scatter max
+maximum mean min minimum mul ne neg new_empty new_full new_ones new_zeros norm ones_like pad pad_sequence pow quantile
 reciprocal repeat_interleave reshape_as rsqrt rsub scatter scatter_ scatter_add sigmoid silu sin slice_scatter softmax
 sort sqrt square sub sum take_along_dim tensor_split topk triu unbind unflatten upsample_bicubic2d view_as where
 zeros_like

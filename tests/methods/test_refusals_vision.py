@@ -36,6 +36,10 @@ def with_vision(**changes):
         ("prumerge", {"tokens": 0}, {}, "at least 1 token"),
         ("visionzip", {"tokens": 3, "contextual": 3}, {}, "leave none for CLS"),
         ("tome", {"tokens": 3}, {}, "at least 4 tokens"),
+        ("flowcut", {}, {"has_cls": False}, "CLS token.*use query='mean', or.*divprune or pooling"),
+        ("flowcut", {}, {"feature_block": 0}, "features are those of the first vision block"),
+        ("flowcut", {"positions": "keep"}, {"merged": 4}, "positions='renumber'"),
+        ("flowcut", {"positions": "keep", "query": "mean"}, {"tiled": True}, "positions='renumber'"),
     ],
 )
 def test_models_that_do_not_fit_are_refused(name, options, changes, message):
@@ -64,6 +68,7 @@ def test_new_tokens_have_no_old_positions(name):
     ("name", "options", "message"),
     [
         ("visionzip", {"tokens": 8, "merge": "max"}, "'sum' or 'mean'"),
+        ("flowcut", {"tokens": 8, "query": "all"}, "query must be 'cls' or 'mean'"),
         ("visionzip", {"tokens": 8, "contextual": -1}, "contextual must be >= 0"),
         ("vispruner", {"tokens": 8, "important": 2.0}, "fraction of the budget"),
         ("vispruner", {"tokens": 8, "drop": 0}, "drop"),
