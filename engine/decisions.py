@@ -5,7 +5,7 @@ Shapes as in :mod:`visibench.engine.contract`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -187,14 +187,14 @@ class BlockMerge:
 
     ``group``: int (N, u), which of ``count`` tokens each one becomes, CLS first where there is one. Where several
     patches make a token behind the tower it is these tokens that merge, patch by patch. ``proportional``: log(size) is
-    added to the attention logits of all of them as keys in the blocks that follow. ``stands``: int (N, count), at which
-    of the u places each new one stands, in towers whose blocks give every patch a position.
+    added to the attention logits of all of them as keys in the blocks that follow. ``stands``: returns int (N, count),
+    at which of the u places each new one stands; called in towers whose blocks give every patch a position.
     """
 
     group: Tensor
     count: int
     proportional: bool = False
-    stands: Tensor | None = None
+    stands: Callable[[], Tensor] | None = None
 
 
 def merged(tokens: Tensor, size: Tensor, group: Tensor, count: int) -> tuple[Tensor, Tensor]:

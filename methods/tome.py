@@ -26,6 +26,7 @@ patches. The squares that are left, in their order, become the tokens. r and hal
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,8 +71,8 @@ class ToMe(OnImages, Budgeted):
         keys = view.token_keys
         width = keys.shape[1]
         view.scored((width + 1) // 2 * (width // 2) * keys.shape[2])
-        group = matched(keys, merges, first_stays=view.vision.has_cls)
-        return BlockMerge(group, width - merges, self.proportional, stood(group, width - merges))
+        group, left = matched(keys, merges, first_stays=view.vision.has_cls), width - merges
+        return BlockMerge(group, left, self.proportional, partial(stood, group, left))
 
     def tower_tokens(self, vision: VisionGeometry) -> list[tuple[int, int]]:
         left, patches = vision.patches + vision.has_cls, vision.merged

@@ -99,7 +99,7 @@ class Inside:
         if self.seats is not None:
             if decision.stands is None:
                 raise VisibenchError(NO_STANDS)
-            self.seats = self.seats.gather(1, self._of_patches(decision.stands))
+            self.seats = self.seats.gather(1, self._of_patches(decision.stands()))
         self.bias = self.size.log() if decision.proportional else None
         self.real = None if self.real is None else self.size > 0.5
         return tokens
