@@ -55,10 +55,10 @@ class Tower:
                     norm, mlp = getattr(block, family.vision_norm), getattr(block, family.vision_mlp)
                     stack.callback(norm.register_forward_pre_hook(partial(self._before_mlp, number)).remove)
                     stack.callback(mlp.register_forward_hook(self._behind_mlp).remove)
-                # First of the block's hooks, so that hidden states that transformers records are those that go on.
                 if family.order is not None:
                     before = partial(self._before_block, number)
                     stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
+                # First of the block's hooks, so that hidden states that transformers records are those that go on.
                 behind = partial(self._behind_block, number)
                 stack.callback(block.register_forward_hook(behind, prepend=True).remove)
             if self._vision.joined_blocks or self._vision.inner_blocks:
@@ -71,11 +71,13 @@ class Tower:
         self._exit.close()
 
     def _before_block(self, number: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        encoding, full = self.current(), self._vision.full_blocks
-        if encoding.form is None:
-            encoding.form = OneSequence(encoding, self.method.name, args[0])
-        windowed = self._vision.window is not None and number not in full
-        return args, kwargs | encoding.form.told(kwargs, encoding.read, windowed=windowed)
+        """Of a tower of one sequence: what the block is told of that which is left."""
+        encoding, vision = self.current(), self._vision
+        with self.watch("method"):
+            if encoding.form is None:
+                encoding.form = OneSequence(encoding, self.method.name, args[0])
+            windowed = vision.window is not None and number not in vision.full_blocks
+            return args, kwargs | encoding.form.told(kwargs, encoding.read, windowed=windowed)
 
     def _on_attention(self, kernel: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
         encoding = self.current()

@@ -5,6 +5,7 @@ import weakref
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 
 import pytest
 import sequences
@@ -12,11 +13,12 @@ import torch
 import visibench
 from decoders import CONFIGS, miniature
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from units import collate, sample_of
 from visibench.engine.contract import BlockMerge, Method
 from visibench.engine.vision.features import FeatureStore
 from visibench.engine.vision.sequence import OneSequence
-from visibench.errors import InputError, OptionError, VisibenchError
+from visibench.errors import InputError, OptionError, UnsupportedModelError, VisibenchError
 from visibench.evals.compute import flops
 from visibench.evals.settings.method_spec import parse
 from visibench.models.adapters import Adapter
@@ -92,10 +94,12 @@ def test_eager_attention_gives_the_same_and_its_compute_is_torchs(kind, text, nu
     model, method, sample = deep(kind, "eager"), parse(text), sample_of(kind, 9, IMAGES[number], seed=number)
     with visibench.prune(model, method) as session, FlopCounterMode(display=False) as counter:
         logits = model(**sample).logits
-    closed = flops.executed(session.trace, session.geometry, logits=None)
+    closed = flops.executed_by_batch(session.trace, session.geometry, logits=None)
     rotary = [sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.endswith("rotary_emb")]
     assert closed.total()[0] == (counter.get_total_flops() - sum(rotary)) / 2
-    assert flops.executed_by_batch(session.trace, session.geometry, logits=None).total() == closed.total()
+    own = flops.executed(session.trace, session.geometry, logits=None)
+    for part in ("vision_tower", "projector"):  # nothing is padded but what scores are made of
+        assert getattr(own, part).tolist() == getattr(closed, part).tolist()
     with visibench.prune(deep(kind), method):
         torch.testing.assert_close(deep(kind)(**sample).logits, logits, atol=1e-4, rtol=1e-4)
 
@@ -178,3 +182,32 @@ def test_a_merge_must_say_where_its_tokens_stand():
     model, wrong = deep("qwen2_vl"), "let a BlockMerge say where its tokens stand"
     with pytest.raises(VisibenchError, match=wrong), visibench.prune(model, Halves()):
         model(**sample_of("qwen2_vl", 9, [(4, 5)]))
+
+
+def varlen(module, query, key, value, mask, *, cu_seq_lens_q, max_length_q, scaling, **given):
+    """What the flash kernel of transformers makes of pieces that lie one behind the other."""
+    assert mask is None
+    bounds = cu_seq_lens_q.tolist()
+    assert max_length_q == max(end - first for first, end in pairwise(bounds)) > 0
+    assert bounds[-1] == query.shape[2]
+    pieces = [tuple(part[:, :, first:end] for part in (query, key, value)) for first, end in pairwise(bounds)]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return torch.cat([attend(*piece, scale=scaling) for piece in pieces], dim=2).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("kind", DEEP)
+@torch.no_grad()
+def test_flash_attention_is_told_where_pieces_end_and_takes_no_bias(kind, monkeypatch):
+    model, sample = deep(kind), sample_of(kind, 9, [(4, 5), (3, 6), (2, 2)])
+    wanted = {}
+    for text in ("flowcut:keep=0.4,query=mean", "tome:keep=0.4,proportional=false"):
+        with visibench.prune(model, parse(text)):
+            wanted[text] = model(**sample).logits
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", varlen)
+    monkeypatch.setattr(model.model.visual.config, "_attn_implementation", "flash_attention_2")
+    for text, logits in wanted.items():
+        with visibench.prune(model, parse(text)):
+            torch.testing.assert_close(model(**sample).logits, logits, atol=1e-4, rtol=1e-4)
+    refused = pytest.raises(UnsupportedModelError, match=r"tome adds .* flash .*='sdpa'")
+    with refused, visibench.prune(model, parse("tome:keep=0.4")):
+        model(**sample)
