@@ -5,10 +5,10 @@ from itertools import product
 import pytest
 import torch
 import visibench
-from by_hand import by_hand, check_cuts, given_densely, last_state, with_some_aside
+from by_hand import by_hand, check_cuts, given_densely, last_state, with_one_added, with_some_aside
 from decoders import CONFIGS, IMAGE, KINDS, decoder_model, row_samples
 from families import METHODS, collate, make_traceable
-from probes import AsideProbe
+from probes import AsideProbe, MergeProbe
 from torch.utils.flop_counter import FlopCounterMode
 from visibench.engine.vision.features import FeatureStore
 from visibench.errors import UnsupportedModelError
@@ -64,6 +64,18 @@ def test_tokens_held_aside_equal_the_models_own_layers_that_they_pass_by(kind):
     assert 0 < keep[visual].sum() < visual.sum() == trace.kept(3).sum()
     own = with_some_aside(model, given, (1, 3), keep, visual)
     torch.testing.assert_close(state, own, atol=2e-5, rtol=1e-4)
+
+
+@every_kind
+def test_a_token_that_a_merge_adds_goes_through_the_models_own_layers(kind):
+    """In the place of the last visual token: it sees what that sees, and is seen where that is."""
+    model, inputs = decoder_model(kind), row_samples(kind)[1]
+    given, visual = given_densely(model, inputs), inputs["input_ids"][0] == IMAGE
+    state, trace = last_state(model, MergeProbe(layer=2, positions="renumber"), inputs)
+    keep = torch.ones_like(visual)
+    keep[visual] = trace.kept(2)[0]
+    assert trace.visual_counts()[0, 2] == keep[visual].sum() + 1
+    torch.testing.assert_close(state, with_one_added(model, given, 2, keep, visual), atol=2e-5, rtol=1e-4)
 
 
 # ---- batches, generation, compute ---------------------------------------------------------------------------------

@@ -77,6 +77,29 @@ def with_some_aside(model, given, span, keep, visual):
     return decoder.norm(hidden)[:, -1]
 
 
+def with_one_added(model, given, cut, keep, visual):
+    """The last state when from ``cut`` on the mean of the visual tokens not in ``keep`` stands by the last of all."""
+    adapter = Adapter(model)
+    decoder, features = adapter.decoder, given["decoder"][1].get("deepstack_visual_embeds") or []
+    args, kwargs = given[cut]
+    hidden, last = args[0] if args else kwargs["hidden_states"], int(visual.nonzero()[-1])
+    order = sorted([*keep.nonzero().flatten().tolist(), last])
+    own, new = order.index(last), order.index(last) + order.count(last) - 1
+    mean = hidden[:, visual & ~keep].mean(1)
+    hidden = hidden[:, order]
+    hidden[:, new] = mean
+    for layer in range(cut, len(decoder.layers)):
+        mask = given[layer][1]["attention_mask"][:, :, order][..., order].clone()
+        if own < new and not adapter.family.bidirectional:  # of two in one place the first does not see the second
+            mask[..., own, new] = torch.finfo(mask.dtype).min
+        table = rotary_table(adapter, given, layer, torch.ones(len(order)), "renumber")
+        hidden = decoder.layers[layer](hidden, attention_mask=mask, position_embeddings=table)
+        if layer < len(features):
+            places = (visual.cumsum(0) - 1)[order][visual[order]]
+            hidden = decoder._deepstack_process(hidden, visual[order][None], features[layer][places])
+    return decoder.norm(hidden)[:, -1]
+
+
 def check_cuts(model, inputs, visual, positions):
     """Cuts in front of an early, a middle and a late layer, in a row with ``visual`` tokens, bool (L,)."""
     given = given_densely(model, inputs)
