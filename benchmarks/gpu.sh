@@ -5,10 +5,10 @@
 #     benchmarks/gpu.sh                           on the machine with the GPU, in the repository's root
 #     benchmarks/gpu.sh --device cpu              the same steps on a CPU, with a small model: a rehearsal
 #
-# The machine needs torch and transformers. Wheels of what else is missing are taken from ./wheels (made elsewhere by
-# `pip wheel -c constraints.txt -w wheels .`), without a network. Each step has its own limit, and a failed one does not
-# end the run: what failed is listed at the end, and the exit code is 1. Results: results/measured/*_<hardware>_*.json
-# and .txt; the logs of all steps in $OUT (default: build/gpu).
+# The machine needs torch and transformers, and keeps those that it has. What else is missing is taken from ./wheels,
+# without a network; made elsewhere, for its Python: `pip wheel -c constraints.txt -w wheels . pytest pytest-timeout`.
+# Each step has its own limit, and a failed one does not end the run: what failed is listed at the end, and the exit code
+# is 1. Results: results/measured/*_<hardware>_*.json and .txt; the logs of all steps in $OUT (default: build/gpu).
 set -u
 cd "$(dirname "$0")/.."
 DEVICE=cuda OUT=${OUT:-build/gpu}
@@ -27,7 +27,14 @@ step() { # name, seconds, command …
     fi
 }
 
-if [ -d wheels ]; then step install 120 python -m pip install --no-index --find-links wheels --no-deps wheels/*.whl; fi
+if [ -d wheels ]; then
+    missing=$(python -c 'import sys
+from importlib.metadata import distributions
+there = {one.name.lower().replace("-", "_").replace(".", "_") for one in distributions()}
+print(*(wheel for wheel in sys.argv[1:] if wheel.split("/")[-1].split("-")[0].lower().replace(".", "_") not in there))
+' wheels/*.whl)
+    [ -z "$missing" ] || step install 120 python -m pip install --no-index --no-deps $missing
+fi
 python -c 'import visibench' 2>/dev/null || export PYTHONPATH="$OUT/path"
 mkdir -p "$OUT/path" && ln -sfn "$PWD" "$OUT/path/visibench"
 HARDWARE=$(python -c 'import re, sys, torch
