@@ -42,6 +42,11 @@ class Form:
         """
         raise NotImplementedError
 
+    def asked(self, tokens: Tensor) -> None:
+        """The method has been asked about the block at hand, among whose tensors are ``tokens``: what it attended with
+        is let go."""
+        self.scaling, self.shape = None, tuple(tokens.shape)
+
     def tokens(self, inside: Inside, given: Tensor) -> Tensor:
         """(N, t, Dv), in the order of :class:`Inside`, of ``given``, as they lie in the tower."""
         raise NotImplementedError

@@ -53,6 +53,10 @@ class Batched(Form):
             raise UnsupportedModelError(NO_BIAS.format(method))
         return added
 
+    def asked(self, tokens: Tensor) -> None:
+        super().asked(tokens)
+        self._heads = {}
+
     def tokens(self, inside: Inside, given: Tensor) -> Tensor:
         return given if self._has_moved or self._squares is None else given[:, self._squares]
 

@@ -122,6 +122,10 @@ class OneSequence(Form):
 
     # ---- what is shown, and laid back -----------------------------------------------------------------------------
 
+    def asked(self, tokens: Tensor) -> None:
+        super().asked(tokens)
+        self._pieces = {}
+
     def tokens(self, inside: Inside, given: Tensor) -> Tensor:
         return given[self._places_of(inside)]
 
@@ -140,7 +144,6 @@ class OneSequence(Form):
         return self._row(parts)
 
     def whole(self, method: str, tokens: Tensor) -> Tensor:
-        self._pieces = {}
         if not self._has_moved:
             return tokens
         if any(count % self._side for count in self.places):

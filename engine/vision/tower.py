@@ -101,7 +101,7 @@ class Tower:
             if any(decision is not None for decision in decisions):
                 every = zip(encoding.inside, views, decisions, strict=True)
                 left = form.laid([v.tokens if d is None else inside.going_on(d, v.tokens) for inside, v, d in every])
-        form.scaling, form.shape = None, tuple(tokens.shape)
+        form.asked(tokens)
         behind_attention = self.method.block_part == "attention"
         encoding.block_pairs.append(form.pairs)
         encoding.block_tokens.append((counts, encoding.inside_counts if behind_attention else counts))
@@ -128,8 +128,9 @@ class Tower:
         else:
             left, form.going_on = form.going_on, None
             if left is not None:
-                assert form.mlp_output is not None
-                left = left + (form.mlp_output if scale is None else getattr(module, scale) * form.mlp_output)
+                made, form.mlp_output = form.mlp_output, None
+                assert made is not None
+                left = left + (made if scale is None else getattr(module, scale) * made)
         if number in (*self._vision.joined_blocks, *self._vision.inner_blocks):
             for inside in encoding.inside:
                 inside.outputs[number] = form.tokens(inside, output if left is None else left)

@@ -9,8 +9,11 @@ import visibench
 from towers import SIDES, behind, blocks_of, deep_model, entered, squares
 from units import sample_of
 from visibench.errors import VisibenchError
+from visibench.evals.compute import flops
+from visibench.evals.compute.prefill_plan import planned_prefill
 from visibench.evals.settings.method_spec import parse
 from visibench.methods import BlockCut, Method
+from visibench.models import LoadedModel
 from visibench.models.adapters import Adapter
 from visibench.models.geometry import synthetic_inputs
 
@@ -269,3 +272,15 @@ def test_patches_that_make_no_whole_tokens_are_named(kind, monkeypatch):
         pytest.raises(VisibenchError, match=r"uneven leaves \[6, 4, 8\] patches.*of which 4 make a token"),
     ):
         model(**prompt(kind, model))
+
+
+@pytest.mark.parametrize("kind", [*SQUARE, "deepseek_vl"])
+def test_a_plan_of_merges_is_what_runs_but_for_the_scoring(kind):
+    model, method = deep_model(kind), parse("tome:tokens=5")
+    loaded, visual = LoadedModel(kind, model, None, "random"), 2 * Adapter(model).geometry.vision.tokens
+    plan = planned_prefill(loaded, method, 8, visual)
+    with torch.no_grad(), visibench.prune(model, method) as session:
+        model(**synthetic_inputs(loaded.adapter, 1, 8, visual))
+    promised, ran = (flops.executed(one, loaded.geometry).components() for one in (plan, session.trace))
+    assert promised | {"scoring": None} == ran | {"scoring": None}
+    assert promised["vision_tower"][0] < 2 * flops.vision_tower_macs(loaded.geometry.vision)

@@ -115,6 +115,8 @@ RAGGED = [
     ("qwen2_5_vl", "downsample:tokens=6"),
     ("qwen2_5_vl", "holov:keep=0.5,runs=2,attention=received"),
     ("smolvlm", "cdpruner:tokens=3,condition=none"),
+    ("smolvlm", "tome:keep=0.5"),
+    ("llava_onevision", "tome:keep=0.5"),
 ]
 
 
