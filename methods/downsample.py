@@ -2,8 +2,9 @@
 
     the pixels of an image are resized (bicubic, antialiased) to h × w tokens, and the tower does with them what it does
     with an image of that size
-    h × w: as for pooling, the largest grid within the budget that is once to twice as wide for its height as the image;
-    the largest square within it where the model makes tokens of squares of patches, and takes these out of a square
+    h × w: where images have any shape, the largest grid within the budget at the image's own aspect; else as for
+    pooling the largest that is at most twice as wide as high, and the largest square where the model makes tokens of
+    squares of patches, and takes these out of a square
 
 So it is compared at the number of visual tokens that the decoder really gets, and saves compute in the tower besides.
 The tokens get new positions: those that the model gives the tokens of an image of that size.
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .grids import Gridded
+from .grids import Gridded, scaled
 from .pieces import precise
 from .registry import register
 
@@ -34,6 +35,8 @@ class Downsample(Gridded):
     hook_points = ("image",)
 
     def smaller(self, grid: Grid, vision: VisionGeometry) -> Grid:
+        if not vision.tokens:
+            return (grid[0], *scaled(self.cells(grid[1] * grid[2]), *grid[1:]))
         rows, columns = self.grid(*grid[1:])
         side = isqrt(rows * columns)
         return (grid[0], side, side) if vision.squares else (grid[0], rows, columns)

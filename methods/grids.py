@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil, floor, sqrt
 from typing import TYPE_CHECKING
 
 from .base import Budgeted, OnImages
@@ -29,6 +30,21 @@ def grid_within(budget: int, rows: int, columns: int | None = None) -> tuple[int
     return max(grids, key=lambda grid: (grid[0] * grid[1], grid[0]))
 
 
+def scaled(budget: int, rows: int, columns: int) -> tuple[int, int]:
+    """Rows and columns that an image of so many has when it is made smaller at its own aspect.
+
+    Its sides are those that make as many cells as the ``budget``, rounded up or down to the most cells within it, of
+    several grids to the nearest. An image processor, which rounds both down, makes no more.
+    """
+    scale = sqrt(budget / (rows * columns))
+    high = max(rows * scale, 1)
+    wide = max(min(columns * scale, budget / high), 1)
+    high = min(high, budget / wide)
+    sides = [(floor(side), min(ceil(side), most)) for side, most in ((high, rows), (wide, columns))]
+    grids = [(h, w) for h in sides[0] for w in sides[1] if h * w <= budget]
+    return max(grids, key=lambda grid: (grid[0] * grid[1], -abs(grid[0] - high)))
+
+
 @dataclass(frozen=True)
 class Gridded(OnImages, Budgeted):
     """A method that makes of the grid of an image's patches the largest :meth:`grid` within its budget.
@@ -45,9 +61,13 @@ class Gridded(OnImages, Budgeted):
 
     def grid(self, rows: int, columns: int) -> tuple[int, int]:
         """Rows and columns that ``rows`` × ``columns`` patches become."""
-        budget = per_image(self, rows * columns)
+        return grid_within(self.cells(rows * columns), rows, columns)
+
+    def cells(self, patches: int) -> int:
+        """The most of them for an image of so many ``patches``."""
+        budget = per_image(self, patches)
         self.require(budget >= 1, AT_LEAST)
-        return grid_within(budget, rows, columns)
+        return budget
 
     def check(self, geometry: Geometry) -> None:
         super().check(geometry)

@@ -9,7 +9,7 @@ import visibench
 from PIL import Image
 from torch.nn.functional import interpolate
 from torch.utils.flop_counter import FlopCounterMode
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor, smart_resize
 from units import CONFIGS, VISUAL, collate, model_of, sample_of, samples_of
 from visibench.errors import UnsupportedModelError, VisibenchError
 from visibench.evals.compute import flops
@@ -18,9 +18,8 @@ from visibench.evals.settings.method_spec import parse
 from visibench.methods.base import Method
 from visibench.models.adapters import Adapter
 
-SMALL = {(4, 5): (2, 3), (3, 6): (1, 4), (2, 2): (2, 2), (7, 1): (6, 1), (9, 4): (3, 2)}
-"""Rows and columns of tokens, and the most within 6 of them whose cells are as high as wide up to twice as high, in
-units of the image's own."""
+SMALL = {(4, 5): (2, 3), (3, 6): (2, 3), (2, 2): (2, 2), (7, 1): (6, 1), (9, 4): (3, 2)}
+"""Rows and columns of tokens, and the most within 6 of them at the same aspect, to a row or a column."""
 METHOD = "downsample:tokens=6"
 KINDS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -119,8 +118,8 @@ def test_rows_of_a_padded_batch_are_those_of_the_model_on_the_smaller_images(kin
         with visibench.prune(model, parse(METHOD)) as session:
             found = model(**collate(samples)).logits[:, -1]
     close(found, wanted)
-    assert session.trace.tower_grids.tolist() == [[1, 4, 6], [1, 2, 8], [1, 4, 4], [1, 12, 2]]
-    assert session.trace.projected.tolist() == [6, 8, 0, 6]
+    assert session.trace.tower_grids.tolist() == [[1, 4, 6], [1, 4, 6], [1, 4, 4], [1, 12, 2]]
+    assert session.trace.projected.tolist() == [6, 10, 0, 6]
 
 
 @pytest.mark.slow
@@ -286,6 +285,29 @@ def test_compute_is_that_of_the_model_on_the_smaller_images(kind):
     rotary = [sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.endswith("rotary_emb")]
     (ran,) = flops.executed_by_batch(session.trace, session.geometry).total()
     assert ran == (counter.get_total_flops() - sum(rotary)) / 2
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.25, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize("shape", [(36, 36), (36, 72), (48, 27), (5, 60), (60, 5), (1, 50)], ids=str)
+def test_the_grid_is_the_largest_of_the_images_own_aspect(shape, share):
+    """Of all grids whose sides are within one of the exact; the processor's own, of as many pixels, is no larger."""
+    tokens = shape[0] * shape[1]
+    vision, budget = Adapter(model_of("qwen2_vl")).geometry.vision, int(share * tokens)
+    _, *found = parse(f"downsample:tokens={budget}").smaller((1, *shape), vision)
+    exact = [side * (budget / tokens) ** 0.5 for side in shape]
+    if min(exact) < 1:
+        assert (min(found), max(found)) == (1, min(budget, max(shape)))
+        assert found.index(1) == exact.index(min(exact)) or budget == 1
+        return
+
+    def rank(h, w):
+        return h * w, -abs(h - exact[0]) - abs(w - exact[1])
+
+    every = [(h, w) for h in range(1, shape[0] + 1) for w in range(1, shape[1] + 1) if h * w <= budget]
+    near = [grid for grid in every if all(abs(side - one) < 1 for side, one in zip(grid, exact, strict=True))]
+    assert rank(*found) == max(rank(*grid) for grid in near)
+    sides = smart_resize(shape[0] * 12, shape[1] * 12, factor=12, min_pixels=1, max_pixels=budget * 144)
+    assert found[0] * found[1] >= sides[0] * sides[1] // 144
 
 
 def test_a_plan_is_that_of_the_smaller_image():
