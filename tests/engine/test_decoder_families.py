@@ -131,6 +131,20 @@ def test_compute_equals_that_of_torchs_counter(kind, method):
         assert closed.total()[0] == (counter.get_total_flops() - sum(rotary)) / 2
 
 
+@every_kind
+def test_a_batch_executes_what_its_rows_need_by_torchs_counter(kind):
+    """Left padding, two images, none: the decoder's layers run the sum of the rows, from the first cut on."""
+    model, samples = decoder_model(kind), row_samples(kind)
+    method = visibench.load_method("random", keep=0.5, layer=0)  # which asks for no attention
+    with visibench.prune(model, method) as session, FlopCounterMode(display=False) as counter:
+        model(**collate(samples), logits_to_keep=1)
+    rotary = [sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.endswith("rotary_emb")]
+    together, each = (count(session.trace, session.geometry) for count in (flops.executed_by_batch, flops.executed))
+    assert together.total()[0] == (counter.get_total_flops() - sum(rotary)) / 2
+    for part in ("projections", "ffn", "attention"):
+        assert getattr(together, part).sum() == getattr(each, part).sum()
+
+
 @pytest.mark.slow
 @every_kind
 def test_sharing_features_changes_nothing(kind):
