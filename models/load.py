@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoProcessor, BatchFeature, PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, BatchFeature, PretrainedConfig, PreTrainedModel
 
 from ..errors import (
     DataError,
@@ -31,7 +31,7 @@ from ..utils.bounded_cache import GIB, BoundedCache
 from ..utils.machine import processor, version
 from ..utils.sources import ends
 from . import lora, sizes
-from .adapters import Adapter, Geometry, family_of
+from .adapters import FAMILIES, UNFIT, Adapter, Geometry, family_of
 from .compiled import compile_parts
 from .geometry import Weights, about, build, check_weights, configuration, nbytes, published, synthetic_inputs
 from .inputs import as_text, prepared, special_tokens
@@ -215,7 +215,9 @@ def load_model(
         if base in published():
             config = configuration(base)
         else:
-            sizes.check(base, source)
+            content, _ = PretrainedConfig.get_config_dict(source)
+            _check_kind(name_or_path, content)
+            sizes.check(base, source, content)
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
             _check_family(name_or_path, config)
             processor = _processor(source, config, trust_remote_code)
@@ -295,6 +297,19 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _check_kind(name: str, content: Mapping[str, Any]) -> None:
+    """Before transformers says that it knows no such architecture, or offers to run the checkpoint's own code."""
+    kind = content.get("model_type")
+    if not isinstance(kind, str):
+        return
+    if content.get("auto_map") and kind not in {*FAMILIES, *UNFIT}:
+        raise UnsupportedModelError(
+            f"{name}: architecture {kind!r} cannot be pruned: its code comes with its checkpoint; load a checkpoint of "
+            "transformers' own class"
+        )
+    family_of(kind, name)
 
 
 def _check_family(name: str, config: Any) -> None:

@@ -14,8 +14,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
-
 from ..errors import DataError
 
 MOST = (
@@ -28,9 +26,11 @@ MOST = (
 IMAGES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
-def check(name: str, source: str) -> None:
-    """Raise :class:`DataError` where model ``name`` asks for more than any model has; errors of its files pass."""
-    content, _ = PretrainedConfig.get_config_dict(source)
+def check(name: str, source: str, content: Any) -> None:
+    """Raise :class:`DataError` where model ``name`` asks for more than any model has; errors of its files pass.
+
+    ``content``: that of its config.json.
+    """
     _check(name, "config.json", content)
     for file in IMAGES:
         images: Any = None

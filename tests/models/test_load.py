@@ -78,7 +78,7 @@ def test_pickled_weights_are_refused(tmp_path):
         ("./missing", {}, UnknownNameError, "not a folder"),
         ("tiny", {"device": "gpu"}, OptionError, "unknown device 'gpu'"),
         ("tiny", {"dtype": "int8"}, OptionError, "unknown dtype"),
-        ("tiny", {"attn_implementation": "fast"}, DataError, "cannot load"),
+        ("tiny", {"attn_implementation": "fast"}, OptionError, "'fast' cannot be observed; Known: eager"),
     ],
 )
 def test_what_cannot_be_loaded_says_why_in_one_line(name, options, error, message):

@@ -1,5 +1,7 @@
 """What was not tested is refused by name, when a model is loaded and when it is pruned, before anything runs."""
 
+import json
+
 import pytest
 import torch
 import visibench
@@ -90,6 +92,25 @@ def test_architectures_that_do_not_fit_are_refused_with_the_reason(kind, message
     AutoConfig.for_model(kind).save_pretrained(tmp_path)
     with refusal(f"architecture '{kind}' cannot be pruned: .*{message}"):
         visibench.load_model(str(tmp_path), weights="meta")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model_type": "mobilevlm"}, "'mobilevlm' cannot be pruned: is in the format of its authors' code"),
+        ({"model_type": "llava_qwen"}, "'llava_qwen' cannot be pruned: .*load the conversion llava-hf/llava-onevision"),
+        ({"model_type": "minicpmv", "auto_map": {"AutoConfig": "c.C"}}, "its code comes with its checkpoint"),
+        ({"model_type": "internvl_chat", "auto_map": {"AutoConfig": "c.C"}}, "OpenGVLab/InternVL3-8B-hf"),
+        ({"model_type": "nosuch"}, "architecture 'nosuch' has no adapter"),
+    ],
+)
+@pytest.mark.parametrize("trusted", [False, True])
+def test_checkpoints_that_transformers_does_not_know_are_refused_with_the_reason(content, message, trusted, tmp_path):
+    """Not in its words, which offer to run the code that comes with them."""
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with refusal(message) as caught:
+        visibench.load_model(str(tmp_path), weights="meta", trust_remote_code=trusted)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
