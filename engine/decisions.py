@@ -172,9 +172,9 @@ class Merge:
 class BlockCut:
     """Go on in the vision tower with the patches of highest ``scores`` (N, P), of each unit so many as ``counts`` say.
 
-    ``counts``: on the host, at most those that are there. Of equal scores the earlier patch stays; they keep their
-    order, and CLS its place. Where several patches make a token, those that are left at the end do in their order: of
-    each unit a multiple of them.
+    ``counts``: on the host, at most those that are there; all alike once patches have merged. Of equal scores the
+    earlier patch stays; they keep their order, and CLS its place. Where several patches make a token, those that are
+    left at the end do in their order: of each unit a multiple of them.
     """
 
     scores: Tensor
@@ -186,7 +186,8 @@ class BlockMerge:
     """Go on in the vision tower with averages of tokens, weighted by size, the number of patches they stand for.
 
     ``group``: int (N, u), which of ``count`` tokens each one becomes, CLS first where there is one. Where several
-    patches make a token behind the tower it is these tokens that merge, patch by patch. ``proportional``: log(size) is
+    patches make a token behind the tower it is these tokens that merge, patch by patch, and CLS stays the first. Units
+    must have the same number left. ``proportional``: log(size) is
     added to the attention logits of all of them as keys in the blocks that follow. ``stands``: returns int (N, count),
     at which of the u places each new one stands; called in towers whose blocks give every patch a position.
     """
@@ -246,19 +247,20 @@ def checked(decision: object, method: str, hook: str, sizes: tuple[int, ...]) ->
     where = f"{method}.{hook}"
     if isinstance(decision, Ranking):
         if tuple(decision.scores.shape) != sizes:
-            raise VisibenchError(f"{where}: Ranking wants scores {shape} = {sizes}, got {_spelled(decision.scores)}")
+            raise VisibenchError(f"{where}: Ranking wants scores {shape} = {sizes}, got {spelled(decision.scores)}")
         return decision
     if not isinstance(decision, Keep | Merge | Join):
-        got = f"a tensor {_spelled(decision)}" if isinstance(decision, Tensor) else f"a {type(decision).__name__}"
+        got = f"a tensor {spelled(decision)}" if isinstance(decision, Tensor) else f"a {type(decision).__name__}"
         raise VisibenchError(f"{where}: answer with Keep(mask), mask bool {shape} = {sizes}, Merge or None, not {got}")
     mask = getattr(decision, "mask", None)
     if isinstance(mask, Tensor) and (mask.dtype != torch.bool or tuple(mask.shape) != sizes):
         kind = type(decision).__name__
-        raise VisibenchError(f"{where}: {kind} wants bool {shape} = {sizes}, got {_spelled(mask)}")
+        raise VisibenchError(f"{where}: {kind} wants bool {shape} = {sizes}, got {spelled(mask)}")
     return decision
 
 
-def _spelled(tensor: Tensor) -> str:
+def spelled(tensor: Tensor) -> str:
+    """Its type and shape, for messages."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 

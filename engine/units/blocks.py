@@ -10,8 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ...errors import VisibenchError
 from ...models.adapters import VisionGeometry
 from .. import attention
+from ..decisions import spelled
 from .encoding import Encoding
 from .inside import Inside
 from .shapes import Grid
@@ -130,11 +132,15 @@ class BlockView:
 
     @property
     def memory(self) -> Tensor | None:
-        """(N, P): what the method set here in an earlier block, of the patches that are left; None if nothing."""
+        """(N, P): what the method set here in an earlier block, of the patches that are left; None if nothing, or if
+        patches have merged since."""
         return self._inside.memory
 
     @memory.setter
     def memory(self, values: Tensor) -> None:
+        wanted = (len(self.counts), max(self.counts))
+        if tuple(values.shape) != wanted:
+            raise VisibenchError(f"memory of block {self.block}: wants (N, P) = {wanted}, got {spelled(values)}")
         self._inside.memory = values
 
     def cls_logits(self, of: Literal["keys", "values"] = "keys") -> Tensor:

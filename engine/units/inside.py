@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ...errors import VisibenchError
-from ..decisions import BlockCut, BlockMerge, merged
+from ..decisions import BlockCut, BlockMerge, merged, spelled
 from ..segment import at
 from .shapes import Group
 
 NO_STANDS = "patches have positions in this vision tower: let a BlockMerge say where its tokens stand (stands)"
+UNEVEN = "of the units {} patches are left: where some merge, let cuts leave as many of each"
 PADDING = 1e-20
 """What a patch of padding weighs in an average: nothing beside one of the image, and evenly among its like."""
 
@@ -38,9 +40,9 @@ class Inside:
     does not take for padding; None: all. ``patches``: int (N, t), the place that each token had at first, None while
     all are there or where tokens are new. ``size``: (N, t), how many patches each stands for, None: one. ``bias``:
     (N, t), added to the attention logits of these tokens as keys. ``memory``: (N, P), what the method remembers of each
-    patch. ``outputs``: (N, t, Dv), by block, of blocks so far that the model uses besides the last one's, at the tokens
-    that are left. ``seats``: int (N, t), in a tower of one sequence, the place there that each had at first; one that
-    others merged into keeps its own.
+    patch, until they merge. ``outputs``: (N, t, Dv), by block, of blocks so far that the model uses besides the last
+    one's, at the tokens that are left. ``seats``: int (N, t), in a tower of one sequence, the place there that each had
+    at first; one that others merged into keeps its own.
     """
 
     group: Group
@@ -84,6 +86,31 @@ class Inside:
             bias = absent.masked_fill(~there, torch.finfo(dtype).min)
         return None if bias is None else bias[:, None, None]
 
+    def check(self, decision: object, method: str) -> None:
+        """Raise :class:`VisibenchError` unless what a ``method`` answered can be carried out, as far as shapes say."""
+        where, units, width = f"{method}.block", len(self.counts), max(self.counts) - self.first
+        if isinstance(decision, BlockCut):
+            most, scores, counts = [count - self.first for count in self.counts], decision.scores, decision.counts
+            if tuple(scores.shape) != (units, width):
+                raise VisibenchError(f"{where}: BlockCut wants scores (N, P) = {units, width}, got {spelled(scores)}")
+            whole = isinstance(counts, tuple) and all(isinstance(count, Integral) for count in counts)
+            if not whole or len(counts) != units or any(not 0 <= n <= m for n, m in zip(counts, most, strict=True)):
+                raise VisibenchError(f"{where}: BlockCut wants counts, a tuple of ints of 0 to {most}, got {counts}")
+            if self.size is not None and len({*counts}) > 1:
+                raise VisibenchError(f"{where}: {UNEVEN.format([*counts])}")
+        elif isinstance(decision, BlockMerge):
+            group, count, wanted = decision.group, decision.count, (units, width // self.merged + self.first)
+            if len({*self.counts}) > 1:
+                raise VisibenchError(f"{where}: {UNEVEN.format([count - self.first for count in self.counts])}")
+            if group.dtype != torch.int64 or tuple(group.shape) != wanted:
+                raise VisibenchError(f"{where}: BlockMerge wants group int64 (N, u) = {wanted}, got {spelled(group)}")
+            if not 1 <= count <= wanted[1]:
+                raise VisibenchError(f"{where}: BlockMerge wants a count of 1 to {wanted[1]}, got {count}")
+            if self.seats is not None and decision.stands is None:
+                raise VisibenchError(f"{where}: {NO_STANDS}")
+        else:
+            raise VisibenchError(f"{where}: answer with BlockCut, BlockMerge or None, not a {type(decision).__name__}")
+
     def going_on(self, decision: BlockMerge | BlockCut, tokens: Tensor) -> Tensor:
         """What goes on of ``tokens`` (N, t, Dv) by a ``decision``."""
         self.is_cut = True
@@ -95,10 +122,9 @@ class Inside:
         for block, output in self.outputs.items():
             self.outputs[block], _ = merged(output, size, group, count)
         tokens, self.size = merged(tokens, size, group, count)
-        self.counts, self.patches = (count,) * len(tokens), None
+        self.counts, self.patches, self.memory = (count,) * len(tokens), None, None
         if self.seats is not None:
-            if decision.stands is None:
-                raise VisibenchError(NO_STANDS)
+            assert decision.stands is not None
             self.seats = self.seats.gather(1, self._of_patches(decision.stands()))
         self.bias = self.size.log() if decision.proportional else None
         self.real = None if self.real is None else self.size > 0.5
@@ -129,7 +155,8 @@ class Inside:
             chosen = chosen.clamp(max=scores.shape[1] - 1)
         index = pad(chosen + first, (first, 0))
         self.counts = tuple(count + first for count in counts)
-        self.patches = index if self.patches is None else at(self.patches, index)
+        if self.size is None:  # else none is a patch of the image
+            self.patches = index if self.patches is None else at(self.patches, index)
         self.memory = None if self.memory is None else at(self.memory, chosen)
         parts = (self.size, self.bias, self.real, self.seats)
         self.size, self.bias, self.real, self.seats = (None if part is None else at(part, index) for part in parts)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ...errors import VisibenchError
 from ...models.adapters import Adapter
 from ..attention import Interception
-from ..contract import Method
+from ..contract import BlockCut, BlockMerge, Method
 from ..trace import Watch
 from ..units.blocks import BlockView, Form, Heads
 from ..units.encoding import Encoding
+from ..units.inside import Inside
 from .forms import Batched
 from .postponed import Postponed
 from .sequence import OneSequence
@@ -96,7 +97,7 @@ class Tower:
         counts, places = encoding.inside_counts, form.places
         with self.watch("method"):
             views = [BlockView(number, tokens, encoding, inside, form) for inside in encoding.inside]
-            decisions = [self.method.block(view) for view in views]
+            decisions = [self._answer(inside, view) for inside, view in zip(encoding.inside, views, strict=True)]
             left = None
             if any(decision is not None for decision in decisions):
                 every = zip(encoding.inside, views, decisions, strict=True)
@@ -107,6 +108,12 @@ class Tower:
         encoding.block_tokens.append((counts, encoding.inside_counts if behind_attention else counts))
         encoding.block_places.append((places, form.places if behind_attention else places))
         return left
+
+    def _answer(self, inside: Inside, view: BlockView) -> BlockCut | BlockMerge | None:
+        decision = self.method.block(view)
+        if decision is not None:
+            inside.check(decision, self.method.name)
+        return decision
 
     def _before_mlp(self, number: int, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         left = self._asked(number, *args)

@@ -80,3 +80,57 @@ def test_options_of_ones_own_method_are_explained_by_the_string_below_them(cli, 
     assert code == 0
     assert "Power of the norm." in out
     assert parse(f"{file}:norm:keep=0.5,power=2").power == 2.0
+
+
+BLOCK = """
+@register("mine", "Mine")
+class Mine(Method):
+    hook_points, vision_blocks, positions = ("tower",), (), "renumber"
+    def block(self, view):
+        units, patches, tokens = len(view.counts), max(view.counts), view.token_keys.shape[1]
+        scores, group = view.tokens[:, -patches:, 0], torch.arange(tokens).expand(units, -1) // 2
+        return {answer} if view.block == 0 else {later}
+"""
+ALIKE = "BlockCut(scores, (4,) * units)"
+UNEVEN = "BlockCut(scores, tuple(range(4, 4 + units)))"
+MERGED = "BlockMerge(group, tokens // 2 + 1)"
+
+
+@pytest.mark.parametrize(
+    ("answer", "later", "message"),
+    [
+        ("Keep(scores > 0)", "None", r"answer with BlockCut, BlockMerge or None, not a Keep$"),
+        ("scores > 0", "None", r"answer with BlockCut, BlockMerge or None, not a Tensor$"),
+        ("BlockCut(scores[:, 1:], (4,) * units)", "None", r"scores \(N, P\) = \(2, 16\), got float32 \(2, 15\)$"),
+        ("BlockCut(scores, (17,) * units)", "None", r"a tuple of ints of 0 to \[16, 16\], got \(17, 17\)$"),
+        ("BlockCut(scores, (-1,) * units)", "None", r"a tuple of ints of 0 to \[16, 16\], got \(-1, -1\)$"),
+        ("BlockCut(scores, (4,) * (units + 1))", "None", r"a tuple of ints of 0 to \[16, 16\], got \(4, 4, 4\)$"),
+        ("BlockCut(scores, (4.0,) * units)", "None", r"a tuple of ints of 0 to \[16, 16\], got \(4\.0, 4\.0\)$"),
+        ("BlockCut(scores, torch.full((units,), 4))", "None", r"a tuple of ints .*, got tensor\(\[4, 4\]\)$"),
+        ("BlockMerge(group[:, 1:], 9)", "None", r"group int64 \(N, u\) = \(2, 17\), got int64 \(2, 16\)$"),
+        ("BlockMerge(group.float(), 9)", "None", r"group int64 \(N, u\) = \(2, 17\), got float32 \(2, 17\)$"),
+        ("BlockMerge(group, 18)", "None", r"a count of 1 to 17, got 18$"),
+        (UNEVEN, MERGED, r"of the units \[4, 5\] patches are left: where some merge, let cuts leave as many of each$"),
+        (MERGED, UNEVEN, r"of the units \[4, 5\] patches are left: where some merge, let cuts leave as many of each$"),
+        ("setattr(view, 'memory', scores[:, 1:])", "None", r"wants \(N, P\) = \(2, 16\), got float32 \(2, 15\)$"),
+    ],
+)  # fmt: skip
+def test_a_wrong_answer_inside_the_tower_is_named(answer, later, message, llava, tmp_path):
+    file = tmp_path / "mine.py"
+    head = "import torch\nfrom visibench.engine.contract import BlockCut, BlockMerge\n"
+    file.write_text(head + HEAD + BLOCK.format(answer=answer, later=later))
+    with (
+        pytest.raises(VisibenchError, match=f"^(mine.block: |memory of block 0).*{message}"),
+        prune(llava, parse(f"{file}:mine")),
+    ):
+        llava(**make_batch([(3, 2, 2)])[0])
+
+
+def test_patches_that_are_cut_once_some_merged_are_none_of_the_image(llava, tmp_path):
+    file = tmp_path / "mine.py"
+    head = "import torch\nfrom visibench.engine.contract import BlockCut, BlockMerge\n"
+    file.write_text(head + HEAD + BLOCK.format(answer=MERGED, later=ALIKE + " if view.block == 1 else None"))
+    with prune(llava, parse(f"{file}:mine")) as session:
+        llava(**make_batch([(3, 2, 2)])[0])
+    assert not session.trace.kept(0).any()
+    assert session.trace.visual_counts()[:, 0].tolist() == [8]
