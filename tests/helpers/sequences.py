@@ -22,7 +22,7 @@ class Picture:
         self.hidden, self.table = hidden[patches], tuple(part[patches] for part in table)
         keys = sorted(set(own))
         self.window = torch.tensor([keys.index(key) for key in own]).repeat_interleave(PARTS)
-        self.size, self.outputs = torch.ones(len(self.hidden)), {}
+        self.size, self.outputs = torch.ones(len(self.hidden), dtype=hidden.dtype), {}
 
     def attend(self, block, windowed, proportional):
         """The block's attention is added; queries, keys and values (H, n, d)."""
@@ -55,15 +55,17 @@ class Picture:
             new = [sum(weight[s] * whole[s] for s in own) / sum(weight[s] for s in own) for own in sets]
             return torch.cat(new)
 
-        sizes = torch.tensor([float(sum(self.size[s * PARTS] for s in own)) for own in sets])
+        sizes = torch.stack([sum(self.size[s * PARTS] for s in own) for own in sets])
         hidden, outputs = averaged(self.hidden), {b: averaged(output) for b, output in self.outputs.items()}
         self.leave((torch.tensor(stands)[:, None] * PARTS + torch.arange(PARTS)).flatten())
         self.hidden, self.outputs, self.size = hidden, outputs, sizes.repeat_interleave(PARTS)
 
 
 def rotated(part, cos, sin):
-    half = part.shape[-1] // 2
-    return part * cos + torch.cat([-part[..., half:], part[..., :half]], dim=-1) * sin
+    """Rotary tables are those of single precision, and so are products with them."""
+    half, single = part.shape[-1] // 2, part.float()
+    turned = torch.cat([-single[..., half:], single[..., :half]], dim=-1)
+    return (single * cos.float() + turned * sin.float()).to(part.dtype)
 
 
 def pictures(model, sample):
