@@ -1,4 +1,4 @@
-.PHONY: install test lint quick bench-sweep bench-none bench-batches bench-harness bench-launches bench-memory bench-tables
+.PHONY: install test lint quick bench-sweep bench-none bench-batches bench-harness bench-launches bench-memory bench-tables bench-whole-maps
 
 install:
 	pip install -c constraints.txt -e ".[dev]"
@@ -36,3 +36,6 @@ bench-memory:
 
 bench-tables:
 	python benchmarks/tables.py
+
+bench-whole-maps:
+	python benchmarks/whole_maps.py
