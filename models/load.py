@@ -200,9 +200,7 @@ def load_model(
     ``compile``: see :mod:`.compiled`. Raises UnknownNameError, UnsupportedModelError, OptionError or DataError.
     """
     check_weights(name_or_path, weights, layers)
-    if attn_implementation not in ATTENTION:  # transformers drops parts of a name, such as "paged|"
-        known = suggest(attn_implementation, ATTENTION)
-        raise OptionError(f"attention implementation {attn_implementation!r} cannot be observed; {known}")
+    _check_attention(attn_implementation)
     _check_together(weights, placed=device_map is not None or quantization is not None, compiled=compile)
     asked = protocol if isinstance(protocol, Protocol) else find(protocol)
     place, processor = _device(device), None
@@ -256,6 +254,11 @@ def _parts(model: str) -> list[Path]:
     folder = EMBEDDED.get(model, Path(model))
     with boundary(f"cannot read model {model!r}", DataError):  # an adapter's configuration may be anything
         return list(dict.fromkeys((folder, Path(lora.base_of(str(folder))))))
+
+
+def _check_attention(name: str) -> None:
+    if name not in ATTENTION:  # transformers drops parts of a name, such as "paged|"
+        raise OptionError(f"attention implementation {name!r} cannot be observed; {suggest(name, ATTENTION)}")
 
 
 def _check_together(weights: Weights, *, placed: bool, compiled: bool) -> None:
