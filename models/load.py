@@ -203,8 +203,7 @@ def load_model(
     _check_attention(attn_implementation)
     _check_together(weights, placed=device_map is not None or quantization is not None, compiled=compile)
     asked = protocol if isinstance(protocol, Protocol) else find(protocol)
-    place, processor = _device(device), None
-    precision = _precision(dtype, place)
+    processor, precision = None, _precision(dtype, place := _device(device))
     with boundary(f"cannot load model {name_or_path!r}", DataError):  # whatever stands in its files
         base = lora.base_of(name_or_path)
         adapted, source = base if base != name_or_path else "", _source(base)
@@ -213,9 +212,7 @@ def load_model(
         if base in published():
             config = configuration(base)
         else:
-            content, _ = PretrainedConfig.get_config_dict(source)
-            _check_kind(name_or_path, content)
-            sizes.check(base, source, content)
+            _check_content(name_or_path, base, source)
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
             _check_family(name_or_path, config)
             processor = _processor(source, config, trust_remote_code)
@@ -302,17 +299,18 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def _check_kind(name: str, content: Mapping[str, Any]) -> None:
+def _check_content(name: str, base: str, source: str) -> None:
     """Before transformers says that it knows no such architecture, or offers to run the checkpoint's own code."""
+    content, _ = PretrainedConfig.get_config_dict(source)
     kind = content.get("model_type")
-    if not isinstance(kind, str):
-        return
     if content.get("auto_map") and kind not in {*FAMILIES, *UNFIT}:
         raise UnsupportedModelError(
             f"{name}: architecture {kind!r} cannot be pruned: its code comes with its checkpoint; load a checkpoint of "
             "transformers' own class"
         )
-    family_of(kind, name)
+    if isinstance(kind, str):
+        family_of(kind, name)
+    sizes.check(base, source, content)
 
 
 def _check_family(name: str, config: Any) -> None:
