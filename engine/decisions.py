@@ -122,7 +122,8 @@ class Merge:
     ``mask``: bool (B, V), the tokens that stay. ``replaced``: (B, V, D) or None, new contents for all present tokens
     (only those that stay matter). ``added``: (B, M, D) or None, new tokens, placed behind the last kept visual token
     of the row; ``added_present``: bool (B, M), where None means that all are. ``added_positions``: int (B, M), the
-    positions of the new tokens, needed under the ``keep`` policy only. ``anchors``: int (B, M), for each new token the
+    positions of the new tokens, needed under the ``keep`` policy only, and there not where they are ``anchored``: each
+    then has that of the token by which it stands. ``anchors``: int (B, M), for each new token the
     visual token (it need not stay) by which it goes: j for behind token j, -1 - j for in front of it; None: behind the
     last one. On the vision side P + k, of P tokens, is behind the whole image of which the unit is a part, those of
     lower k first. ``order``: as in :class:`Keep`; where tokens change places, anchors name the places.
@@ -146,6 +147,7 @@ class Merge:
     positions: Tensor | None = None
     counts: tuple[int, ...] | None = None
     images: Tensor | None = None
+    anchored: bool = False
 
     @property
     def known(self) -> tuple[tuple[int, ...], tuple[int, ...]] | tuple[()]:
@@ -219,7 +221,8 @@ def as_merge(decision: Keep | Ranking | Merge) -> Merge:
 
 def check_declared(merge: Merge, method: Any, *, aside: bool) -> None:
     """Raise :class:`VisibenchError` for what a method may do only if it says so."""
-    if merge.added is not None and merge.added_positions is None and method.positions != "renumber":
+    placed = merge.added is None or merge.added_positions is not None or merge.anchored
+    if not placed and method.positions != "renumber":
         raise VisibenchError(f"{method.name}: new tokens need added_positions, or positions='renumber'")
     if merge.order is not None and not method.reorders:
         raise VisibenchError(f"{method.name} changes the order of tokens and does not say so: set reorders")

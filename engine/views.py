@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import attention
-from .ahead import Ahead
+from .ahead import Ahead, Projected
 from .layout import TEXT, VISUAL, TokenLayout, TokenSet
 from .packing import Before, Packing, Parts
 from .trace import OnHost, Trace
@@ -22,7 +22,16 @@ Norm = Callable[[Tensor], Tensor]
 Sublayer = Literal["attention", "mlp"]
 
 
-class LayerView:
+class View:
+    layout: TokenLayout
+
+    @property
+    def present(self) -> Tensor:
+        """Bool (B, V): which of the V places hold a visual token of the row."""
+        return self.layout.visual.present
+
+
+class LayerView(View):
     """The input of a decoder layer: B rows, L tokens, V visual tokens.
 
     ``layout``: the roles of all tokens. ``ahead``: what the layer is made to compute before it runs. ``final_norm``:
@@ -52,11 +61,6 @@ class LayerView:
         self._laid, self._packing = hidden, packing
         self._ahead, self._told, self._mask, self._before, self._trace = ahead, told, mask, before, trace
         self._bias, self._positions = bias, positions
-
-    @property
-    def present(self) -> Tensor:
-        """Bool (B, V): which of the V places hold a visual token of the row."""
-        return self.layout.visual.present
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -94,18 +98,24 @@ class LayerView:
         if not rotated:
             cosine, sine = told["position_embeddings"]
             told["position_embeddings"] = torch.ones_like(cosine), torch.zeros_like(sine)
-        query, key, logits = self._captured(told)
-        return query, key, logits.scaling
+        made = self._captured(told)
+        return made.query, made.key, made.logits.scaling
 
-    def _captured(self, told: dict[str, Any], rows: TokenSet | None = None) -> tuple[Tensor, Tensor, attention.Logits]:
-        """Queries and keys of all tokens by row, and how logits are made of them; queries of ``rows`` count, or all."""
+    def attending(self) -> tuple[Tensor, Tensor, Tensor, float]:
+        """The same queries and keys with values (B, kv heads, L, d), and the scaling of products."""
+        query, key, value, logits = self._captured(self._told())
+        return query, key, value if self._packing is None else self._packing.spread(value, 2), logits.scaling
+
+    def _captured(self, told: dict[str, Any], rows: TokenSet | None = None) -> Projected:
+        """Queries and keys of all tokens by row, values as they are laid; queries of ``rows`` count, or all."""
         ahead, laid = self._ahead, self._laid
-        query, key, _, logits = ahead.captured(laid, told, self._of_last if rows is self.layout.last else None)
+        made = ahead.captured(laid, told, self._of_last if rows is self.layout.last else None)
         macs = _with_images(self.layout, ahead.macs * np.array(self.layout.lengths) + ahead.row_macs)
         self._trace.scored(self.layer, macs, ahead.macs * laid.shape[:2].numel() + ahead.row_macs * self.layout.rows)
         if self._packing is not None:
-            query, key = self._packing.spread(query, 2), self._packing.spread(key, 2)
-        return query, key, logits
+            spread = self._packing.spread
+            made = made._replace(query=spread(made.query, 2), key=spread(made.key, 2))
+        return made
 
     def _of_last(self, made: Norm, tokens: Tensor) -> Tensor:
         """What is ``made`` of the last token of each row, for all tokens (B, L, D) or (1, N, D) as they are laid."""
@@ -133,7 +143,7 @@ class LayerView:
     def _asked(self, rows: TokenSet) -> tuple[Tensor, Tensor, attention.Logits]:
         """Queries of the ``rows`` and keys of all tokens that the layer would compute, and how logits come of them."""
         everything, before = self.layout.everything, self._before
-        queries, key, logits = self._captured(self._told(), rows)
+        queries, key, _, logits = self._captured(self._told(), rows)
         query = rows.pick(queries, 2)
         pair, width = _size(query), self.layout.width
         macs = _with_images(self.layout, pair * _pairs(rows, everything, before))
@@ -142,7 +152,7 @@ class LayerView:
         return query, key, replace(logits, mask=self._mask(), bias=self._bias)
 
 
-class AttentionView:
+class AttentionView(View):
     """The attention of a decoder layer: B rows, H query heads, L tokens, d the head size.
 
     ``logits``: how the kernel makes them. ``dense``: the layer's own kernel on other values (B, kv heads, L, d);
@@ -167,11 +177,6 @@ class AttentionView:
         self.project, self.read = project, read
         self._parts = parts
         self._logits, self._dense, self._before, self._trace = logits, dense, before, trace
-
-    @property
-    def present(self) -> Tensor:
-        """Bool (B, V): which of the V places hold a visual token of the row."""
-        return self.layout.visual.present
 
     @property
     def _query(self) -> Tensor:
@@ -312,9 +317,8 @@ class AttentionView:
         """Attention output (B, L, H, d) computed in ``parts`` of (queries, keys), instead of fully.
 
         The queries of each part attend causally to its keys alone (a mask before the softmax), and to what was cached
-        before: what is left out is not computed. Every query needs a key.
-        Rows that are in no part are those of ``onto``, such as the layer's own
-        output; without it every valid token must be in some part.
+        before: what is left out is not computed. Every query needs a key. Rows that are in no part are those of
+        ``onto``, such as the layer's own output; without it every valid token must be in some part.
         """
         batch, heads, width, size = self._query.shape
         out = self._query.new_zeros(batch, width, heads, size) if onto is None else onto
@@ -348,7 +352,7 @@ class AttentionView:
         return attention.subset_attention(self._query, self._key, values, queries, keys, self._logits, cached)
 
 
-class SublayerView:
+class SublayerView(View):
     """What the attention or the MLP of a decoder layer made of its input: B rows, L tokens.
 
     ``name``: which of them. ``inputs``: (B, L, D) of all tokens, behind the norm in front of it. ``outputs``: the same,
@@ -357,11 +361,6 @@ class SublayerView:
 
     def __init__(self, layer: int, name: Sublayer, layout: TokenLayout, inputs: Tensor, outputs: Tensor) -> None:
         self.layer, self.name, self.layout, self.inputs, self.outputs = layer, name, layout, inputs, outputs
-
-    @property
-    def present(self) -> Tensor:
-        """Bool (B, V): which of the V places hold a visual token of the row."""
-        return self.layout.visual.present
 
 
 def _summed(most: Tensor, layout: TokenLayout, first: int) -> dict[int, Tensor]:

@@ -22,28 +22,40 @@ left is single patches, square by square, and those that follow one another make
 ``query="mean"``, for towers without CLS, is the authors' program for Qwen2-VL (commit 9df269f): c is the mean over
 heads of what the mean of all patches' queries pays to each patch, e_j is c_j times that norm, with no part by values;
 c is taken plus 1e-7 in the logarithm of H, and F is the features' block itself, in front of the projector. Patches of
-padding within a tile ask nothing and get nothing, so that they leave first. That program leaves 2 T tokens in the
-tower, and T of them at decoder layer 2, those that the prompt's last token reads most; here T are left in the tower,
-and the decoder cuts nothing.
+padding within a tile ask nothing and get nothing, so that they leave first.
+
+That program, and the authors' for LLaVA-NeXT, go on in the decoder; here with ``cut=K``, its layer 2 on Qwen2-VL. The
+tower then leaves ``tower_factor`` · T tokens, in theirs twice the T by which they print results, and
+
+    at decoder layer K - 1, for the prompt's last token with query q and value v, heads repeated for grouped keys
+               r_j = softmax of (q · k_j) over the visual tokens alone, scaled as in the layer, mean over heads
+               s_j = the same of (v · v_j)
+    at the input of layer K:  keep the T tokens of highest (r_j + s_j) · L1 norm of the mean over heads of v_j, in order
+
+The authors have one image; here all visual tokens of a row compete for as many places as its images have in their
+budgets together, and newlines that stay add theirs. ``positions=keep`` is how they count: text keeps its positions, and
+where squares of patches make a token the n that are left of an image get those of its first n. So their setting on
+Qwen2-VL is ``query=mean,cut=2,positions=keep``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from math import prod
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..engine.contract import BlockCut
+from ..engine.contract import BlockCut, Forward, Ranking
 from .base import LATER, Budgeted, OnImages
 from .grids import AT_LEAST
 from .pieces import added_need_renumbering, per_image, precise
 from .registry import register
 
 if TYPE_CHECKING:
-    from ..engine.contract import BlockView, Geometry, VisionGeometry
+    from ..engine.contract import BlockView, Geometry, Grid, LayerView, TokenLayout, VisionGeometry
 
 
 Query = Literal["cls", "mean"]
@@ -53,18 +65,30 @@ Query = Literal["cls", "mean"]
 class FlowCut(OnImages, Budgeted):
     """Drop patches block by block inside the vision tower, by what CLS reads of them, faster where it is sure."""
 
-    hook_points = ("tower",)
+    hook_points = ("tower", "decoder")
     block_part = "mlp"
     positions = "renumber"
     unpad = False
     vision_blocks = ()
-    examples = ("keep=0.5", "tokens=3,positions=keep", "tokens=5,query=mean")
+    examples = (
+        "keep=0.5",
+        "tokens=3,positions=keep",
+        "tokens=5,query=mean",
+        "tokens=5,cut=2,positions=keep",
+        "keep=0.2,query=mean,cut=1,tower_factor=3.5",
+    )
 
     query: Query = dataclasses.field(default="cls", kw_only=True, metadata=LATER)
+    cut: int | None = dataclasses.field(default=None, kw_only=True, metadata=LATER)
+    tower_factor: float = dataclasses.field(default=2.0, kw_only=True, metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.query in get_args(Query), "query must be 'cls' or 'mean'")
+        self.require(self.cut is None or self.cut >= 1, "cut must be >= 1: the layer before it is read")
+        self.require(self.tower_factor >= 1, "tower_factor, how often the budget the tower leaves, must be >= 1")
+        counts = self.cut is not None or self.tower_factor == type(self).tower_factor
+        self.require(counts, "tower_factor is for a later cut in the decoder: give cut=LAYER, or another budget")
 
     def check(self, geometry: Geometry) -> None:
         super().check(geometry)
@@ -76,8 +100,10 @@ class FlowCut(OnImages, Budgeted):
             "scores patches by the attention of the CLS token, and this model's vision tower has none: "
             "use query='mean', or a method without it, such as divprune or pooling",
         )
-        if vision.tiled or vision.merged > 1:
-            added_need_renumbering(self)  # patches of padding may stay, and those of several squares make a token
+        if self.cut is not None:
+            self.check_layers("cut", (self.cut,), geometry)
+        if vision.tiled:
+            added_need_renumbering(self)  # patches of padding may stay
         self.require(vision.tokens > 0 or 0 not in (self.tokens, self.keep), AT_LEAST)
         last = "the features are those of the first vision block, and patches leave before it"
         self.require(self.last_cut(vision) >= 0, last)
@@ -86,9 +112,24 @@ class FlowCut(OnImages, Budgeted):
         """The block behind which all but the budget leave."""
         return vision.feature_block - (self.query == "cls")
 
+    def unit_left(self, grid: Grid) -> int:
+        budget, tokens = per_image(self, prod(grid)), prod(grid)
+        return budget if self.cut is None else min(int(self.tower_factor * budget + 1e-9), tokens)
+
+    def left(self, layout: TokenLayout, geometry: Geometry) -> dict[int, Tensor] | None:
+        entered = super().left(layout, geometry)
+        if entered is None or self.cut is None:
+            return entered
+        uncut = dataclasses.replace(self, cut=None, tower_factor=type(self).tower_factor)
+        return entered | {self.cut: (uncut.left(layout, geometry) or entered)[0]}
+
+    def begin(self, layout: TokenLayout, geometry: Geometry) -> Forward:
+        left = None if self.cut is None else self.left(layout, geometry)
+        return Forward() if left is None else FlowCutForward(*left.popitem())
+
     def block(self, view: BlockView) -> BlockCut | None:
         vision = view.vision
-        budget, to_go = per_image(self, vision.tokens) * vision.merged, self.last_cut(vision) - view.block
+        budget, to_go = self.unit_left(view.grid) * vision.merged, self.last_cut(vision) - view.block
         if to_go < 0 or max(view.counts) <= budget:
             return None
         attention, score = by_cls(view) if self.query == "cls" else by_mean(view)
@@ -104,6 +145,38 @@ class FlowCut(OnImages, Budgeted):
         if self.query == "cls":
             return torch.special.entr(attention).sum(1)
         return -(attention * (attention + 1e-7).log()).sum(1)
+
+
+class FlowCutForward(Forward):
+    """One prefill with a cut at the input of layer ``cut``, which leaves as many of each row as ``left``, int (B,)."""
+
+    def __init__(self, cut: int, left: Tensor) -> None:
+        self.cut, self.left = cut, left
+        self.scores: Tensor | None = None
+
+    def layer_input(self, layer: int, view: LayerView) -> Ranking | None:
+        if layer == self.cut - 1:
+            self.scores = by_last_token(view)
+        if layer != self.cut or self.scores is None:
+            return None
+        return Ranking.of(self.scores, self.left.tolist(), view.layout.visual)
+
+
+def by_last_token(view: LayerView) -> Tensor:
+    """Scores (B, V) of the visual tokens by what the layer's query and value of the last token have in common."""
+    visual, last = view.layout.visual, view.layout.last
+    query, key, value, scaling = view.attending()
+    heads, groups = query.shape[1], query.shape[1] // key.shape[1]
+    values = visual.pick(value, 2)
+    view.scored(2 * heads * query.shape[3] * visual.host_counts)
+
+    def share(asks: Tensor, asked: Tensor) -> Tensor:
+        logits = precise(asks @ asked.repeat_interleave(groups, dim=1).mT) * scaling
+        return logits.masked_fill(~view.present[:, None, None], torch.finfo(logits.dtype).min).softmax(3).mean((1, 2))
+
+    relation = share(last.pick(query, 2), visual.pick(key, 2))
+    semantic = share(last.pick(value, 2).repeat_interleave(groups, dim=1), values)
+    return (relation + semantic) * strength(values)
 
 
 def by_cls(view: BlockView) -> tuple[Tensor, Tensor]:

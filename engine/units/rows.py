@@ -140,7 +140,7 @@ class ImageRows:
             added, there, anchors = (_at(part, first) for part in (added, there, anchors))
             places = None if places is None else _at(places, first)
         present = None if counts is not None and merge.added_present is None else there
-        return Merge(mask, replaced, added, present, places, anchors, order, counts=counts)
+        return Merge(mask, replaced, added, present, places, anchors, order, counts=counts, anchored=merge.anchored)
 
     def _padding(self, mask: Tensor, contents: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Features (B, K, D) that no token of the rows is, which of them ``mask`` (N, W) keeps, and where they go.

@@ -31,7 +31,8 @@ def left_inside(encoding: Encoding, features: Tensor) -> TokenSet:
 def squares_left(encoding: Encoding, features: Tensor) -> Merge:
     """Of units that lost some, the first of the ``features`` (N, W, Dv) as new tokens, as many as squares are left.
 
-    Each stands by the token of the prompt at its own place among them. Units that lost nothing stay as they are.
+    Each stands by the token of the prompt at its own place among them, and has its position where tokens keep theirs.
+    Units that lost nothing stay as they are.
     """
     new = np.array(encoding.new_tokens)
     kept = np.array(encoding.tokens_left) - new
@@ -43,4 +44,5 @@ def squares_left(encoding: Encoding, features: Tensor) -> Merge:
         added_present=there,
         anchors=torch.arange(most, device=features.device).expand(len(new), -1),
         counts=tuple(kept.tolist()),
+        anchored=True,
     )

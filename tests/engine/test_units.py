@@ -35,9 +35,10 @@ SHARED = [
     "cdpruner:tokens=3,condition=none",
 ]
 TOWER = ["tome:keep=0.5", "downsample:tokens=6", "flowcut:tokens=6"]
-MEAN_QUERY = ["flowcut:keep=0.5,query=mean"]
-INSIDE = [TOWER[0], *MEAN_QUERY]
-SEQUENCE = ["tome:keep=0.5", "tome:tokens=5,proportional=false", "flowcut:tokens=6,query=mean"]
+CUT = ["flowcut:tokens=3,cut=2"]
+MEAN_QUERY = ["flowcut:keep=0.5,query=mean", "flowcut:tokens=3,cut=1,query=mean"]
+INSIDE = [TOWER[0], MEAN_QUERY[0], "flowcut:tokens=3,cut=2,query=mean,positions=keep"]
+SEQUENCE = ["tome:keep=0.5", "tome:tokens=5,proportional=false", "flowcut:tokens=6,query=mean", INSIDE[-1]]
 HIRED = ["hired:keep=0.5"]
 HOLOV = ["holov:keep=0.5,runs=4", "holov:tokens=13,runs=5,shortfall=zeros"]
 RECEIVED = [f"{text},attention=received" for text in CLS[:4] + HOLOV + HIRED]
@@ -53,7 +54,7 @@ SMALLER = ["downsample:keep=0.3"]
 WINDOWS = ["hiprune:keep=0.5,alpha=0.5,middle=1,unpad=true", *SHARED[1:]]
 EARLY_VSCAN = [text.replace("scaled", "scaled,early=8") for text in RECEIVED_VSCAN]
 METHODS = {
-    "llava_next": CLS + HIRED + SHARED + TOWER + HOLOV + VSCAN,
+    "llava_next": CLS + HIRED + SHARED + TOWER + CUT + HOLOV + VSCAN,
     "vipllava": CLS[:6] + HIRED + SHARED + TOWER + MEAN_QUERY + HOLOV + VSCAN,
     "internvl": CLS[:4] + LAST + HIRED + SHARED + SMALLER + INSIDE + TOWER[2:] + HOLOV + VSCAN,
     "llava_onevision": RECEIVED + SHARED + TOWER[:2] + MEAN_QUERY + RECEIVED_VSCAN,
@@ -88,7 +89,7 @@ def last_logits(model, method, batch):
 def everything(text):
     """The same method with all that it may keep."""
     name, options = text.split(":")
-    same = ("attention", "query", "middle", "runs", "layers", "condition", "early", "proportional")
+    same = ("attention", "query", "cut=", "middle", "runs", "layers", "condition", "early", "proportional")
     wanted = [option for option in options.split(",") if option.startswith(same)]
     inside = ["unpad=true"] if "unpad" in {field.name for field in fields(type(parse(text)))} else []
     cuts = ["cuts="] if name == "vscan" else []

@@ -65,7 +65,7 @@ TURNS = [((5, 1), (6, 0)), ((3, 2), (2, 1)), ((4, 0), (3, 2)), ((9, 0), (7, 0))]
 
 
 def in_front_of_the_decoder(method):
-    return set(method.hook_points) <= VISION
+    return set(method.hook_points) <= VISION or getattr(method, "cut", 0) is None
 
 
 def only_drops(method, traces):

@@ -93,6 +93,8 @@ def published_geometry():
         ("v2drop", {3: 288, 17: 144, 22: 1}),
         ("transprune", {7: 504, 9: 360, 12: 72}),
         ("flowcut:tokens=64", {0: 64}),
+        ("flowcut:tokens=64,cut=2", {0: 128, 2: 64}),
+        ("flowcut:tokens=400,cut=3", {0: 576, 3: 400}),
         ("sparsevlm:tokens=192", {3: 309, 7: 204, 16: 113}),
         ("sparsevlm:tokens=128", {3: 312, 7: 117, 16: 39}),
         ("sparsevlm:tokens=64", {3: 82, 7: 32, 16: 18}),

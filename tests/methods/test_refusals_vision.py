@@ -38,7 +38,7 @@ def with_vision(**changes):
         ("tome", {"tokens": 3}, {}, "at least 4 tokens"),
         ("flowcut", {}, {"has_cls": False}, "CLS token.*use query='mean', or.*divprune or pooling"),
         ("flowcut", {}, {"feature_block": 0}, "features are those of the first vision block"),
-        ("flowcut", {"positions": "keep"}, {"merged": 4}, "positions='renumber'"),
+        ("flowcut", {"cut": 4}, {}, "cut=4, but the model has 1 layers: choose other layers"),
         ("flowcut", {"positions": "keep", "query": "mean"}, {"tiled": True}, "positions='renumber'"),
     ],
 )
@@ -69,6 +69,9 @@ def test_new_tokens_have_no_old_positions(name):
     [
         ("visionzip", {"tokens": 8, "merge": "max"}, "'sum' or 'mean'"),
         ("flowcut", {"tokens": 8, "query": "all"}, "query must be 'cls' or 'mean'"),
+        ("flowcut", {"tokens": 8, "cut": 0}, "cut must be >= 1: the layer before it is read"),
+        ("flowcut", {"tokens": 8, "cut": 2, "tower_factor": 0.5}, "tower_factor, .* must be >= 1"),
+        ("flowcut", {"tokens": 8, "tower_factor": 3.0}, "give cut=LAYER, or another budget"),
         ("visionzip", {"tokens": 8, "contextual": -1}, "contextual must be >= 0"),
         ("vispruner", {"tokens": 8, "important": 2.0}, "fraction of the budget"),
         ("vispruner", {"tokens": 8, "drop": 0}, "drop"),
