@@ -79,8 +79,7 @@ def _summary(cells: list[CellCost], folder: Path, rate: Rate) -> list[str]:
         f"Prefills to execute: {bound}{sum(tflops):.4g} TFLOPs{_but(rest, len(tflops), 'unknown')}. Measured: by "
         "finished cells of the same method and task. Planned: by the method's plan of visual tokens on the first "
         f"questions, or, of data on the hub, on a prompt of {TEXT} text tokens and one image. Bound: the dense "
-        "model's, where a method decides by what it sees. Neither of these two counts "
-        "scoring, or savings in the vision tower."
+        "model's, where a method decides by what it sees. Neither of these two counts scoring."
     )
     memory = [cell.memory for cell in rest if cell.memory is not None]
     batch = rest[0].config.batch_size

@@ -2,9 +2,9 @@
 
 Compute per question is that of a finished cell of the same model, method and task, else that of the method's own plan
 of visual tokens on the task's first questions, or, where these would have to be downloaded, on a typical prompt
-(:mod:`~visibench.evals.sweeps.estimate`). Plans leave out scoring and what is saved in the vision tower; for methods
-whose plan depends on what they see it is that of keeping all tokens, as an upper bound. Time per question is that of
-finished cells, else that of the dense model on one batch, else the prefills' multiply-adds at a stated rate.
+(:mod:`~visibench.evals.sweeps.estimate`). Plans leave out scoring; for methods whose plan depends on what they see it
+is that of keeping all tokens, as an upper bound. Time per question is that of finished cells, else that of the dense
+model on one batch, else the prefills' multiply-adds at a stated rate.
 """
 
 from __future__ import annotations
