@@ -22,7 +22,7 @@ Norm = Callable[[Tensor], Tensor]
 Sublayer = Literal["attention", "mlp"]
 
 
-class View:
+class DecoderView:
     layout: TokenLayout
 
     @property
@@ -31,7 +31,7 @@ class View:
         return self.layout.visual.present
 
 
-class LayerView(View):
+class LayerView(DecoderView):
     """The input of a decoder layer: B rows, L tokens, V visual tokens.
 
     ``layout``: the roles of all tokens. ``ahead``: what the layer is made to compute before it runs. ``final_norm``:
@@ -152,7 +152,7 @@ class LayerView(View):
         return query, key, replace(logits, mask=self._mask(), bias=self._bias)
 
 
-class AttentionView(View):
+class AttentionView(DecoderView):
     """The attention of a decoder layer: B rows, H query heads, L tokens, d the head size.
 
     ``logits``: how the kernel makes them. ``dense``: the layer's own kernel on other values (B, kv heads, L, d);
@@ -352,7 +352,7 @@ class AttentionView(View):
         return attention.subset_attention(self._query, self._key, values, queries, keys, self._logits, cached)
 
 
-class SublayerView(View):
+class SublayerView(DecoderView):
     """What the attention or the MLP of a decoder layer made of its input: B rows, L tokens.
 
     ``name``: which of them. ``inputs``: (B, L, D) of all tokens, behind the norm in front of it. ``outputs``: the same,
