@@ -25,6 +25,7 @@ UNSEEN = (
     "{} reads the vision tower, and the tower ran without it: set the attention implementation and compile before the "
     "`with` block, not inside"
 )
+TOO_LATE = "{0}.block: the model uses what block {2} puts out, and block {1} comes behind it: answer with None there"
 
 
 class Tower:
@@ -111,8 +112,11 @@ class Tower:
 
     def _answer(self, inside: Inside, view: BlockView) -> BlockCut | BlockMerge | None:
         decision = self.method.block(view)
-        if decision is not None:
-            inside.check(decision, self.method.name)
+        if decision is None:
+            return None
+        if view.block > self._vision.feature_block:
+            raise VisibenchError(TOO_LATE.format(self.method.name, view.block, self._vision.feature_block))
+        inside.check(decision, self.method.name)
         return decision
 
     def _before_mlp(self, number: int, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:

@@ -9,6 +9,7 @@ from support import make_batch
 from visibench.engine import prune
 from visibench.errors import VisibenchError
 from visibench.evals.settings.method_spec import describe_methods, parse
+from visibench.models.adapters import Adapter
 
 HEAD = "from visibench.methods import Forward, Keep, Method, Scored, register\n"
 ANSWER = """
@@ -123,6 +124,17 @@ def test_a_wrong_answer_inside_the_tower_is_named(answer, later, message, llava,
         pytest.raises(VisibenchError, match=f"^(mine.block: |memory of block 0).*{message}"),
         prune(llava, parse(f"{file}:mine")),
     ):
+        llava(**make_batch([(3, 2, 2)])[0])
+
+
+def test_nothing_leaves_behind_the_features_block(llava, tmp_path):
+    """LLaVA's features are those of the last block but one."""
+    file = tmp_path / "mine.py"
+    last = Adapter(llava).geometry.vision.layers - 1
+    head = "import torch\nfrom visibench.engine.contract import BlockCut, BlockMerge\n"
+    file.write_text(head + HEAD + BLOCK.format(answer="None", later=f"{ALIKE} if view.block == {last} else None"))
+    message = rf"^mine.block: the model uses what block {last - 1} puts out, and block {last} comes behind it"
+    with pytest.raises(VisibenchError, match=message), prune(llava, parse(f"{file}:mine")):
         llava(**make_batch([(3, 2, 2)])[0])
 
 
