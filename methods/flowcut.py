@@ -171,7 +171,7 @@ def by_last_token(view: LayerView) -> Tensor:
     view.scored(2 * heads * query.shape[3] * visual.host_counts)
 
     def share(asks: Tensor, asked: Tensor) -> Tensor:
-        logits = precise(asks @ asked.repeat_interleave(groups, dim=1).mT) * scaling
+        logits = precise(asks @ asked.repeat_interleave(groups, dim=1).transpose(2, 3)) * scaling
         return logits.masked_fill(~view.present[:, None, None], torch.finfo(logits.dtype).min).softmax(3).mean((1, 2))
 
     relation = share(last.pick(query, 2), visual.pick(key, 2))
