@@ -19,6 +19,10 @@ from .inside import Inside
 from .shapes import Grid
 
 Heads = Literal["queries", "keys", "values"]
+NO_NUMBER = (
+    "what the method reads of vision block {} is NaN: pixels may be, or activations overflow in float16: load the "
+    "model in bfloat16 or float32"
+)
 
 
 class Form:
@@ -180,8 +184,14 @@ class BlockView:
         return logits.squeeze(2)
 
     def read(self, values: Tensor) -> list[float]:
-        """One number of each unit (N,) on the host, which waits for the device; counted like the reads of cuts."""
-        return self._encoding.read(values)
+        """One number of each unit (N,) on the host, which waits for the device; counted like the reads of cuts.
+
+        Raises :class:`VisibenchError` where one is NaN.
+        """
+        numbers = self._encoding.read(values)
+        if any(number != number for number in numbers):
+            raise VisibenchError(NO_NUMBER.format(self.block))
+        return numbers
 
     def scored(self, macs: int | tuple[int, ...]) -> None:
         """Count ``macs`` multiply-adds that the method itself spent on matrix products: an int, or one of each unit.

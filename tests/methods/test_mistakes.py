@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import visibench
+from decoders import decoder_model, row_samples
 from support import make_batch
 from visibench.engine import prune
 from visibench.errors import VisibenchError
@@ -136,6 +138,15 @@ def test_nothing_leaves_behind_the_features_block(llava, tmp_path):
     message = rf"^mine.block: the model uses what block {last - 1} puts out, and block {last} comes behind it"
     with pytest.raises(VisibenchError, match=message), prune(llava, parse(f"{file}:mine")):
         llava(**make_batch([(3, 2, 2)])[0])
+
+
+def test_nan_in_the_tower_is_named():
+    sample = {**row_samples("qwen2_5_vl")[0]}
+    sample["pixel_values"] = sample["pixel_values"].index_fill(0, torch.tensor(0), torch.nan)
+    told = pytest.raises(VisibenchError, match=r"^what the method reads of vision block 0 is NaN")
+    model = decoder_model("qwen2_5_vl", "sdpa")
+    with told, prune(model, parse("flowcut:keep=0.25,query=mean")):
+        model(**sample)
 
 
 def test_patches_that_are_cut_once_some_merged_are_none_of_the_image(llava, tmp_path):
