@@ -24,8 +24,8 @@ heads of what the mean of all patches' queries pays to each patch, e_j is c_j ti
 c is taken plus 1e-7 in the logarithm of H, and F is the features' block itself, in front of the projector. Patches of
 padding within a tile ask nothing and get nothing, so that they leave first.
 
-That program, and the authors' for LLaVA-NeXT, go on in the decoder; here with ``cut=K``, its layer 2 on Qwen2-VL. The
-tower then leaves ``tower_factor`` · T tokens, in theirs twice the T by which they print results, and
+That program goes on in the decoder, at layer 2; here with ``cut=K``, in towers with CLS and without alike. The
+tower then leaves ``tower_factor`` · T tokens, there twice the T by which they print results, and
 
     at decoder layer K - 1, for the prompt's last token with query q and value v, heads repeated for grouped keys
                r_j = softmax of (q · k_j) over the visual tokens alone, scaled as in the layer, mean over heads
