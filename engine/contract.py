@@ -3,9 +3,10 @@
 A method is a frozen dataclass of hyperparameters. For each prefill the engine calls :meth:`Method.begin` and gets a
 :class:`Forward`, which holds the state of that one forward pass and answers at up to three places: behind the
 projector, at the input of every decoder layer, and inside its attention, or reads what its attention and MLP make of
-their inputs; :meth:`Method.vision` answers in front of the projector. Methods never touch the model: they read the
-views that the engine hands them and return :class:`Keep`, :class:`Ranking`, :class:`Merge`, :class:`Join` or a
-replaced attention output.
+their inputs; :meth:`Method.vision` answers in front of the projector, :meth:`Method.block` inside the vision tower,
+:meth:`Method.image` in front of it. Methods never touch the model: they read the views that the engine hands them and
+return :class:`Keep`, :class:`Ranking`, :class:`Merge`, :class:`Join` or a replaced attention output; inside the tower
+:class:`BlockCut` or :class:`BlockMerge`, in front of it smaller images.
 
 Shapes: B rows of the batch, V visual tokens present (the most over the rows; shorter rows are padded at the end and
 ``view.present`` says where), H heads, L tokens, D hidden size.
@@ -206,7 +207,8 @@ class Method:
     def block(self, view: BlockView) -> BlockMerge | BlockCut | None:
         """In every block of the vision tower, behind its attention or its MLP, as ``block_part`` says.
 
-        Asked once for each shape of unit. Budgets count the tokens of ``view.grid``.
+        Asked once for each shape of unit. Budgets count the tokens of ``view.grid``. None behind the block whose output
+        the model uses.
         """
         return None
 
