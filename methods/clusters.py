@@ -10,13 +10,17 @@ from torch import Tensor
 from .pieces import precise
 
 
-def distances(tokens: Tensor) -> Tensor:
-    """Euclidean distance of every token (N, P, D) to every one: (N, P, P), 0 to itself. P² · D multiply-adds."""
-    tokens = precise(tokens)
-    square = tokens.square().sum(2)
-    squared = torch.baddbmm(square[:, None], tokens, tokens.transpose(1, 2), alpha=-2).add_(square[:, :, None])
-    squared.diagonal(dim1=1, dim2=2).fill_(0)
-    return squared.clamp_(min=0).sqrt()
+def squared_distances(tokens: Tensor) -> Tensor:
+    """Mean over features of the squared differences of every two tokens (N, P, D): (N, P, P), 0 to itself.
+
+    P² · D multiply-adds. Alike both ways to the bit, so that two tokens nearest to each other are as dense on every
+    machine.
+    """
+    tokens, share = precise(tokens), 1 / tokens.shape[2]
+    square = tokens.square().sum(2, keepdim=True)
+    squared = torch.baddbmm(square.transpose(1, 2), tokens, tokens.transpose(1, 2), beta=share, alpha=-2 * share)
+    squared.add_(square, alpha=share).diagonal(dim1=1, dim2=2).fill_(0)
+    return squared.maximum(squared.transpose(1, 2)).clamp_(min=0)
 
 
 def density_peaks(tokens: Tensor, clusters: int, noise: Tensor | float = 0) -> tuple[Tensor, Tensor]:
@@ -29,9 +33,9 @@ def density_peaks(tokens: Tensor, clusters: int, noise: Tensor | float = 0) -> t
     ``tokens``: (N, P, D). ``clusters``: how many to form, which is k as well; at most P. Returns int (N, clusters), the
     centres, best first, and int (N, P), for each token the place of its centre in that list.
     """
-    distance = distances(tokens) / tokens.shape[2] ** 0.5
-    nearest = distance.topk(clusters, dim=2, largest=False, sorted=False)[0]
-    density = torch.exp(-nearest.square().mean(2)) + noise
+    squared = squared_distances(tokens)
+    distance, nearest = squared.sqrt(), squared.topk(clusters, dim=2, largest=False, sorted=False)[0]
+    density = torch.exp(-nearest.mean(2)) + noise
     denser = density[:, None] > density[:, :, None]
     gap = torch.where(denser, distance, distance.amax((1, 2), keepdim=True)).amin(2)
     centre = (density * gap).argsort(dim=1, descending=True, stable=True)[:, :clusters]

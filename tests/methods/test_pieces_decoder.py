@@ -53,9 +53,20 @@ def test_a_centre_heads_its_cluster_among_equal_tokens():
 def test_distances_are_euclidean_and_zero_to_itself():
     tokens = torch.randn(2, 40, 7, dtype=torch.float64)
     exact = torch.cdist(tokens, tokens, compute_mode="donot_use_mm_for_euclid_dist")
-    torch.testing.assert_close(clusters.distances(tokens), exact)
+    torch.testing.assert_close(clusters.squared_distances(tokens) * 7, exact.square())
     far = torch.randn(1, 30, 7) + 1000
-    assert clusters.distances(far).diagonal(dim1=1, dim2=2).eq(0).all()
+    assert clusters.squared_distances(far).diagonal(dim1=1, dim2=2).eq(0).all()
+
+
+def test_two_tokens_are_as_far_from_each_other_both_ways():
+    """Rounding does not decide which of two nearest neighbours is the denser."""
+    tokens = torch.randn(3, 41, 97)
+    squared = clusters.squared_distances(tokens)
+    assert torch.equal(squared, squared.transpose(1, 2))
+    near = torch.randn(200, 1, 97)
+    three = torch.cat([near, near + 0.1 * torch.randn(200, 1, 97), torch.randn(200, 1, 97)], dim=1)
+    centres, _ = clusters.density_peaks(three, 2)
+    assert centres.eq(torch.tensor([0, 1])).all()
 
 
 def test_pooled_tokens_are_sums_or_means_of_their_clusters():
