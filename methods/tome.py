@@ -33,7 +33,6 @@ import torch
 from torch import Tensor
 
 from ..engine.contract import BlockMerge
-from ..engine.decisions import merged as merged  # how the engine carries out a BlockMerge
 from .base import Budgeted, OnImages
 from .grids import AT_LEAST
 from .pieces import added_need_renumbering, cosine, per_image

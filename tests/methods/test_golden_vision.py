@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import visibench
 from golden_llava import CLIP, IMAGE, make_golden_llava, vectors
 from golden_support import MANIFEST
+from visibench.engine.decisions import merged
 from visibench.methods import Forward, Keep, Method, cdpruner, divprune, pieces, tome, vispruner
 
 
@@ -251,7 +252,7 @@ def test_tome_on_given_tensors(config, entry):
     assert torch.equal(group, recorded[f"{config}.group_of"].long())
     tokens, size = recorded[f"{case}.x"], recorded[f"{case}.size"][..., 0]
     for suffix, sizes in (("out", size), ("out_unit", torch.ones_like(size))):
-        out, total = tome.merged(tokens, sizes, group, entry["n_out"])
+        out, total = merged(tokens, sizes, group, entry["n_out"])
         torch.testing.assert_close(out, recorded[f"{config}.{suffix}"], atol=1e-5, rtol=1e-5)
         expected = recorded[f"{config}.{suffix.replace('out', 'size') if 'unit' in suffix else 'size_out'}"]
         torch.testing.assert_close(total, expected[..., 0])
@@ -275,7 +276,7 @@ def test_tome_in_a_vision_transformer(config, entry):
         x = x + linear(attended, f"blocks.{block}.attn.proj")
         if merges:
             into = tome.matched(k.mean(1), merges, first_stays=True)
-            x, size = tome.merged(x, size, into, x.shape[1] - merges)
+            x, size = merged(x, size, into, x.shape[1] - merges)
             group = into.gather(1, group)
         x = x + linear(
             F.gelu(linear(norm(x, f"blocks.{block}.norm2"), f"blocks.{block}.mlp.fc1")), f"blocks.{block}.mlp.fc2"

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 import visibench
 from support import collate, make_batch, make_llava
+from visibench.engine.decisions import merged
 from visibench.evals.compute import flops
 from visibench.methods import (
     cdpruner,
@@ -178,7 +179,7 @@ def test_grids_within_a_budget(side):
 def test_matching_takes_the_best_edges_and_merging_keeps_the_sum(count, first_stays):
     metric, tokens, size = random(2, count, 6), random(2, count, 5, seed=1), random(2, count, seed=2).exp()
     group = tome.matched(metric, 3, first_stays=first_stays)
-    out, total = tome.merged(tokens, size, group, count - 3)
+    out, total = merged(tokens, size, group, count - 3)
     torch.testing.assert_close((out * total[..., None]).sum(1), (tokens * size[..., None]).sum(1))
     torch.testing.assert_close(total.sum(1), size.sum(1))
     for image in range(2):
@@ -231,7 +232,7 @@ def test_merging_by_hooks_equals_the_tower_written_out(attention, proportional):
         q, k, v = (heads(p(normed)) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
         logits = q @ k.mT / 8**0.5 + (size.log()[:, None, None] if proportional else 0)
         x = x + attn.out_proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
-        x, size = tome.merged(x, size, tome.matched(k.mean(1), merges, first_stays=True), x.shape[1] - merges)
+        x, size = merged(x, size, tome.matched(k.mean(1), merges, first_stays=True), x.shape[1] - merges)
         x = x + block.mlp(block.layer_norm2(x))
     assert x.shape == (2, 6, 32)
     for features in seen:
