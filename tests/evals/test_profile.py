@@ -315,7 +315,7 @@ def test_forced_is_said(monkeypatch, capsys, tmp_path):
         ((*ARGUMENTS, "--batch-sizes", "1,1"), "one stands there twice"),
         ((*ARGUMENTS, "--lengths", "10/144/2,10/144/2"), "one stands there twice"),
         ((*ARGUMENTS, "--attention", "flex_attention"), "cannot be observed"),
-        ((*ARGUMENTS, "--attention", "paged|sdpa"), "'paged|sdpa' cannot be observed; did you mean 'sdpa'"),
+        ((*ARGUMENTS, "--attention", "paged|sdpa"), "'paged|sdpa' cannot be observed; Known: eager"),
         (("profil_cpu",), "did you mean 'profile_cpu'"),
         (("quick",), "unknown key"),
     ],
