@@ -68,16 +68,21 @@ class HiRED(Salient, OnImages, Budgeted):
         scores = self.salience(view)
         apart = self.attention == "cls" or self.shares_received(view.vision)
         first = self.salience(view, -1 - view.vision.feature_block) if apart else scores
-        budgets = [
-            self.shares(first[own[0]], len(own) - 1)
-            for own in ([*members] for _, members in groupby(range(len(first)), key=lambda unit: view.parts[unit][0]))
-        ]
-        return Keep(top(scores, torch.cat(budgets), view.present))
+        images = [[*own] for _, own in groupby(range(len(first)), key=lambda unit: view.parts[unit][0])]
+        budgets = torch.cat([self.shares(first[own[0]], len(own) - 1) for own in images])
+        whole = len(images) == len(first)  # without tiles no share is to be read
+        return Keep(
+            top(scores, budgets, view.present), counts=(self.total(first.shape[1]),) * len(first) if whole else None
+        )
+
+    def total(self, patches: int) -> int:
+        """The budget of an image of so many ``patches``, those of tiles and the whole together."""
+        return int(self.budget(torch.tensor(patches)))
 
     def shares(self, attention: Tensor, tiles: int) -> Tensor:
         """Int (1 + tiles,): budgets of an image as a whole, with ``attention`` (P,) in block 0, and of its tiles."""
         patches = len(attention)
-        total = int(self.budget(torch.tensor((1 + tiles) * patches)))
+        total = self.total((1 + tiles) * patches)
         if not tiles or total == (1 + tiles) * patches:
             return torch.full((1 + tiles,), total // (1 + tiles), device=attention.device)
         parts = (total, self.alpha), (patches, 1 - self.alpha)

@@ -35,7 +35,7 @@ BOUNDS = {
     "scope:tokens=64": (1.02, 1.23, 1),
     "fastervlm:tokens=64": (1.02, 1.02, 1),
     "hiprune:tokens=64": (1.02, 1.05, 1),
-    "hired:tokens=64": (1.02, 1.03, 3),
+    "hired:tokens=64": (1.02, 1.03, 1),
     "visionzip:tokens=64": (1.04, 1.06, 1),
     "vispruner:tokens=64": (1.02, 1.27, 1),
     "prumerge": (1.04, 1.06, 3),
