@@ -120,13 +120,13 @@ class Merge:
     """Keep, replace and add visual tokens.
 
     ``mask``: bool (B, V), the tokens that stay. ``replaced``: (B, V, D) or None, new contents for all present tokens
-    (only those that stay matter). ``added``: (B, M, D) or None, new tokens, placed behind the last kept visual token
-    of the row; ``added_present``: bool (B, M), where None means that all are. ``added_positions``: int (B, M), the
+    (only those that stay matter). ``added``: (B, M, D) or None, new tokens, placed behind the last kept visual token of
+    the row; ``added_present``: bool (B, M), where None means that all are. ``added_positions``: int (B, M), the
     positions of the new tokens, needed under the ``keep`` policy only, and there not where they are ``anchored``: each
-    then has that of the token by which it stands. ``anchors``: int (B, M), for each new token the
-    visual token (it need not stay) by which it goes: j for behind token j, -1 - j for in front of it; None: behind the
-    last one. On the vision side P + k, of P tokens, is behind the whole image of which the unit is a part, those of
-    lower k first. ``order``: as in :class:`Keep`; where tokens change places, anchors name the places.
+    then has that of the token by which it stands. ``anchors``: int (B, M), for each new token the visual token (it need
+    not stay) by which it goes: j for behind token j, -1 - j for in front of it; None: behind the last one. On the
+    vision side P + k, of P tokens, is behind the whole image of which the unit is a part, those of lower k first.
+    ``order``: as in :class:`Keep`; where tokens change places, anchors name the places.
 
     ``bias``: (B, V) or None, a lasting bias on tokens that stay, in place of the one they had: added to the attention
     logits of each as a key, in this layer and all behind it, in later turns and in decoding too. log(n) lets a token
@@ -189,9 +189,9 @@ class BlockMerge:
 
     ``group``: int (N, u), which of ``count`` tokens each one becomes, CLS first where there is one. Where several
     patches make a token behind the tower it is these tokens that merge, patch by patch, and CLS stays the first. Units
-    must have the same number left. ``proportional``: log(size) is
-    added to the attention logits of all of them as keys in the blocks that follow. ``stands``: returns int (N, count),
-    at which of the u places each new one stands; called in towers whose blocks give every patch a position.
+    must have the same number left. ``proportional``: log(size) is added to the attention logits of all of them as keys
+    in the blocks that follow. ``stands``: returns int (N, count), at which of the u places each new one stands; called
+    in towers whose blocks give every patch a position.
     """
 
     group: Tensor

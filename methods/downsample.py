@@ -45,8 +45,13 @@ class Downsample(Gridded):
         images, vision = super().images(layout, geometry), geometry.vision
         if images is None or vision is None:
             return None
-        small = lambda one: tuple(self.smaller(unit, vision) for unit in one.padded or one.units)  # noqa: E731
-        return [[replace(one, units=small(one), padded=()) for one in row] for row in images]
+        return [
+            [
+                replace(one, units=tuple(self.smaller(unit, vision) for unit in one.padded or one.units), padded=())
+                for one in row
+            ]
+            for row in images
+        ]
 
     def unit_left(self, grid: Grid) -> int:
         return prod(grid)

@@ -27,22 +27,21 @@ class Encoding:
     """What the vision side computed of one batch of images, and what the method decided about them.
 
     ``units``: what the tower encoded by itself, N of them with up to W tokens each; ``smaller``: what it was given in
-    their place, where a method made images smaller. ``pixels``: what entered the tower,
-    where images are of one size; ``grids``: frames and patches (N, 3) where they differ in shape, those of a run
-    ``before`` included, of images in front of videos; ``is_joined``: made of both. ``cls``: the CLS feature (N, Dv),
-    and ``cls_of`` the blocks whose outputs are used. ``real``: bool (N, patches), which patches the tower does not take
-    for padding; None: all. ``blocks``: query, key and scaling of the tower blocks that the method reads, by its names
-    of them; ``chunks``: the same in a tower that has all units in one sequence, piece by piece. ``received``: attention
-    (N, patches and CLS) that the tokens of blocks receive, where it is shared. ``features`` (N, W, Dv) enter the
-    projector, ``projected`` (N, W, D) leave it. ``macs``: multiply-adds that were spent on scoring each unit, int (N,);
-    ``padding_macs``: on what they were padded with. ``kept``: the features that were projected where others were
-    dropped before, ``new``: those that were added to them; ``projected_tokens``: their number, int (N,).
-    ``projector_input``: tokens that entered the projector in all. ``block_tokens``: where a method acts inside the
-    tower, tokens of each unit (N,) at the attention and at the MLP of each block; ``block_places``: places that they
-    took. ``inside``: what is left there, one for each shape of unit; ``form``: how that lies in the tower's tensors.
-    ``block_pairs``: query-key pairs of each unit in the attention of each block, empty where all of its tokens attend
-    to all.
-    ``host_syncs``: how often the method read numbers there.
+    their place, where a method made images smaller. ``pixels``: what entered the tower, where images are of one size;
+    ``grids``: frames and patches (N, 3) where they differ in shape, those of a run ``before`` included, of images in
+    front of videos; ``is_joined``: made of both. ``cls``: the CLS feature (N, Dv), and ``cls_of`` the blocks whose
+    outputs are used. ``real``: bool (N, patches), which patches the tower does not take for padding; None: all.
+    ``blocks``: query, key and scaling of the tower blocks that the method reads, by its names of them; ``chunks``: the
+    same in a tower that has all units in one sequence, piece by piece. ``received``: attention (N, patches and CLS)
+    that the tokens of blocks receive, where it is shared. ``features`` (N, W, Dv) enter the projector, ``projected``
+    (N, W, D) leave it. ``macs``: multiply-adds that were spent on scoring each unit, int (N,); ``padding_macs``: on
+    what they were padded with. ``kept``: the features that were projected where others were dropped before, ``new``:
+    those that were added to them; ``projected_tokens``: their number, int (N,). ``projector_input``: tokens that
+    entered the projector in all. ``block_tokens``: where a method acts inside the tower, tokens of each unit (N,) at
+    the attention and at the MLP of each block; ``block_places``: places that they took. ``inside``: what is left there,
+    one for each shape of unit; ``form``: how that lies in the tower's tensors. ``block_pairs``: query-key pairs of each
+    unit in the attention of each block, empty where all of its tokens attend to all. ``host_syncs``: how often the
+    method read numbers there.
     """
 
     vision: VisionGeometry

@@ -11,6 +11,7 @@ import pytest
 import sequences
 import torch
 import visibench
+from by_hand import last_state
 from decoders import CONFIGS, miniature
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -73,15 +74,6 @@ def by_hand(model, method, sample):
             sequences.tome(model, picture, merges, proportional=method.proportional)
         images.append(sequences.projected(model, picture))
     return images
-
-
-def last_state(model, method, sample):
-    states = []
-    hook = model.lm_head.register_forward_pre_hook(lambda m, args: states.append(args[0][:, -1]))
-    with visibench.prune(model, method) as session:
-        model(**sample)
-    hook.remove()
-    return states[0], session.trace
 
 
 @every_case
